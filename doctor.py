@@ -1,0 +1,104 @@
+"""Can this machine render, compile and train? One row per part: what is there, and what mends it. Exit code 0 if all
+is well.
+
+python doctor.py               every row
+python doctor.py --renderer    only the renderer (what `make setup` asks)
+"""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+RENDER_SECONDS = 120
+RENDER_ONE_FRAME = """
+import sapien
+import sys
+scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device(sys.argv[1]))])
+scene.set_ambient_light([0.5, 0.5, 0.5])
+box = scene.create_actor_builder()
+box.add_box_visual(half_size=[0.1, 0.1, 0.1])
+box.build_kinematic()
+camera = scene.add_camera("camera", 32, 32, 1.0, 0.01, 10)
+camera.set_local_pose(sapien.Pose([-1, 0, 0]))
+scene.update_render()
+camera.take_picture()
+center = camera.get_picture("Color")[16, 16, :3]
+assert center.min() > 0.1, f"the frame is black: {center}"
+"""
+MESA = "run `make setup` as root (Debian 12: apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1)"
+
+
+def check_python() -> tuple[bool, str]:
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        return False, f"Python {sys.version.split()[0]}: the pinned packages need 3.11 or 3.12; install one"
+    return True, f"Python {sys.version.split()[0]}"
+
+
+def check_packages() -> tuple[bool, str]:
+    """Installed versions against the pins of requirements.txt; torch's local part (+cpu, +cu130) does not matter."""
+    lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+    wrong = []
+    for name, pinned in (line.split("==") for line in lines if "==" in line):
+        try:
+            found = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found = "missing"
+        if found != pinned:
+            wrong.append(f"{name} is {found}, pinned {pinned}")
+    if wrong:
+        return False, f"{'; '.join(wrong)}: run `make setup`"
+    return True, "as pinned in requirements.txt"
+
+
+def check_compiler() -> tuple[bool, str]:
+    """Without CUDA, DeepSpeed compiles a communication op when it first starts: it needs g++, ninja and Python's
+    headers."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    missing = [name for name in ("g++", "ninja") if shutil.which(name, path=path) is None]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        missing.append("Python.h (python3-dev)")
+    if missing:
+        return False, f"DeepSpeed needs {', '.join(missing)} on a CPU: run `make setup` as root, or install them"
+    return True, "g++, ninja and Python headers"
+
+
+def check_renderer() -> tuple[bool, str]:
+    """Render one frame in a subprocess with a time limit: a broken driver may raise, abort or hang."""
+    reasons = []
+    for device in ("cuda", "cpu"):
+        command = [sys.executable, "-c", RENDER_ONE_FRAME, device]
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=RENDER_SECONDS, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            reasons.append(f"{device}: no frame within {RENDER_SECONDS} s")
+            continue
+        if run.returncode == 0:
+            return True, f"SAPIEN rendered a frame on {device}"
+        last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        reasons.append(f"{device}: {last}")
+    return False, f"SAPIEN finds no Vulkan device that it accepts ({'; '.join(reasons)}): {MESA}"
+
+
+CHECKS = {"python": check_python, "packages": check_packages, "compiler": check_compiler, "renderer": check_renderer}
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["--renderer"]):
+        print(__doc__.strip())
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    failed = 0
+    for name in ["renderer"] if argv else CHECKS:
+        ok, sentence = CHECKS[name]()
+        failed += not ok
+        print(f"{'ok' if ok else 'MEND':4}  {name:9} {sentence}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
