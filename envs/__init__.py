@@ -1,0 +1,72 @@
+"""The world: ManiSkill tasks, their vectorised form, a scripted expert, videos. Knows no model and no DeepSpeed.
+
+    from envs import make_envs
+    with make_envs("PutOnPlateInScene25Main-v3", num_envs=8, image_size=(96, 96), sim_freq=100) as envs:
+        obs = envs.reset()
+        obs, rewards, terminations, truncations, infos = envs.step(actions)  # actions [N, C, 7]
+
+Importing this package imports no simulator; `make_envs` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from envs.variants import VARIANTS, eval_episode_ids, is_held_out, num_start_states
+
+if TYPE_CHECKING:
+    from envs.vector import VectorEnv
+
+__all__ = ["VARIANTS", "eval_episode_ids", "is_held_out", "make_envs", "num_start_states"]
+
+
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    *,
+    obj_set: str = "train",
+    asset_pack: str = "builtin",
+    asset_dir: str | None = None,
+    image_size: tuple[int, int] = (640, 480),
+    sim_freq: int = 500,
+    max_episode_steps: int = 80,
+    num_env_workers: int = 0,
+    auto_reset: bool = False,
+    ignore_terminations: bool = False,
+    protocol: str = "rl4vla",
+    seed: int = 0,
+    first_env: int = 0,
+) -> VectorEnv:
+    """Make `num_envs` envs of one id.
+
+    Args:
+        obj_set: "train" | "test" | "all": which objects, receptacles and tables episodes are drawn from.
+        asset_pack: "builtin" (made by code, nothing to download); asset_dir is where a downloaded pack lies.
+        image_size: (width, height) of the camera picture; the published size is (640, 480).
+        sim_freq: physics steps per second, a multiple of 5; 500 as published, 100 for quick starts
+            (another system: do not mix).
+        max_episode_steps: control steps (5 per second) after which an episode is truncated.
+        num_env_workers: 0 = in this process; W = W worker processes sharing the envs.
+        auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
+        ignore_terminations: success does not end an episode.
+        protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789.
+        seed, first_env: env i follows training stream (seed, first_env + i); first_env is this rank's offset.
+    """
+    from envs import vector
+
+    spec = vector.EnvSpec(
+        env_id,
+        num_envs,
+        obj_set,
+        asset_pack,
+        asset_dir,
+        tuple(image_size),
+        sim_freq,
+        max_episode_steps,
+        auto_reset,
+        ignore_terminations,
+        protocol,
+        seed,
+        first_env,
+    )
+    return vector.VectorEnv(spec, num_env_workers)

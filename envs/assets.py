@@ -1,0 +1,562 @@
+"""The things in the scene: what they are called, how big they are, what they look like.
+
+One pack exists now: `builtin`, made by code, nothing to download: a WidowX-shaped arm of boxes, 25 objects and 17
+receptacles of a few primitives each, 21 table pictures and 21 textures. Names, bounding boxes, densities, link offsets
+and joint limits are those of RL4VLA's PutOnPlateInScene25 (arXiv 2505.19789) and of the WidowX-250s; shapes and
+colours are ours. A second pack has to offer what `BuiltinAssets` offers: `objects`, `receptacles`, `tables`,
+`robot_urdf()`, `add_model()`, `add_stage()`, `picture()` and `texture()`.
+
+Lengths are metres, colours linear RGB in [0, 1], pictures uint8 [H, W, 3].
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sapien
+from PIL import Image
+from sapien.physx import PhysxMaterial
+
+TABLE_HEIGHT = 0.8695  # top of the published stage mesh in the workspace
+ROBOT_BASE_POSITION = (0.147, 0.028, 0.870)  # world; the base is yawed by 180 degrees
+CAMERA_POSITION = (0.0, -0.16, 0.36)  # in the base frame
+CAMERA_QUATERNION = (0.8992917, -0.09263245, 0.35892478, 0.23209205)  # wxyz, in the base frame
+CAMERA_INTRINSICS = (623.588, 623.588, 319.501, 239.545)  # fx, fy, cx, cy at 640 x 480 (Logitech C920)
+CAMERA_SIZE = (640, 480)  # width, height these intrinsics belong to
+
+
+@dataclass(frozen=True)
+class Part:
+    """One primitive, filling the share `span` of its model's bounding box."""
+
+    kind: str  # box | cylinder | ball | roll (a lying cylinder to look at, a box to touch, so that it does not roll)
+    span: tuple[float, float, float, float, float, float]  # x0, x1, y0, y1, z0, z1 as fractions of the bounding box
+    color: tuple[float, float, float]
+    axis: str = "z"  # of a cylinder or roll
+
+
+@dataclass(frozen=True)
+class Model:
+    """One object or receptacle; `lower` and `upper` are the published bounding box in the model's own frame."""
+
+    key: str
+    name: str
+    lower: tuple[float, float, float]
+    upper: tuple[float, float, float]
+    density: float
+    parts: tuple[Part, ...]
+    grasp: tuple[float, float] | None = None  # x, y in the model's frame where fingers fit; None: the box's centre
+
+    @property
+    def size(self) -> np.ndarray:
+        """Edge lengths of the bounding box, float64 [3]."""
+        return np.asarray(self.upper) - np.asarray(self.lower)
+
+
+ORANGE, TAN, YELLOW, CREAM = (0.95, 0.35, 0.03), (0.75, 0.45, 0.17), (0.95, 0.75, 0.05), (0.95, 0.85, 0.6)
+RED, DARK_RED, PINK, PURPLE = (0.8, 0.03, 0.03), (0.4, 0.02, 0.03), (0.9, 0.35, 0.45), (0.3, 0.06, 0.4)
+GREEN, DARK_GREEN, TEAL, BROWN = (0.10, 0.50, 0.08), (0.03, 0.22, 0.05), (0.02, 0.4, 0.4), (0.25, 0.11, 0.03)
+BLUE, SKY, WHITE, BLACK = (0.03, 0.10, 0.6), (0.25, 0.55, 0.85), (0.9, 0.9, 0.9), (0.02, 0.02, 0.02)
+GREY, STEEL = (0.4, 0.4, 0.42), (0.55, 0.57, 0.6)
+
+
+def _box(x0, x1, y0, y1, z0, z1, color) -> Part:
+    return Part("box", (x0, x1, y0, y1, z0, z1), color)
+
+
+def _cylinder(x0, x1, y0, y1, z0, z1, color) -> Part:
+    return Part("cylinder", (x0, x1, y0, y1, z0, z1), color)
+
+
+def _roll(axis, x0, x1, y0, y1, z0, z1, color) -> Part:
+    return Part("roll", (x0, x1, y0, y1, z0, z1), color, axis)
+
+
+def _ball(x0, x1, y0, y1, z0, z1, color) -> Part:
+    return Part("ball", (x0, x1, y0, y1, z0, z1), color)
+
+
+# index order = published split: 0-15 train, 16-24 test
+# fmt: off
+OBJECTS: tuple[Model, ...] = (
+    Model("001_carrot_simpler", "carrot", (-0.064146, -0.016275, -0.017784), (0.054168, 0.015944, 0.02342), 1044,
+        (_box(0.0, 0.3, 0.2, 0.8, 0, 0.6, ORANGE), _box(0.3, 0.85, 0, 1, 0, 0.8, ORANGE),
+        _box(0.85, 1, 0.3, 0.7, 0.2, 1, GREEN))),
+    Model("002_kitchen shovel_1", "kitchen shovel", (-0.028514, -0.061222, -0.012314), (0.028577, 0.087642, 0.00891),
+        557, (_box(0, 1, 0, 0.32, 0, 0.35, GREY), _box(0.3, 0.7, 0.3, 1, 0, 1, DARK_RED)), grasp=(0.0, 0.02)),
+    Model("003_bread_1", "bread", (-0.022195, -0.022384, -0.014578), (0.022278, 0.022476, 0.014546), 526,
+        (_box(0, 1, 0, 1, 0, 0.75, TAN), _box(0.1, 0.9, 0.1, 0.9, 0.7, 1, BROWN))),
+    Model("004_plastic bottle_1", "plastic bottle", (-0.017176, -0.052353, -0.017914), (0.018893, 0.069187, 0.021117),
+        1916, (_roll("y", 0, 1, 0, 0.75, 0, 1, SKY), _roll("y", 0.3, 0.7, 0.74, 0.9, 0.25, 0.65, WHITE),
+        _roll("y", 0.25, 0.75, 0.9, 1, 0.2, 0.7, BLUE))),
+    Model("005_7up can_1", "7up can", (-0.016542, -0.031393, -0.016354), (0.016558, 0.029607, 0.016746), 790,
+        (_roll("y", 0, 1, 0.06, 0.94, 0, 1, GREEN), _roll("y", 0.1, 0.9, 0, 1, 0.1, 0.9, STEEL))),
+    Model("006_zuchinni_1", "zuchinni", (-0.061465, -0.018381, -0.012294), (0.04864, 0.012328, 0.013661), 715,
+        (_box(0, 0.9, 0.1, 0.9, 0, 1, DARK_GREEN), _box(0.9, 1, 0.35, 0.65, 0.3, 0.7, TAN),
+        _box(0.1, 0.8, 0.35, 0.65, 0.99, 1.01, GREEN))),
+    Model("007_ketchup bottle_1", "ketchup bottle", (-0.0104, -0.03743, -0.010421), (0.010409, 0.043878, 0.010417),
+        500, (_roll("y", 0, 1, 0, 0.75, 0, 1, RED), _roll("y", 0.2, 0.8, 0.75, 1, 0.2, 0.8, WHITE))),
+    Model("008_watering can_1", "watering can", (-0.044345, -0.020049, -0.019221), (0.067933, 0.020622, 0.029642),
+        1591, (_box(0.12, 0.65, 0, 1, 0, 0.75, TEAL), _box(0.65, 1, 0.4, 0.6, 0.3, 0.5, TEAL),
+        _box(0.92, 1, 0.3, 0.7, 0.25, 0.7, STEEL), _box(0, 0.12, 0.4, 0.6, 0.2, 0.75, TEAL),
+        _box(0.2, 0.55, 0.4, 0.6, 0.75, 1, STEEL))),
+    Model("009_pipe_1", "pipe", (-0.01733, -0.036932, -0.01733), (0.01733, 0.036932, 0.01733), 1116,
+        (_roll("y", 0, 1, 0, 0.25, 0, 1, STEEL), _roll("y", 0.1, 0.9, 0.2, 0.8, 0.1, 0.9, GREY),
+        _roll("y", 0, 1, 0.75, 1, 0, 1, STEEL))),
+    Model("010_toy bear_1", "toy bear", (-0.020858, -0.021149, -0.026055), (0.021693, 0.017456, 0.030326), 667,
+        (_box(0.05, 0.95, 0.1, 1, 0, 0.6, BROWN), _box(0.15, 0.85, 0.15, 0.95, 0.6, 0.95, TAN),
+        _box(0, 1, 0.3, 0.6, 0.35, 0.5, BROWN), _box(0.1, 0.3, 0.4, 0.6, 0.9, 1, BROWN),
+        _box(0.7, 0.9, 0.4, 0.6, 0.9, 1, BROWN), _box(0.3, 0.7, 0, 0.16, 0.65, 0.8, CREAM))),
+    Model("011_fast food cup_1", "fast food cup", (-0.012405, -0.012441, -0.021972), (0.012401, 0.012368, 0.031721),
+        500, (_cylinder(0, 1, 0, 1, 0, 0.7, RED), _cylinder(0.05, 0.95, 0.05, 0.95, 0.7, 0.78, WHITE),
+        _box(0.45, 0.6, 0.45, 0.6, 0.78, 1, WHITE))),
+    Model("012_plant_1", "plant", (-0.022002, -0.021402, -0.041142), (0.018943, 0.021147, 0.031418), 1051,
+        (_cylinder(0.1, 0.9, 0.1, 0.9, 0, 0.45, TAN), _box(0, 1, 0.25, 0.75, 0.5, 0.85, GREEN),
+        _box(0.25, 0.75, 0, 1, 0.45, 1, DARK_GREEN))),
+    Model("013_banana_1", "banana", (-0.053817, -0.026072, -0.009194), (0.053817, 0.013978, 0.009194), 500,
+        (_box(0.0, 0.3, 0.0, 0.55, 0, 1, YELLOW), _box(0.25, 0.75, 0.4, 1, 0, 1, YELLOW),
+        _box(0.7, 0.96, 0.0, 0.55, 0, 1, YELLOW), _box(0.96, 1, 0, 0.25, 0.2, 0.8, BROWN)), grasp=(0.0, 0.002)),
+    Model("014_hamburger_1", "hamburger", (-0.02503, -0.026089, -0.018934), (0.024251, 0.024906, 0.022287), 863,
+        (_cylinder(0.05, 0.95, 0.05, 0.95, 0, 0.3, TAN), _cylinder(0.03, 0.97, 0.03, 0.97, 0.3, 0.5, BROWN),
+        _cylinder(0.04, 0.96, 0.04, 0.96, 0.5, 0.58, GREEN), _cylinder(0.06, 0.94, 0.06, 0.94, 0.58, 0.85, TAN),
+        _cylinder(0.2, 0.8, 0.2, 0.8, 0.85, 1, TAN))),
+    Model("015_golf ball_1", "golf ball", (-0.015288, -0.0153, -0.01529), (0.015288, 0.0153, 0.01529), 500,
+        (_ball(0, 1, 0, 1, 0, 1, WHITE),)),
+    Model("016_BBQ sauce_1", "BBQ sauce", (-0.026546, -0.01622, -0.02861), (0.026459, 0.016241, 0.048556), 1057,
+        (_box(0, 1, 0, 1, 0, 0.65, DARK_RED), _box(0.25, 0.75, 0.2, 0.8, 0.65, 0.85, DARK_RED),
+        _box(0.3, 0.7, 0.25, 0.75, 0.85, 1, BLACK), _box(0.1, 0.9, -0.02, 1.02, 0.15, 0.5, YELLOW))),
+    Model("017_travel cup_1", "travel cup", (-0.019803, -0.040252, -0.017219), (0.031988, 0.045575, 0.017189), 1018,
+        (_roll("y", 0, 0.66, 0, 0.85, 0, 1, TEAL), _roll("y", 0.03, 0.63, 0.85, 1, 0.05, 0.95, BLACK),
+        _box(0.66, 1, 0.2, 0.7, 0.4, 0.6, TEAL)), grasp=(-0.003, 0.0)),
+    Model("018_pepper_1", "pepper", (-0.022081, -0.022534, -0.02278), (0.022081, 0.022534, 0.02278), 835,
+        (_cylinder(0, 1, 0, 1, 0.1, 0.75, RED), _cylinder(0.15, 0.85, 0.15, 0.85, 0, 0.85, RED),
+        _box(0.42, 0.58, 0.42, 0.58, 0.85, 1, GREEN))),
+    Model("019_nonstop can_1", "nonstop can", (-0.017359, -0.017381, -0.042844), (0.017399, 0.017377, 0.042476), 1248,
+        (_cylinder(0, 1, 0, 1, 0.04, 0.96, BLUE), _cylinder(0.1, 0.9, 0.1, 0.9, 0, 1, STEEL))),
+    Model("020_potato_1", "potato", (-0.024426, -0.03702, -0.022543), (0.024596, 0.037041, 0.022047), 1355,
+        (_box(0.02, 0.98, 0.15, 0.85, 0.1, 0.9, TAN), _box(0.12, 0.88, 0, 1, 0.2, 0.8, TAN),
+        _box(0.12, 0.88, 0.2, 0.8, 0, 1, TAN))),
+    Model("021_baguette_1", "baguette", (-0.017872, -0.070771, -0.012416), (0.02046, 0.068207, 0.013337), 1367,
+        (_box(0.05, 0.95, 0.08, 0.92, 0, 0.85, TAN), _box(0.2, 0.8, 0, 1, 0.05, 0.7, BROWN),
+        _box(0.2, 0.8, 0.2, 0.8, 0.85, 1, CREAM))),
+    Model("022_champagne glass_1", "champagne glass", (-0.014222, -0.014222, -0.054144),
+        (0.014222, 0.014222, 0.031337), 500, (_cylinder(0, 1, 0, 1, 0, 0.05, SKY),
+        _cylinder(0.35, 0.65, 0.35, 0.65, 0.05, 0.45, SKY), _cylinder(0.05, 0.95, 0.05, 0.95, 0.45, 1, CREAM))),
+    Model("023_kitchen spoon_1", "kitchen spoon", (-0.02477, -0.076108, -0.00142), (0.024772, 0.050176, 0.015787),
+        500, (_box(0, 1, 0.65, 1, 0, 0.4, STEEL), _box(0.36, 0.64, 0, 0.66, 0, 1, BLACK)), grasp=(0.0, -0.02)),
+    Model("024_onion_1", "onion", (-0.025607, -0.031256, -0.025675), (0.025328, 0.030985, 0.02549), 1137,
+        (_cylinder(0.03, 0.97, 0.1, 0.9, 0.15, 0.8, PURPLE), _cylinder(0.15, 0.85, 0.2, 0.8, 0, 0.9, PURPLE),
+        _box(0.42, 0.58, 0.8, 1, 0.4, 0.6, CREAM), _box(0.42, 0.58, 0.0, 0.2, 0.4, 0.6, CREAM),
+        _box(0.44, 0.56, 0.44, 0.56, 0.9, 1, GREEN))),
+    Model("025_cup_1", "cup", (-0.02215, -0.022167, -0.001195), (0.03651, 0.022121, 0.036034), 1018,
+        (_cylinder(0, 0.755, 0, 1, 0, 1, WHITE), _box(0.74, 1, 0.4, 0.6, 0.2, 0.85, WHITE),
+        _cylinder(0.06, 0.69, 0.08, 0.92, 0.9, 1.01, BROWN)), grasp=(0.0, 0.0)),
+)
+# fmt: on
+
+# index order = published split: 0 train, 1-16 test
+# fmt: off
+RECEPTACLES: tuple[Model, ...] = (
+    Model("001_plate_simpler", "plate", (-0.055, -0.055, 0.0), (0.055, 0.055, 0.006), 1003,
+        (_cylinder(0, 1, 0, 1, 0, 0.9, (0.75, 0.85, 0.2)),
+        _cylinder(0.15, 0.85, 0.15, 0.85, 0, 1, (0.6, 0.72, 0.12)))),
+    Model("002_cloth_1", "cloth", (-0.052668, -0.054186, -0.00186), (0.057332, 0.055814, 0.007514), 6975,
+        (_box(0, 1, 0, 1, 0, 1, PINK),)),
+    Model("003_carpet_1", "carpet", (-0.054271, -0.047153, -0.00115), (0.055729, 0.047066, 0.002593), 2815,
+        (_box(0, 1, 0, 1, 0, 0.9, DARK_RED), _box(0.15, 0.85, 0.15, 0.85, 0, 1, TAN))),
+    Model("004_newspaper_1", "newspaper", (-0.041165, -0.056247, -4.3e-05), (0.040317, 0.059925, 0.0041), 2278,
+        (_box(0, 1, 0, 1, 0, 0.9, WHITE), _box(0.1, 0.9, 0.7, 0.85, 0, 1, BLACK),
+        _box(0.1, 0.45, 0.1, 0.6, 0, 1, GREY))),
+    Model("005_sheet metal_1", "sheet metal", (-0.055458, -0.047227, -0.001946), (0.055341, 0.047104, 0.001294), 2389,
+        (_box(0, 1, 0, 1, 0, 1, STEEL),)),
+    Model("006_drawing tablet_1", "drawing tablet", (-0.056342, -0.042009, -0.002881), (0.056457, 0.042009, 0.000709),
+        2868, (_box(0, 1, 0, 1, 0, 0.9, BLACK), _box(0.15, 0.95, 0.1, 0.9, 0, 1, GREY))),
+    Model("007_tomato slice_1", "tomato slice", (-0.055, -0.055, -0.002171), (0.055, 0.055, 0.002171), 3089,
+        (_cylinder(0, 1, 0, 1, 0, 0.9, RED), _cylinder(0.2, 0.8, 0.2, 0.8, 0, 1, ORANGE))),
+    Model("008_pizza_1", "pizza", (-0.054532, -0.054193, -0.002682), (0.055468, 0.055807, 0.003863), 3862,
+        (_cylinder(0, 1, 0, 1, 0, 0.85, TAN), _cylinder(0.1, 0.9, 0.1, 0.9, 0, 0.95, YELLOW),
+        _box(0.3, 0.45, 0.3, 0.45, 0, 1, RED), _box(0.55, 0.7, 0.55, 0.7, 0, 1, RED))),
+    Model("009_flat bowl_1", "flat bowl", (-0.055, -0.055, -0.004884), (0.055, 0.055, 0.007062), 4847,
+        (_cylinder(0, 1, 0, 1, 0, 1, SKY), _cylinder(0.12, 0.88, 0.12, 0.88, 0.2, 1.005, BLUE))),
+    Model("010_gramophone disk_1", "gramophone disk", (-0.055, -0.055, -0.001328), (0.055, 0.055, 0.001328), 2193,
+        (_cylinder(0, 1, 0, 1, 0, 0.9, BLACK), _cylinder(0.35, 0.65, 0.35, 0.65, 0, 1, RED))),
+    Model("011_frying pan_1", "frying pan", (-0.054997, -0.048902, -0.002667), (0.055003, 0.061098, 0.005808), 5104,
+        (_cylinder(0, 1, 0, 1, 0, 1, BLACK), _cylinder(0.1, 0.9, 0.1, 0.9, 0.1, 1.01, GREY))),
+    Model("012_mouse pad_1", "mouse pad", (-0.053899, -0.054489, 0.000196), (0.056101, 0.055511, 0.006574), 3332,
+        (_box(0, 1, 0, 1, 0, 1, BLUE),)),
+    Model("013_cutting board_1", "cutting board", (-0.063114, -0.054989, -0.001338), (0.063114, 0.054989, 0.001338),
+        3107, (_box(0, 1, 0, 1, 0, 1, TAN),)),
+    Model("014_chess board_1", "chess board", (-0.055, -0.055, -0.003), (0.055, 0.055, 0.003), 6368,
+        (_box(0, 1, 0, 1, 0, 0.95, WHITE), _box(0, 0.5, 0, 0.5, 0, 1, BLACK), _box(0.5, 1, 0.5, 1, 0, 1, BLACK))),
+    Model("015_manhole cover_1", "manhole cover", (-0.055, -0.055, -0.002247), (0.055, 0.055, 0.002247), 3743,
+        (_cylinder(0, 1, 0, 1, 0, 0.9, GREY), _box(0.2, 0.8, 0.45, 0.55, 0, 1, BLACK),
+        _box(0.45, 0.55, 0.2, 0.8, 0, 1, BLACK))),
+    Model("016_envelope_1", "envelope", (-0.054999, -0.040242, -0.001289), (0.055001, 0.039758, 0.001691), 1824,
+        (_box(0, 1, 0, 1, 0, 0.9, CREAM), _box(0.8, 0.95, 0.7, 0.95, 0, 1, RED))),
+    Model("017_notepad_1", "notepad", (-0.055, -0.04, -0.002), (0.055, 0.04, 0.002), 3087,
+        (_box(0, 1, 0, 1, 0, 0.9, YELLOW), _box(0, 0.08, 0, 1, 0, 1, RED))),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table picture: published key and name, and how ours is painted."""
+
+    key: str
+    name: str
+    mix: float  # weight of the paired texture in the texture settings
+    pattern: str  # plain | wood | stone | checker | grass | speckle | stripes
+    color: tuple[int, int, int]
+    second: tuple[int, int, int]
+    backdrop: tuple[int, int, int]
+
+
+# index order = published split: 0-15 train, 16-20 test
+# fmt: off
+TABLES: tuple[Table, ...] = (
+    Table("001_table_simpler.png", "table", 0.0, "wood", (176, 140, 98), (150, 112, 74), (96, 88, 80)),
+    Table("002_blue plastic table_1.png", "blue plastic table", 1.0, "plain", (66, 112, 176), (52, 92, 150),
+        (200, 200, 196)),
+    Table("003_TV cabinet_1.png", "TV cabinet", 1.0, "wood", (92, 62, 46), (70, 44, 32), (188, 180, 168)),
+    Table("004_picnic table_1.png", "picnic table", 1.0, "stripes", (186, 146, 96), (120, 84, 48), (84, 116, 62)),
+    Table("005_dest_1.png", "dest", 1.0, "wood", (206, 178, 140), (186, 152, 112), (58, 62, 72)),
+    Table("006_table_1.png", "table", 1.0, "speckle", (208, 206, 198), (168, 164, 156), (120, 96, 74)),
+    Table("007_yellow desk_1.png", "yellow desk", 1.0, "plain", (222, 182, 74), (204, 160, 52), (92, 96, 108)),
+    Table("008_table_2.png", "table", 1.0, "checker", (196, 188, 176), (146, 136, 124), (66, 52, 44)),
+    Table("009_table_3.png", "table", 1.0, "stripes", (134, 96, 66), (104, 72, 48), (214, 206, 194)),
+    Table("010_table_4.png", "table", 1.0, "speckle", (110, 112, 116), (82, 84, 90), (180, 174, 160)),
+    Table("011_table_5.png", "table", 1.0, "stone", (226, 224, 222), (164, 162, 166), (28, 26, 26)),
+    Table("012_pink table_1.png", "pink table", 1.0, "plain", (222, 158, 172), (206, 134, 152), (236, 228, 222)),
+    Table("013_table_6.png", "table", 1.0, "wood", (142, 106, 82), (112, 80, 58), (152, 170, 186)),
+    Table("014_grass table_1.png", "grass table", 1.0, "grass", (94, 138, 60), (62, 104, 38), (150, 186, 214)),
+    Table("015_table_7.png", "table", 1.0, "checker", (96, 128, 148), (140, 164, 178), (54, 58, 60)),
+    Table("016_coloful desk_1.png", "coloful desk", 1.0, "stripes", (212, 122, 76), (84, 140, 156), (238, 230, 208)),
+    Table("017_glass table_1.png", "glass table", 1.0, "stone", (164, 196, 200), (198, 222, 224), (74, 86, 92)),
+    Table("018_green table_1.png", "green table", 1.0, "plain", (70, 128, 96), (54, 108, 78), (214, 212, 200)),
+    Table("019_pink desk_1.png", "pink desk", 1.0, "checker", (226, 150, 176), (240, 190, 206), (112, 84, 104)),
+    Table("020_stone table_1.png", "stone table", 1.0, "stone", (132, 128, 122), (96, 92, 88), (58, 70, 52)),
+    Table("021_dining table_2.png", "dining table", 1.0, "wood", (118, 70, 38), (86, 46, 22), (222, 214, 196)),
+)
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the arm
+# ---------------------------------------------------------------------------------------------------------------------
+
+PI = 3.141592653589793
+# name, parent, type, origin (x, y, z), axis, lower, upper
+# fmt: off
+JOINTS = (
+    ("waist", "base_link", "shoulder_link", "revolute", (0, 0, 0.072), (0, 0, 1), -PI, PI),
+    ("shoulder", "shoulder_link", "upper_arm_link", "revolute", (0, 0, 0.03865), (0, 1, 0), -1.8849555921538759,
+        1.9896753472735358),
+    ("elbow", "upper_arm_link", "upper_forearm_link", "revolute", (0.04975, 0, 0.25), (0, 1, 0), -2.1467549799530254,
+        1.6057029118347832),
+    ("forearm_roll", "upper_forearm_link", "lower_forearm_link", "revolute", (0.175, 0, 0), (1, 0, 0), -PI, PI),
+    ("wrist_angle", "lower_forearm_link", "wrist_link", "revolute", (0.075, 0, 0), (0, 1, 0), -1.7453292519943295,
+        2.1467549799530254),
+    ("wrist_rotate", "wrist_link", "gripper_link", "revolute", (0.065, 0, 0), (1, 0, 0), -PI, PI),
+    # ee_arm 0.043 + fingers 0.023 along the tool; the intermediate fixed links carry nothing and are left out
+        ("left_finger", "gripper_link", "left_finger_link", "prismatic", (0.066, 0, 0), (0, 1, 0), 0.015, 0.037),
+    ("right_finger", "gripper_link", "right_finger_link", "prismatic", (0.066, 0, 0), (0, -1, 0), 0.015, 0.037),
+    ("ee_gripper", "gripper_link", "ee_gripper_link", "fixed", (0.093575, 0, 0), (1, 0, 0), 0, 0),
+)
+# fmt: on
+# link -> mass (kg), whether it can touch things, boxes (x0, x1, y0, y1, z0, z1) in metres in the link's frame
+LINKS = {
+    "base_link": (0.538736, False, ((-0.10, 0.02, -0.06, 0.06, 0.0, 0.0716),)),
+    "shoulder_link": (0.480879, False, ((-0.05, 0.02, -0.035, 0.035, 0.0, 0.0525),)),
+    "upper_arm_link": (
+        0.430811,
+        False,
+        (
+            (-0.0144, 0.03, -0.022, 0.022, -0.0144, 0.03),
+            (-0.0144, 0.03, -0.022, 0.022, 0.03, 0.265),
+            (0.03, 0.061, -0.03, 0.03, 0.235, 0.265),
+        ),
+    ),
+    "upper_forearm_link": (0.234589, False, ((-0.0144, 0.175, -0.0212, 0.0212, -0.0212, 0.0212),)),
+    "lower_forearm_link": (
+        0.220991,
+        True,
+        ((0.0, 0.06, -0.0245, 0.0245, -0.0245, 0.0245), (0.06, 0.086, -0.03, 0.03, -0.016, 0.016)),
+    ),
+    "wrist_link": (0.084957, True, ((-0.0, 0.060, -0.02, 0.02, -0.02, 0.035),)),
+    # motor, then the wide bar on which the fingers run
+    "gripper_link": (
+        0.112124,
+        True,
+        ((0.0, 0.043, -0.02, 0.02, -0.02, 0.0352), (0.043, 0.054, -0.052, 0.052, -0.0145, 0.0145)),
+    ),
+    # thick root, then two steps towards the tip; the inner face lies 11 mm inside the joint coordinate
+    "left_finger_link": (
+        0.016246,
+        True,
+        ((-0.012, 0.012, -0.011, 0.005, -0.0145, 0.0145), (0.012, 0.043, -0.011, 0.0, -0.0135, 0.0135)),
+    ),
+    "right_finger_link": (
+        0.016246,
+        True,
+        ((-0.012, 0.012, -0.005, 0.011, -0.0145, 0.0145), (0.012, 0.043, 0.0, 0.011, -0.0135, 0.0135)),
+    ),
+    "ee_gripper_link": (0.001, False, ()),
+}
+LINK_COLORS = {
+    "left_finger_link": "0.035 0.035 0.04 1",
+    "right_finger_link": "0.035 0.035 0.04 1",
+    "gripper_link": "0.06 0.06 0.065 1",
+}
+LINK_COLOR = "0.045 0.045 0.05 1"
+TOUCHING_NEIGHBOURS = (  # not joined to each other, yet in contact by construction
+    ("gripper_link", "lower_forearm_link"),
+    ("left_finger_link", "right_finger_link"),
+    ("wrist_link", "left_finger_link"),
+    ("wrist_link", "right_finger_link"),
+)
+
+
+def _link_xml(name: str) -> str:
+    """One link: mass and inertia of its boxes as one solid, its boxes to look at and, where it can touch, to touch."""
+    mass, touches, boxes = LINKS[name]
+    bounds = np.asarray(boxes if boxes else ((-0.01, 0.01) * 3,)).reshape(-1, 3, 2)
+    lower, upper = bounds[:, :, 0].min(axis=0), bounds[:, :, 1].max(axis=0)
+    squares = (upper - lower) ** 2
+    ixx, iyy, izz = mass / 12 * (squares.sum() - squares)  # solid box: m/12 (b^2 + c^2)
+    color = LINK_COLORS.get(name, LINK_COLOR)
+    shapes = []
+    for box in boxes:
+        low, high = np.asarray(box).reshape(3, 2).T
+        shape = f'{_origin((low + high) / 2)}<geometry><box size="{_numbers(high - low)}"/></geometry>'
+        shapes.append(f'<visual>{shape}<material name="{name}"><color rgba="{color}"/></material></visual>')
+        if touches:
+            shapes.append(f"<collision>{shape}</collision>")
+    inertia = f'<inertia ixx="{ixx:.9f}" ixy="0" ixz="0" iyy="{iyy:.9f}" iyz="0" izz="{izz:.9f}"/>'
+    inertial = f'<inertial>{_origin((lower + upper) / 2)}<mass value="{mass}"/>{inertia}</inertial>'
+    return f'<link name="{name}">{"".join(shapes)}{inertial}</link>'
+
+
+def _numbers(values) -> str:
+    return " ".join(f"{value:.6f}" for value in values)
+
+
+def _origin(xyz) -> str:
+    return f'<origin rpy="0 0 0" xyz="{_numbers(xyz)}"/>'
+
+
+def _joint_xml(name, parent, child, kind, origin, axis, lower, upper) -> str:
+    limit = f'<limit effort="100" lower="{lower}" upper="{upper}" velocity="3.14"/>' if kind != "fixed" else ""
+    ends = f'<parent link="{parent}"/><child link="{child}"/>'
+    return f'<joint name="{name}" type="{kind}"><axis xyz="{_numbers(axis)}"/>{limit}{_origin(origin)}{ends}</joint>'
+
+
+def robot_urdf_text() -> str:
+    """The arm as URDF: real link offsets, joint names, limits and finger geometry; everything else is a box."""
+    links, joints = map(_link_xml, LINKS), (_joint_xml(*joint) for joint in JOINTS)
+    return f'<robot name="widowx_boxes">{"".join(links)}{"".join(joints)}</robot>\n'
+
+
+def robot_srdf_text() -> str:
+    """Pairs of links that may overlap; the loader finds this file beside the URDF by its name."""
+    pairs = "".join(f'<disable_collisions link1="{a}" link2="{b}" reason="Default"/>' for a, b in TOUCHING_NEIGHBOURS)
+    return f'<robot name="widowx_boxes">{pairs}</robot>\n'
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write unless the same text is there already; atomic, because several ranks and workers start at once."""
+    if path.exists() and path.read_text() == text:
+        return
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _rotation(q: np.ndarray) -> np.ndarray:
+    """Rotation matrix [3, 3] of a unit quaternion wxyz."""
+    w, x, y, z = q
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def _table_points() -> np.ndarray:
+    """Where each camera pixel's ray meets the table plane, float64 [480, 640, 2] world x, y (nan above the horizon)."""
+    width, height = CAMERA_SIZE
+    fx, fy, cx, cy = CAMERA_INTRINSICS
+    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    # SAPIEN's camera looks along +x, with y to the left and z up
+    rays = np.stack([np.ones_like(u), -(u - cx) / fx, -(v - cy) / fy], axis=-1)
+    base = np.diag([-1.0, -1.0, 1.0])  # yaw of 180 degrees
+    rays = rays @ (base @ _rotation(np.asarray(CAMERA_QUATERNION))).T
+    origin = np.asarray(ROBOT_BASE_POSITION) + base @ np.asarray(CAMERA_POSITION)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = np.where(rays[..., 2] < -1e-6, (TABLE_HEIGHT - origin[2]) / rays[..., 2], np.nan)
+    return origin[:2] + distance[..., None] * rays[..., :2]
+
+
+def _noise(random: np.random.RandomState, shape: tuple[int, int], cells: int) -> np.ndarray:
+    """Smooth noise in [0, 1], float32 [H, W], about `cells` bumps across."""
+    grid = (random.random_sample((cells + 1, cells + 1)) * 255).astype(np.uint8)
+    smooth = Image.fromarray(grid).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+    return np.asarray(smooth, dtype=np.float32) / 255
+
+
+def _pattern(kind: str, x: np.ndarray, y: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """How much of the second colour, float [H, W] in [0, 1], at surface coordinates x, y in metres."""
+    coarse, fine = _noise(random, x.shape, 12), _noise(random, x.shape, 160)
+    if kind == "wood":
+        return 0.5 + 0.35 * np.sin(180 * y + 14 * coarse) + 0.3 * (fine - 0.5)
+    if kind == "stone":
+        return np.clip(1 - 9 * np.abs(_noise(random, x.shape, 18) - 0.5), 0, 1) * 0.8 + 0.2 * fine
+    if kind == "checker":
+        return ((np.floor(x / 0.06) + np.floor(y / 0.06)) % 2) * 0.8 + 0.2 * fine
+    if kind == "stripes":
+        return (np.floor(y / 0.05) % 2) * 0.7 + 0.3 * fine
+    if kind == "grass":
+        return 0.6 * fine + 0.4 * _noise(random, x.shape, 60)
+    if kind == "speckle":
+        return (fine > 0.62) * 0.8 + 0.2 * coarse
+    return 0.6 * coarse + 0.2 * fine
+
+
+@functools.cache
+def _table_picture(index: int) -> np.ndarray:
+    """Table `index` as this camera would see it without robot and objects, uint8 [480, 640, 3], read-only."""
+    table = TABLES[index]
+    random = np.random.RandomState(1000 + index)
+    points = _table_points()
+    edge = 0.24 + 0.14 * random.random_sample(4)  # each table ends elsewhere
+    x, y = np.nan_to_num(points[..., 0], nan=9.0), np.nan_to_num(points[..., 1], nan=9.0)
+    on_table = (x > -0.16 - edge[0] - 0.05) & (x < 0.3) & (y > -edge[1] - 0.03) & (y < edge[2] + 0.03)
+    share = np.clip(_pattern(table.pattern, x, y, random), 0, 1)[..., None]
+    surface = (1 - share) * np.asarray(table.color) + share * np.asarray(table.second)
+    surface = surface * np.clip(1.05 - 0.35 * np.hypot(x + 0.16, y)[..., None], 0.7, 1.05)  # light falls off
+    wall = np.asarray(table.backdrop) * (0.75 + 0.25 * _noise(random, x.shape, 5)[..., None])
+    picture = np.clip(np.where(on_table[..., None], surface, wall), 0, 255).astype(np.uint8)
+    picture.flags.writeable = False
+    return picture
+
+
+@functools.cache
+def _texture_picture(index: int) -> np.ndarray:
+    """Texture `index`, flat, uint8 [480, 640, 3], read-only; texture 0 is paired with mix 0."""
+    random = np.random.RandomState(2000 + index)
+    kinds = ("wood", "stone", "checker", "stripes", "grass", "speckle", "plain")
+    y, x = np.meshgrid(np.linspace(0, 0.48, 480), np.linspace(0, 0.64, 640), indexing="ij")
+    share = np.clip(_pattern(kinds[index % len(kinds)], x, y, random), 0, 1)[..., None]
+    first, second = random.randint(30, 226, size=3), random.randint(30, 226, size=3)
+    picture = ((1 - share) * first + share * second).astype(np.uint8)
+    picture.flags.writeable = False
+    return picture
+
+
+@functools.lru_cache(maxsize=64)
+def resized(picture_of, index: int, width: int, height: int) -> np.ndarray:
+    """`picture_of(index)` at another size, area-averaged when it shrinks; uint8 [height, width, 3], read-only."""
+    picture = picture_of(index)
+    if picture.shape[:2] != (height, width):
+        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)).copy()
+        picture.flags.writeable = False
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the pack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BuiltinAssets:
+    """Everything made by code; one instance per process serves all envs."""
+
+    name = "builtin"
+    objects = OBJECTS
+    receptacles = RECEPTACLES
+    tables = TABLES
+
+    def __init__(self) -> None:
+        self._materials: dict[tuple, sapien.render.RenderMaterial] = {}
+
+    @functools.cached_property
+    def robot_urdf(self) -> str:
+        """Path of the arm's URDF, in a cache folder of this user, because ManiSkill reads robots from files."""
+        folder = Path(tempfile.gettempdir()) / f"solovla_{os.getuid()}"
+        folder.mkdir(exist_ok=True)
+        _write_once(folder / "widowx_boxes.srdf", robot_srdf_text())
+        _write_once(folder / "widowx_boxes.urdf", robot_urdf_text())
+        return str(folder / "widowx_boxes.urdf")
+
+    def picture(self, index: int, width: int, height: int) -> np.ndarray:
+        """Table picture, uint8 [height, width, 3]."""
+        return resized(_table_picture, index, width, height)
+
+    def texture(self, index: int, width: int, height: int) -> np.ndarray:
+        """Texture picture, uint8 [height, width, 3]."""
+        return resized(_texture_picture, index, width, height)
+
+    def add_stage(self, builder) -> None:
+        """The table: only to touch. The overlay paints over all that is not robot or object, so nothing to look at."""
+        builder.add_box_collision(pose=sapien.Pose([0, 0, TABLE_HEIGHT - 0.05]), half_size=[1.5, 1.5, 0.05])
+
+    def add_model(self, builder, model: Model) -> None:
+        """Collision shapes and visuals of one object or receptacle. Friction 1.0/1.0 as RL4VLA (stock SIMPLER: 0.5)."""
+        friction = PhysxMaterial(static_friction=1.0, dynamic_friction=1.0, restitution=0.0)
+        for part in model.parts:
+            self._add_part(builder, model, part, friction)
+
+    def _material(self, color: tuple[float, float, float]) -> sapien.render.RenderMaterial:
+        if color not in self._materials:
+            material = sapien.render.RenderMaterial(base_color=[*color, 1.0])
+            material.roughness, material.specular, material.metallic = 0.8, 0.2, 0.0
+            self._materials[color] = material
+        return self._materials[color]
+
+    def _add_part(self, builder, model: Model, part: Part, friction: PhysxMaterial) -> None:
+        span = np.asarray(part.span).reshape(3, 2)
+        lower = np.asarray(model.lower) + span[:, 0] * model.size
+        upper = np.asarray(model.lower) + span[:, 1] * model.size
+        half, pose = (upper - lower) / 2, sapien.Pose((lower + upper) / 2)
+        solid = dict(material=friction, density=model.density)
+        material = self._material(part.color)
+        if part.kind == "box":
+            builder.add_box_collision(pose=pose, half_size=half, **solid)
+            builder.add_box_visual(pose=pose, half_size=half, material=material)
+            return
+        if part.kind == "ball":
+            builder.add_sphere_collision(pose=pose, radius=half.min(), **solid)
+            builder.add_sphere_visual(pose=pose, radius=half.min(), material=material)
+            return
+        along = "xyz".index(part.axis)
+        radius, half_length = np.delete(half, along).min(), half[along]
+        # SAPIEN's cylinder lies along x: turn x onto y or z
+        turn = {"x": [1, 0, 0, 0], "y": [0.70710678, 0, 0, 0.70710678], "z": [0.70710678, 0, -0.70710678, 0]}[part.axis]
+        turned = sapien.Pose(pose.p, turn)
+        if part.kind == "roll":
+            builder.add_box_collision(pose=pose, half_size=half, **solid)
+        else:
+            builder.add_cylinder_collision(pose=turned, radius=radius, half_length=half_length, **solid)
+        builder.add_cylinder_visual(pose=turned, radius=radius, half_length=half_length, material=material)
+
+
+@functools.cache
+def asset_pack(name: str, asset_dir: str | None = None) -> BuiltinAssets:
+    """The pack called `name`. `asset_dir` is where a pack of files lies; `builtin` has none."""
+    if name == "builtin":
+        return BuiltinAssets()
+    raise ValueError(
+        f"asset_pack {name!r} is not available in this version: use asset_pack='builtin', which needs no download."
+    )
