@@ -1,0 +1,168 @@
+"""A yaml file becomes flags in front of the user's own, so types are checked alike and the later one wins.
+
+    deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml --num_envs 8
+
+is read as `[every key of the file as a flag] --num_envs 8`. Loading yaml straight into the dataclass would let `3e-5`
+through as a
+string (YAML 1.1) and a misspelt choice unchecked.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+import yaml
+from vla.distributed import UserError
+from vla.rollout_buffer import minibatch_block
+
+ArgsType = TypeVar("ArgsType")
+
+
+def parse_args(args_class: type[ArgsType], argv: list[str], description: str) -> ArgsType:
+    """Flags of a run: those saved in the folder that --resume names, then those of --config, then argv; the last one
+    wins.
+
+    Raises:
+        UserError: a missing file or an unknown key. SystemExit 2: tyro's own report of a bad flag (on local rank 0).
+    """
+    flags = []
+    resume, config = flag_value(argv, "resume"), flag_value(argv, "config")
+    if resume:
+        flags += mapping_to_flags(saved_args(Path(resume)), args_class, resume)
+    if config:
+        flags += mapping_to_flags(read_yaml(Path(config)), args_class, config)
+    with quiet_unless_local_rank_0():
+        return tyro.cli(args_class, args=flags + argv, description=description)
+
+
+def flag_value(argv: list[str], name: str) -> str | None:
+    """The value of --name in argv, in either spelling (`--name X`, `--name=X`); the last one, or None."""
+    value = None
+    for position, word in enumerate(argv):
+        if word == f"--{name}" and position + 1 < len(argv):
+            value = argv[position + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("yaml").glob("*.yaml")))
+        raise UserError(
+            f"--config {path} does not exist; presets here: {known or 'none (run from the repository root)'}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not valid yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `flag: value` lines")
+    return content
+
+
+def saved_args(run_dir: Path) -> dict:
+    """The flags that a run folder was started with, without those that name a run."""
+    path = run_dir / "args.json"
+    if not path.is_file():
+        raise UserError(f"--resume {run_dir} is not a run folder: it has no args.json")
+    saved = json.loads(path.read_text())
+    return {name: value for name, value in saved.items() if name not in ("config", "resume", "run_dir", "local_rank")}
+
+
+def mapping_to_flags(mapping: dict, args_class: type, source: str) -> list[str]:
+    """{"num_envs": 8, "auto_reset": False, "image_size": [96, 96]} -> ["--num_envs", "8", "--no-auto_reset", ...]."""
+    known = [field.name for field in dataclasses.fields(args_class)]
+    flags = []
+    for name, value in mapping.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see --help for all of them."
+            raise UserError(f"{source}: unknown key {name!r}; {hint}")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+@contextlib.contextmanager
+def quiet_unless_local_rank_0():
+    """tyro reports a bad flag on the terminal: once per node is enough."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Per-rank quantities that follow from the global flags."""
+
+    num_iterations: int
+    num_chunks: int  # T: decisions per env and rollout
+    local_num_envs: int  # N
+    first_env: int  # global index of this rank's first env
+    env_steps: int  # per iteration, over all ranks
+    minibatch_size: int  # decisions per optimizer step, over all ranks
+    local_minibatch_size: int
+    gradient_accumulation_steps: int  # micro batches per optimizer step and rank; the last may be smaller
+
+
+def derive_sizes(
+    *,
+    num_envs: int,
+    num_steps: int,
+    chunk_size: int,
+    num_minibatches: int,
+    micro_batch_size: int,
+    num_iterations: int,
+    total_timesteps: int | None,
+    rank: int,
+    world_size: int,
+) -> Sizes:
+    """Global flags -> what one rank does. Raises UserError where something does not divide."""
+    for name, value in (("num_envs", num_envs), ("num_steps", num_steps), ("num_minibatches", num_minibatches),
+                        ("micro_batch_size", micro_batch_size)):  # fmt: skip
+        if value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    if num_envs % world_size:
+        below, above = num_envs // world_size * world_size, -(-num_envs // world_size) * world_size
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"--num_envs {num_envs} is not divisible by {world_size} ranks: use {choices}")
+    if num_steps % chunk_size:
+        raise UserError(f"--num_steps {num_steps} is not a multiple of --chunk_size {chunk_size}")
+    num_chunks, local_num_envs = num_steps // chunk_size, num_envs // world_size
+    decisions = num_chunks * num_envs
+    block = minibatch_block(num_chunks, num_minibatches)
+    if decisions % num_minibatches or local_num_envs % block:
+        raise UserError(
+            f"--num_minibatches {num_minibatches} does not cut {num_chunks} decisions of {local_num_envs} envs a rank "
+            f"evenly: use a divisor of {num_chunks}"
+        )
+    local_minibatch_size = decisions // num_minibatches // world_size
+    if total_timesteps is not None:
+        num_iterations = total_timesteps // (num_envs * num_steps)
+        if num_iterations < 1:
+            raise UserError(
+                f"--total_timesteps {total_timesteps} is less than one iteration ({num_envs * num_steps} env steps)"
+            )
+    if num_iterations < 1:
+        raise UserError(f"--num_iterations {num_iterations} must be at least 1")
+    return Sizes(
+        num_iterations=num_iterations,
+        num_chunks=num_chunks,
+        local_num_envs=local_num_envs,
+        first_env=rank * local_num_envs,
+        env_steps=num_envs * num_steps,
+        minibatch_size=decisions // num_minibatches,
+        local_minibatch_size=local_minibatch_size,
+        gradient_accumulation_steps=-(-local_minibatch_size // micro_batch_size),
+    )

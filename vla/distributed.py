@@ -1,0 +1,135 @@
+"""Ranks: start, clean up, print once, reduce over all of them. One process per GPU; on a CPU, gloo.
+
+The scripts run under `deepspeed`, under torchrun, and as plain `python` (one rank).
+"""
+
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
+class UserError(Exception):
+    """Wrong input: its text is one sentence that names the thing and the remedy."""
+
+
+def run_main(main: Callable, parse: Callable) -> None:
+    """Run a script's main(parse()); wrong input ends in one sentence, once per node, and exit code 2.
+
+    Only ValueError, OSError and RuntimeError raised as UserError (or before training, by the constructors) are treated
+    so.
+    """
+    try:
+        main(parse())
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class checked:
+    """`with checked():` turns the ValueErrors, OSErrors and RuntimeErrors of set-up code into UserErrors."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (ValueError, OSError, RuntimeError)):
+            raise UserError(str(error)) from error
+
+
+def setup_distributed(seed: int) -> torch.device:
+    """Join the process group and seed every generator with the same seed on every rank. Returns this rank's device.
+
+    What must differ between ranks (which envs, which slice of the noise) is sliced from quantities that all ranks
+    agree on, so
+    a run does not depend on how many ranks share its work.
+    """
+    for name, value in LAUNCHER_ENV.items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed calls `ninja`, which pip puts beside python: found also when .venv/bin is not on PATH
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none: ranks would fight for the cores
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    deepspeed.init_distributed(verbose=False)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*values: object) -> None:
+    """print() on rank 0."""
+    if rank() == 0:
+        print(*values, flush=True)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, on the CPU, in float64. values: any shape."""
+    values = values.detach().double()
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+def all_gather_lists(items: Iterable) -> list:
+    """Concatenate every rank's picklable items, in rank order, on every rank."""
+    items = list(items)
+    if world_size() == 1:
+        return items
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+def masked_mean_var(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """Mean and unbiased variance of the entries under a bool mask of the same shape, over all ranks."""
+    picked = values[mask].double()
+    count, total = all_reduce_sum(torch.stack([picked.new_tensor(float(picked.numel())), picked.sum()])).tolist()
+    mean = total / max(count, 1.0)
+    squares = float(all_reduce_sum(((picked - mean) ** 2).sum()))
+    return mean, squares / max(count - 1.0, 1.0)
+
+
+def masked_min_max(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """Smallest and largest entry under a bool mask, over all ranks."""
+    picked = values[mask].double()
+    extremes = torch.stack([-picked.min(), picked.max()]) if picked.numel() else picked.new_full((2,), -torch.inf)
+    if world_size() > 1:
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    low, high = extremes.tolist()
+    return -low, high

@@ -1,0 +1,245 @@
+"""What a run leaves behind: TensorBoard, metrics.jsonl, a progress bar, a plot, and a description of itself.
+
+metrics.jsonl has one JSON object per iteration: keys are the TensorBoard tags, plus `iteration` and `global_step` (env
+steps over all
+ranks). `eval/*` in a line is the evaluation made since the line before; `eval/global_step` says after how many env
+steps. All evaluations,
+that of the starting policy included, are also in evaluations.jsonl.
+"""
+
+import contextlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from vla.distributed import all_reduce_sum, world_size
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
+
+
+def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
+    """Resolved flags, derived sizes, versions, commit, machine."""
+
+    def git(*command: str) -> str:
+        root = Path(__file__).resolve().parent.parent
+        try:
+            run = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return ""
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    return {
+        "command": " ".join(sys.argv),
+        "args": flags,
+        "sizes": sizes,
+        "seed": flags["seed"],
+        "num_ranks": num_ranks,
+        "commit": git("rev-parse", "HEAD") or "not a git checkout",
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+class Averages:
+    """Means of scalar metrics over the calls of add() and over ranks."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        for tag, value in metrics.items():
+            self.sums[tag] = self.sums[tag] + value if self.count else value
+        self.count += 1
+
+    def reduce(self) -> dict[str, float]:
+        """All ranks together, after equal numbers of add()."""
+        means = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.count * world_size())
+        return dict(zip(self.sums, means.tolist()))
+
+
+class Logger:
+    """Writes on rank 0 (`enabled`), and is silent elsewhere: no `if rank == 0` at call sites. Makes the run folder.
+
+    Args:
+        start_iteration, start_step: 0 for a new run; on resume, lines of later iterations are moved to *.lost.jsonl.
+    """
+
+    def __init__(
+        self, run_dir: Path, enabled: bool, num_iterations: int, start_iteration: int = 0, start_step: int = 0
+    ):
+        self.run_dir, self.enabled, self.start_iteration = run_dir, enabled, start_iteration
+        self.seconds: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}  # not yet in a line of metrics.jsonl
+        self.iteration_start = time.perf_counter()
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics", "evaluations"):
+            self._set_aside_lines_after(start_iteration, name)
+        self.tensorboard = SummaryWriter(
+            run_dir / "tensorboard", purge_step=start_step + 1 if start_iteration else None
+        )
+        self.bar = tqdm(total=num_iterations, initial=start_iteration, desc="training", unit="it", dynamic_ncols=True)
+
+    def _set_aside_lines_after(self, iteration: int, name: str) -> None:
+        """An interrupted run may have logged past its last checkpoint: those iterations are about to be run again."""
+        path = self.run_dir / f"{name}.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        if len(kept) < len(lines):
+            with (self.run_dir / f"{name}.lost.jsonl").open("a") as file:
+                file.writelines(lines[len(kept) :])
+            path.write_text("".join(kept))
+
+    def describe(self, description: dict) -> None:
+        """Write what the run is before it starts: args.json is what --resume reads."""
+        if self.enabled:
+            (self.run_dir / "args.json").write_text(json.dumps(description["args"], indent=2) + "\n")
+            name = f"run_from_iteration_{self.start_iteration:06d}.json"
+            (self.run_dir / name).write_text(json.dumps(description, indent=2) + "\n")
+            sizes = "  ".join(f"{name} {value}" for name, value in description["sizes"].items())
+            tqdm.write(
+                f"{self.run_dir}: {description['num_ranks']} ranks on {description['device']}; per rank: {sizes}"
+            )
+
+    @contextlib.contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the block's seconds to time/<name> of the current iteration."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def video(self, writer: Callable, iteration: int) -> Iterator:
+        """An open writer(path) for this evaluation on rank 0, None elsewhere."""
+        if not self.enabled:
+            yield None
+            return
+        (self.run_dir / "videos").mkdir(exist_ok=True)
+        with writer(self.run_dir / "videos" / f"eval_{iteration:06d}.mp4") as video:
+            yield video
+
+    def write_evaluation(self, iteration: int, global_step: int, means: dict[str, float]) -> None:
+        """To evaluations.jsonl and TensorBoard now, and into the next line of metrics.jsonl."""
+        tagged = {f"eval/{name}": value for name, value in means.items()}
+        self.evaluation = tagged | {"eval/global_step": global_step}
+        if self.enabled:
+            self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
+            self._scalars(tagged, global_step)
+
+    def write(
+        self,
+        iteration: int,
+        global_step: int,
+        metrics: dict[str, float],
+        episodes: list[dict[str, float]],
+        env_steps: int,
+    ) -> None:
+        """One iteration: TensorBoard, one line of metrics.jsonl, the progress bar. Timers start again.
+
+        Args:
+            episodes: statistics of the episodes that ended, over all ranks; their means become env/*. None ended: no
+            env/* but the count.
+            env_steps: of this iteration, over all ranks.
+        """
+        now = time.perf_counter()
+        self.seconds["iteration"] = now - self.iteration_start
+        times = {f"time/{name}": self.seconds.get(name, 0.0) for name in ("rollout", "update", "eval", "iteration")}
+        times["time/env_steps_per_second"] = env_steps / (times["time/rollout"] + times["time/update"])
+        self.seconds, self.iteration_start = {}, now
+        if not self.enabled:
+            return
+        env = {
+            f"env/{name}": sum(e[name] for e in episodes) / len(episodes) for name in (episodes[0] if episodes else ())
+        }
+        metrics = metrics | env | {"env/num_episodes": len(episodes)} | times
+        self._scalars(metrics, global_step)
+        self._append("metrics", {"iteration": iteration, "global_step": global_step, **metrics, **self.evaluation})
+        self.evaluation = {}
+        shown = {"success": env.get("env/success_once"), "return": env.get("env/return")}
+        shown = {name: "-" if value is None else f"{value:.3f}" for name, value in shown.items()}
+        self.bar.set_postfix(shown | {"steps/s": f"{times['time/env_steps_per_second']:.0f}"}, refresh=False)
+        self.bar.update()
+
+    def _append(self, name: str, line: dict) -> None:
+        with (self.run_dir / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _scalars(self, metrics: dict[str, float], global_step: int) -> None:
+        for tag, value in metrics.items():
+            self.tensorboard.add_scalar(tag, value, global_step)
+        self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Draw the plot and say where everything is."""
+        if not self.enabled:
+            return
+        self.bar.close()
+        self.tensorboard.close()
+        evaluations = read_lines(self.run_dir / "evaluations.jsonl")
+        before, after = evaluations[0], evaluations[-1]
+        print(f"run folder  {self.run_dir}")
+        print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'))}")
+        print(f"plot        {plot_progress(self.run_dir)}")
+        for name, line in (("before", before), ("after", after)):
+            success, episodes = line["eval/success_once"], line["eval/num_episodes"]
+            low, high = wilson_interval(success, episodes)
+            print(
+                f"{name:11} success {success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes, "
+                f"return {line['eval/return']:.3f}, after {line['global_step']} env steps",
+                flush=True,
+            )
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a success rate over n episodes (Wilson 1927)."""
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def plot_progress(run_dir: Path) -> Path:
+    """metrics.jsonl and evaluations.jsonl -> progress.png: success and return against env steps."""
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, name, label in zip(axes, ("success_once", "return"), ("success rate", "return")):
+        for source, prefix, style, legend in (
+            ("metrics", "env", "-", "training episodes"),
+            ("evaluations", "eval", "o--", "held-out evaluation"),
+        ):
+            lines = [line for line in read_lines(run_dir / f"{source}.jsonl") if f"{prefix}/{name}" in line]
+            axis.plot(
+                [line["global_step"] for line in lines],
+                [line[f"{prefix}/{name}"] for line in lines],
+                style,
+                label=legend,
+            )
+        axis.set_xlabel("env steps")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(-0.02, 1.02)
+    axes[0].legend()
+    figure.savefig(run_dir / "progress.png", dpi=120)
+    plt.close(figure)
+    return run_dir / "progress.png"

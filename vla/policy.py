@@ -1,0 +1,206 @@
+"""VLAPolicy: what the training scripts see of a model. Everything goes through __call__, because ZeRO-3 gathers
+weights there.
+
+    N envs (or B samples)   C = chunk_size actions per decision   D = 7 action dimensions   L prompt ids
+
+    act(obs, temperature, noise)        tokens, logprobs [N, C, D], values [N, C]
+    evaluate(obs, tokens, temperature)  logprobs, entropy [N, C, D], values [N, C]
+    value(obs)                          values [N, C]
+    decode(tokens)                      actions [N, C, D] in robot units
+
+`obs` is what an env returns, {"image": uint8 [N, H, W, 3], "task_description": N strings}, or what preprocess() made
+of it (what the
+rollout buffer keeps). Tokens are vocabulary ids, integers; actions are floats; never the same word. Log-probabilities
+are over
+the 256 action ids only, in fp32, and come from the same lines of code in rollout and update.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
+
+PROMPT = "In: What action should the robot take to {task_description}?\nOut: "
+
+
+class PolicyInputs(NamedTuple):
+    """What the model reads: pixels at its own resolution, still uint8, and padded prompts."""
+
+    images: torch.Tensor  # uint8 [N, H, W, 3]
+    prompt_ids: torch.Tensor  # int64 [N, L]: BOS, padding, rest of the prompt
+    prompt_mask: torch.Tensor  # bool [N, L]
+
+    def to(self, device: torch.device) -> "PolicyInputs":
+        return PolicyInputs(*(field.to(device) for field in self))
+
+
+class VLAPolicy(nn.Module):
+    """A vision-language-action model with its prompt, bins, statistics and critic.
+
+    Args:
+        model: OpenVLA.
+        value_head: ValueHead with chunk_size outputs, or None for an actor alone.
+        action_tokens: bins and statistics.
+        tokenizer: transformers tokenizer, or None: then only prompt_ids() raises.
+        image_size: (height, width) of the towers' input, pixels.
+        pad_token_id: fills prompts up to max_prompt_length (published: 32000 and 30).
+    """
+
+    chunk_size = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        value_head: nn.Module | None,
+        action_tokens: ActionTokens,
+        tokenizer,
+        image_size: tuple[int, int],
+        pad_token_id: int,
+        max_prompt_length: int = 30,
+    ):
+        super().__init__()
+        self.model = model
+        self.value_head = value_head
+        self.action_tokens = action_tokens
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.pad_token_id = pad_token_id
+        self.max_prompt_length = max_prompt_length
+        self._prompt_cache: dict[str, list[int]] = {}
+
+    # ------------------------------------------------------------------ text and pixels
+    def prompt_ids(self, task_description: str) -> list[int]:
+        """The one place where text becomes ids: BOS, then the lower-cased instruction in OpenVLA's prompt."""
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint folder has no tokenizer.json: copy it beside config.json")
+        if task_description not in self._prompt_cache:
+            ids = self.tokenizer(PROMPT.format(task_description=task_description.lower()))["input_ids"]
+            if len(ids) > self.max_prompt_length:
+                raise ValueError(
+                    f"the prompt for {task_description!r} has {len(ids)} tokens, --max_prompt_length is "
+                    f"{self.max_prompt_length}: raise it or shorten the instruction"
+                )
+            self._prompt_cache[task_description] = ids
+        return self._prompt_cache[task_description]
+
+    def collate(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """N prompts with BOS -> ids int64 and mask bool, [N, L] with L = max_prompt_length: padding goes behind BOS."""
+        ids = torch.full((len(prompts), self.max_prompt_length), self.pad_token_id)
+        mask = torch.zeros(len(prompts), self.max_prompt_length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            rest = len(prompt) - 1
+            ids[row, 0], mask[row, 0] = prompt[0], True
+            ids[row, self.max_prompt_length - rest :] = torch.tensor(prompt[1:])
+            mask[row, self.max_prompt_length - rest :] = True
+        return ids, mask
+
+    def preprocess(self, obs: dict | PolicyInputs) -> PolicyInputs:
+        """obs of an env -> PolicyInputs on the obs' device. Idempotent."""
+        if isinstance(obs, PolicyInputs):
+            return obs
+        images = resize(obs["image"], self.image_size)
+        ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
+        return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
+
+    # ------------------------------------------------------------------ the four verbs
+    def act(
+        self, obs: dict | PolicyInputs, temperature: float, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sample a chunk of actions.
+
+        Args:
+            temperature: 0 = greedy; log-probabilities are then those of temperature 1.
+            noise: float64 [N, C, D] uniform in [0, 1), what is sampled is a function of it. None: drawn from torch's
+            generator.
+        """
+        inputs = self.preprocess(obs)
+        if noise is None:
+            noise = torch.rand(len(inputs.images), self.chunk_size, ACTION_DIM, dtype=torch.float64)
+        return self(inputs, temperature=temperature, noise=noise.to(inputs.images.device))
+
+    def evaluate(
+        self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropy of given tokens, and values."""
+        return self(self.preprocess(obs), temperature=temperature, tokens=tokens)
+
+    def value(self, obs: dict | PolicyInputs) -> torch.Tensor:
+        """V(obs): one pass over the prompt, nothing is generated."""
+        return self(self.preprocess(obs))
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
+        return self.action_tokens.unnormalize(self.action_tokens.decode(tokens)).float()
+
+    def forward(
+        self,
+        inputs: PolicyInputs,
+        temperature: float = 1.0,
+        tokens: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ):
+        """The one entry: with tokens it evaluates, with noise it acts, with neither it returns values."""
+        if noise is not None:
+            return self._generate(inputs, temperature, noise)
+        if tokens is None:
+            return self._values(self.model(*inputs)[1])
+        logits, hidden = self.model(*inputs, tokens=tokens.flatten(1))  # [B, C * D, V], [B, H]
+        logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)  # [B, C, D], nats
+        chosen = (tokens - self.action_tokens.first_id)[..., None]
+        return logprobs.gather(-1, chosen)[..., 0], entropy, self._values(hidden)
+
+    # ------------------------------------------------------------------ inside
+    def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):
+        """OpenVLA writes its tokens one by one: the log-probability of each is noted as it is drawn."""
+        tokens, logprobs = [], []
+
+        def choose(logits: torch.Tensor, index: int) -> torch.Tensor:  # [B, V] -> [B]
+            candidates = self._action_logprobs(logits, temperature)
+            bins = sample_bins(candidates, noise.flatten(1)[:, index], greedy=temperature == 0)
+            logprobs.append(candidates.gather(-1, bins[:, None])[:, 0])
+            tokens.append(bins + self.action_tokens.first_id)
+            return tokens[-1]
+
+        hidden = self.model.generate(*inputs, num_tokens=self.chunk_size * ACTION_DIM, choose=choose)
+        shape = (len(hidden), self.chunk_size, ACTION_DIM)
+        return torch.stack(tokens, 1).view(shape), torch.stack(logprobs, 1).view(shape), self._values(hidden)
+
+    def _action_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """logits [..., V] -> log-probabilities over the 256 action ids, fp32 [..., 256]."""
+        action_logits = logits[..., self.action_tokens.first_id : self.action_tokens.vocab_end].float()
+        return F.log_softmax(action_logits / (temperature or 1.0), dim=-1)
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, H] -> values fp32 [B, C]; zeros for an actor without critic."""
+        if self.value_head is None:
+            return hidden.new_zeros(len(hidden), self.chunk_size, dtype=torch.float32)
+        return self.value_head(hidden).float()
+
+
+def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> torch.Tensor:
+    """logprobs [B, 256], noise [B] in [0, 1) -> bins int64 [B], by inverting the cumulative distribution.
+
+    A function of its arguments: one env's action does not depend on which other envs share its batch or rank.
+    """
+    if greedy:
+        return logprobs.argmax(dim=-1)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    bins = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return bins.clamp(max=NUM_BINS - 1)
+
+
+def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> uint8 [N, h, w, 3], bicubic with antialias, aspect not kept ("resize-naive").
+
+    The result is rounded back to uint8 (RLinf's path; the PIL path differs from it in 14 % of the values, by at most 2
+    of 255).
+    """
+    if tuple(images.shape[1:3]) == tuple(size):
+        return images
+    pixels = images.permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
