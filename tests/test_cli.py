@@ -1,0 +1,112 @@
+"""yaml keys become flags; wrong input is named before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+import yaml
+from train_ppo import Args
+from vla.cli import derive_sizes, mapping_to_flags, parse_args
+from vla.distributed import UserError
+from vla.engine import read_deepspeed_config
+
+PRESETS = sorted(Path("yaml").glob("*.yaml"))
+
+
+def parse(*argv: str) -> Args:
+    return parse_args(Args, list(argv), "test")
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
+def test_every_preset_parses(preset):
+    args = parse("--config", str(preset))
+    for key, value in yaml.safe_load(preset.read_text()).items():
+        assert getattr(args, key) == (tuple(value) if isinstance(value, list) else value), key
+
+
+def test_later_flags_win_and_types_are_checked(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("learning_rate: 3e-5\nimage_size: [96, 64]\nauto_reset: false\nnum_envs: 4\nvalue_clip: null\n")
+    args = parse("--config", str(file), "--num_envs", "6", "--local_rank=1")
+    assert args.learning_rate == 3e-5 and args.image_size == (96, 64) and args.auto_reset is False
+    assert args.num_envs == 6 and args.value_clip is None and args.local_rank == 1
+    assert parse(f"--config={file}").num_envs == 4
+
+
+def test_unknown_yaml_key_gets_a_suggestion(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("num_env: 4\n")
+    with pytest.raises(UserError, match=r"unknown key 'num_env'; did you mean 'num_envs'"):
+        parse("--config", str(file))
+
+
+def test_missing_or_broken_config(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        parse("--config", str(tmp_path / "none.yaml"))
+    (tmp_path / "a.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not valid yaml"):
+        parse("--config", str(tmp_path / "a.yaml"))
+    with pytest.raises(UserError, match="flag: value"):
+        (tmp_path / "a.yaml").write_text("- 1")
+        parse("--config", str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("flag", [["--num_envs", "lots"], ["--nun_envs", "4"], ["--logprob_level", "word"]])
+def test_wrong_flags_exit_2(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flag)
+    assert stopped.value.code == 2
+    assert flag[0][2:] in capsys.readouterr().err.replace("-", "_")
+
+
+def test_flags_of_every_type():
+    assert mapping_to_flags({"num_envs": 8, "auto_reset": False, "image_size": [9, 8]}, Args, "x") == [
+        "--num_envs", "8", "--no-auto_reset", "--image_size", "9", "8",
+    ]  # fmt: skip
+
+
+SIZES = dict(
+    num_envs=16, num_steps=40, chunk_size=1, num_minibatches=4, micro_batch_size=20, num_iterations=5,
+    total_timesteps=None, rank=1, world_size=2,
+)  # fmt: skip
+
+
+def test_sizes():
+    sizes = derive_sizes(**SIZES)
+    assert (sizes.local_num_envs, sizes.first_env, sizes.env_steps) == (8, 8, 640)
+    assert (sizes.minibatch_size, sizes.local_minibatch_size, sizes.gradient_accumulation_steps) == (160, 80, 4)
+    assert derive_sizes(**SIZES | {"total_timesteps": 2000}).num_iterations == 3
+    assert derive_sizes(**SIZES | {"micro_batch_size": 32}).gradient_accumulation_steps == 3  # 32 + 32 + 16
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"num_envs": 15}, r"--num_envs 15 is not divisible by 2 ranks: use 14 or 16"),
+        ({"num_envs": 0}, r"--num_envs 0 must be at least 1"),
+        ({"chunk_size": 3}, r"--num_steps 40 is not a multiple of --chunk_size 3"),
+        ({"num_minibatches": 7}, r"--num_minibatches 7 .* use a divisor of 40"),
+        ({"micro_batch_size": 0}, r"--micro_batch_size 0 must be at least 1"),
+        ({"total_timesteps": 100}, r"less than one iteration \(640 env steps\)"),
+        ({"num_iterations": 0}, r"--num_iterations 0 must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_divide(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        derive_sizes(**SIZES | change)
+
+
+def test_deepspeed_config(tmp_path):
+    assert read_deepspeed_config("ds_configs/zero3.json", "float32")["bf16"]["enabled"] is False
+    assert read_deepspeed_config("ds_configs/zero3.json", "bfloat16")["bf16"]["enabled"] is True
+    file = tmp_path / "a.json"
+    for text, sentence in (
+        ('{"gradient_clipping": 1.0}', r"sets 'gradient_clipping', which is decided by --max_grad_norm"),
+        ('{"bf16": {"enabled": true}}', r"bf16 on but --dtype is float32"),
+        ("{", "not valid JSON"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            read_deepspeed_config(str(file), "float32")
+    with pytest.raises(UserError, match=r"zero3\.json"):
+        read_deepspeed_config("ds_configs/zero9.json", "float32")

@@ -1,0 +1,118 @@
+"""What README says exists, and imports point one way."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted(ROOT.glob("*.py"))
+MODULES = sorted([*ROOT.glob("vla/*.py"), *ROOT.glob("envs/*.py"), *SCRIPTS])
+
+# package -> where it may be imported; anything not named here may be imported anywhere
+CONFINED = {
+    "deepspeed": {"vla/engine.py", "vla/stages.py", "vla/checkpoint.py", "vla/distributed.py"},
+    "transformers": {"vla/openvla.py", "vla/pretrained.py"},
+    "peft": {"vla/pretrained.py"},
+    "tyro": {"vla/cli.py"},
+    "yaml": {"vla/cli.py"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    name, modules = str(path.relative_to(ROOT)), imported(path)
+    packages = {module.split(".")[0] for module in modules}
+    if name.startswith("envs/"):
+        assert "vla" not in packages and "deepspeed" not in packages
+    if name.startswith("vla/"):
+        assert not packages & {"envs", "mani_skill", "sapien"}
+    if not name.startswith("envs/") or name == "envs/__init__.py":
+        assert not packages & {"mani_skill", "sapien"}
+    assert not packages & {script.stem for script in SCRIPTS}
+    for package, places in CONFINED.items():
+        assert package not in packages or name in places, f"{name} imports {package}"
+    if name != "vla/logger.py":
+        assert not any(module.startswith(("torch.utils.tensorboard", "tensorboard")) for module in modules)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("vla/*.py"), *ROOT.glob("envs/*.py")], ids=lambda path: path.name)
+def test_no_module_receives_args(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert "args" not in {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}, node.name
+
+
+def test_every_path_in_readme_exists():
+    tree = re.search(r"## Files\n+```\n(.*?)```", README, re.S).group(1)
+    paths = [word for line in tree.splitlines() for word in re.split(r"  +", line)[:-1]]
+    paths += re.findall(r"`((?:vla|envs|yaml|ds_configs|tests|slurm|benchmarks)/[\w./]*)`", README)
+    paths += re.findall(r"--config (\S+)", README)
+    assert len(paths) > 25
+    for path in paths:
+        assert (ROOT / path).exists(), f"README names {path}"
+
+
+def test_every_python_file_stands_in_readme():
+    for path in MODULES:
+        if path.name != "__init__.py":
+            assert f"{path.relative_to(ROOT)} " in README, f"README's tree lacks {path.relative_to(ROOT)}"
+
+
+def test_every_command_in_readme_exists():
+    """make targets are in the Makefile, scripts exist, and every flag that stands in README is a flag."""
+    from train_ppo import Args
+
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
+    for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \d+)* (\w+\.py)", README):
+        assert (ROOT / script).exists(), script
+    launcher_flags = {"num_gpus", "help", "renderer"}
+    for flag in re.findall(r"--([a-z]\w+)", README):
+        assert flag in Args.__dataclass_fields__ or flag in launcher_flags, f"README names --{flag}"
+
+
+def test_ci_runs_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "```bash\nmake train" in README
+
+
+def test_every_metric_is_explained():
+    source = (ROOT / "train_ppo.py").read_text()
+    for tag in re.findall(r'"((?:train|rollout)/[\w/]+)"', source):
+        assert f"`{tag}`" in README, f"README's table lacks {tag}"
+
+
+def test_pins_are_exact():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert not line or line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+", line), line
+
+
+def test_every_third_party_import_is_pinned():
+    import sys
+
+    pinned = {
+        line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines()
+    }
+    of_module = {"yaml": "pyyaml", "PIL": "pillow"}
+    for path in [*MODULES, *ROOT.glob("tests/*.py")]:
+        for module in imported(path):
+            package = module.split(".")[0]
+            if package in sys.stdlib_module_names or package in {"vla", "envs", "train_ppo", "doctor", "conftest"}:
+                continue
+            assert of_module.get(package, package).lower() in pinned, (
+                f"{path.name} imports {package}, which is not pinned"
+            )
