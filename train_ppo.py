@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from envs import eval_episode_ids, make_envs
 from envs.video import VideoWriter
-from vla.action_tokens import ACTION_DIM
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import derive_sizes, parse_args
 from vla.distributed import (
@@ -45,7 +44,8 @@ from vla.distributed import (
 )  # fmt: skip
 from vla.engine import DTYPES, build_engine, optimizer_step, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
-from vla.logger import Averages, Logger, describe_run
+from vla.logger import Averages, Logger, describe_run, rows
+from vla.policy import uniform_noise
 from vla.pretrained import load_policy
 from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatch_indices
 from vla.stages import make_rollout_copy, rollout_stage, update_stage
@@ -327,32 +327,23 @@ def main(args: Args) -> None:
         value_learning_rate=args.value_learning_rate, weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
     )  # fmt: skip
+    T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
     buffer = RolloutBuffer(
-        sizes.num_chunks,
-        sizes.local_num_envs,
-        policy.chunk_size,
-        policy.image_size,
-        args.max_prompt_length,
-        pin=device.type == "cuda",
-    )
+        T, N, policy.chunk_size, policy.image_size, args.max_prompt_length, pin=device.type == "cuda"
+    )  # fmt: skip
     start_iteration, global_step = 0, 0
-    if checkpoint:
-        with checked():
-            start_iteration, global_step, env_states = load_checkpoint(
-                engine, checkpoint, sizes.first_env, sizes.local_num_envs
-            )
+    with checked():
+        if checkpoint:
+            start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, first_env, N)
             obs = envs.load_state_dict(env_states)
-    logger = Logger(run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step)
-    logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
+        logger = Logger(run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step)
+        logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> None:
         """The held-out episodes, with whole weights; rank 0 films its first batch."""
-        with (
-            logger.timer("eval"),
-            rollout_stage(engine, rollout_copy) as actor,
-            logger.video(VideoWriter, iteration) as video,
-        ):
-            means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
+        with logger.timer("eval"), rollout_stage(engine, rollout_copy) as actor:
+            with logger.video(VideoWriter, iteration) as video:
+                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
         logger.write_evaluation(iteration, global_step, means)
 
     if not checkpoint:
@@ -360,8 +351,7 @@ def main(args: Args) -> None:
         obs = envs.reset()
 
     for iteration in range(start_iteration, sizes.num_iterations):
-        # (seed, iteration) decides everything random below, the same on every rank: a resumed run needs no generator
-        # states
+        # (seed, iteration) decides everything random below, the same on every rank: resuming needs no generator state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes = []
@@ -370,16 +360,13 @@ def main(args: Args) -> None:
                 obs = envs.reset()
             inputs = actor.preprocess(obs).to(device)
             for t in range(sizes.num_chunks):
-                noise = torch.rand(
-                    args.num_envs, actor.chunk_size, ACTION_DIM, dtype=torch.float64, generator=generator
-                )
-                local_noise = noise[sizes.first_env : sizes.first_env + sizes.local_num_envs]
-                tokens, logprobs, values = actor.act(
-                    inputs, args.temperature, local_noise
-                )  # [N, C, D] [N, C, D] [N, C]
+                noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[
+                    first_env : first_env + N
+                ]  # [N, C, D]
+                tokens, logprobs, values = actor.act(inputs, args.temperature, noise)  # [N, C, D] [N, C, D] [N, C]
                 next_obs, rewards, terminations, truncations, infos = envs.step(actor.decode(tokens))  # [N, C] [N] [N]
                 bootstrapped = truncations | (terminations & (args.bootstrap == "always"))  # [N]
-                final_values = torch.zeros(sizes.local_num_envs)
+                final_values = torch.zeros(N)
                 if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
                     final_inputs = actor.preprocess(infos["final_observation"]).to(device)
                     final_values[infos["ended"]] = actor.value(final_inputs)[:, 0].float().cpu()
@@ -387,54 +374,34 @@ def main(args: Args) -> None:
                     t, inputs, tokens=tokens, logprobs=logprobs, values=values, rewards=rewards, valid=infos["valid"],
                     dones=terminations | truncations, final_values=final_values * bootstrapped,
                 )  # fmt: skip
-                episodes += [
-                    dict(zip(infos["episode"], row)) for row in zip(*(x.tolist() for x in infos["episode"].values()))
-                ]
+                episodes += rows(infos["episode"])
                 obs, inputs = next_obs, actor.preprocess(next_obs).to(device)
             next_values = actor.value(inputs)[:, 0].cpu()  # [N]
         global_step += sizes.env_steps
 
         # ------------------------------------------------------------------ advantage
         advantages, returns = compute_gae(
-            buffer.rewards,
-            buffer.values,
-            buffer.valid,
-            buffer.dones,
-            buffer.final_values,
-            next_values,
-            args.gamma,
-            args.gae_lambda,
-        )  # [T, N, C] each
+            buffer.rewards, buffer.values, buffer.valid, buffer.dones, buffer.final_values, next_values,
+            args.gamma, args.gae_lambda,
+        )  # [T, N, C] each  # fmt: skip
         if args.norm_adv:
             mean, variance = masked_mean_var(advantages, buffer.valid)  # over all ranks
             advantages = (advantages - mean) / (variance**0.5 + 1e-5)
 
-        # ------------------------------------------------------------------ update: weights are sharded, ranks in
-        # lock-step
+        # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         epochs, grad_norms, first_ratio_error = [], [], None
         with logger.timer("update"), update_stage(engine):
             for _ in range(args.update_epochs):
                 averages = Averages()
-                minibatches = minibatch_indices(
-                    sizes.num_chunks,
-                    args.num_envs,
-                    sizes.first_env,
-                    sizes.local_num_envs,
-                    args.num_minibatches,
-                    generator,
-                )  # [num_minibatches, decisions on this rank]
+                minibatches = minibatch_indices(T, args.num_envs, first_env, N, args.num_minibatches, generator)
                 executed = all_reduce_sum(buffer.valid.flatten(0, 1)[minibatches].sum(dim=(1, 2)))  # [num_minibatches]
                 for minibatch, num_executed in zip(minibatches, executed.tolist()):
                     num_actions = max(num_executed, 1.0) / (sizes.gradient_accumulation_steps * world_size())
                     for index in minibatch.split(args.micro_batch_size):
                         mb = buffer.micro_batch(index, advantages, returns, device)
-                        new_logprobs, entropy, new_values = engine(
-                            mb.inputs, temperature=args.temperature, tokens=mb.tokens
-                        )
+                        new_logprobs, entropy, new_values = engine(mb.inputs, args.temperature, tokens=mb.tokens)
                         if first_ratio_error is None:  # nothing has been updated yet: every ratio should be 1
-                            first_ratio_error = float(
-                                (new_logprobs.detach() - mb.old_logprobs).exp().sub(1.0).abs().max()
-                            )
+                            first_ratio_error = float((new_logprobs.detach() - mb.old_logprobs).expm1().abs().max())
                         loss, metrics = ppo_loss(
                             new_logprobs, entropy, new_values, mb, num_actions, logprob_level=args.logprob_level,
                             clip_ratio_low=args.clip_ratio_low, clip_ratio_high=args.clip_ratio_high,

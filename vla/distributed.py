@@ -128,7 +128,10 @@ def masked_mean_var(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, fl
 def masked_min_max(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
     """Smallest and largest entry under a bool mask, over all ranks."""
     picked = values[mask].double()
-    extremes = torch.stack([-picked.min(), picked.max()]) if picked.numel() else picked.new_full((2,), -torch.inf)
+    if not picked.numel():  # this rank has nothing to say
+        extremes = picked.new_full((2,), -torch.inf)
+    else:
+        extremes = torch.stack([-picked.min(), picked.max()])
     if world_size() > 1:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     low, high = extremes.tolist()

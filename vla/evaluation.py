@@ -7,8 +7,8 @@ that is a function of (episode id, step).
 
 import torch
 
-from vla.action_tokens import ACTION_DIM
 from vla.distributed import all_gather_lists, rank, world_size
+from vla.policy import uniform_noise
 
 STATISTICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
 
@@ -45,12 +45,7 @@ def run_batch(policy, envs, episode_ids: list[int], temperature: float, video) -
     if video is not None:
         video.add(obs["image"], captions(obs, 0, returns, rows))
     while len(rows) < envs.num_envs:
-        noise = torch.stack(
-            [
-                torch.rand(policy.chunk_size, ACTION_DIM, dtype=torch.float64, generator=generator)
-                for generator in generators
-            ]
-        )
+        noise = torch.cat([uniform_noise(1, policy.chunk_size, generator) for generator in generators])  # [N, C, D]
         device = next(policy.parameters()).device
         tokens, _, _ = policy.act(policy.preprocess(obs).to(device), temperature, noise)
         obs, rewards, _, _, infos = envs.step(policy.decode(tokens))

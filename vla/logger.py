@@ -208,6 +208,11 @@ class Logger:
             )
 
 
+def rows(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+    """{"return": [M], "episode_len": [M], ...} -> M dicts of floats."""
+    return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

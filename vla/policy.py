@@ -181,6 +181,11 @@ class VLAPolicy(nn.Module):
         return self.value_head(hidden).float()
 
 
+def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) -> torch.Tensor:
+    """float64 [num_envs, chunk_size, 7] in [0, 1): what act() turns into a sample."""
+    return torch.rand(num_envs, chunk_size, ACTION_DIM, dtype=torch.float64, generator=generator)
+
+
 def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> torch.Tensor:
     """logprobs [B, 256], noise [B] in [0, 1) -> bins int64 [B], by inverting the cumulative distribution.
 
