@@ -438,4 +438,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, lambda: parse_args(Args, sys.argv[1:], __doc__))
+    run_main(main, lambda: parse_args(Args, sys.argv[1:], description="\n\n".join(__doc__.split("\n\n")[:2])))

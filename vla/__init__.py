@@ -1,0 +1,8 @@
+"""The policy, and what runs it on ranks. Knows no simulator."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # before DeepSpeed is imported: else every rank warns that it found no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,8 +10,9 @@ string (YAML 1.1) and a misspelt choice unchecked.
 import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import json
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,11 +26,10 @@ ArgsType = TypeVar("ArgsType")
 
 
 def parse_args(args_class: type[ArgsType], argv: list[str], description: str) -> ArgsType:
-    """Flags of a run: those saved in the folder that --resume names, then those of --config, then argv; the last one
-    wins.
+    """Flags of a run: those saved in the folder that --resume names, then those of --config, then argv; the last wins.
 
     Raises:
-        UserError: a missing file or an unknown key. SystemExit 2: tyro's own report of a bad flag (on local rank 0).
+        UserError: a missing file, an unknown key or flag, a value of the wrong type.
     """
     flags = []
     resume, config = flag_value(argv, "resume"), flag_value(argv, "config")
@@ -37,8 +37,24 @@ def parse_args(args_class: type[ArgsType], argv: list[str], description: str) ->
         flags += mapping_to_flags(saved_args(Path(resume)), args_class, resume)
     if config:
         flags += mapping_to_flags(read_yaml(Path(config)), args_class, config)
-    with quiet_unless_local_rank_0():
-        return tyro.cli(args_class, args=flags + argv, description=description)
+        parse_flags(args_class, flags, description, f"{config}: ")  # so that a bad value is laid at the file's door
+    return parse_flags(args_class, flags + argv, description, "")
+
+
+def parse_flags(args_class: type[ArgsType], flags: list[str], description: str, source: str) -> ArgsType:
+    """tyro, with its boxed report of a bad flag turned into a UserError of one sentence. --help prints and exits."""
+    report = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(report):
+            return tyro.cli(args_class, args=flags, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("\u2502 ") for line in report.getvalue().splitlines() if line.startswith("\u2502")]
+        near = [line.split()[0] for line in lines if line.startswith("--")]
+        said = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), lines)).rstrip(".")
+        hint = f"; did you mean {near[0]}?" if said.startswith("Unrecognized") and near else ""
+        raise UserError(f"{source}{said}{hint} (see --help)") from None
 
 
 def flag_value(argv: list[str], name: str) -> str | None:
@@ -90,16 +106,6 @@ def mapping_to_flags(mapping: dict, args_class: type, source: str) -> list[str]:
         else:
             flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return flags
-
-
-@contextlib.contextmanager
-def quiet_unless_local_rank_0():
-    """tyro reports a bad flag on the terminal: once per node is enough."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 @dataclasses.dataclass(frozen=True)
