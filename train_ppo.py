@@ -33,6 +33,7 @@ from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import derive_sizes, parse_args
 from vla.distributed import (
     all_gather_lists,
+    all_reduce_max,
     all_reduce_sum,
     checked,
     masked_mean_var,
@@ -42,12 +43,12 @@ from vla.distributed import (
     setup_distributed,
     world_size,
 )  # fmt: skip
-from vla.engine import DTYPES, build_engine, optimizer_step, read_deepspeed_config, zero_stage
+from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, rows
 from vla.policy import uniform_noise
 from vla.pretrained import load_policy
-from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatch_indices
+from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatch_indices, split_padded
 from vla.stages import make_rollout_copy, rollout_stage, update_stage
 
 
@@ -137,12 +138,14 @@ class Args:
     numbers)"""
     norm_adv: bool = True
     """normalise advantages, over all ranks"""
-    logprob_level: Literal["token", "action"] = "action"
-    """unit whose probability ratio is clipped: each of the 7 tokens, or their product"""
+    logprob_level: Literal["token", "action", "chunk"] = "action"
+    """unit whose probability ratio is clipped: each token, the 7 of an action together, or a whole chunk"""
     clip_ratio_low: float = 0.2
     """ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]"""
     clip_ratio_high: float = 0.2
     """see clip_ratio_low"""
+    dual_clip: float | None = None
+    """an action with negative advantage pushes with at most dual_clip * |advantage|; None = no limit"""
     value_clip: float | None = 0.2
     """largest counted change of a value from its rollout value; None = no limit"""
     huber_delta: float = 10.0
@@ -155,6 +158,8 @@ class Args:
     """passes over a rollout"""
     num_minibatches: int = 32
     """optimizer steps per pass"""
+    critic_warmup_iterations: int = 0
+    """iterations in which only the critic learns, at the start"""
     target_kl: float | None = None
     """leave the update after a pass whose approx_kl (over all ranks) exceeds it"""
     learning_rate: float = 1e-4
@@ -217,73 +222,105 @@ def compute_gae(
     return advantages, torch.where(valid, advantages + values, 0.0)
 
 
+def clipped_surrogate(
+    new_logprobs: torch.Tensor,
+    mb: MicroBatch,
+    total_weight: float,
+    *,
+    logprob_level: str,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    dual_clip: float | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), two-sided clip (DAPO, arXiv 2503.14476), dual clip (arXiv
+    1912.09729).
+
+    Args:
+        new_logprobs: [B, C, D].
+        total_weight: what weighted sums are divided by: the weight of the whole minibatch over all ranks, per rank.
+        DeepSpeed
+            adds up micro batches and averages ranks, so the sum of what this returns is the minibatch's weighted mean.
+
+    Returns:
+        loss and metrics, scalars. The unit whose ratio is clipped is a token, an action (7 tokens) or a chunk (its
+        executed
+        actions; its advantage is that of its first action, which holds the rewards of the others).
+    """
+    log_ratio = new_logprobs - mb.old_logprobs  # [B, C, D]
+    advantages, weights = mb.advantages, mb.weights  # [B, C]
+    if logprob_level == "token":
+        num_tokens = log_ratio.shape[-1]
+        advantages, weights = advantages[..., None], (weights / num_tokens)[..., None].expand_as(log_ratio)  # [B, C, D]
+    else:
+        log_ratio = log_ratio.sum(dim=-1)  # [B, C]
+    if logprob_level == "chunk":
+        log_ratio = (log_ratio * (weights > 0)).sum(dim=1, keepdim=True)  # [B, 1]
+        advantages, weights = advantages[:, :1], weights.sum(dim=1, keepdim=True)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (x * weights).sum() / total_weight
+
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
+    unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
+    losses = torch.maximum(unclipped, clipped)
+    dual_clipped = torch.zeros_like(losses, dtype=torch.bool)
+    if dual_clip is not None:  # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
+        dual_clipped = (advantages < 0) & (losses > -dual_clip * advantages)
+        losses = torch.where(dual_clipped, -dual_clip * advantages, losses)
+    policy_loss = mean(losses)
+    metrics = {
+        "train/actor/policy_loss": policy_loss,
+        "train/actor/approx_kl": mean(ratio - 1.0 - log_ratio),  # k3, http://joschu.net/blog/kl-approx.html
+        "train/actor/clip_fraction": mean((clipped > unclipped).float()),
+        "train/actor/clipped_ratio": mean(clipped_ratio),
+        "train/actor/dual_clip_fraction": mean(dual_clipped.float()),
+    }
+    return policy_loss, metrics
+
+
 def ppo_loss(
     new_logprobs: torch.Tensor,
     entropy: torch.Tensor,
     new_values: torch.Tensor,
     mb: MicroBatch,
-    num_actions: float,
+    total_weight: float,
     *,
-    logprob_level: str,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
     value_clip: float | None,
     huber_delta: float,
     vf_coef: float,
     ent_coef: float,
+    policy_coef: float = 1.0,
+    **surrogate_flags: str | float | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), clipped Huber value loss, entropy bonus.
+    """clipped_surrogate + clipped Huber value loss - entropy bonus.
 
     Args:
-        new_logprobs, entropy: [B, C, D]; new_values: [B, C].
-        num_actions: what sums over executed actions are divided by: the mean number per micro batch over the whole
-        minibatch and all
-            ranks, so that DeepSpeed's average over micro batches and ranks is the mean over the minibatch.
+        new_logprobs, entropy: [B, C, D]; new_values: [B, C]. total_weight: as for clipped_surrogate.
+        policy_coef: 0 while only the critic learns.
 
     Returns:
-        loss and metrics, scalars; their averages over micro batches and ranks are means over executed actions.
+        loss and metrics, scalars, whose sums over micro batches, averaged over ranks, are means over executed actions.
     """
-    log_ratio = new_logprobs - mb.old_logprobs  # [B, C, D]
-    advantages, mask = mb.advantages, mb.loss_mask.float()  # [B, C]
-    if logprob_level == "action":
-        log_ratio = log_ratio.sum(dim=-1)  # [B, C]
-    else:
-        advantages, mask = (
-            advantages[..., None],
-            (mask / log_ratio.shape[-1])[..., None].expand_as(log_ratio),
-        )  # [B, C, D]
 
-    def mean(x: torch.Tensor, weights: torch.Tensor = mask) -> torch.Tensor:
-        return (x * weights).sum() / num_actions
+    def mean(x: torch.Tensor) -> torch.Tensor:  # [B, C]
+        return (x * mb.weights).sum() / total_weight
 
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
-    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clipped_ratio
-    policy_loss = mean(torch.maximum(unclipped_loss, clipped_loss))
-
-    actions = mb.loss_mask.float()  # [B, C]
+    policy_loss, metrics = clipped_surrogate(new_logprobs, mb, total_weight, **surrogate_flags)
     change = new_values - mb.old_values
-    value_errors = F.huber_loss(new_values, mb.returns, reduction="none", delta=huber_delta)
+    errors = F.huber_loss(new_values, mb.returns, reduction="none", delta=huber_delta)
     value_clipped = torch.zeros_like(change, dtype=torch.bool)
     if value_clip is not None:
         limited = mb.old_values + change.clamp(-value_clip, value_clip)
-        value_errors = torch.maximum(
-            value_errors, F.huber_loss(limited, mb.returns, reduction="none", delta=huber_delta)
-        )
+        errors = torch.maximum(errors, F.huber_loss(limited, mb.returns, reduction="none", delta=huber_delta))
         value_clipped = change.abs() > value_clip
-    value_loss = mean(value_errors, actions)
-
-    mean_entropy = mean(entropy.mean(dim=-1), actions)
-    loss = policy_loss + vf_coef * value_loss - ent_coef * mean_entropy
-    metrics = {
+    value_loss, mean_entropy = mean(errors), mean(entropy.mean(dim=-1))
+    loss = policy_coef * (policy_loss - ent_coef * mean_entropy) + vf_coef * value_loss
+    metrics |= {
         "train/loss": loss,
-        "train/actor/policy_loss": policy_loss,
         "train/critic/value_loss": value_loss,
         "train/entropy_loss": mean_entropy,
-        "train/actor/approx_kl": mean(ratio - 1.0 - log_ratio),  # k3, http://joschu.net/blog/kl-approx.html
-        "train/actor/clip_fraction": mean((clipped_loss > unclipped_loss).float()),
-        "train/actor/clipped_ratio": mean(clipped_ratio),
-        "train/critic/value_clip_ratio": mean(value_clipped.float(), actions),
+        "train/critic/value_clip_ratio": mean(value_clipped.float()),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -322,11 +359,10 @@ def main(args: Args) -> None:
 
     rollout_copy = make_rollout_copy(policy.to(device), zero_stage(ds_config))
     engine = build_engine(
-        policy, ds_config, micro_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=sizes.gradient_accumulation_steps, learning_rate=args.learning_rate,
-        value_learning_rate=args.value_learning_rate, weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
+        policy, ds_config, micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate,
+        value_learning_rate=args.value_learning_rate, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
     )  # fmt: skip
+    guard = StepGuard(run_dir, rank())
     T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
     buffer = RolloutBuffer(
         T, N, policy.chunk_size, policy.image_size, args.max_prompt_length, pin=device.type == "cuda"
@@ -389,29 +425,35 @@ def main(args: Args) -> None:
             advantages = (advantages - mean) / (variance**0.5 + 1e-5)
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
-        epochs, grad_norms, first_ratio_error = [], [], None
+        weights = buffer.valid.float()  # [T, N, C]
+        warming_up = iteration < args.critic_warmup_iterations
+        engine.optimizer.param_groups[0]["lr"] = 0.0 if warming_up else args.learning_rate
+        epochs, first_ratio_error = [], None
         with logger.timer("update"), update_stage(engine):
             for _ in range(args.update_epochs):
                 averages = Averages()
-                minibatches = minibatch_indices(T, args.num_envs, first_env, N, args.num_minibatches, generator)
-                executed = all_reduce_sum(buffer.valid.flatten(0, 1)[minibatches].sum(dim=(1, 2)))  # [num_minibatches]
-                for minibatch, num_executed in zip(minibatches, executed.tolist()):
-                    num_actions = max(num_executed, 1.0) / (sizes.gradient_accumulation_steps * world_size())
-                    for index in minibatch.split(args.micro_batch_size):
-                        mb = buffer.micro_batch(index, advantages, returns, device)
+                minibatches = minibatch_indices(
+                    buffer.valid.any(dim=-1), args.num_envs, first_env, args.num_minibatches, generator
+                )  # fmt: skip
+                totals = all_reduce_sum(torch.stack([weights.flatten(0, 1)[index].sum() for index in minibatches]))
+                longest = all_reduce_max(torch.tensor([len(index) for index in minibatches]))
+                for index, total, length in zip(minibatches, totals.tolist(), longest.long().tolist()):
+                    parts = split_padded(index, args.micro_batch_size, length)  # equally many on every rank
+                    for number, part in enumerate(parts):
+                        mb = buffer.micro_batch(part, advantages, returns, weights, device)
                         new_logprobs, entropy, new_values = engine(mb.inputs, args.temperature, tokens=mb.tokens)
                         if first_ratio_error is None:  # nothing has been updated yet: every ratio should be 1
                             first_ratio_error = float((new_logprobs.detach() - mb.old_logprobs).expm1().abs().max())
                         loss, metrics = ppo_loss(
-                            new_logprobs, entropy, new_values, mb, num_actions, logprob_level=args.logprob_level,
-                            clip_ratio_low=args.clip_ratio_low, clip_ratio_high=args.clip_ratio_high,
-                            value_clip=args.value_clip, huber_delta=args.huber_delta, vf_coef=args.vf_coef,
-                            ent_coef=args.ent_coef,
+                            new_logprobs, entropy, new_values, mb, max(total, 1.0) / world_size(),
+                            logprob_level=args.logprob_level, clip_ratio_low=args.clip_ratio_low,
+                            clip_ratio_high=args.clip_ratio_high, dual_clip=args.dual_clip, value_clip=args.value_clip,
+                            huber_delta=args.huber_delta, vf_coef=args.vf_coef, ent_coef=args.ent_coef,
+                            policy_coef=0.0 if warming_up else 1.0,
                         )  # fmt: skip
-                        engine.backward(loss)
-                        grad_norms += optimizer_step(engine)  # steps, and so has a norm, once per minibatch
+                        guard.see(backward(engine, loss, last=number + 1 == len(parts)), mb, loss)
                         averages.add(metrics)
-                epochs.append(averages.reduce())
+                epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
 
@@ -420,8 +462,8 @@ def main(args: Args) -> None:
         if last or (args.eval_freq and (iteration + 1) % args.eval_freq == 0):
             run_evaluation(iteration + 1)
         metrics = {tag: sum(epoch[tag] for epoch in epochs) / len(epochs) for tag in epochs[0]}
-        metrics["train/actor/grad_norm"] = sum(grad_norms) / len(grad_norms)
-        metrics["train/actor/lr"] = args.learning_rate
+        metrics |= guard.take()
+        metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["train/actor/ratio_first_microbatch_error"] = max(all_gather_lists([first_ratio_error]))
         residual, total = (masked_mean_var(x, buffer.valid)[1] for x in (returns - buffer.values, returns))
         metrics["train/critic/explained_variance"] = 1.0 - residual / total if total > 0 else 0.0

@@ -87,9 +87,9 @@ SIZES = dict(
 def test_sizes():
     sizes = derive_sizes(**SIZES)
     assert (sizes.local_num_envs, sizes.first_env, sizes.env_steps) == (8, 8, 640)
-    assert (sizes.minibatch_size, sizes.local_minibatch_size, sizes.gradient_accumulation_steps) == (160, 80, 4)
+    assert (sizes.minibatch_size, sizes.micro_batches) == (160, 4)
     assert derive_sizes(**SIZES | {"total_timesteps": 2000}).num_iterations == 3
-    assert derive_sizes(**SIZES | {"micro_batch_size": 32}).gradient_accumulation_steps == 3  # 32 + 32 + 16
+    assert derive_sizes(**SIZES | {"micro_batch_size": 32}).micro_batches == 3  # 32 + 32 + 16
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,8 @@ def test_sizes():
     [
         ({"num_envs": 15}, r"--num_envs 15 is not divisible by 2 ranks: use 14 or 16"),
         ({"num_envs": 0}, r"--num_envs 0 must be at least 1"),
+        ({"chunk_size": 48}, r"--num_steps 40 is shorter than one chunk of 48"),
+        ({"group_size": 3}, r"--group_size 3 does not divide the 8 envs of a rank"),
         ({"chunk_size": 3}, r"--num_steps 40 is not a multiple of --chunk_size 3"),
         ({"num_minibatches": 7}, r"--num_minibatches 7 .* use a divisor of 40"),
         ({"micro_batch_size": 0}, r"--micro_batch_size 0 must be at least 1"),

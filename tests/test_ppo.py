@@ -12,7 +12,7 @@ from vla.policy import PolicyInputs
 from vla.rollout_buffer import MicroBatch
 
 FLAGS = dict(
-    logprob_level="action", clip_ratio_low=0.2, clip_ratio_high=0.2, value_clip=0.2, huber_delta=10.0, vf_coef=1.0,
+    logprob_level="action", clip_ratio_low=0.2, clip_ratio_high=0.2, dual_clip=None, value_clip=0.2, huber_delta=10.0, vf_coef=1.0,
     ent_coef=0.0
 )  # fmt: skip
 
@@ -104,8 +104,9 @@ def test_gae_inside_a_chunk_by_hand():
 
 
 # ------------------------------------------------------------------ loss
-def micro_batch(old_logprobs, old_values, advantages, returns, loss_mask) -> MicroBatch:
-    return MicroBatch(PolicyInputs(None, None, None), None, old_logprobs, old_values, advantages, returns, loss_mask)
+def micro_batch(old_logprobs, old_values, advantages, returns, mask) -> MicroBatch:
+    inputs = PolicyInputs(None, None, None)
+    return MicroBatch(inputs, None, old_logprobs, old_values, advantages, returns, mask.float())
 
 
 def spread_over_tokens(ratios: list[float], D: int = 7) -> torch.Tensor:
@@ -183,7 +184,7 @@ def test_entropy_bonus_and_mask():
 
 
 def test_two_ranks_in_plain_arithmetic_equal_one():
-    """Means over (2 ranks x 2 micro batches) of the losses equal the loss of the whole, with uneven masks."""
+    """Sums over 2 micro batches, averaged over 2 ranks, equal the loss of the whole, with uneven masks."""
     generator = torch.Generator().manual_seed(0)
     new, old = torch.randn(8, 2, 7, generator=generator) * 0.1, torch.randn(8, 2, 7, generator=generator) * 0.1
     values, old_values, advantages, returns = (torch.randn(8, 2, generator=generator) for _ in range(4))
@@ -197,9 +198,9 @@ def test_two_ranks_in_plain_arithmetic_equal_one():
     parts, part_metrics = [], []
     for part in torch.arange(8).split(2):
         mb = micro_batch(old[part], old_values[part], advantages[part], returns[part], mask[part])
-        loss, metrics = ppo_loss(new[part], entropy[part], values[part], mb, count / 4, **flags)
+        loss, metrics = ppo_loss(new[part], entropy[part], values[part], mb, count / 2, **flags)
         parts.append(loss)
         part_metrics.append(metrics)
-    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), abs=1e-6)
+    assert (sum(parts) / 2).item() == pytest.approx(whole.item(), abs=1e-6)
     for tag, value in whole_metrics.items():
-        assert sum(float(m[tag]) for m in part_metrics) / 4 == pytest.approx(float(value), abs=1e-6), tag
+        assert sum(float(m[tag]) for m in part_metrics) / 2 == pytest.approx(float(value), abs=1e-6), tag

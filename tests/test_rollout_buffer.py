@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vla.policy import PolicyInputs
-from vla.rollout_buffer import RolloutBuffer, minibatch_indices
+from vla.rollout_buffer import RolloutBuffer, minibatch_indices, split_padded
 
 
 def decision(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
@@ -39,29 +39,41 @@ def test_micro_batch_picks_decision_t_n():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     for t in range(3):
         buffer.add(t, inputs(), **decision() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
-    mb = buffer.micro_batch(torch.tensor([0, 3, 4]), buffer.values, buffer.values, torch.device("cpu"))
+    mb = buffer.micro_batch(torch.tensor([0, 3, 4]), *[buffer.values] * 3, torch.device("cpu"))
     assert mb.old_values[:, 0].tolist() == [0.0, 11.0, 20.0]
     assert mb.tokens.shape == (3, 1, 7) and mb.inputs.images.shape == (3, 8, 8, 3)
 
 
+def test_a_rank_without_decisions_takes_part_with_weight_0():
+    buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
+    parts = split_padded(torch.arange(5), 2, longest=9)
+    assert [len(part) for part in parts] == [2, 2, 1, 0, 0]
+    mb = buffer.micro_batch(parts[3], *[torch.ones(3, 2, 1)] * 3, torch.device("cpu"))
+    assert mb.weights.tolist() == [[0.0]] and mb.tokens.shape == (1, 1, 7)
+    assert [len(part) for part in split_padded(torch.arange(0), 4, longest=0)] == [0]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
 @pytest.mark.parametrize("T, num_envs, M", [(8, 4, 4), (10, 8, 4), (5, 16, 8), (4, 4, 1)])
-def test_minibatches_hold_the_same_decisions_on_any_number_of_ranks(T, num_envs, M):
-    def minibatches(world: int) -> list[set]:
-        local = num_envs // world
-        parts = [
-            minibatch_indices(T, num_envs, r * local, local, M, torch.Generator().manual_seed(7)) for r in range(world)
-        ]
-        assert all(part.shape == (M, T * local // M) for part in parts)
-        return [
-            {(int(i) // local, r * local + int(i) % local) for r, part in enumerate(parts) for i in part[m]}
-            for m in range(M)
-        ]
+def test_minibatches_hold_the_same_decisions_on_any_number_of_ranks(T, num_envs, M, drop):
+    keep = torch.rand(T, num_envs, generator=torch.Generator().manual_seed(1)) >= drop
+
+    def minibatches(world: int, seed: int = 7) -> list[set]:
+        local, dealt = num_envs // world, [set() for _ in range(M)]
+        for rank in range(world):
+            first = rank * local
+            parts = minibatch_indices(
+                keep[:, first : first + local], num_envs, first, M, torch.Generator().manual_seed(seed)
+            )
+            if drop == 0.0:
+                assert {len(part) for part in parts} == {T * local // M}  # ZeRO-3 ranks have equal work
+            for m, part in enumerate(parts):
+                dealt[m] |= {(int(i) // local, first + int(i) % local) for i in part}
+        return dealt
 
     one = minibatches(1)
-    assert set().union(*one) == {(t, n) for t in range(T) for n in range(num_envs)}  # each decision once
-    assert sum(len(m) for m in one) == T * num_envs
+    assert set().union(*one) == {(int(t), int(n)) for t, n in keep.nonzero()}  # each kept decision
+    assert sum(len(m) for m in one) == int(keep.sum())  # once
+    assert max(len(m) for m in one) - min(len(m) for m in one) <= num_envs
     assert minibatches(2) == one
-    other = minibatch_indices(T, num_envs, 0, num_envs, M, torch.Generator().manual_seed(8))
-    assert M == 1 or not torch.equal(
-        other, minibatch_indices(T, num_envs, 0, num_envs, M, torch.Generator().manual_seed(7))
-    )
+    assert M == 1 or minibatches(1, seed=8) != one

@@ -117,9 +117,8 @@ class Sizes:
     local_num_envs: int  # N
     first_env: int  # global index of this rank's first env
     env_steps: int  # per iteration, over all ranks
-    minibatch_size: int  # decisions per optimizer step, over all ranks
-    local_minibatch_size: int
-    gradient_accumulation_steps: int  # micro batches per optimizer step and rank; the last may be smaller
+    minibatch_size: int  # decisions per optimizer step, over all ranks (at most: dropped ones leave it smaller)
+    micro_batches: int  # per optimizer step and rank; the last may be smaller
 
 
 def derive_sizes(
@@ -129,6 +128,7 @@ def derive_sizes(
     chunk_size: int,
     num_minibatches: int,
     micro_batch_size: int,
+    group_size: int = 1,
     num_iterations: int,
     total_timesteps: int | None,
     rank: int,
@@ -143,9 +143,15 @@ def derive_sizes(
         below, above = num_envs // world_size * world_size, -(-num_envs // world_size) * world_size
         choices = f"{below} or {above}" if below else f"{above}"
         raise UserError(f"--num_envs {num_envs} is not divisible by {world_size} ranks: use {choices}")
+    if num_steps < chunk_size:
+        raise UserError(f"--num_steps {num_steps} is shorter than one chunk of {chunk_size} actions: raise it")
     if num_steps % chunk_size:
         raise UserError(f"--num_steps {num_steps} is not a multiple of --chunk_size {chunk_size}")
     num_chunks, local_num_envs = num_steps // chunk_size, num_envs // world_size
+    if local_num_envs % group_size:
+        raise UserError(
+            f"--group_size {group_size} does not divide the {local_num_envs} envs of a rank: a group stays on one rank"
+        )
     decisions = num_chunks * num_envs
     block = minibatch_block(num_chunks, num_minibatches)
     if decisions % num_minibatches or local_num_envs % block:
@@ -153,7 +159,6 @@ def derive_sizes(
             f"--num_minibatches {num_minibatches} does not cut {num_chunks} decisions of {local_num_envs} envs a rank "
             f"evenly: use a divisor of {num_chunks}"
         )
-    local_minibatch_size = decisions // num_minibatches // world_size
     if total_timesteps is not None:
         num_iterations = total_timesteps // (num_envs * num_steps)
         if num_iterations < 1:
@@ -169,6 +174,5 @@ def derive_sizes(
         first_env=rank * local_num_envs,
         env_steps=num_envs * num_steps,
         minibatch_size=decisions // num_minibatches,
-        local_minibatch_size=local_minibatch_size,
-        gradient_accumulation_steps=-(-local_minibatch_size // micro_batch_size),
+        micro_batches=-(-decisions // num_minibatches // world_size // micro_batch_size),
     )

@@ -106,6 +106,15 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values.cpu()
 
 
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum over ranks, on the CPU, in float64. values: any shape."""
+    values = values.detach().double()
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.cpu()
+
+
 def all_gather_lists(items: Iterable) -> list:
     """Concatenate every rank's picklable items, in rank order, on every rank."""
     items = list(items)
@@ -132,7 +141,5 @@ def masked_min_max(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, flo
         extremes = picked.new_full((2,), -torch.inf)
     else:
         extremes = torch.stack([-picked.min(), picked.max()])
-    if world_size() > 1:
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    low, high = extremes.tolist()
+    low, high = all_reduce_max(extremes).tolist()
     return -low, high

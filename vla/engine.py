@@ -6,7 +6,9 @@ refused. `"auto"` in the file's bf16 section is filled in from --dtype.
 """
 
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -59,7 +61,6 @@ def build_engine(
     config: dict,
     *,
     micro_batch_size: int,
-    gradient_accumulation_steps: int,
     learning_rate: float,
     value_learning_rate: float,
     weight_decay: float,
@@ -68,7 +69,8 @@ def build_engine(
     """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. No schedule: rates
     are constant.
 
-    Gradients are averaged over micro batches and ranks by DeepSpeed.
+    Gradients are summed over micro batches and averaged over ranks by DeepSpeed; the script says which micro batch is a
+    minibatch's last (their number may differ from minibatch to minibatch).
     """
     critic = [p for name, p in policy.named_parameters() if p.requires_grad and name.startswith("value_head.")]
     actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head.")]
@@ -79,25 +81,66 @@ def build_engine(
     config = {
         **config,
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
     }
     return deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> list[float]:
-    """engine.step(). Returns [norm of all gradients before clipping] where an optimizer step was made, else [].
+def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, last: bool) -> float | None:
+    """Backward of one micro batch; after a minibatch's last one, an optimizer step.
 
-    Without ZeRO and in fp32, DeepSpeed clips but does not tell the norm (0.19.8), so it is taken here, after the
-    all-reduce.
+    Returns:
+        the norm of all gradients before clipping where a step was due, else None. The same on every rank. Not finite:
+        the
+        step was skipped and the gradients dropped (DeepSpeed does so under ZeRO; without ZeRO and in fp32 it neither
+        checks
+        nor tells the norm (0.19.8), so both are done here, after its all-reduce).
     """
-    boundary = engine.is_gradient_accumulation_boundary()
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss)
     norm = None
-    if boundary and engine.zero_optimization_stage() == 0:
+    if last and engine.zero_optimization_stage() == 0:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])))
+        if not math.isfinite(norm):
+            engine.zero_grad()
     engine.step()
-    if not boundary:
-        return []
-    return [float(engine.get_global_grad_norm() if norm is None else norm)]
+    if not last:
+        return None
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+class StepGuard:
+    """Counts skipped optimizer steps, and ends the run after `limit` in a row with the micro batch kept for
+    inspection."""
+
+    def __init__(self, run_dir: Path, rank: int, limit: int = 3):
+        self.path, self.limit = run_dir / f"not_finite_rank{rank}.pt", limit
+        self.norms: list[float] = []  # of the steps that were made since take()
+        self.skipped = 0  # since take()
+        self.in_a_row = 0
+
+    def see(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
+        """What backward() returned. Norms are the same on every rank, so all ranks end together."""
+        if norm is None:
+            return
+        if math.isfinite(norm):
+            self.norms.append(norm)
+            self.in_a_row = 0
+            return
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == self.limit:
+            torch.save({"loss": loss.detach().cpu(), "micro_batch": micro_batch._asdict()}, self.path)
+            raise RuntimeError(
+                f"{self.limit} optimizer steps in a row had gradients that are not finite: look at the micro batch in "
+                f"{self.path}, lower --learning_rate, or resume from the last checkpoint"
+            )
+
+    def take(self) -> dict[str, float]:
+        """Metrics of the iteration, and start counting again."""
+        mean = sum(self.norms) / len(self.norms) if self.norms else 0.0
+        metrics = {"train/actor/grad_norm": mean, "train/skipped_steps": float(self.skipped)}
+        self.norms, self.skipped = [], 0
+        return metrics

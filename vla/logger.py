@@ -57,20 +57,18 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
 
 
 class Averages:
-    """Means of scalar metrics over the calls of add() and over ranks."""
+    """Sums of scalar metrics over micro batches, averaged over ranks and minibatches."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
         for tag, value in metrics.items():
-            self.sums[tag] = self.sums[tag] + value if self.count else value
-        self.count += 1
+            self.sums[tag] = self.sums[tag] + value if tag in self.sums else value
 
-    def reduce(self) -> dict[str, float]:
-        """All ranks together, after equal numbers of add()."""
-        means = all_reduce_sum(torch.stack(list(self.sums.values()))) / (self.count * world_size())
+    def reduce(self, count: int) -> dict[str, float]:
+        """All ranks together. count: minibatches; what was added over one sums up to its mean."""
+        means = all_reduce_sum(torch.stack(list(self.sums.values()))) / (count * world_size())
         return dict(zip(self.sums, means.tolist()))
 
 

@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
     old_values: torch.Tensor  # [B, C]
     advantages: torch.Tensor  # [B, C]
     returns: torch.Tensor  # [B, C]
-    loss_mask: torch.Tensor  # bool [B, C]: actions that were executed
+    weights: torch.Tensor  # [B, C]: an action's weight in every mean of the loss; 0 where it was not executed
 
 
 class RolloutBuffer:
@@ -77,10 +77,34 @@ class RolloutBuffer:
                 )
             slot.copy_(value)
 
+    def clear(self) -> None:
+        """Forget every decision: what is not added again was not executed."""
+        self.valid.zero_()
+        self.dones.zero_()
+        self.rewards.zero_()
+
+    def replace(self, envs: torch.Tensor, other: "RolloutBuffer", other_envs: torch.Tensor) -> None:
+        """Put the columns `other_envs` (int64 [K]) of another buffer in the place of the columns `envs`."""
+        for name, field in self.fields.items():
+            field[:, envs] = other.fields[name][:, other_envs]
+
     def micro_batch(
-        self, index: torch.Tensor, advantages: torch.Tensor, returns: torch.Tensor, device: torch.device
+        self,
+        index: torch.Tensor,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        weights: torch.Tensor,
+        device: torch.device,
     ) -> MicroBatch:
-        """The decisions `index` (int64 [B], t * N + n) with their advantages and returns, [T, N, C] each."""
+        """The decisions `index` (int64 [B], t * N + n) with their advantages, returns and weights, [T, N, C] each.
+
+        An empty index stands for a rank that has run out of decisions: it gets decision 0 with weight 0, so that it
+        still
+        makes the forward and backward that the other ranks wait for.
+        """
+        empty = len(index) == 0
+        if empty:
+            index = torch.zeros(1, dtype=torch.int64)
 
         def pick(field: torch.Tensor) -> torch.Tensor:
             return field.flatten(0, 1)[index].to(device, non_blocking=True)
@@ -92,7 +116,7 @@ class RolloutBuffer:
             pick(self.values),
             pick(advantages),
             pick(returns),
-            pick(self.valid),
+            pick(weights) * (0.0 if empty else 1.0),
         )
 
 
@@ -102,32 +126,41 @@ def minibatch_block(num_chunks: int, num_minibatches: int) -> int:
 
 
 def minibatch_indices(
-    num_chunks: int,
-    num_envs: int,
-    first_env: int,
-    local_num_envs: int,
-    num_minibatches: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
+    keep: torch.Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: torch.Generator
+) -> list[torch.Tensor]:
     """Deal a rollout's decisions to minibatches: the same minibatches whatever the number of ranks.
 
     A block of envs (the smallest whose T decisions per env divide evenly) is shuffled on its own, and every minibatch
-    gets an equal
-    share of every block. So each rank has the same number of decisions in each minibatch (ZeRO-3 needs equal counts),
-    and a
-    minibatch holds the same decisions on 1, 2 or 8 ranks.
+    gets an
+    equal share of what is kept of it, to within one decision. So a minibatch holds the same decisions on 1, 2 or 8
+    ranks, and
+    where everything is kept each rank has equally many.
 
     Args:
-        num_envs: over all ranks; first_env, local_num_envs: this rank's slice.
+        keep: bool [T, N], decisions of this rank's envs that are trained on.
+        num_envs: over all ranks; first_env: global index of this rank's first env.
         generator: the same state on every rank.
 
     Returns:
-        int64 [num_minibatches, T * local_num_envs / num_minibatches], entries t * local_num_envs + n.
+        num_minibatches tensors, int64, entries t * N + n.
     """
-    block = minibatch_block(num_chunks, num_minibatches)
-    order = torch.rand(num_envs // block, block * num_chunks, generator=generator).argsort(dim=1)
-    local = order[first_env // block : (first_env + local_num_envs) // block]  # [blocks here, block * T]
-    t, env_in_block = local // block, local % block
-    env = torch.arange(len(local))[:, None] * block + env_in_block
-    flat = t * local_num_envs + env
-    return flat.view(len(local), num_minibatches, -1).transpose(0, 1).flatten(1)
+    T, N = keep.shape
+    block = minibatch_block(T, num_minibatches)
+    keys = torch.rand(num_envs // block, block * T, generator=generator)
+    offsets = torch.rand(num_envs // block, generator=generator)  # which minibatch gets a block's odd decision
+    dealt: list[list[torch.Tensor]] = [[] for _ in range(num_minibatches)]
+    for first in range(0, N, block):
+        kept = keep[:, first : first + block].flatten().nonzero()[:, 0]  # t * block + env in block
+        row = (first_env + first) // block
+        kept = kept[keys[row][kept].argsort()]
+        order = torch.arange(len(kept))
+        minibatch = ((order + offsets[row].double()) * num_minibatches / max(len(kept), 1)).long()
+        flat = kept // block * N + first + kept % block
+        for m in range(num_minibatches):
+            dealt[m].append(flat[minibatch == m])
+    return [torch.cat(parts) for parts in dealt]
+
+
+def split_padded(index: torch.Tensor, size: int, longest: int) -> list[torch.Tensor]:
+    """index [K] cut into parts of `size`; empty parts follow until a rank with `longest` decisions would be through."""
+    return [index[start : start + size] for start in range(0, max(longest, 1), size)]

@@ -49,7 +49,7 @@ def update_stage(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     """Training mode; must end on an optimizer step, so that no half-accumulated gradient reaches the next iteration."""
     engine.train()
     yield
-    if engine.micro_steps % engine.gradient_accumulation_steps():
+    if not engine.is_gradient_accumulation_boundary():
         raise RuntimeError("the update ended between two optimizer steps: micro batches per minibatch were miscounted")
 
 
