@@ -58,7 +58,7 @@ class Args:
     config: str | None = None
     """yaml file of flags; flags on the command line win over it"""
     run_dir: str | None = None
-    """where everything goes; a new folder (default: runs/ppo_<env_id>_<time>)"""
+    """where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)"""
     resume: str | None = None
     """run folder to go on with: its own flags apply, later flags win"""
     seed: int = 0
@@ -413,7 +413,8 @@ def main(args: Args) -> None:
                 episodes += rows(infos["episode"])
                 obs, inputs = next_obs, actor.preprocess(next_obs).to(device)
             next_values = actor.value(inputs)[:, 0].cpu()  # [N]
-        global_step += sizes.env_steps
+        env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
+        global_step += env_steps
 
         # ------------------------------------------------------------------ advantage
         advantages, returns = compute_gae(
@@ -470,7 +471,7 @@ def main(args: Args) -> None:
         metrics["rollout/advantages_min"], metrics["rollout/advantages_max"] = masked_min_max(advantages, buffer.valid)
         metrics["rollout/advantages_mean"] = masked_mean_var(advantages, buffer.valid)[0]
         metrics["rollout/rewards"] = masked_mean_var(buffer.rewards, buffer.valid)[0]
-        logger.write(iteration + 1, global_step, metrics, all_gather_lists(episodes), sizes.env_steps)
+        logger.write(iteration + 1, global_step, metrics, all_gather_lists(episodes), env_steps)
         if last or (args.save_freq and (iteration + 1) % args.save_freq == 0):
             save_checkpoint(engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints)
 

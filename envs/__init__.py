@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from envs.variants import VARIANTS, eval_episode_ids, is_held_out, num_start_states
+from envs.variants import VARIANTS, eval_episode_ids, is_held_out, num_start_states, train_episode_id
 
 if TYPE_CHECKING:
     from envs.vector import VectorEnv
 
-__all__ = ["VARIANTS", "eval_episode_ids", "is_held_out", "make_envs", "num_start_states"]
+__all__ = ["VARIANTS", "eval_episode_ids", "is_held_out", "make_envs", "num_start_states", "train_episode_id"]
 
 
 def make_envs(

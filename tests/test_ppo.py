@@ -12,8 +12,8 @@ from vla.policy import PolicyInputs
 from vla.rollout_buffer import MicroBatch
 
 FLAGS = dict(
-    logprob_level="action", clip_ratio_low=0.2, clip_ratio_high=0.2, dual_clip=None, value_clip=0.2, huber_delta=10.0, vf_coef=1.0,
-    ent_coef=0.0
+    logprob_level="action", clip_ratio_low=0.2, clip_ratio_high=0.2, dual_clip=None, value_clip=0.2, huber_delta=10.0,
+    vf_coef=1.0, ent_coef=0.0
 )  # fmt: skip
 
 

@@ -56,6 +56,28 @@ def test_no_module_receives_args(path):
             assert "args" not in {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}, node.name
 
 
+def shared_pieces(path: Path) -> dict[str, str]:
+    """Text of every top-level function, and of every Args field with its docstring (defaults may differ)."""
+    tree, pieces = ast.parse(path.read_text()), {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name != "main":
+            pieces[node.name] = ast.unparse(node)
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field, doc in zip(node.body, node.body[1:]):
+                if isinstance(field, ast.AnnAssign):
+                    pieces[f"Args.{field.target.id}"] = ast.unparse(field.annotation) + ast.unparse(doc)
+    return pieces
+
+
+def test_same_name_same_text():
+    """What stands in both scripts under one name is the same: a fix in one has to be made in the other."""
+    ppo, grpo = shared_pieces(ROOT / "train_ppo.py"), shared_pieces(ROOT / "train_grpo.py")
+    both = ppo.keys() & grpo.keys()
+    assert {"clipped_surrogate", "Args.num_envs", "Args.clip_ratio_low"} <= both
+    for name in both:
+        assert ppo[name] == grpo[name], f"{name} differs between train_ppo.py and train_grpo.py"
+
+
 def test_every_path_in_readme_exists():
     tree = re.search(r"## Files\n+```\n(.*?)```", README, re.S).group(1)
     paths = [word for line in tree.splitlines() for word in re.split(r"  +", line)[:-1]]

@@ -62,9 +62,9 @@ def build_engine(
     *,
     micro_batch_size: int,
     learning_rate: float,
-    value_learning_rate: float,
     weight_decay: float,
     max_grad_norm: float,
+    value_learning_rate: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. No schedule: rates
     are constant.
