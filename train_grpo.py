@@ -77,6 +77,8 @@ class Args:
     """how many checkpoints stay on disk; 0 keeps all"""
     eval_freq: int = 10
     """evaluate every so many iterations, besides the start and the end; 0 = only these two"""
+    logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
+    """where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you"""
 
     # ---- model
     model_type: str = "openvla"
@@ -103,6 +105,8 @@ class Args:
     """builtin: bodies and pictures made by code, nothing to download"""
     asset_dir: str | None = None
     """where downloaded assets are"""
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
+    """whose scene, where the two differ: RL4VLA's, or RLinf's departures from it, to compare with its table"""
     image_size: tuple[int, int] = (640, 480)
     """camera width and height; pose and field of view stay"""
     sim_freq: int = 500
@@ -363,7 +367,7 @@ def main(args: Args) -> None:
         world = dict(
             obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir, image_size=args.image_size,
             sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers,
-            seed=args.seed,
+            protocol=args.protocol, seed=args.seed,
         )  # fmt: skip
         if args.group_size < 2:
             raise UserError(
@@ -388,7 +392,9 @@ def main(args: Args) -> None:
     with checked():
         if checkpoint:
             start_iteration, global_step, _ = load_checkpoint(engine, checkpoint, first_env, N)
-        logger = Logger(run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step)
+        logger = Logger(
+            run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
+        )
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> None:
@@ -440,8 +446,8 @@ def main(args: Args) -> None:
         iterations_without_signal = iterations_without_signal + 1 if live_share < 0.1 else 0
         if iterations_without_signal and iterations_without_signal % 5 == 0:
             print0(
-                f"WARNING: for {iterations_without_signal} iterations fewer than 10 % of groups had members whose returns "
-                "differ, and equal groups teach nothing: start from a better policy, or raise --group_size"
+                f"WARNING: for {iterations_without_signal} iterations fewer than 10 % of groups had members with "
+                "different returns, and equal groups teach nothing: start from a better policy, or raise --group_size"
             )
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
@@ -463,8 +469,8 @@ def main(args: Args) -> None:
                             first_ratio_error = float((new_logprobs.detach() - mb.old_logprobs).expm1().abs().max())
                         loss, metrics = grpo_loss(
                             new_logprobs, entropy, mb, max(total, 1e-9) / world_size(),
-                            logprob_level=args.logprob_level, clip_ratio_low=args.clip_ratio_low, clip_ratio_high=args.clip_ratio_high,
-                            dual_clip=args.dual_clip, ent_coef=args.ent_coef,
+                            logprob_level=args.logprob_level, clip_ratio_low=args.clip_ratio_low,
+                            clip_ratio_high=args.clip_ratio_high, dual_clip=args.dual_clip, ent_coef=args.ent_coef,
                         )  # fmt: skip
                         guard.see(backward(engine, loss, last=number + 1 == len(parts)), mb, loss)
                         averages.add(metrics)

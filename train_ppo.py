@@ -73,6 +73,8 @@ class Args:
     """how many checkpoints stay on disk; 0 keeps all"""
     eval_freq: int = 10
     """evaluate every so many iterations, besides the start and the end; 0 = only these two"""
+    logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
+    """where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you"""
 
     # ---- model
     model_type: str = "openvla"
@@ -99,6 +101,8 @@ class Args:
     """builtin: bodies and pictures made by code, nothing to download"""
     asset_dir: str | None = None
     """where downloaded assets are"""
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
+    """whose scene, where the two differ: RL4VLA's, or RLinf's departures from it, to compare with its table"""
     image_size: tuple[int, int] = (640, 480)
     """camera width and height; pose and field of view stay"""
     sim_freq: int = 500
@@ -348,7 +352,7 @@ def main(args: Args) -> None:
         world = dict(
             obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir, image_size=args.image_size,
             sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers,
-            seed=args.seed,
+            protocol=args.protocol, seed=args.seed,
         )  # fmt: skip
         envs = make_envs(
             args.env_id, sizes.local_num_envs, auto_reset=args.auto_reset, ignore_terminations=args.ignore_terminations,
@@ -372,7 +376,9 @@ def main(args: Args) -> None:
         if checkpoint:
             start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, first_env, N)
             obs = envs.load_state_dict(env_states)
-        logger = Logger(run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step)
+        logger = Logger(
+            run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
+        )
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import train_grpo
 import yaml
 from train_ppo import Args
 from vla.cli import derive_sizes, mapping_to_flags, parse_args
@@ -19,7 +20,7 @@ def parse(*argv: str) -> Args:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_every_preset_parses(preset):
-    args = parse("--config", str(preset))
+    args = parse_args(train_grpo.Args if "_grpo_" in preset.name else Args, ["--config", str(preset)], "test")
     for key, value in yaml.safe_load(preset.read_text()).items():
         assert getattr(args, key) == (tuple(value) if isinstance(value, list) else value), key
 

@@ -8,6 +8,7 @@ that of the starting policy included, are also in evaluations.jsonl.
 """
 
 import contextlib
+import importlib
 import json
 import math
 import platform
@@ -56,6 +57,40 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
     }
 
 
+class TensorBoard:
+    """The two calls that wandb and swanlab share, for TensorBoard."""
+
+    def __init__(self, run_dir: Path, purge_step: int | None):
+        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def open_backend(name: str, run_dir: Path, purge_step: int | None):
+    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only when asked for.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoard(run_dir, purge_step)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--logger_backends {name}: it is not installed, run `pip install {name}`") from error
+    if name == "wandb":
+        module.init(project="solovla", name=run_dir.name, dir=str(run_dir))
+    else:
+        module.init(project="solovla", experiment_name=run_dir.name, logdir=str(run_dir / "swanlab"))
+    return module
+
+
 class Averages:
     """Sums of scalar metrics over micro batches, averaged over ranks and minibatches."""
 
@@ -80,7 +115,13 @@ class Logger:
     """
 
     def __init__(
-        self, run_dir: Path, enabled: bool, num_iterations: int, start_iteration: int = 0, start_step: int = 0
+        self,
+        run_dir: Path,
+        enabled: bool,
+        num_iterations: int,
+        start_iteration: int = 0,
+        start_step: int = 0,
+        backends: tuple[str, ...] = ("tensorboard",),
     ):
         self.run_dir, self.enabled, self.start_iteration = run_dir, enabled, start_iteration
         self.seconds: dict[str, float] = {}
@@ -91,9 +132,8 @@ class Logger:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "evaluations"):
             self._set_aside_lines_after(start_iteration, name)
-        self.tensorboard = SummaryWriter(
-            run_dir / "tensorboard", purge_step=start_step + 1 if start_iteration else None
-        )
+        purge_step = start_step + 1 if start_iteration else None
+        self.backends = [open_backend(name, run_dir, purge_step) for name in backends]
         self.bar = tqdm(total=num_iterations, initial=start_iteration, desc="training", unit="it", dynamic_ncols=True)
 
     def _set_aside_lines_after(self, iteration: int, name: str) -> None:
@@ -181,16 +221,16 @@ class Logger:
             file.write(json.dumps(line) + "\n")
 
     def _scalars(self, metrics: dict[str, float], global_step: int) -> None:
-        for tag, value in metrics.items():
-            self.tensorboard.add_scalar(tag, value, global_step)
-        self.tensorboard.flush()
+        for backend in self.backends:
+            backend.log(metrics, global_step)
 
     def close(self) -> None:
         """Draw the plot and say where everything is."""
         if not self.enabled:
             return
         self.bar.close()
-        self.tensorboard.close()
+        for backend in self.backends:
+            backend.finish()
         evaluations = read_lines(self.run_dir / "evaluations.jsonl")
         before, after = evaluations[0], evaluations[-1]
         print(f"run folder  {self.run_dir}")
