@@ -1,9 +1,12 @@
 # Every target sets up what it needs; the second time that costs nothing.
 PRESET ?= yaml/quickstart_ppo_openvla.yaml
-RANKS ?= $(shell sed -n 's/^\# ranks: *//p' $(PRESET))
+# as many ranks as the preset says; on GPUs at most one per GPU
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+WANTED := $(shell sed -n 's/^\# ranks: *//p' $(PRESET))
+RANKS ?= $(shell if [ $(GPUS) -gt 0 ] && [ $(GPUS) -lt $(WANTED) ]; then echo $(GPUS); else echo $(WANTED); fi)
 ARGS ?=
 # on a machine with GPUs, DeepSpeed finds them by itself: make train DS_ACCELERATOR=cuda
-export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null && echo cuda || echo cpu)
+export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: setup train test lint clean
@@ -15,7 +18,7 @@ setup: .venv/.ready
 	touch $@
 
 train: setup
-	deepspeed --num_gpus $(RANKS) train_ppo.py --config $(PRESET) $(ARGS)
+	deepspeed --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
 
 test: setup
 	python -m pytest -q tests $(ARGS)

@@ -1,20 +1,20 @@
 """GRPO on a vision-language-action model in ManiSkill3: one process per GPU, DeepSpeed ZeRO underneath.
 
-    deepspeed train_grpo.py --config yaml/quickstart_grpo_openvla.yaml                  (GPUs: one rank on each)
+    deepspeed train_grpo.py --config yaml/quickstart_grpo_openvla.yaml                  # one rank per GPU
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 train_grpo.py --config yaml/quickstart_grpo_openvla.yaml
-    python train_grpo.py --help                                                         (every flag)
+    python train_grpo.py --resume runs/my_run --num_iterations 40                  # one rank, goes on where it stopped
+    python train_grpo.py --help                                                        # every flag
 
-The same iteration as train_ppo.py without a critic: all members of a group start from one episode id, and an episode's
-advantage is
-how its return compares with its group's. A group whose members all score the same teaches nothing.
+The same iteration as train_ppo.py without a critic: all members of a group start from one episode id, and an
+episode's advantage is how its return compares with its group's. A group whose members all score the same teaches
+nothing.
 
-    T decisions per rollout   N envs on this rank   C = chunk_size actions per decision   D = 7 action dimensions   B
-    micro batch
+    T decisions per rollout   N envs on this rank   C = chunk_size actions per decision
+    D = 7 tokens per action   B decisions in a micro batch
 
 It departs from RLinf where that wastes work or misreports: an env that has succeeded is not simulated any more, steps
-after the
-end of an episode never reach the update, groups stay on one rank by assertion, metrics have one definition for PPO and
-GRPO.
+after the end of an episode never reach the update, groups stay on one rank by assertion, metrics have one definition
+for PPO and GRPO.
 """
 
 import sys
@@ -28,7 +28,7 @@ import torch
 from envs import eval_episode_ids, make_envs, train_episode_id
 from envs.video import VideoWriter
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import derive_sizes, parse_args
+from vla.cli import check_at_least, derive_sizes, parse_args
 from vla.distributed import (
     UserError,
     all_gather_lists,
@@ -297,8 +297,7 @@ def episode_weights(valid: torch.Tensor, length_norm: bool) -> torch.Tensor:
     """Weights of executed actions in the loss, [T, N, C], for valid bool [T, N, C].
 
     With length_norm an action of an episode of L actions weighs 1 / L: the loss is the mean over episodes of the mean
-    over
-    their actions (RLinf multiplies by 80 / L, which is the same up to a constant factor).
+    over their actions (RLinf multiplies by 80 / L, which is the same up to a constant factor).
     """
     lengths = valid.sum(dim=(0, 2)).clamp(min=1)  # [N]
     return valid / lengths[None, :, None] if length_norm else valid.float()
@@ -354,6 +353,8 @@ def main(args: Args) -> None:
             group_size=args.group_size, num_iterations=args.num_iterations, total_timesteps=args.total_timesteps,
             rank=rank(), world_size=world_size(),
         )  # fmt: skip
+        check_at_least(1, update_epochs=args.update_epochs, num_eval_episodes=args.num_eval_episodes)
+        check_at_least(0, save_freq=args.save_freq, eval_freq=args.eval_freq, keep_checkpoints=args.keep_checkpoints)
         run_dir, checkpoint = open_run(
             args.run_dir, args.resume, default=f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         )
@@ -366,15 +367,18 @@ def main(args: Args) -> None:
         )  # fmt: skip
         world = dict(
             obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir, image_size=args.image_size,
-            sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers,
-            protocol=args.protocol, seed=args.seed,
+            sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, protocol=args.protocol,
+            seed=args.seed,
         )  # fmt: skip
         if args.group_size < 2:
             raise UserError(
                 f"--group_size {args.group_size}: a group of one has nothing to be compared with, use 2 or more"
             )
-        envs = make_envs(args.env_id, sizes.local_num_envs, **world)
-        eval_envs = make_envs(args.env_id, max(1, args.num_eval_envs // world_size()), **world)
+        envs = make_envs(args.env_id, sizes.local_num_envs, num_env_workers=args.num_env_workers, **world)
+        num_eval_envs = max(1, args.num_eval_envs // world_size())
+        eval_envs = make_envs(
+            args.env_id, num_eval_envs, num_env_workers=min(args.num_env_workers, num_eval_envs), **world
+        )  # fmt: skip
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
     rollout_copy = make_rollout_copy(policy.to(device), zero_stage(ds_config))
@@ -385,13 +389,13 @@ def main(args: Args) -> None:
     guard = StepGuard(run_dir, rank())
     T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
     buffer, spare = (
-        RolloutBuffer(T, N, policy.chunk_size, policy.image_size, args.max_prompt_length, pin=device.type == "cuda")
-        for _ in range(2)
+        RolloutBuffer(T, N, policy.chunk_size, policy.image_size, args.max_prompt_length) for _ in range(2)
     )
     start_iteration, global_step, iterations_without_signal = 0, 0, 0
     with checked():
         if checkpoint:
             start_iteration, global_step, _ = load_checkpoint(engine, checkpoint, first_env, N)
+        policy.preprocess(envs.reset())  # instructions that do not fit the prompt end the run here
         logger = Logger(
             run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
         )

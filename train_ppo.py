@@ -1,22 +1,19 @@
 """PPO on a vision-language-action model in ManiSkill3: one process per GPU, DeepSpeed ZeRO underneath.
 
-    deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml                    (GPUs: one rank on each)
+    deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml                  # one rank per GPU
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 train_ppo.py --config yaml/quickstart_ppo_openvla.yaml
-    python train_ppo.py --resume runs/my_run --num_iterations 40                        (one rank, goes on where it
-    stopped)
-    python train_ppo.py --help                                                          (every flag)
+    python train_ppo.py --resume runs/my_run --num_iterations 40                  # one rank, goes on where it stopped
+    python train_ppo.py --help                                                        # every flag
 
 Every rank simulates its envs, lets the policy act in them and trains on what it saw; ranks meet only in gradients and
-in means.
-`main` reads in the order of an iteration: rollout, advantage, update, log, save, evaluate.
+in means. `main` reads in the order of an iteration: rollout, advantage, update, log, save, evaluate.
 
-    T decisions per rollout   N envs on this rank   C = chunk_size actions per decision   D = 7 action dimensions   B
-    micro batch
+    T decisions per rollout   N envs on this rank   C = chunk_size actions per decision
+    D = 7 tokens per action   B decisions in a micro batch
 
 The recipe is RL4VLA's and RLinf's. It departs from them where they are wrong: the policy loss is not 7x (shapes are
-asserted in the
-buffer), advantages are normalised over all ranks, clip and KL metrics mean what their names say, one seed gives one
-run.
+asserted in the buffer), advantages are normalised over all ranks, clip and KL metrics mean what their names say, one
+seed gives one run.
 """
 
 import sys
@@ -30,7 +27,7 @@ import torch.nn.functional as F
 from envs import eval_episode_ids, make_envs
 from envs.video import VideoWriter
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import derive_sizes, parse_args
+from vla.cli import check_at_least, derive_sizes, parse_args
 from vla.distributed import (
     all_gather_lists,
     all_reduce_max,
@@ -199,10 +196,8 @@ def compute_gae(
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) at action resolution, across the actions of a chunk.
 
     delta_k = r_k + gamma * V_{k+1} - V_k and A_k = delta_k + gamma * lambda * A_{k+1}, k over executed actions. Where
-    the episode ended,
-    V_{k+1} is final_values and the sum stops. A cut episode is not a finished one: with V of its last frame there, the
-    time limit does
-    not look like failure (RL4VLA treats it as the end).
+    the episode ended, V_{k+1} is final_values and the sum stops. A cut episode is not a finished one: with V of its
+    last frame there, the time limit does not look like failure (RL4VLA treats it as the end).
 
     Args:
         rewards, values: [T, N, C]. valid: bool [T, N, C], actions that were executed.
@@ -339,6 +334,8 @@ def main(args: Args) -> None:
             num_iterations=args.num_iterations, total_timesteps=args.total_timesteps, rank=rank(),
             world_size=world_size(),
         )  # fmt: skip
+        check_at_least(1, update_epochs=args.update_epochs, num_eval_episodes=args.num_eval_episodes)
+        check_at_least(0, save_freq=args.save_freq, eval_freq=args.eval_freq, keep_checkpoints=args.keep_checkpoints)
         run_dir, checkpoint = open_run(
             args.run_dir, args.resume, default=f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         )
@@ -351,14 +348,17 @@ def main(args: Args) -> None:
         )  # fmt: skip
         world = dict(
             obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir, image_size=args.image_size,
-            sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers,
-            protocol=args.protocol, seed=args.seed,
+            sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, protocol=args.protocol,
+            seed=args.seed,
         )  # fmt: skip
         envs = make_envs(
             args.env_id, sizes.local_num_envs, auto_reset=args.auto_reset, ignore_terminations=args.ignore_terminations,
-            first_env=sizes.first_env, **world,
+            num_env_workers=args.num_env_workers, first_env=sizes.first_env, **world,
         )  # fmt: skip
-        eval_envs = make_envs(args.env_id, max(1, args.num_eval_envs // world_size()), **world)
+        num_eval_envs = max(1, args.num_eval_envs // world_size())
+        eval_envs = make_envs(
+            args.env_id, num_eval_envs, num_env_workers=min(args.num_env_workers, num_eval_envs), **world
+        )  # fmt: skip
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
     rollout_copy = make_rollout_copy(policy.to(device), zero_stage(ds_config))
@@ -369,13 +369,16 @@ def main(args: Args) -> None:
     guard = StepGuard(run_dir, rank())
     T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
     buffer = RolloutBuffer(
-        T, N, policy.chunk_size, policy.image_size, args.max_prompt_length, pin=device.type == "cuda"
+        T, N, policy.chunk_size, policy.image_size, args.max_prompt_length
     )  # fmt: skip
     start_iteration, global_step = 0, 0
     with checked():
         if checkpoint:
             start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, first_env, N)
             obs = envs.load_state_dict(env_states)
+        else:
+            obs = envs.reset()
+        policy.preprocess(obs)  # instructions that do not fit the prompt end the run here
         logger = Logger(
             run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
         )
@@ -390,7 +393,6 @@ def main(args: Args) -> None:
 
     if not checkpoint:
         run_evaluation(0)
-        obs = envs.reset()
 
     for iteration in range(start_iteration, sizes.num_iterations):
         # (seed, iteration) decides everything random below, the same on every rank: resuming needs no generator state
@@ -398,7 +400,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes = []
         with logger.timer("rollout"), rollout_stage(engine, rollout_copy) as actor:
-            if not args.auto_reset:
+            if not args.auto_reset and (checkpoint or iteration > start_iteration):
                 obs = envs.reset()
             inputs = actor.preprocess(obs).to(device)
             for t in range(sizes.num_chunks):

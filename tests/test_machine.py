@@ -101,6 +101,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(four_iterations, tmp_path):
     first = without_time(metrics(run_dir))
     assert first[0] == whole[0]  # the same seed twice; the second line differs in that its run ends there and evaluates
     (run_dir / "checkpoints" / "iteration_000003.partial").mkdir()
+    (run_dir / "checkpoints" / "iteration_000003.partial" / "state.json").write_text("{}")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 3, "global_step": 192, "train/loss": 1e9}\n{"iteration": 4, "glo')
     train("--resume", str(run_dir), "--num_iterations", "4")

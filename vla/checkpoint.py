@@ -6,9 +6,8 @@
         state.json     iteration, global_step, number of ranks
         envs.pt        where every env stood: stream position, episode, actions so far
 
-Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside its
-place and renamed
-when it is whole: a folder with its final name is complete.
+Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside
+its place and renamed when it is whole: a folder with its final name is complete.
 """
 
 import json
@@ -28,9 +27,14 @@ def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
     return run_dir / "checkpoints" / f"iteration_{iteration:06d}"
 
 
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first. What is still being written, or was when its run was killed, ends in .partial."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("iteration_*") if path.suffix != ".partial")
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
     """The newest complete checkpoint. Raises UserError where there is none."""
-    found = sorted(path for path in (run_dir / "checkpoints").glob("iteration_*") if (path / "state.json").is_file())
+    found = complete_checkpoints(run_dir)
     if not found:
         raise UserError(
             f"--resume {run_dir}: there is no complete checkpoint in {run_dir}/checkpoints; start a new run"
@@ -77,16 +81,21 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         save_policy(engine.module, weights, partial / "policy")
         torch.save(env_states, partial / "envs.pt")
-        state = {"iteration": iteration, "global_step": global_step, "num_ranks": world_size()}
-        (partial / "state.json").write_text(json.dumps(state))
     barrier()
-    engine.save_checkpoint(str(partial / "deepspeed"), tag="engine", save_latest=False)
+    # frozen weights are not kept: a resumed run builds them again from --model_path
+    engine.save_checkpoint(str(partial / "deepspeed"), tag="engine", save_latest=False, exclude_frozen_parameters=True)
     barrier()
     if rank() == 0:
+        state = {
+            "iteration": iteration,
+            "global_step": global_step,
+            "num_ranks": world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+        }
+        (partial / "state.json").write_text(json.dumps(state))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        complete = sorted(path for path in final.parent.glob("iteration_*") if not path.name.endswith(".partial"))
-        for old in complete[:-keep] if keep else []:
+        for old in complete_checkpoints(run_dir)[:-keep] if keep else []:
             shutil.rmtree(old)
     barrier()
     return final
@@ -106,6 +115,10 @@ def load_checkpoint(
             f"{folder} was written by {state['num_ranks']} ranks and this run has {world_size()}: "
             f"launch with --num_gpus {state['num_ranks']}"
         )
+    if state["zero_stage"] != engine.zero_optimization_stage():
+        raise UserError(
+            f"{folder} was written under ZeRO stage {state['zero_stage']}: resume with that --deepspeed_config"
+        )
     env_states = torch.load(folder / "envs.pt", weights_only=False)
     if len(env_states) != local_num_envs * world_size():
         num_envs = local_num_envs * world_size()
@@ -115,9 +128,13 @@ def load_checkpoint(
         raise UserError(
             f"{folder} is incomplete: deepspeed/engine is missing; delete it to fall back to the one before"
         )
-    path, _ = engine.load_checkpoint(str(folder / "deepspeed"), tag="engine")
+    # DeepSpeed restores the rates that were saved; flags of the resumed run win
+    settings = [{key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups]
+    path, _ = engine.load_checkpoint(str(folder / "deepspeed"), tag="engine", load_module_strict=False)
     if path is None:
         raise UserError(
             f"DeepSpeed could not read {folder}/deepspeed: delete {folder} to fall back to the checkpoint before"
         )
+    for group, kept in zip(engine.optimizer.param_groups, settings):
+        group.update(kept)
     return state["iteration"], state["global_step"], env_states[first_env : first_env + local_num_envs]

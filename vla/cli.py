@@ -3,8 +3,7 @@
     deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml --num_envs 8
 
 is read as `[every key of the file as a flag] --num_envs 8`. Loading yaml straight into the dataclass would let `3e-5`
-through as a
-string (YAML 1.1) and a misspelt choice unchecked.
+through as a string (YAML 1.1) and a misspelt choice unchecked.
 """
 
 import contextlib
@@ -34,7 +33,10 @@ def parse_args(args_class: type[ArgsType], argv: list[str], description: str) ->
     flags = []
     resume, config = flag_value(argv, "resume"), flag_value(argv, "config")
     if resume:
-        flags += mapping_to_flags(saved_args(Path(resume)), args_class, resume)
+        saved = saved_args(Path(resume))
+        if flag_value(argv, "num_iterations"):
+            saved.pop("total_timesteps", None)  # it would win over what was just asked for
+        flags += mapping_to_flags(saved, args_class, resume)
     if config:
         flags += mapping_to_flags(read_yaml(Path(config)), args_class, config)
         parse_flags(args_class, flags, description, f"{config}: ")  # so that a bad value is laid at the file's door
@@ -97,6 +99,8 @@ def mapping_to_flags(mapping: dict, args_class: type, source: str) -> list[str]:
     known = [field.name for field in dataclasses.fields(args_class)]
     flags = []
     for name, value in mapping.items():
+        if name in ("config", "resume", "local_rank"):
+            raise UserError(f"{source}: {name!r} belongs on the command line, not into a file")
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see --help for all of them."
@@ -135,10 +139,9 @@ def derive_sizes(
     world_size: int,
 ) -> Sizes:
     """Global flags -> what one rank does. Raises UserError where something does not divide."""
-    for name, value in (("num_envs", num_envs), ("num_steps", num_steps), ("num_minibatches", num_minibatches),
-                        ("micro_batch_size", micro_batch_size)):  # fmt: skip
-        if value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+    check_at_least(
+        1, num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches, micro_batch_size=micro_batch_size
+    )
     if num_envs % world_size:
         below, above = num_envs // world_size * world_size, -(-num_envs // world_size) * world_size
         choices = f"{below} or {above}" if below else f"{above}"
@@ -176,3 +179,10 @@ def derive_sizes(
         minibatch_size=decisions // num_minibatches,
         micro_batches=-(-decisions // num_minibatches // world_size // micro_batch_size),
     )
+
+
+def check_at_least(minimum: int, **flags: int) -> None:
+    """Raise UserError for the first flag below the minimum."""
+    for name, value in flags.items():
+        if value < minimum:
+            raise UserError(f"--{name} {value} must be at least {minimum}")

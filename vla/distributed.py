@@ -15,6 +15,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
@@ -24,20 +25,20 @@ class UserError(Exception):
 
 
 def run_main(main: Callable, parse: Callable) -> None:
-    """Run a script's main(parse()); wrong input ends in one sentence, once per node, and exit code 2.
+    """Run main(parse()). Wrong input ends in one sentence and exit code 2, anything else in its traceback.
 
-    Only ValueError, OSError and RuntimeError raised as UserError (or before training, by the constructors) are treated
-    so.
+    What all ranks find alike (flags) is said once per node; what one may find alone (files, devices) by each rank.
     """
     try:
         main(parse())
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif error.__cause__ is not None:
+            print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an exception: it would wait for what other ranks never send
+        dist.destroy_process_group()
 
 
 class checked:
@@ -55,8 +56,7 @@ def setup_distributed(seed: int) -> torch.device:
     """Join the process group and seed every generator with the same seed on every rank. Returns this rank's device.
 
     What must differ between ranks (which envs, which slice of the noise) is sliced from quantities that all ranks
-    agree on, so
-    a run does not depend on how many ranks share its work.
+    agree on, so a run does not depend on how many ranks share its work.
     """
     for name, value in LAUNCHER_ENV.items():
         os.environ.setdefault(name, value)
@@ -65,17 +65,23 @@ def setup_distributed(seed: int) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
-    if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none: ranks would fight for the cores
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    if "OMP_NUM_THREADS" not in os.environ:  # the launchers set none: ranks would fight for the cores
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here)))
     deepspeed.init_distributed(verbose=False)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if not torch.cuda.is_available():
+    if get_accelerator().device_name() == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= get_accelerator().device_count():
+        raise UserError(
+            f"this machine has {get_accelerator().device_count()} GPUs and rank {local_rank} of it has none left: "
+            "launch with a smaller --num_gpus"
+        )
+    get_accelerator().set_device(local_rank)
+    return torch.device(get_accelerator().current_device_name())
 
 
 def rank() -> int:
@@ -97,20 +103,23 @@ def barrier() -> None:
         dist.barrier()
 
 
+def to_group_device(values: torch.Tensor) -> torch.Tensor:
+    """A float64 copy where collectives work: NCCL reduces nothing that lies in CPU memory."""
+    return values.detach().to(get_accelerator().current_device_name(), torch.float64, copy=True)
+
+
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, on the CPU, in float64. values: any shape."""
-    values = values.detach().double()
+    values = to_group_device(values)
     if world_size() > 1:
-        values = values.clone()
         dist.all_reduce(values)
     return values.cpu()
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
     """Elementwise maximum over ranks, on the CPU, in float64. values: any shape."""
-    values = values.detach().double()
+    values = to_group_device(values)
     if world_size() > 1:
-        values = values.clone()
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.cpu()
 

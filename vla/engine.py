@@ -1,8 +1,7 @@
 """Flags + JSON -> deepspeed.initialize.
 
 The JSON holds ZeRO settings and which precision is on; sizes and rates are flags, so each value has one home: a file
-that sets them is
-refused. `"auto"` in the file's bf16 section is filled in from --dtype.
+that sets them is refused. `"auto"` in the file's bf16 section is filled in from --dtype.
 """
 
 import json
@@ -39,9 +38,23 @@ def read_deepspeed_config(path: str, dtype: str) -> dict:
         config = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path} must hold one JSON object")
     for key, flag in FLAG_OF_KEY.items():
         if key in config:
             raise UserError(f"{path} sets {key!r}, which is decided by {flag}: remove it from the file")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage {zero['stage']!r} does not exist, use 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if key in zero:
+            raise UserError(f"{path}: {key} is not supported yet, remove it (ZeRO-3 shards over the GPUs instead)")
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 is not supported, use --dtype bfloat16")
+    if (
+        zero.get("stage", 0) == 0 and dtype == "bfloat16"
+    ):  # 0.19.8: its unfused optimizer makes an empty first Adam step
+        raise UserError(f"{path} has no ZeRO, where DeepSpeed's bfloat16 makes other steps: use ds_configs/zero2.json")
     bf16 = config.get("bf16", {}).get("enabled", False)
     if bf16 == "auto":
         config["bf16"]["enabled"] = dtype == "bfloat16"
@@ -66,11 +79,11 @@ def build_engine(
     max_grad_norm: float,
     value_learning_rate: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. No schedule: rates
-    are constant.
+    """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. No schedule: rates are
+    constant.
 
-    Gradients are summed over micro batches and averaged over ranks by DeepSpeed; the script says which micro batch is a
-    minibatch's last (their number may differ from minibatch to minibatch).
+    Gradients are summed over micro batches and averaged over ranks by DeepSpeed; the script says which micro batch is
+    a minibatch's last (their number may differ from minibatch to minibatch).
     """
     critic = [p for name, p in policy.named_parameters() if p.requires_grad and name.startswith("value_head.")]
     actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head.")]
@@ -84,6 +97,7 @@ def build_engine(
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
     return deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
 
@@ -113,8 +127,7 @@ def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, last: bool) 
 
 
 class StepGuard:
-    """Counts skipped optimizer steps, and ends the run after `limit` in a row with the micro batch kept for
-    inspection."""
+    """Counts skipped optimizer steps; after `limit` in a row the run ends, with the micro batch kept for inspection."""
 
     def __init__(self, run_dir: Path, rank: int, limit: int = 3):
         self.path, self.limit = run_dir / f"not_finite_rank{rank}.pt", limit

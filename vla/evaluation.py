@@ -1,8 +1,7 @@
 """Success on fixed episodes. The training scripts and evaluate.py share this loop.
 
-Episodes are named by id; which rank, worker or batch runs one changes nothing: its actions depend on its own pixels
-and on noise
-that is a function of (episode id, step).
+Episodes are named by id; which rank, worker or batch runs one changes nothing but rounding: its actions depend on its
+own pixels and on noise that is a function of (episode id, step).
 """
 
 import torch

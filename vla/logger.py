@@ -1,10 +1,8 @@
 """What a run leaves behind: TensorBoard, metrics.jsonl, a progress bar, a plot, and a description of itself.
 
-metrics.jsonl has one JSON object per iteration: keys are the TensorBoard tags, plus `iteration` and `global_step` (env
-steps over all
-ranks). `eval/*` in a line is the evaluation made since the line before; `eval/global_step` says after how many env
-steps. All evaluations,
-that of the starting policy included, are also in evaluations.jsonl.
+metrics.jsonl has one JSON object per iteration: keys are the TensorBoard tags, plus `iteration` and `global_step`
+(env steps over all ranks). `eval/*` in a line is the evaluation made since the line before; `eval/global_step` says
+after how many env steps. All evaluations, that of the starting policy included, are also in evaluations.jsonl.
 """
 
 import contextlib
@@ -218,7 +216,8 @@ class Logger:
 
     def _append(self, name: str, line: dict) -> None:
         with (self.run_dir / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            # a skipped step leaves means that are no numbers: JSON has no word for them
+            file.write(json.dumps({tag: value for tag, value in line.items() if math.isfinite(value)}) + "\n")
 
     def _scalars(self, metrics: dict[str, float], global_step: int) -> None:
         for backend in self.backends:

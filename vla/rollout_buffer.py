@@ -28,7 +28,7 @@ class MicroBatch(NamedTuple):
 
 
 class RolloutBuffer:
-    """Storage for T x N decisions on the CPU (pinned where there is a GPU)."""
+    """Storage for T x N decisions on the CPU."""
 
     def __init__(
         self,
@@ -37,12 +37,11 @@ class RolloutBuffer:
         chunk_size: int,
         image_size: tuple[int, int],
         prompt_length: int,
-        pin: bool = False,
     ):
         self.num_chunks, self.num_envs = num_chunks, num_envs
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(num_chunks, num_envs, *shape, dtype=dtype, pin_memory=pin)
+            return torch.zeros(num_chunks, num_envs, *shape, dtype=dtype)
 
         self.fields = {
             "images": new(*image_size, 3, dtype=torch.uint8),
@@ -99,15 +98,14 @@ class RolloutBuffer:
         """The decisions `index` (int64 [B], t * N + n) with their advantages, returns and weights, [T, N, C] each.
 
         An empty index stands for a rank that has run out of decisions: it gets decision 0 with weight 0, so that it
-        still
-        makes the forward and backward that the other ranks wait for.
+        still makes the forward and backward that the other ranks wait for.
         """
         empty = len(index) == 0
         if empty:
             index = torch.zeros(1, dtype=torch.int64)
 
         def pick(field: torch.Tensor) -> torch.Tensor:
-            return field.flatten(0, 1)[index].to(device, non_blocking=True)
+            return field.flatten(0, 1)[index].to(device)
 
         return MicroBatch(
             PolicyInputs(pick(self.images), pick(self.prompt_ids), pick(self.prompt_mask)),
@@ -131,10 +129,8 @@ def minibatch_indices(
     """Deal a rollout's decisions to minibatches: the same minibatches whatever the number of ranks.
 
     A block of envs (the smallest whose T decisions per env divide evenly) is shuffled on its own, and every minibatch
-    gets an
-    equal share of what is kept of it, to within one decision. So a minibatch holds the same decisions on 1, 2 or 8
-    ranks, and
-    where everything is kept each rank has equally many.
+    gets an equal share of what is kept of it, to within one decision. So a minibatch holds the same decisions on 1, 2
+    or 8 ranks, and where everything is kept each rank has equally many.
 
     Args:
         keep: bool [T, N], decisions of this rank's envs that are trained on.

@@ -1,17 +1,13 @@
 """The two halves of an iteration, as context managers.
 
 Inside `rollout_stage` every rank has whole weights and is free: ranks may make different numbers of forwards. Outside
-it ranks are in
-LOCK-STEP: under ZeRO-3 every rank makes the same forwards, backwards and gathers in the same order, so nothing there
-may depend on one
-rank's data unless it was all-reduced first.
+it ranks are in LOCK-STEP: under ZeRO-3 every rank makes the same forwards, backwards and gathers in the same order,
+so nothing there may depend on one rank's data unless it was all-reduced first.
 
 ZeRO-3's hooks gather every layer for every generated token: 4 to 10 times slower, and a hang as soon as ranks make
-different
-numbers of forwards. So the rollout uses a second, plain copy of the policy; once per rollout its trainable weights are
-copied from the
-engine's, parameter by parameter, and no hook is touched. Below stage 3 the engine's own module is whole and is used as
-it is.
+different numbers of forwards. So the rollout uses a second, plain copy of the policy; once per rollout its trainable
+weights are copied from the engine's, parameter by parameter, and no hook is touched. Below stage 3 the engine's own
+module is whole and is used as it is.
 """
 
 import contextlib
@@ -24,8 +20,7 @@ from torch import nn
 
 
 def make_rollout_copy(policy: nn.Module, zero_stage: int) -> nn.Module | None:
-    """To be called before deepspeed.initialize: the plain copy that acts in the rollout, or None where none is
-    needed."""
+    """Call before deepspeed.initialize: the plain copy that acts in the rollout, or None where none is needed."""
     if zero_stage < 3:
         return None
     return copy.deepcopy(policy).requires_grad_(False).eval()
