@@ -50,6 +50,8 @@ class VLAPolicy(nn.Module):
         pad_token_id: fills prompts up to max_prompt_length (published: 32000 and 30).
         chunk_size: actions per decision, 1 for OpenVLA.
         image_resize: "tensor" (RLinf's path) or "pil" (upstream's), see resize().
+        caches_features: the vision towers are frozen, so what they make of a picture in the rollout holds in the
+            update. Told, not found out: in a rollout copy everything is frozen.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class VLAPolicy(nn.Module):
         max_prompt_length: int = 30,
         chunk_size: int = 1,
         image_resize: str = "tensor",
+        caches_features: bool = False,
     ):
         super().__init__()
+        self.caches_features = caches_features
         self.chunk_size = chunk_size
         self.image_resize = image_resize
         self.model = model
@@ -110,11 +114,6 @@ class VLAPolicy(nn.Module):
         images = resize(obs["image"], self.image_size, self.image_resize)
         ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
         return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
-
-    @property
-    def caches_features(self) -> bool:
-        """The vision towers are frozen, so what they make of a picture in the rollout holds in the update."""
-        return not any(parameter.requires_grad for parameter in self.model.vision_backbone.parameters())
 
     def feature_shape(self) -> tuple[int, int]:
         """(P, E) of PolicyInputs.features for one picture."""

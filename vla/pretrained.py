@@ -212,6 +212,7 @@ def load_policy(
         max_prompt_length=max_prompt_length,
         chunk_size=chunk_size,
         image_resize=image_resize,
+        caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
     )
     policy.files = PolicyFiles(config, side_files, None if merge_lora else base_folder, adapter_config)
     return policy.to(device)
