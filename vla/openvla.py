@@ -111,7 +111,7 @@ class OpenVLA(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block's activations in the backward pass, in the towers and in the language model."""
-        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.language_model.activation_checkpointing_enable({"use_reentrant": False})
         for tower in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
             tower.gradient_checkpointing = True
 
@@ -198,8 +198,13 @@ class OpenVLA(nn.Module):
 
         Returns:
             hidden [B, H] at the last prompt token.
+
+        Raises:
+            RuntimeError: training mode with gradient checkpointing, where transformers leaves out the cache.
         """
         llama = self.language_model.model
+        if self.training and self.language_model.is_gradient_checkpointing:
+            raise RuntimeError("act() with gradient checkpointing needs eval mode: call policy.eval() before it")
         embeddings, mask = self.prefix(images, prompt_ids, prompt_mask, features)
         num_prompt = embeddings.shape[1]
         mask = torch.cat([mask, mask.new_ones(len(mask), num_tokens - 1)], dim=1)  # [B, S + D - 1], keys that are real
