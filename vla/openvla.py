@@ -203,7 +203,7 @@ class OpenVLA(nn.Module):
             RuntimeError: training mode with gradient checkpointing, where transformers leaves out the cache.
         """
         llama = self.language_model.model
-        if self.training and self.language_model.is_gradient_checkpointing:
+        if self.training and self.language_model.is_activation_checkpointing:
             raise RuntimeError("act() with gradient checkpointing needs eval mode: call policy.eval() before it")
         embeddings, mask = self.prefix(images, prompt_ids, prompt_mask, features)
         num_prompt = embeddings.shape[1]

@@ -628,6 +628,7 @@ def merge_adapter(model: OpenVLA) -> None:
         layer.weight.data = merged_weight(layer.weight.data, down.data, up.data, module.scaling["default"])
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer)
+    del model.peft_config  # peft's note that there is an adapter
 
 
 def merge_state(model: OpenVLA, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
