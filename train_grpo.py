@@ -81,16 +81,26 @@ class Args:
     """where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you"""
 
     # ---- model
-    model_type: str = "openvla"
-    """openvla: one action per decision, 7 tokens written one after the other"""
+    model_type: Literal["openvla", "openvla_oft"] = "openvla"
+    """openvla: one action per decision, 7 tokens written one after the other; openvla_oft: chunk_size actions in one
+    bidirectional pass"""
     model_path: str = "openvla-tiny"
-    """folder in the published layout, or the tiny preset openvla-tiny (random weights)"""
+    """folder in the published layout, or a tiny preset, openvla-tiny or openvla-oft-tiny (random weights)"""
     unnorm_key: str = "bridge_orig"
     """which of the checkpoint's statistics turn tokens into metres and radians"""
+    image_resize: Literal["tensor", "pil"] = "tensor"
+    """how camera pictures become the model's: as RLinf resizes tensors, or as OpenVLA's own code does by Pillow"""
+    oft_stop_token: bool = False
+    """openvla_oft: end the sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not"""
+    lora_path: str | None = None
+    """folder of an adapter to continue; it keeps its own rank, alpha and layers"""
     lora_rank: int = 0
-    """rank of the adapter on every linear layer; 0 trains all weights"""
+    """rank of a fresh adapter; 0 trains all weights"""
     lora_alpha: int = 32
-    """scale of the adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)"""
+    """scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)"""
+    lora_scope: Literal["all", "llm"] = "all"
+    """all: every linear layer (RLinf); llm: the language model's, and what the frozen vision towers make of a picture
+    is computed once in the rollout and kept for the update"""
     max_prompt_length: int = 30
     """prompts are padded to this many tokens"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -122,7 +132,7 @@ class Args:
     num_steps: int = 80
     """actions per env and iteration"""
     chunk_size: int = 1
-    """actions per decision; openvla has 1"""
+    """actions per decision; openvla has 1, openvla_oft's published models have 8"""
     temperature: float = 1.0
     """of sampling in the rollout; log-probabilities in the update use the same"""
     eval_temperature: float = 0.6
@@ -172,7 +182,7 @@ class Args:
     micro_batch_size: int = 8
     """decisions per forward and GPU: the memory knob. Out of memory: halve it; results stay the same"""
     gradient_checkpointing: bool = False
-    """recompute the language model's activations in the backward pass: less memory, a third more time"""
+    """recompute activations in the backward pass, block by block: less memory, a third more time"""
     deepspeed_config: str = "ds_configs/zero3.json"
     """ZeRO settings; sizes and rates are not in it"""
     local_rank: int = -1
@@ -277,7 +287,7 @@ def roll_out(
         statistics of the N episodes.
     """
     buffer.clear()
-    inputs = actor.preprocess(envs.reset(episode_ids)).to(device)
+    inputs = actor.prepare(envs.reset(episode_ids), device)
     episodes = []
     for t in range(buffer.num_chunks):
         tokens, logprobs, values = actor.act(inputs, temperature, next(noise))  # [N, C, D] [N, C, D] [N, C]
@@ -289,7 +299,7 @@ def roll_out(
         episodes += rows(infos["episode"])
         if len(episodes) == buffer.num_envs:
             break
-        inputs = actor.preprocess(obs).to(device)
+        inputs = actor.prepare(obs, device)
     return episodes
 
 
@@ -361,8 +371,10 @@ def main(args: Args) -> None:
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype)
         policy = load_policy(
             args.model_path, args.model_type, chunk_size=args.chunk_size, unnorm_key=args.unnorm_key,
-            dtype=DTYPES[args.dtype], lora_rank=args.lora_rank, lora_alpha=args.lora_alpha,
-            max_prompt_length=args.max_prompt_length, gradient_checkpointing=args.gradient_checkpointing,
+            dtype=DTYPES[args.dtype], image_resize=args.image_resize, oft_stop_token=args.oft_stop_token,
+            lora_path=args.lora_path, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha,
+            lora_scope=args.lora_scope, max_prompt_length=args.max_prompt_length,
+            gradient_checkpointing=args.gradient_checkpointing, device=device,
             value_head=False, seed=args.seed,
         )  # fmt: skip
         world = dict(
@@ -381,7 +393,7 @@ def main(args: Args) -> None:
         )  # fmt: skip
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
-    rollout_copy = make_rollout_copy(policy.to(device), zero_stage(ds_config))
+    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config))
     engine = build_engine(
         policy, ds_config, micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate,
         weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,

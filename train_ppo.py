@@ -74,16 +74,26 @@ class Args:
     """where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you"""
 
     # ---- model
-    model_type: str = "openvla"
-    """openvla: one action per decision, 7 tokens written one after the other"""
+    model_type: Literal["openvla", "openvla_oft"] = "openvla"
+    """openvla: one action per decision, 7 tokens written one after the other; openvla_oft: chunk_size actions in one
+    bidirectional pass"""
     model_path: str = "openvla-tiny"
-    """folder in the published layout, or the tiny preset openvla-tiny (random weights)"""
+    """folder in the published layout, or a tiny preset, openvla-tiny or openvla-oft-tiny (random weights)"""
     unnorm_key: str = "bridge_orig"
     """which of the checkpoint's statistics turn tokens into metres and radians"""
+    image_resize: Literal["tensor", "pil"] = "tensor"
+    """how camera pictures become the model's: as RLinf resizes tensors, or as OpenVLA's own code does by Pillow"""
+    oft_stop_token: bool = False
+    """openvla_oft: end the sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not"""
+    lora_path: str | None = None
+    """folder of an adapter to continue; it keeps its own rank, alpha and layers"""
     lora_rank: int = 32
-    """rank of the adapter on every linear layer; 0 trains all weights"""
+    """rank of a fresh adapter; 0 trains all weights"""
     lora_alpha: int = 32
-    """scale of the adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)"""
+    """scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)"""
+    lora_scope: Literal["all", "llm"] = "all"
+    """all: every linear layer (RLinf); llm: the language model's, and what the frozen vision towers make of a picture
+    is computed once in the rollout and kept for the update"""
     max_prompt_length: int = 30
     """prompts are padded to this many tokens"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -119,7 +129,7 @@ class Args:
     num_steps: int = 160
     """actions per env and iteration"""
     chunk_size: int = 1
-    """actions per decision; openvla has 1"""
+    """actions per decision; openvla has 1, openvla_oft's published models have 8"""
     temperature: float = 1.0
     """of sampling in the rollout; log-probabilities in the update use the same"""
     eval_temperature: float = 0.6
@@ -176,7 +186,7 @@ class Args:
     micro_batch_size: int = 8
     """decisions per forward and GPU: the memory knob. Out of memory: halve it; results stay the same"""
     gradient_checkpointing: bool = False
-    """recompute the language model's activations in the backward pass: less memory, a third more time"""
+    """recompute activations in the backward pass, block by block: less memory, a third more time"""
     deepspeed_config: str = "ds_configs/zero3.json"
     """ZeRO settings; sizes and rates are not in it"""
     local_rank: int = -1
@@ -342,9 +352,10 @@ def main(args: Args) -> None:
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype)
         policy = load_policy(
             args.model_path, args.model_type, chunk_size=args.chunk_size, unnorm_key=args.unnorm_key,
-            dtype=DTYPES[args.dtype], lora_rank=args.lora_rank, lora_alpha=args.lora_alpha,
-            max_prompt_length=args.max_prompt_length, gradient_checkpointing=args.gradient_checkpointing,
-            seed=args.seed,
+            dtype=DTYPES[args.dtype], image_resize=args.image_resize, oft_stop_token=args.oft_stop_token,
+            lora_path=args.lora_path, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha,
+            lora_scope=args.lora_scope, max_prompt_length=args.max_prompt_length,
+            gradient_checkpointing=args.gradient_checkpointing, device=device, seed=args.seed,
         )  # fmt: skip
         world = dict(
             obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir, image_size=args.image_size,
@@ -361,7 +372,7 @@ def main(args: Args) -> None:
         )  # fmt: skip
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
-    rollout_copy = make_rollout_copy(policy.to(device), zero_stage(ds_config))
+    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config))
     engine = build_engine(
         policy, ds_config, micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate,
         value_learning_rate=args.value_learning_rate, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
@@ -369,7 +380,8 @@ def main(args: Args) -> None:
     guard = StepGuard(run_dir, rank())
     T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
     buffer = RolloutBuffer(
-        T, N, policy.chunk_size, policy.image_size, args.max_prompt_length
+        T, N, policy.chunk_size, policy.image_size, args.max_prompt_length,
+        feature_shape=policy.feature_shape() if policy.caches_features else None, feature_dtype=DTYPES[args.dtype],
     )  # fmt: skip
     start_iteration, global_step = 0, 0
     with checked():
@@ -402,24 +414,22 @@ def main(args: Args) -> None:
         with logger.timer("rollout"), rollout_stage(engine, rollout_copy) as actor:
             if not args.auto_reset and (checkpoint or iteration > start_iteration):
                 obs = envs.reset()
-            inputs = actor.preprocess(obs).to(device)
+            inputs = actor.prepare(obs, device)
             for t in range(sizes.num_chunks):
-                noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[
-                    first_env : first_env + N
-                ]  # [N, C, D]
+                noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]  # [N, C, D]
                 tokens, logprobs, values = actor.act(inputs, args.temperature, noise)  # [N, C, D] [N, C, D] [N, C]
                 next_obs, rewards, terminations, truncations, infos = envs.step(actor.decode(tokens))  # [N, C] [N] [N]
                 bootstrapped = truncations | (terminations & (args.bootstrap == "always"))  # [N]
                 final_values = torch.zeros(N)
                 if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
-                    final_inputs = actor.preprocess(infos["final_observation"]).to(device)
+                    final_inputs = actor.prepare(infos["final_observation"], device)
                     final_values[infos["ended"]] = actor.value(final_inputs)[:, 0].float().cpu()
                 buffer.add(
                     t, inputs, tokens=tokens, logprobs=logprobs, values=values, rewards=rewards, valid=infos["valid"],
                     dones=terminations | truncations, final_values=final_values * bootstrapped,
                 )  # fmt: skip
                 episodes += rows(infos["episode"])
-                obs, inputs = next_obs, actor.preprocess(next_obs).to(device)
+                obs, inputs = next_obs, actor.prepare(next_obs, device)
             next_values = actor.value(inputs)[:, 0].cpu()  # [N]
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps

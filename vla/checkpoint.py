@@ -19,7 +19,7 @@ import deepspeed
 import torch
 
 from vla.distributed import UserError, all_gather_lists, barrier, rank, world_size
-from vla.pretrained import save_policy
+from vla.pretrained import save_policy, saves_adapter_alone
 from vla.stages import whole_state_dict
 
 
@@ -76,7 +76,7 @@ def save_checkpoint(
     final = checkpoint_dir(run_dir, iteration)
     partial = final.with_name(final.name + ".partial")
     env_states = all_gather_lists(env_states)
-    weights = whole_state_dict(engine, keep=rank() == 0)
+    weights = whole_state_dict(engine, keep=rank() == 0, without_base=saves_adapter_alone(engine.module))
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         save_policy(engine.module, weights, partial / "policy")

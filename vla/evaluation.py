@@ -46,7 +46,7 @@ def run_batch(policy, envs, episode_ids: list[int], temperature: float, video) -
     while len(rows) < envs.num_envs:
         noise = torch.cat([uniform_noise(1, policy.chunk_size, generator) for generator in generators])  # [N, C, D]
         device = next(policy.parameters()).device
-        tokens, _, _ = policy.act(policy.preprocess(obs).to(device), temperature, noise)
+        tokens, _, _ = policy.act(policy.prepare(obs, device), temperature, noise)
         obs, rewards, _, _, infos = envs.step(policy.decode(tokens))
         returns += rewards.sum(dim=1)
         steps += policy.chunk_size

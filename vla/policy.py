@@ -1,5 +1,5 @@
-"""VLAPolicy: what the training scripts see of a model. Everything goes through __call__, because ZeRO-3 gathers
-weights there.
+"""VLAPolicy: what the training scripts see of a model. In the update everything goes through __call__, because ZeRO-3
+gathers weights there.
 
     N envs (or B samples)   C = chunk_size actions per decision   D = 7 action dimensions   L prompt ids
 
@@ -9,16 +9,16 @@ weights there.
     decode(tokens)                      actions [N, C, D] in robot units
 
 `obs` is what an env returns, {"image": uint8 [N, H, W, 3], "task_description": N strings}, or what preprocess() made
-of it (what the
-rollout buffer keeps). Tokens are vocabulary ids, integers; actions are floats; never the same word. Log-probabilities
-are over
-the 256 action ids only, in fp32, and come from the same lines of code in rollout and update.
+of it (what the rollout buffer keeps). Tokens are vocabulary ids, integers; actions are floats; never the same word.
+Log-probabilities are over the 256 action ids only, in fp32, and come from the same lines of code in rollout and update.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
@@ -32,24 +32,27 @@ class PolicyInputs(NamedTuple):
     images: torch.Tensor  # uint8 [N, H, W, 3]
     prompt_ids: torch.Tensor  # int64 [N, L]: BOS, padding, rest of the prompt
     prompt_mask: torch.Tensor  # bool [N, L]
+    features: torch.Tensor | None = None  # [N, P, E] of frozen vision towers, in the model's precision
 
     def to(self, device: torch.device) -> "PolicyInputs":
-        return PolicyInputs(*(field.to(device) for field in self))
+        return PolicyInputs(*(None if field is None else field.to(device) for field in self))
 
 
 class VLAPolicy(nn.Module):
     """A vision-language-action model with its prompt, bins, statistics and critic.
 
     Args:
-        model: OpenVLA.
+        model: OpenVLA or OpenVLAOFT.
         value_head: ValueHead with chunk_size outputs, or None for an actor alone.
         action_tokens: bins and statistics.
-        tokenizer: transformers tokenizer, or None: then only prompt_ids() raises.
+        tokenizer: of the `tokenizers` package, or None: then only prompt_ids() raises.
         image_size: (height, width) of the towers' input, pixels.
         pad_token_id: fills prompts up to max_prompt_length (published: 32000 and 30).
+        chunk_size: actions per decision, 1 for OpenVLA.
+        image_resize: "tensor" (RLinf's path) or "pil" (upstream's), see resize().
+        caches_features: the vision towers are frozen, so what they make of a picture in the rollout holds in the
+            update. Told, not found out: in a rollout copy everything is frozen.
     """
-
-    chunk_size = 1
 
     def __init__(
         self,
@@ -60,8 +63,14 @@ class VLAPolicy(nn.Module):
         image_size: tuple[int, int],
         pad_token_id: int,
         max_prompt_length: int = 30,
+        chunk_size: int = 1,
+        image_resize: str = "tensor",
+        caches_features: bool = False,
     ):
         super().__init__()
+        self.caches_features = caches_features
+        self.chunk_size = chunk_size
+        self.image_resize = image_resize
         self.model = model
         self.value_head = value_head
         self.action_tokens = action_tokens
@@ -69,6 +78,7 @@ class VLAPolicy(nn.Module):
         self.image_size = image_size
         self.pad_token_id = pad_token_id
         self.max_prompt_length = max_prompt_length
+        self.files = None  # pretrained.PolicyFiles: what saving needs besides weights
         self._prompt_cache: dict[str, list[int]] = {}
 
     # ------------------------------------------------------------------ text and pixels
@@ -77,7 +87,7 @@ class VLAPolicy(nn.Module):
         if self.tokenizer is None:
             raise ValueError("the checkpoint folder has no tokenizer.json: copy it beside config.json")
         if task_description not in self._prompt_cache:
-            ids = self.tokenizer(PROMPT.format(task_description=task_description.lower()))["input_ids"]
+            ids = self.tokenizer.encode(PROMPT.format(task_description=task_description.lower())).ids
             if len(ids) > self.max_prompt_length:
                 raise ValueError(
                     f"the prompt for {task_description!r} has {len(ids)} tokens, --max_prompt_length is "
@@ -101,9 +111,28 @@ class VLAPolicy(nn.Module):
         """obs of an env -> PolicyInputs on the obs' device. Idempotent."""
         if isinstance(obs, PolicyInputs):
             return obs
-        images = resize(obs["image"], self.image_size)
+        images = resize(obs["image"], self.image_size, self.image_resize)
         ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
         return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
+
+    def feature_shape(self) -> tuple[int, int]:
+        """(P, E) of PolicyInputs.features for one picture."""
+        towers = (self.model.vision_backbone.featurizer, self.model.vision_backbone.fused_featurizer)
+        return towers[0].num_patches, sum(tower.embed_dim for tower in towers)
+
+    def prepare(self, obs: dict | PolicyInputs, device: torch.device) -> PolicyInputs:
+        """preprocess(), moved to the model's device, with_features(): what the rollout acts on and keeps."""
+        return self.with_features(self.preprocess(obs).to(device))
+
+    def with_features(self, inputs: PolicyInputs) -> PolicyInputs:
+        """For the rollout, where weights are whole: run frozen towers now, so that nothing runs them again.
+
+        Towers that are being trained are left to every forward: the inputs come back as they are.
+        """
+        if not self.caches_features or inputs.features is not None:
+            return inputs
+        with torch.no_grad():
+            return inputs._replace(features=self.model.vision_backbone(inputs.images))
 
     # ------------------------------------------------------------------ the four verbs
     def act(
@@ -155,19 +184,20 @@ class VLAPolicy(nn.Module):
 
     # ------------------------------------------------------------------ inside
     def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):
-        """OpenVLA writes its tokens one by one: the log-probability of each is noted as it is drawn."""
+        """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once; each log-probability is noted as it is
+        drawn."""
+        flat_noise = noise.flatten(1)  # [B, C * D]
         tokens, logprobs = [], []
 
-        def choose(logits: torch.Tensor, index: int) -> torch.Tensor:  # [B, V] -> [B]
-            candidates = self._action_logprobs(logits, temperature)
-            bins = sample_bins(candidates, noise.flatten(1)[:, index], greedy=temperature == 0)
-            logprobs.append(candidates.gather(-1, bins[:, None])[:, 0])
+        def choose(logits: torch.Tensor, start: int) -> torch.Tensor:  # [B, K, V] -> [B, K]
+            candidates = self._action_logprobs(logits, temperature)  # [B, K, 256]
+            bins = sample_bins(candidates, flat_noise[:, start : start + logits.shape[1]], greedy=temperature == 0)
+            logprobs.append(candidates.gather(-1, bins[..., None])[..., 0])
             tokens.append(bins + self.action_tokens.first_id)
             return tokens[-1]
 
         hidden = self.model.generate(*inputs, num_tokens=self.chunk_size * ACTION_DIM, choose=choose)
-        shape = (len(hidden), self.chunk_size, ACTION_DIM)
-        return torch.stack(tokens, 1).view(shape), torch.stack(logprobs, 1).view(shape), self._values(hidden)
+        return torch.cat(tokens, 1).view(noise.shape), torch.cat(logprobs, 1).view(noise.shape), self._values(hidden)
 
     def _action_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         """logits [..., V] -> log-probabilities over the 256 action ids, fp32 [..., 256]."""
@@ -187,25 +217,31 @@ def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) ->
 
 
 def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> torch.Tensor:
-    """logprobs [B, 256], noise [B] in [0, 1) -> bins int64 [B], by inverting the cumulative distribution.
+    """logprobs [..., 256], noise [...] in [0, 1) -> bins int64 [...], by inverting the cumulative distribution.
 
     A function of its arguments: one env's action does not depend on which other envs share its batch or rank.
     """
     if greedy:
         return logprobs.argmax(dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)
-    bins = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)[:, 0]
+    bins = torch.searchsorted(cumulative, (noise * cumulative[..., -1])[..., None], right=True)[..., 0]
     return bins.clamp(max=NUM_BINS - 1)
 
 
-def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(images: torch.Tensor, size: tuple[int, int], how: str = "tensor") -> torch.Tensor:
     """uint8 [N, H, W, 3] -> uint8 [N, h, w, 3], bicubic with antialias, aspect not kept ("resize-naive").
 
-    The result is rounded back to uint8 (RLinf's path; the PIL path differs from it in 14 % of the values, by at most 2
-    of 255).
+    Args:
+        how: "tensor" resizes floats and rounds back to uint8 (RLinf's path); "pil" is Pillow's fixed-point arithmetic
+            (upstream's path, on the CPU). They differ in 14 % of the values, by at most 2 of 255.
     """
     if tuple(images.shape[1:3]) == tuple(size):
         return images
+    if how == "pil":
+        pictures = [
+            Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in images.cpu().numpy()
+        ]
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(images.device)
     pixels = images.permute(0, 3, 1, 2).float()
     pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
     return pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

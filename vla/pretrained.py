@@ -1,32 +1,63 @@
 """Load and save policies in the layout of the published checkpoints; make the tiny ones.
 
-A folder holds config.json, model.safetensors (or shards with model.safetensors.index.json), tokenizer files, optionally
-dataset_statistics.json (merged over config.json's norm_stats) and value_head.safetensors. With LoRA,
-adapter_config.json and
-adapter_model.safetensors in peft's layout stand beside them.
+A folder holds config.json, model.safetensors (or shards with model.safetensors.index.json), tokenizer files,
+preprocessor_config.json, optionally dataset_statistics.json (merged over config.json's norm_stats) and
+value_head.safetensors. An adapter is adapter_config.json and adapter_model.safetensors as peft writes them, in a folder
+of its own (`lora_path`) or beside the weights; a folder with an adapter alone names its base model in
+base_model_name_or_path.
+
+Weights are read tensor by tensor from mapped shards into a model built without memory, in the precision and on the
+device they are wanted, so the host never holds more than the model and one shard's pages. Whatever does not fit is an
+error that names it: a wrong base, missing keys or the wrong statistics cost tens of points of success without a
+word otherwise.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
-from vla.action_tokens import NUM_BINS, ActionTokens
+from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
 from vla.openvla import OpenVLA
+from vla.openvla_oft import OpenVLAOFT
 from vla.policy import PROMPT, VLAPolicy
 from vla.value_head import ValueHead
+from vla.vision import VisionBackbone
+
+MODEL_TYPES = ("openvla", "openvla_oft")
+PUBLISHED_CHUNK_SIZE = 8  # actions per decision of the discrete OpenVLA-OFT checkpoints; their config.json omits it
+BOS_ID = 1
+MAX_SHARD_BYTES = 5 * 10**9
+
+# kept byte for byte from load to save, so that a saved folder is as complete as the one it came from
+SIDE_FILES = (
+    "preprocessor_config.json", "generation_config.json", "dataset_statistics.json", "processor_config.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+# parts that only other variants of OpenVLA-OFT have, by the start of their files' names
+FOREIGN_PARTS = {
+    "action_head--": "an L1 regression head, which has no distribution over actions: RL on it gives 0 % success",
+    "noisy_action_projector--": "a diffusion head, which has no distribution over tokens",
+    "proprio_projector--": "a proprioception input, which the discrete ManiSkill models do not have",
+    "vision_backbone--": "FiLM-conditioned towers, which the discrete ManiSkill models do not have",
+}
 
 # RLinf's targets; "proj" also hits the patch embedding's convolution
 LORA_TARGETS = [
     "proj", "qkv", "fc1", "fc2", "q", "kv", "fc3", "out_proj",
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
 ]  # fmt: skip
+# the language model's alone, as the regular expression that peft matches whole module names with
+LLM_TARGETS = r"language_model\.(lm_head|.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj))"
 
 # 1 % and 99 % quantiles of the BridgeData V2 actions, as in the published norm_stats: metres, radians, gripper
 BRIDGE_ORIG = {
@@ -40,35 +71,37 @@ BRIDGE_ORIG = {
 }  # fmt: skip
 
 TINY_VOCAB_END = 768  # 512 text ids, then 256 action ids
-TINY_PRESETS = {
-    # about 1.3 M parameters: 96 x 96 pixels, 36 patches
-    "openvla-tiny": {
-        "model_type": "openvla",
-        "architectures": ["OpenVLAForActionPrediction"],
-        "arch_specifier": "no-align+fused-gelu-mlp",
-        "use_fused_vision_backbone": True,
-        "image_sizes": [96, 96],
-        "image_resize_strategy": "resize-naive",
-        "n_action_bins": NUM_BINS,
-        "pad_to_multiple_of": 64,
+# about 1.3 M parameters: 96 x 96 pixels, 36 patches
+TINY_OPENVLA = {
+    "model_type": "openvla",
+    "architectures": ["OpenVLAForActionPrediction"],
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "use_fused_vision_backbone": True,
+    "image_sizes": [96, 96],
+    "image_resize_strategy": "resize-naive",
+    "n_action_bins": NUM_BINS,
+    "pad_to_multiple_of": 64,
+    "pad_token_id": TINY_VOCAB_END,
+    "vision_dims": [
+        {"embed_dim": 64, "depth": 4, "num_heads": 4, "patch_size": 16},
+        {"embed_dim": 72, "depth": 4, "num_heads": 4, "patch_size": 16},
+    ],
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": TINY_VOCAB_END + 64,
+        "initializer_range": 0.09,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "pad_token_id": TINY_VOCAB_END,
-        "vision_dims": [
-            {"embed_dim": 64, "depth": 4, "num_heads": 4, "patch_size": 16},
-            {"embed_dim": 72, "depth": 4, "num_heads": 4, "patch_size": 16},
-        ],
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": TINY_VOCAB_END + 64,
-            "initializer_range": 0.09,
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "pad_token_id": TINY_VOCAB_END,
-        },
-        "norm_stats": {"bridge_orig": BRIDGE_ORIG},
     },
+    "norm_stats": {"bridge_orig": BRIDGE_ORIG},
+}
+TINY_PRESETS = {
+    "openvla-tiny": TINY_OPENVLA,
+    "openvla-oft-tiny": {**TINY_OPENVLA, "chunk_size": PUBLISHED_CHUNK_SIZE},
 }
 
 # what the tiny tokenizer learns its words from: anything else is spelled out in bytes
@@ -84,7 +117,313 @@ TINY_CORPUS = [
 ]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class PolicyFiles:
+    """What save_policy() needs besides weights."""
+
+    config: dict  # config.json, without the statistics merged over it
+    side_files: dict[str, bytes]  # name -> content
+    base_folder: Path | None  # where the weights lie that an adapter is for; None: a preset, there is no such place
+    adapter_config: dict | None  # peft's adapter_config.json
+
+
+def load_policy(
+    path: str,
+    model_type: str = "openvla",
+    *,
+    unnorm_key: str = "bridge_orig",
+    lora_path: str | None = None,
+    value_head: bool | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    image_resize: str = "tensor",
+    chunk_size: int | None = None,
+    oft_stop_token: bool = False,
+    lora_rank: int = 0,
+    lora_alpha: int = 32,
+    lora_scope: str = "all",
+    merge_lora: bool = False,
+    max_prompt_length: int = 30,
+    gradient_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> VLAPolicy:
+    """A checkpoint folder, or the name of a tiny preset (random weights from `seed`), as a policy ready to train.
+
+    Args:
+        model_type: openvla or openvla_oft; published folders do not say which they are.
+        unnorm_key: which statistics turn tokens into robot units.
+        lora_path: folder of a published adapter; it keeps its own rank, alpha and targets.
+        value_head: None or True: the critic in lora_path or path, else a fresh one (from `seed`). False: no critic. A
+            file or folder: the critic in there. It stays fp32 whatever dtype is.
+        image_resize: "tensor" (RLinf) or "pil" (upstream's evaluation).
+        chunk_size: actions per decision; None: what the folder says, else 1 (openvla) or 8 (openvla_oft).
+        oft_stop_token: end OFT's sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not.
+        lora_rank: of a fresh adapter where the folder has none; 0 trains all weights that a forward reads.
+        lora_scope: "all" (RLinf's targets), or "llm": vision towers and projector stay frozen.
+        merge_lora: add the loaded adapter into the weights; lora_rank then puts a fresh one on top.
+        device: where weights are read to, tensor by tensor.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence that names the file, the key or the flag, and the remedy.
+    """
+    check_choices(model_type, lora_path, image_resize, lora_scope)
+    folder = Path(path)
+    tiny = path in TINY_PRESETS and not folder.is_dir()
+    adapter_folder = find_adapter(folder, lora_path)
+    config, side_files = (TINY_PRESETS[path], tiny_side_files()) if tiny else read_folder(folder)
+    chunk_size = pick_chunk_size(model_type, chunk_size, config, path)
+    tokenizer = read_tokenizer(side_files)
+    action_tokens = ActionTokens(
+        action_vocab_end(config, tokenizer, path), action_stats(config, side_files, unnorm_key, path)
+    )
+    if model_type == "openvla_oft":
+        oft_stop_token = oft_stop_token or config.get("oft_stop_token", False)
+        config = {**config, "chunk_size": chunk_size, "oft_stop_token": oft_stop_token}
+    base_folder = None if tiny else find_base(folder)
+
+    with torch.random.fork_rng(devices=[]):  # the same weights on every rank, and torch's own generator is left alone
+        torch.manual_seed(seed)
+        model = build_model(model_type, config, chunk_size, oft_stop_token, on_meta=not tiny)
+        if tiny:
+            model.init_weights()
+        else:
+            stream_weights(model, base_folder, dtype, device)
+        critic = None
+        if value_head is not False:
+            critic = ValueHead(model.hidden_size, chunk_size)
+            load_critic(critic, value_head, (adapter_folder, folder))
+        model, adapter_config = with_adapter(
+            model, adapter_folder, lora_rank, lora_alpha, lora_scope, merge_lora, base_folder
+        )
+    cast_parameters(model, dtype)
+    freeze(model, adapter_config is not None, lora_scope)
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.vision_backbone.normalization = read_normalization(side_files, path)
+    if model_type == "openvla_oft":
+        model.check_bidirectional()
+    policy = VLAPolicy(
+        model,
+        critic,
+        action_tokens,
+        tokenizer,
+        image_size=(config["image_sizes"][0],) * 2,
+        pad_token_id=action_tokens.vocab_end,
+        max_prompt_length=max_prompt_length,
+        chunk_size=chunk_size,
+        image_resize=image_resize,
+        caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
+    )
+    policy.files = PolicyFiles(config, side_files, None if merge_lora else base_folder, adapter_config)
+    return policy.to(device)
+
+
+def check_choices(model_type: str, lora_path: str | None, image_resize: str, lora_scope: str) -> None:
+    """Flags with few values."""
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"--model_type {model_type!r} is unknown: there are {', '.join(MODEL_TYPES)}")
+    if lora_path is not None and not str(lora_path).strip():
+        raise ValueError("--lora_path is empty: give the folder of an adapter, or leave the flag out")
+    if image_resize not in ("tensor", "pil"):
+        raise ValueError(f"--image_resize {image_resize!r} is unknown: there are tensor, pil")
+    if lora_scope not in ("all", "llm"):
+        raise ValueError(f"--lora_scope {lora_scope!r} is unknown: there are all, llm")
+
+
+def build_model(model_type: str, config: dict, chunk_size: int, stop_token: bool, on_meta: bool) -> OpenVLA:
+    """The network; on_meta: parameters without memory, to be filled by stream_weights(), buffers as they should be."""
+
+    def build() -> OpenVLA:
+        if model_type == "openvla":
+            return OpenVLA(config)
+        return OpenVLAOFT(config, chunk_size * ACTION_DIM, stop_token)
+
+    if not on_meta:
+        return build()
+    with init_empty_weights(include_buffers=False):
+        return build()
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast parameters only. Casting buffers too would round Llama's rotary frequencies and change its actions."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def freeze(model: OpenVLA, has_adapter: bool, lora_scope: str) -> None:
+    """Leave trainable what is to be trained: the adapter where there is one, never what no forward reads."""
+    for name, parameter in model.named_parameters():
+        in_scope = lora_scope == "all" or name.startswith("language_model.")
+        parameter.requires_grad_(in_scope and ("lora_" in name or not has_adapter))
+    for parameter in model.unused_parameters():
+        parameter.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------- reading a folder
+def read_folder(folder: Path) -> tuple[dict, dict[str, bytes]]:
+    """config.json as it is, and the small files beside it."""
+    if not folder.is_dir():
+        presets = ", ".join(sorted(TINY_PRESETS))
+        raise FileNotFoundError(
+            f"--model_path {folder} is not a folder: give a checkpoint folder or a tiny preset ({presets})"
+        )
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not an OpenVLA checkpoint folder")
+    for file in sorted(folder.iterdir()):
+        for start, what in FOREIGN_PARTS.items():
+            if file.name.startswith(start):
+                raise ValueError(
+                    f"{folder} holds {file.name}: {what}; use a discrete-token checkpoint, such as RLinf's for "
+                    "ManiSkill"
+                )
+    config = json.loads((folder / "config.json").read_text())
+    side_files = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).exists()}
+    return config, side_files
+
+
+def pick_chunk_size(model_type: str, chunk_size: int | None, config: dict, path: str) -> int:
+    """Actions per decision, from the flag and from config.json (which names it where save_policy() wrote an OFT)."""
+    known = config.get("chunk_size")
+    if model_type == "openvla":
+        if known:
+            raise ValueError(f"{path} is an OpenVLA-OFT (chunk_size {known}): pass --model_type openvla_oft")
+        if chunk_size not in (None, 1):
+            raise ValueError(f"--chunk_size {chunk_size}: openvla writes one action per decision, use 1")
+        return 1
+    if chunk_size is None:
+        return known or PUBLISHED_CHUNK_SIZE
+    if chunk_size < 2:
+        raise ValueError(
+            f"--chunk_size {chunk_size}: openvla_oft writes a chunk of actions per decision, use "
+            f"{known or PUBLISHED_CHUNK_SIZE}"
+        )
+    if known and chunk_size != known and path not in TINY_PRESETS:
+        raise ValueError(f"--chunk_size {chunk_size}, but {path} was trained with {known}: use {known}")
+    return chunk_size
+
+
+def action_vocab_end(config: dict, tokenizer: Tokenizer | None, path: str) -> int:
+    """One past the last action id. The 256 action ids are the last of the text vocabulary, right before the padding
+    id, and the model's vocabulary is that rounded up.
+
+    Raises:
+        ValueError: they can not be there: every action would be read from ids that mean something else.
+    """
+    vocab_size, rounding = config["text_config"]["vocab_size"], config.get("pad_to_multiple_of", 0)
+    vocab_end, padding = vocab_size - rounding, config.get("pad_token_id", config["text_config"].get("pad_token_id"))
+    if config.get("n_action_bins", NUM_BINS) != NUM_BINS:
+        raise ValueError(f"{path} has n_action_bins {config['n_action_bins']}: only {NUM_BINS} are supported")
+    fits = rounding > 0 and vocab_end >= NUM_BINS and padding == vocab_end
+    if not fits or (tokenizer is not None and tokenizer.get_vocab_size(with_added_tokens=False) > vocab_end):
+        words = "unknown" if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=False)
+        raise ValueError(
+            f"the action ids do not fit the vocabulary of {path}: vocab_size {vocab_size} minus pad_to_multiple_of "
+            f"{rounding} must be the padding id (it is {padding}) and at least the tokenizer's size ({words}); check "
+            "config.json"
+        )
+    return vocab_end
+
+
+def action_stats(config: dict, side_files: dict[str, bytes], unnorm_key: str, path: str) -> dict:
+    """The action statistics of one key, dataset_statistics.json before config.json; the wrong key would silently scale
+    every action."""
+    norm_stats = {**config.get("norm_stats", {}), **json.loads(side_files.get("dataset_statistics.json", "{}"))}
+    if unnorm_key not in norm_stats:
+        known = ", ".join(sorted(norm_stats)) or "none"
+        raise ValueError(f"--unnorm_key {unnorm_key!r} is not in the norm_stats of {path}: it has {known}")
+    stats = norm_stats[unnorm_key]["action"]
+    if len(stats["q01"]) != ACTION_DIM:
+        raise ValueError(f"--unnorm_key {unnorm_key!r} describes actions of {len(stats['q01'])} dimensions, not 7")
+    return stats
+
+
+def read_normalization(side_files: dict[str, bytes], path: str) -> tuple:
+    """((mean, std) of DINOv2, of SigLIP) from preprocessor_config.json; the published values where it is missing."""
+    if "preprocessor_config.json" not in side_files:
+        return VisionBackbone.NORMALIZATION
+    config = json.loads(side_files["preprocessor_config.json"])
+    strategy = config.get("image_resize_strategy", "resize-naive")
+    if strategy != "resize-naive" or set(config.get("interpolations", ["bicubic"])) != {"bicubic"}:
+        raise ValueError(
+            f"{path}/preprocessor_config.json resizes by {strategy}, {config.get('interpolations')}: only resize-naive "
+            "with bicubic interpolation is supported"
+        )
+    return tuple(zip(config["means"], config["stds"]))
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} lacks {name}: download the checkpoint again")
+    return [folder / name for name in names]
+
+
+def open_shard(path: Path) -> safe_open:
+    """A mapped safetensors file. Raises ValueError where it is cut short or is no such file."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({path.stat().st_size} bytes; {error}): download it again"
+        ) from error
+
+
+def check_keys(expected: dict[str, tuple], found: dict[str, tuple], what: str) -> None:
+    """{name: shape} of the model against that of a file."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{what} does not fit the model: {len(missing)} keys missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
+        )
+    for name, shape in expected.items():
+        if tuple(shape) != tuple(found[name]):
+            raise ValueError(f"{what} has {name} of shape {tuple(found[name])}, config.json implies {tuple(shape)}")
+
+
+def stream_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Fill a model built on meta from a folder's shards, tensor by tensor. All headers are compared first."""
+    paths, found = shard_paths(folder), {}
+    for path in paths:
+        with open_shard(path) as shard:
+            found |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
+    check_keys({name: tuple(p.shape) for name, p in model.named_parameters()}, found, f"the checkpoint in {folder}")
+    for path in paths:
+        with open_shard(path) as shard:
+            for key in shard.keys():  # noqa: SIM118 (a shard is not a dict)
+                owner, _, leaf = key.rpartition(".")
+                # a copy: the mapped pages go with the file, which a later save may replace
+                value = shard.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+                model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+
+
+def load_critic(critic: ValueHead, wanted: bool | str | None, folders: tuple[Path | None, ...]) -> None:
+    """Read value_head.safetensors from where the caller says, or from the first folder that has one; without any the
+    critic stays fresh."""
+    files = [folder / "value_head.safetensors" for folder in folders if folder is not None]
+    if wanted not in (None, True):
+        file = Path(wanted)
+        files = [file / "value_head.safetensors" if file.is_dir() else file]
+        if not files[0].is_file():
+            raise FileNotFoundError(f"value_head {wanted}: there is no such file")
+    for file in files:
+        if file.is_file():
+            with open_shard(file) as shard:
+                weights = {key.removeprefix("value_head."): shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+            expected = {name: tuple(parameter.shape) for name, parameter in critic.named_parameters()}
+            check_keys(expected, {name: tuple(value.shape) for name, value in weights.items()}, str(file))
+            critic.load_state_dict(weights)
+            return
+
+
+# ---------------------------------------------------------------------- tokenizer
+def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE of at most 512 ids, BOS = 1 as in Llama, made by code; the same every time."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,194 +435,272 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TINY_CORPUS * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.post_processor = begin_with_bos()
+    return tokenizer
 
 
-def load_policy(
-    path: str,
-    model_type: str = "openvla",
-    *,
-    chunk_size: int = 1,
-    unnorm_key: str = "bridge_orig",
-    value_head: bool = True,
-    dtype: torch.dtype = torch.float32,
-    lora_rank: int = 0,
-    lora_alpha: int = 32,
-    max_prompt_length: int = 30,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
-) -> VLAPolicy:
-    """A checkpoint folder, or the name of a tiny preset (random weights from `seed`), as a policy ready to train.
-
-    Args:
-        unnorm_key: which statistics turn tokens into robot units.
-        value_head: with a critic; a fresh one (from `seed`) where the folder has none.
-        lora_rank: 0 trains all weights that a forward reads; otherwise only the adapter and the critic are trained.
-
-    Raises:
-        FileNotFoundError, ValueError: one sentence that names the file, the key or the flag, and the remedy.
-    """
-    if model_type != "openvla":
-        raise ValueError(f"--model_type {model_type!r} is unknown: there is openvla")
-    if chunk_size != VLAPolicy.chunk_size:
-        raise ValueError(f"--chunk_size {chunk_size}: openvla writes one action per decision, use 1")
-    folder = Path(path)
-    tiny = path in TINY_PRESETS and not folder.is_dir()
-    config = TINY_PRESETS[path] if tiny else read_config(folder)
-    text_config = config["text_config"]
-    action_tokens = ActionTokens(
-        text_config["vocab_size"] - config["pad_to_multiple_of"], action_stats(config, unnorm_key)
-    )
-
-    with torch.random.fork_rng(devices=[]):  # the same weights on every rank, and torch's own generator is left alone
-        torch.manual_seed(seed)
-        model = OpenVLA(config)
-        critic = ValueHead(model.hidden_size, VLAPolicy.chunk_size) if value_head else None
-        if not tiny:
-            load_strict(model, read_weights(folder), folder)
-            if critic is not None and (folder / "value_head.safetensors").exists():
-                weights = load_file(folder / "value_head.safetensors")
-                load_strict(critic, {key.removeprefix("value_head."): value for key, value in weights.items()}, folder)
-        if lora_rank:
-            model = add_lora(model, lora_rank, lora_alpha)
-    if not tiny and (folder / "adapter_model.safetensors").exists():
-        load_adapter(model, folder, lora_rank)
-    if gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    for parameter in model.unused_parameters():
-        parameter.requires_grad_(False)
-    policy = VLAPolicy(
-        model,
-        critic,
-        action_tokens,
-        tiny_tokenizer() if tiny else load_tokenizer(folder),
-        image_size=(config["image_sizes"][0],) * 2,
-        pad_token_id=config["pad_token_id"],
-        max_prompt_length=max_prompt_length,
-    )
-    policy.config = config
-    policy.lora_config = {"r": lora_rank, "lora_alpha": lora_alpha} if lora_rank else None
-    return cast_parameters(policy, dtype)
+def begin_with_bos() -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
 
 
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast parameters only. Casting buffers too would round Llama's rotary frequencies and change its actions."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
+def tiny_side_files() -> dict[str, bytes]:
+    """The small files of a tiny preset, as a published folder has them."""
+    (dino_mean, dino_std), (siglip_mean, siglip_std) = VisionBackbone.NORMALIZATION
+    contents = {
+        "preprocessor_config.json": {
+            "image_processor_type": "PrismaticImageProcessor",
+            "image_resize_strategy": "resize-naive",
+            "input_sizes": [[3, *TINY_OPENVLA["image_sizes"]]] * 2,
+            "interpolations": ["bicubic", "bicubic"],
+            "means": [dino_mean, siglip_mean],
+            "stds": [dino_std, siglip_std],
+            "use_fused_vision_backbone": True,
+        },
+        "generation_config.json": {"bos_token_id": BOS_ID, "eos_token_id": 2, "pad_token_id": TINY_VOCAB_END},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        },
+    }
+    files = {name: json.dumps(content, indent=2).encode() for name, content in contents.items()}
+    return files | {"tokenizer.json": tiny_tokenizer().to_str().encode()}
 
 
-# ---------------------------------------------------------------------- reading a folder
-def read_config(folder: Path) -> dict:
-    """config.json with dataset_statistics.json, where there is one, merged over its norm_stats."""
-    if not folder.is_dir():
-        presets = ", ".join(sorted(TINY_PRESETS))
-        raise FileNotFoundError(
-            f"--model_path {folder} is not a folder: give a checkpoint folder or a tiny preset ({presets})"
-        )
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: it is not an OpenVLA checkpoint folder")
-    config = json.loads((folder / "config.json").read_text())
-    if (folder / "dataset_statistics.json").exists():
-        statistics = json.loads((folder / "dataset_statistics.json").read_text())
-        config["norm_stats"] = {**config.get("norm_stats", {}), **statistics}
-    return config
-
-
-def action_stats(config: dict, unnorm_key: str) -> dict:
-    """The action statistics of one key; the wrong key would silently scale every action."""
-    if unnorm_key not in config["norm_stats"]:
-        known = ", ".join(sorted(config["norm_stats"]))
-        raise ValueError(f"--unnorm_key {unnorm_key!r} is not in this checkpoint's norm_stats: it has {known}")
-    return config["norm_stats"][unnorm_key]["action"]
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors or of the shards that model.safetensors.index.json names."""
-    index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    )
-    weights = {}
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} lacks {name}: download the checkpoint again")
-        weights.update(load_file(folder / name))
-    return weights
-
-
-def load_strict(module: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """load_state_dict that names what is missing or unexpected instead of going on without it."""
-    missing, unexpected = module.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights in {folder} do not fit the model: {len(missing)} keys missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
-        )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The folder's tokenizer.json, or None where it has none."""
-    return PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+def read_tokenizer(side_files: dict[str, bytes]) -> Tokenizer | None:
+    """tokenizer.json, made to begin a text with BOS (in some published files that is left to Python code), or None."""
+    if "tokenizer.json" not in side_files:
+        return None
+    tokenizer = Tokenizer.from_str(side_files["tokenizer.json"].decode())
+    if tokenizer.encode("a").ids[0] != BOS_ID:
+        tokenizer.post_processor = begin_with_bos()
+    return tokenizer
 
 
 # ---------------------------------------------------------------------- LoRA
-def add_lora(model: OpenVLA, rank: int, alpha: int) -> OpenVLA:
-    """Put a fresh adapter on every linear layer (RLinf's targets, Gaussian A, zero B); nothing else stays trainable."""
+def find_adapter(folder: Path, lora_path: str | None) -> Path | None:
+    """The folder that holds the adapter, if there is one."""
+    if lora_path is None:
+        return folder if (folder / "adapter_config.json").exists() else None
+    adapter = Path(lora_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).exists():
+            raise FileNotFoundError(f"--lora_path {adapter} has no {name}: it is not the folder of an adapter")
+    return adapter
+
+
+def find_base(folder: Path) -> Path:
+    """Where the weights lie: the folder itself, or the base that the adapter in it names."""
+    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        return folder
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder} lacks model.safetensors: download the checkpoint again")
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter alone and its base model {base!r} is not a folder here: pass the base as "
+            f"--model_path and {folder} as --lora_path"
+        )
+    return find_base(Path(base))
+
+
+def with_adapter(
+    model: OpenVLA,
+    folder: Path | None,
+    rank: int,
+    alpha: int,
+    scope: str,
+    merge: bool,
+    base_folder: Path | None,
+) -> tuple[OpenVLA, dict | None]:
+    """The model with the adapter of `folder`, a fresh one, or none; and its adapter_config.json."""
+    if merge and folder is None:
+        raise ValueError("merge_lora needs an adapter: give --lora_path")
+    if folder is not None:
+        adapter_config = read_adapter_config(folder)
+        model = inject(model, adapter_config)
+        load_adapter(model, folder)
+        if not merge:
+            # base and adapter in one folder stay together in what is saved
+            apart = base_folder is not None and base_folder != folder
+            return model, {**adapter_config, "base_model_name_or_path": str(base_folder.resolve()) if apart else None}
+        merge_adapter(model)
+    if not rank:
+        if scope != "all" and folder is None:
+            raise ValueError(f"--lora_scope {scope} needs an adapter: give --lora_rank")
+        return model, None
+    adapter_config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None if merge or base_folder is None else str(base_folder.resolve()),
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": LLM_TARGETS if scope == "llm" else LORA_TARGETS,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": "gaussian",
+        "task_type": None,
+    }
+    return inject(model, adapter_config), adapter_config
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json. Raises ValueError for what is no plain LoRA."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{folder} holds a {config['peft_type']} adapter: only LORA is supported")
+    for key in ("use_dora", "modules_to_save", "lora_bias", "target_parameters"):
+        if config.get(key):
+            raise ValueError(f"{folder}/adapter_config.json sets {key}, which is not supported: merge it with peft")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{folder}/adapter_config.json trains biases ({config['bias']}): merge it with peft")
+    return config
+
+
+def inject(model: OpenVLA, adapter_config: dict) -> OpenVLA:
+    """Put adapters (Gaussian A, zero B) on the target modules. No dropout, whatever the file says: rollout and update
+    must give a token the same probability."""
+    targets = adapter_config["target_modules"]
+    if targets == "all-linear":  # moojink's choice resolves to the same modules as RLinf's list
+        targets = LORA_TARGETS
+    optional = ("rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules")
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=adapter_config["r"],
+        lora_alpha=adapter_config["lora_alpha"],
         lora_dropout=0.0,
-        target_modules=LORA_TARGETS,
+        target_modules=targets,
         init_lora_weights="gaussian",
         bias="none",
+        **{key: adapter_config[key] for key in optional if adapter_config.get(key)},
     )
-    model = inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return model
+    return inject_adapter_in_model(config, model)
 
 
-def load_adapter(model: OpenVLA, folder: Path, lora_rank: int) -> None:
-    """Continue an adapter that save_policy() wrote."""
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    if lora_rank != saved["r"]:
-        raise ValueError(f"{folder} holds an adapter of rank {saved['r']}: pass --lora_rank {saved['r']}")
-    weights = load_file(folder / "adapter_model.safetensors")
-    expected = dict(model.named_parameters())
-    for key, value in weights.items():
-        name = (
-            key.removeprefix("base_model.model.")
-            .replace(".lora_A.", ".lora_A.default.")
-            .replace(".lora_B.", ".lora_B.default.")
-        )
-        if name not in expected:
-            raise ValueError(f"{folder}/adapter_model.safetensors has {key}, which this model has no place for")
-        with torch.no_grad():
-            expected[name].copy_(value)
+def load_adapter(model: OpenVLA, folder: Path) -> None:
+    """Fill the injected factors from adapter_model.safetensors.
+
+    peft writes lm_head.base_layer.weight beside the factors, since lm_head is a target. It must be the base model's: if
+    it is not, the adapter was made for another base.
+    """
+    file = folder / "adapter_model.safetensors"
+    parameters = dict(model.named_parameters())
+    with open_shard(file) as shard:
+        weights = {injected_name(key): shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    if not weights:
+        raise ValueError(f"{file} is empty: it holds no tensor")
+    strays = {name: weights.pop(name) for name in [*weights] if "lora_" not in name and name in parameters}
+    for name, value in strays.items():
+        if not torch.equal(value.bfloat16(), parameters[name].cpu().bfloat16()):
+            raise ValueError(
+                f"{folder} was made for another base model: its {name} is not the one loaded; pass the base model that "
+                "adapter_config.json names as --model_path"
+            )
+    expected = {name: tuple(p.shape) for name, p in parameters.items() if "lora_" in name}
+    check_keys(expected, {name: tuple(value.shape) for name, value in weights.items()}, str(file))
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def injected_name(key: str) -> str:
+    """A key of a peft file -> the parameter's name in an injected model."""
+    name = key.removeprefix("base_model.model.")
+    return name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight")
+
+
+def published_name(name: str) -> str:
+    """The inverse of injected_name()."""
+    return "base_model.model." + name.replace(".default.weight", ".weight")
+
+
+def merged_weight(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling * B A in fp32, rounded once to W's precision; a convolution's factors are flattened."""
+    delta = (up.flatten(1).float() @ down.flatten(1).float()).view(base.shape)
+    return (base.float() + scaling * delta).to(base.dtype)
+
+
+def merge_adapter(model: OpenVLA) -> None:
+    """Add every adapter into its layer and take it off."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in adapted:
+        layer = module.get_base_layer()
+        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+        layer.weight.data = merged_weight(layer.weight.data, down.data, up.data, module.scaling["default"])
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer)
+    del model.peft_config  # peft's note that there is an adapter
+
+
+def merge_state(model: OpenVLA, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same for whole tensors by name, leaving the model alone: under ZeRO-3 its own tensors are shards."""
+    merged = {name: value for name, value in state.items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            down, up = (state[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+            base = f"{name}.base_layer.weight"
+            merged[base] = merged_weight(state[base], down, up, module.scaling["default"])
+    return {name.replace(".base_layer.", "."): value for name, value in merged.items()}
 
 
 # ---------------------------------------------------------------------- saving
-def save_policy(policy: VLAPolicy, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+def saves_adapter_alone(policy: VLAPolicy) -> bool:
+    """The weights under the adapter are unchanged and lie in a folder of their own, so they need not be written."""
+    return (
+        policy.files.adapter_config is not None and policy.files.adapter_config["base_model_name_or_path"] is not None
+    )
+
+
+def save_policy(
+    policy: VLAPolicy, state_dict: dict[str, torch.Tensor], folder: Path, *, merge_lora: bool = False
+) -> None:
     """Write whole tensors (gathered already) in the published layout. load_policy() of the folder gives them back bit
     for bit.
 
     Args:
-        state_dict: policy.state_dict() with whole tensors on the CPU.
+        state_dict: policy.state_dict() with whole tensors on the CPU; where saves_adapter_alone(), factors and critic
+            are enough.
+        merge_lora: write a whole model with the adapter added in. Otherwise the adapter alone, which names its base; a
+            preset's adapter has no base on disk, so its base is written beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = {k.removeprefix("model."): v.contiguous() for k, v in state_dict.items() if k.startswith("model.")}
     critic = {k: v.contiguous() for k, v in state_dict.items() if k.startswith("value_head.")}
-    if policy.lora_config:
-        adapter = get_peft_model_state_dict(policy.model, state_dict=model, save_embedding_layers=False)
-        save_file({f"base_model.model.{k}": v for k, v in adapter.items()}, folder / "adapter_model.safetensors")
-        adapter_config = {"peft_type": "LORA", "target_modules": LORA_TARGETS, "bias": "none", **policy.lora_config}
+    adapter_config = policy.files.adapter_config
+    if adapter_config is None:
+        save_weights(model, folder)
+    elif merge_lora:
+        save_weights(merge_state(policy.model, model), folder)
+    else:
+        adapter = {published_name(name): value for name, value in model.items() if ".lora_" in name}
+        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
-        model = {k.replace(".base_layer.", "."): v for k, v in model.items() if ".lora_" not in k}
-    save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
+        if not saves_adapter_alone(policy):
+            base = {k.replace(".base_layer.", "."): v for k, v in model.items() if ".lora_" not in k}
+            save_weights(base, folder)
     if critic:
         save_file(critic, folder / "value_head.safetensors")
-    (folder / "config.json").write_text(json.dumps(policy.config, indent=2))
-    if policy.tokenizer is not None:
-        policy.tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(policy.files.config, indent=2))
+    for name, content in policy.files.side_files.items():
+        (folder / name).write_bytes(content)
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """model.safetensors, or numbered shards with an index where it would be larger than max_shard_bytes."""
+    shards, size = [{}], 0
+    for name, value in weights.items():
+        if shards[-1] and size + value.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    if len(shards) == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total_size = sum(value.nbytes for value in weights.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

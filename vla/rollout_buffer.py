@@ -2,7 +2,8 @@
 
     T decisions per rollout   N envs on this rank   C actions per decision   D = 7   L prompt ids   B = T * N decisions
 
-Pixels are kept once, as uint8 at the model's resolution. A broadcast can not slip in: RL4VLA's buffer stored one
+Pixels are kept once, as uint8 at the model's resolution; beside them what frozen vision towers made of them, so that
+the update does not run the towers again. A broadcast can not slip in: RL4VLA's buffer stored one
 log-probability in seven columns and so trained with 7 times the policy loss.
 """
 
@@ -28,7 +29,11 @@ class MicroBatch(NamedTuple):
 
 
 class RolloutBuffer:
-    """Storage for T x N decisions on the CPU."""
+    """Storage for T x N decisions on the CPU.
+
+    Args:
+        feature_shape: (P, E) of PolicyInputs.features, or None where towers are trained and nothing is kept.
+    """
 
     def __init__(
         self,
@@ -37,6 +42,8 @@ class RolloutBuffer:
         chunk_size: int,
         image_size: tuple[int, int],
         prompt_length: int,
+        feature_shape: tuple[int, int] | None = None,
+        feature_dtype: torch.dtype = torch.float32,
     ):
         self.num_chunks, self.num_envs = num_chunks, num_envs
 
@@ -55,6 +62,8 @@ class RolloutBuffer:
             "dones": new(dtype=torch.bool),
             "final_values": new(),
         }
+        if feature_shape is not None:
+            self.fields["features"] = new(*feature_shape, dtype=feature_dtype)
 
     def __getattr__(self, name: str) -> torch.Tensor:  # [T, N, ...]
         try:
@@ -63,9 +72,8 @@ class RolloutBuffer:
             raise AttributeError(name) from None
 
     def add(self, t: int, inputs: PolicyInputs, **decision: torch.Tensor) -> None:
-        """Store decision t of every env: every field except the three of `inputs` by name. Shapes and dtypes must be
-        exact."""
-        decision = {**inputs._asdict(), **decision}
+        """Store decision t of every env: all fields but those of `inputs` by name. Shapes and dtypes must be exact."""
+        decision = {name: field for name, field in inputs._asdict().items() if field is not None} | decision
         if decision.keys() != self.fields.keys():
             raise ValueError(f"the buffer stores {sorted(self.fields)}, got {sorted(decision)}")
         for name, value in decision.items():
@@ -108,7 +116,7 @@ class RolloutBuffer:
             return field.flatten(0, 1)[index].to(device)
 
         return MicroBatch(
-            PolicyInputs(pick(self.images), pick(self.prompt_ids), pick(self.prompt_mask)),
+            PolicyInputs(*(pick(self.fields[name]) if name in self.fields else None for name in PolicyInputs._fields)),
             pick(self.tokens),
             pick(self.logprobs),
             pick(self.values),

@@ -57,11 +57,19 @@ def copy_trainable(source: nn.Module, target: nn.Module) -> None:
                     whole.copy_(sharded)
 
 
-def whole_state_dict(engine: deepspeed.DeepSpeedEngine, keep: bool) -> dict[str, torch.Tensor]:
-    """Every parameter, whole, on the CPU. A collective; ranks with keep=False take part and get an empty dict."""
+def whole_state_dict(
+    engine: deepspeed.DeepSpeedEngine, keep: bool, without_base: bool = False
+) -> dict[str, torch.Tensor]:
+    """Every parameter, whole, on the CPU. A collective; ranks with keep=False take part and get an empty dict.
+
+    Args:
+        without_base: leave out the frozen weights under an adapter, which lie in the base model's folder.
+    """
     state = {}
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
+            if without_base and "lora_" not in name and not name.startswith("value_head."):
+                continue
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep:
                     state[name] = parameter.detach().cpu().clone()

@@ -3,25 +3,36 @@
 That position predicts the first action token; RL4VLA found it the best of four places to read the value from. Sizes
 and key names
 (value_head.mlp.{0,2,4}) as in RLinf. All weights start N(0, 0.02), biases at zero: RLinf declares a Kaiming start that
-never
-runs (its code rejects "gelu"), so this is what its published numbers were made with.
+never runs (its code rejects "gelu"), so this is what its published numbers were made with.
+
+It computes in fp32 beside a bf16 model too: returns differ by less than bf16 resolves (2 decimal digits). Its weights
+are fp32 as well, except inside a DeepSpeed bf16 engine, which casts every parameter (0.19.8 has no exception for
+parameters, only for buffers); there the optimizer's fp32 master weights are what is trained.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer whose arithmetic is fp32 whatever its weights are stored in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class ValueHead(nn.Module):
-    """hidden [B, H] -> values [B, num_outputs]; num_outputs is 1 for OpenVLA, chunk_size for OpenVLA-OFT."""
+    """hidden [B, H] -> values fp32 [B, num_outputs]; num_outputs is 1 for OpenVLA, chunk_size for OpenVLA-OFT."""
 
     def __init__(self, hidden_size: int, num_outputs: int):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 512),
+            Float32Linear(hidden_size, 512),
             nn.GELU(),
-            nn.Linear(512, 128),
+            Float32Linear(512, 128),
             nn.GELU(),
-            nn.Linear(128, num_outputs, bias=False),
+            Float32Linear(128, num_outputs, bias=False),
         )
         for layer in (self.mlp[0], self.mlp[2], self.mlp[4]):
             nn.init.normal_(layer.weight, std=0.02)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
 
@@ -127,7 +128,10 @@ class VisionTower(nn.Module):
 
     def __init__(self, spec: TowerSpec):
         super().__init__()
-        self.num_prefix_tokens = spec.num_prefix_tokens
+        self.num_prefix_tokens, self.num_patches, self.embed_dim = (
+            spec.num_prefix_tokens, spec.num_patches, spec.embed_dim
+        )  # fmt: skip
+        self.gradient_checkpointing = False  # recompute each block in the backward pass
         if spec.num_prefix_tokens:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
             self.reg_token = nn.Parameter(torch.zeros(1, spec.num_prefix_tokens - 1, spec.embed_dim))
@@ -143,8 +147,9 @@ class VisionTower(nn.Module):
         if self.num_prefix_tokens:
             prefix = torch.cat([self.cls_token, self.reg_token], dim=1)
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x[:, self.num_prefix_tokens :]
 
     def unused_parameters(self) -> list[nn.Parameter]:
@@ -156,7 +161,7 @@ class VisionTower(nn.Module):
 class VisionBackbone(nn.Module):
     """DINOv2 and SigLIP features of the same picture, concatenated on the feature axis, DINOv2 first."""
 
-    # (mean, std) of each tower's input, for pixels in [0, 1]
+    # (mean, std) of each tower's input, for pixels in [0, 1]; preprocessor_config.json says the same or otherwise
     NORMALIZATION = (
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -166,13 +171,14 @@ class VisionBackbone(nn.Module):
         super().__init__()
         self.featurizer = VisionTower(dinov2)
         self.fused_featurizer = VisionTower(siglip)
+        self.normalization = self.NORMALIZATION
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: uint8 [B, H, W, 3] at the towers' own size -> features [B, P, E_dinov2 + E_siglip]."""
         dtype = self.featurizer.patch_embed.proj.bias.dtype
         pixels = images.permute(0, 3, 1, 2).float() / 255.0
         features = []
-        for tower, (mean, std) in zip((self.featurizer, self.fused_featurizer), self.NORMALIZATION):
+        for tower, (mean, std) in zip((self.featurizer, self.fused_featurizer), self.normalization):
             mean, std = pixels.new_tensor(mean)[:, None, None], pixels.new_tensor(std)[:, None, None]
             features.append(tower(((pixels - mean) / std).to(dtype)))
         return torch.cat(features, dim=-1)
