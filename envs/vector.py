@@ -75,13 +75,9 @@ class EnvSpec:
             )
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"image_size={self.image_size} must be (width, height), both at least 1.")
-        if self.protocol != "rl4vla":
-            raise ValueError(f"unknown protocol {self.protocol!r}: this version has 'rl4vla'.")
-        if self.asset_pack != "builtin":
-            raise ValueError(
-                f"asset_pack {self.asset_pack!r} is not available in this version: "
-                "use asset_pack='builtin', which needs no download."
-            )
+        variants.check_protocol(self.protocol)
+        if self.asset_pack not in variants.ASSET_PACKS:
+            raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +102,8 @@ class EnvSlot:
         return episode_id
 
     def begin(self, episode_id: int) -> None:
-        self.env.start_episode(variants.decode(self.spec.env_id, self.spec.obj_set, episode_id))
+        start = variants.decode(self.spec.env_id, self.spec.obj_set, episode_id, self.spec.protocol)
+        self.env.start_episode(start)
         self.episode_id, self.actions, self.running = episode_id, [], True
         self.episode_return, self.success_once, self.success = 0.0, False, False
 
@@ -231,6 +228,7 @@ def _build_env(spec: EnvSpec):
         asset_dir=spec.asset_dir,
         image_size=spec.image_size,
         sim_freq=spec.sim_freq,
+        protocol=spec.protocol,
     )
 
 
