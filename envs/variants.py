@@ -176,7 +176,7 @@ VARIANTS: dict[str, Variant] = {variant.env_id: variant for variant in (
         dict(receptacles=range(1, 17), extra=Extra("receptacle", 15, 1, 16)),
         dict(receptacles=range(0, 17), extra=Extra("receptacle", 16, 0, 17)))),
     # execution
-    Variant(f"{NAME}Position-v1", _sets(MAIN, dict(grids=(GRID_RING,), yaws_deg=RING_YAWS),
+    Variant(f"{NAME}Position-v1", _sets(replace(MAIN, grids=(GRID_HIGH,)), dict(grids=(GRID_RING,), yaws_deg=RING_YAWS),
         dict(grids=(GRID_HIGH, GRID_RING), yaws_deg=MAIN.yaws_deg + RING_YAWS))),
     Variant(f"{NAME}EEPose-v1", _extra_sets("arm", 14_375)),
     Variant(f"{NAME}PositionChangeTo-v1", _sets(Episodes(grids=(GRID_OBJECTS,)), dict(moves=True))),

@@ -29,6 +29,7 @@ from envs import variants
 
 ACTION_DIM = 7
 CONTROL_FREQ = 5  # Hz
+ARM_LIMITS = np.array([1, 1, 1, np.pi / 2, np.pi / 2, np.pi / 2], np.float32)  # the controller's action space
 # settings under which replayed actions lead to the same state
 REPLAY_KEYS = (
     "env_id", "obj_set", "asset_pack", "sim_freq", "max_episode_steps", "ignore_terminations", "protocol", "seed",
@@ -472,6 +473,13 @@ class VectorEnv:
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
             raise ValueError(
                 f"actions{list(index)} is {actions[index]}: actions must be finite, so check the policy's outputs."
+            )
+        beyond = np.argwhere(np.abs(actions[..., :6]) > ARM_LIMITS)
+        if len(beyond):
+            index = tuple(int(i) for i in beyond[0])
+            raise ValueError(
+                f"actions{list(index)} is {actions[index]}: the arm takes at most 1 m and pi/2 rad per step, "
+                "so check how actions are un-normalised."
             )
         return actions
 
