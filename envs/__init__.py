@@ -41,7 +41,8 @@ def make_envs(
 
     Args:
         obj_set: "train" | "test" | "all": which objects, receptacles and tables episodes are drawn from.
-        asset_pack: "builtin" (made by code, nothing to download); asset_dir is where a downloaded pack lies.
+        asset_pack: "builtin" (made by code, nothing to download) or "bridge" (the published meshes and photographs,
+            looked for in asset_dir and in ManiSkill's own asset folder).
         image_size: (width, height) of the camera picture; the published size is (640, 480).
         sim_freq: physics steps per second, a multiple of 5; 500 as published, 100 for quick starts
             (another system: do not mix).
@@ -49,7 +50,8 @@ def make_envs(
         num_env_workers: 0 = in this process; W = W worker processes sharing the envs.
         auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
         ignore_terminations: success does not end an episode.
-        protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789.
+        protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789; "rlinf": as RLinf where it
+            differs, for comparison with its table (the list is in `envs/put_on_plate.py`).
         seed, first_env: env i follows training stream (seed, first_env + i); first_env is this rank's offset.
     """
     from envs import vector

@@ -1,10 +1,10 @@
 """The things in the scene: what they are called, how big they are, what they look like.
 
-One pack exists now: `builtin`, made by code, nothing to download: a WidowX-shaped arm of boxes, 25 objects and 17
+Here is the pack `builtin`, made by code, nothing to download: a WidowX-shaped arm of boxes, 25 objects and 17
 receptacles of a few primitives each, 21 table pictures and 21 textures. Names, bounding boxes, densities, link offsets
 and joint limits are those of RL4VLA's PutOnPlateInScene25 (arXiv 2505.19789) and of the WidowX-250s; shapes and
-colours are ours. A second pack has to offer what `BuiltinAssets` offers: `objects`, `receptacles`, `tables`,
-`robot_urdf()`, `add_model()`, `add_stage()`, `picture()` and `texture()`.
+colours are ours. The published meshes and photographs are the pack `bridge`, in `envs/bridge_assets.py`. A pack offers
+`objects`, `receptacles`, `tables`, `robot_urdf`, `arm_shine`, `add_model()`, `add_stage()`, `picture()`, `texture()`.
 
 Lengths are metres, colours linear RGB in [0, 1], pictures uint8 [H, W, 3].
 """
@@ -21,6 +21,8 @@ import numpy as np
 import sapien
 from PIL import Image
 from sapien.physx import PhysxMaterial
+
+from envs.variants import ASSET_PACKS
 
 TABLE_HEIGHT = 0.8695  # top of the published stage mesh in the workspace
 ROBOT_BASE_POSITION = (0.147, 0.028, 0.870)  # world; the base is yawed by 180 degrees
@@ -49,7 +51,7 @@ class Model:
     lower: tuple[float, float, float]
     upper: tuple[float, float, float]
     density: float
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()  # none where shapes come from files
     grasp: tuple[float, float] | None = None  # x, y in the model's frame where fingers fit; None: the box's centre
 
     @property
@@ -211,10 +213,15 @@ class Table:
     key: str
     name: str
     mix: float  # weight of the paired texture in the texture settings
-    pattern: str  # plain | wood | stone | checker | grass | speckle | stripes
-    color: tuple[int, int, int]
-    second: tuple[int, int, int]
-    backdrop: tuple[int, int, int]
+    pattern: str = ""  # plain | wood | stone | checker | grass | speckle | stripes; none where it is a photograph
+    color: tuple[int, int, int] = (0, 0, 0)
+    second: tuple[int, int, int] = (0, 0, 0)
+    backdrop: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def texture(self) -> str:
+        """Key of the paired texture, by the published numbering."""
+        return f"{self.key[:3]}.png"
 
 
 # index order = published split: 0-15 train, 16-20 test
@@ -466,11 +473,13 @@ def _texture_picture(index: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def resized(picture_of, index: int, width: int, height: int) -> np.ndarray:
-    """`picture_of(index)` at another size, area-averaged when it shrinks; uint8 [height, width, 3], read-only."""
-    picture = picture_of(index)
+def resized(picture_of, which, width: int, height: int) -> np.ndarray:
+    """`picture_of(which)` at another size, area-averaged when it shrinks; uint8 [height, width, 3], read-only."""
+    picture = picture_of(which)
     if picture.shape[:2] != (height, width):
-        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)).copy()
+        shrinks = picture.shape[0] > height and picture.shape[1] > width
+        kind = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+        picture = np.asarray(Image.fromarray(picture).resize((width, height), kind)).copy()
         picture.flags.writeable = False
     return picture
 
@@ -484,6 +493,7 @@ class BuiltinAssets:
     """Everything made by code; one instance per process serves all envs."""
 
     name = "builtin"
+    arm_shine: dict[str, float] | None = None
     objects = OBJECTS
     receptacles = RECEPTACLES
     tables = TABLES
@@ -553,10 +563,15 @@ class BuiltinAssets:
 
 
 @functools.cache
-def asset_pack(name: str, asset_dir: str | None = None) -> BuiltinAssets:
-    """The pack called `name`. `asset_dir` is where a pack of files lies; `builtin` has none."""
+def asset_pack(name: str, asset_dir: str | None = None):
+    """The pack called `name`; one instance per process. `asset_dir` is where a pack of files lies; `builtin` has none.
+
+    Raises: ValueError for an unknown name, RuntimeError for missing, unreadable or damaged files.
+    """
     if name == "builtin":
         return BuiltinAssets()
-    raise ValueError(
-        f"asset_pack {name!r} is not available in this version: use asset_pack='builtin', which needs no download."
-    )
+    if name == "bridge":
+        from envs.bridge_assets import BridgeAssets
+
+        return BridgeAssets(asset_dir)
+    raise ValueError(f"unknown asset_pack {name!r}: use one of {', '.join(ASSET_PACKS)}.")

@@ -15,7 +15,7 @@ TIP_BELOW_TOOL = 0.0154  # the fingers reach this far below ee_gripper_link (m)
 BAR_ABOVE_TOOL = 0.0395  # the bar between the fingers is this far above it
 GRIP_WIDTH = 0.051  # the widest thing that fits between open fingers
 TABLE_HEIGHT = 0.8695
-CLEARANCE = 0.006  # kept to table and bar
+CLEARANCE = 0.004  # kept to table and bar
 OPEN, CLOSE = 1.0, 0.0  # the env opens above 0.5
 
 
@@ -42,53 +42,66 @@ class Expert:
         """state: one entry of `VectorEnv.describe()`. Returns an action, float32 [7], robot units."""
         if state["elapsed_steps"] == 0 or self.phase is None:
             self.commanded = np.asarray(state["tcp_pose"][:3])
-            self._begin(state)
+            tool = rotation_matrix(state["tcp_pose"][3:])
+            self.finger_angle = np.arctan2(tool[1, 1], tool[0, 1])
+            self.seen_xy = np.asarray(state["object_pose"][:2])
+            self.phase = self._hover
         goal, gripper = self.phase(state)
+        self.seen_xy = np.asarray(state["object_pose"][:2])
         return self._toward(goal, gripper)
 
-    def _begin(self, state: dict) -> None:
-        """Plan an attempt from where the object lies now."""
-        self.phase, self.ticks = self._hover, 0
+    def _look(self, state: dict) -> None:
+        """Where to grasp, from where the object lies now; a rolling one is met where it will be a step later."""
         rotation, position = rotation_matrix(state["object_pose"][3:]), np.asarray(state["object_pose"][:3])
         lower, upper = np.asarray(state["object_bbox"])
         center = (lower + upper) / 2
         if state["object_grasp"] is not None:
             center[:2] = state["object_grasp"]
-        self.grasp_xy = (position + rotation @ center)[:2]
+        rolled = position[:2] - self.seen_xy
+        rolled = rolled if np.linalg.norm(rolled) < 0.03 else 0.0  # farther in one step: it was put there
+        self.grasp_xy = (position + rotation @ center)[:2] + 1.5 * rolled
         half_height = np.abs(rotation[2]) @ (upper - lower) / 2
         top = (position + rotation @ ((lower + upper) / 2))[2] + half_height
         self.grasp_z = max(TABLE_HEIGHT + TIP_BELOW_TOOL + CLEARANCE, top - BAR_ABOVE_TOOL + CLEARANCE)
         self.hover_z = max(top + TIP_BELOW_TOOL + 0.02, self.grasp_z + 0.04)
         self.object_z = position[2]
-        self.yaw_left = self._yaw_to(state, rotation, upper - lower)
+        self.yaw_left = self._yaw_to(rotation, upper - lower)
 
-    @staticmethod
-    def _yaw_to(state: dict, rotation: np.ndarray, size: np.ndarray) -> float:
-        """How far to turn about the vertical so that the fingers close along an object axis that fits between them."""
-        tool = rotation_matrix(state["tcp_pose"][3:])
-        finger_angle = np.arctan2(tool[1, 1], tool[0, 1])
+    def _yaw_to(self, rotation: np.ndarray, size: np.ndarray) -> float:
+        """How far to turn about the vertical so that the fingers close where the object's box is narrow."""
         choices = []
         for axis in range(3):
-            if abs(rotation[2, axis]) > 0.5:  # too steep to close along
+            direction = np.array([*rotation[:2, axis], 0.0])
+            length = np.linalg.norm(direction)
+            if length < 0.3:  # upright: no way to close along
                 continue
-            turn = np.arctan2(rotation[1, axis], rotation[0, axis]) - finger_angle
+            width = np.abs(direction / length @ rotation) @ size
+            turn = np.arctan2(direction[1], direction[0]) - self.finger_angle
             turn = (turn + np.pi / 2) % np.pi - np.pi / 2  # the two fingers are alike
             # what fits; among that the narrower, unless much turning is saved
-            choices.append((size[axis] > GRIP_WIDTH, size[axis] + 0.01 * abs(turn), turn))
+            choices.append((width > GRIP_WIDTH, width + 0.01 * abs(turn), turn))
         return min(choices)[2] if choices else 0.0
 
     # phases: each returns (goal position [3], gripper) and moves on when its goal is reached
 
     def _hover(self, state: dict):
+        self._look(state)
         goal = np.array([*self.grasp_xy, self.hover_z])
-        if self._reached(goal) and abs(self.yaw_left) < 1e-3:
-            self.phase = self._descend
+        if self._reached(goal, 0.01) and abs(self.yaw_left) < 0.05:
+            self.phase, self.ticks = self._descend, 0
             return self._descend(state)
         return goal, OPEN
 
     def _descend(self, state: dict):
+        self._look(state)
+        self.yaw_left = 0.0
         goal = np.array([*self.grasp_xy, self.grasp_z])
-        if self._reached(goal):
+        if np.linalg.norm(goal[:2] - self.commanded[:2]) > 0.03:  # it is not there any more
+            self.phase = self._hover
+            return self._hover(state)
+        self.ticks += 1
+        arrived = abs(state["tcp_pose"][2] - self.grasp_z) < 0.003 or self.ticks > 6  # the arm lags behind
+        if self._reached(goal, 0.003) and arrived:
             self.phase, self.ticks = self._close, 0
             return self._close(state)
         return goal, OPEN
@@ -105,7 +118,7 @@ class Expert:
         if not self._reached(goal):
             return goal, CLOSE
         if state["object_pose"][2] < self.object_z + 0.02:  # it slipped: try again
-            self._begin(state)
+            self.phase = self._hover
             return self._hover(state)
         self.phase = self._carry
         return self._carry(state)
@@ -133,12 +146,12 @@ class Expert:
             up = np.array([*self.commanded[:2], self.hover_z + 0.03])
             if not self._reached(up):
                 return up, OPEN
-            self._begin(state)
+            self.phase = self._hover
             return self._hover(state)
         return self.commanded, OPEN
 
-    def _reached(self, goal: np.ndarray) -> bool:
-        return bool(np.linalg.norm(goal - self.commanded) < 1e-4)
+    def _reached(self, goal: np.ndarray, tolerance: float = 1e-4) -> bool:
+        return bool(np.linalg.norm(goal - self.commanded) < tolerance)
 
     def _toward(self, goal: np.ndarray, gripper: float) -> np.ndarray:
         """One bounded step. The root frame is yawed by 180 degrees: root x, y = -(world x, y)."""
@@ -148,5 +161,5 @@ class Expert:
             float(np.clip(self.yaw_left, -self.max_rotation, self.max_rotation)) if self.phase == self._hover else 0.0
         )
         self.commanded = self.commanded + delta
-        self.yaw_left -= turn
+        self.finger_angle += turn
         return np.array([-delta[0], -delta[1], delta[2], 0.0, 0.0, turn, gripper], np.float32)

@@ -1,12 +1,25 @@
 """The ManiSkill task: a WidowX-250s puts one object on one receptacle. RL4VLA's PutOnPlateInScene25, written anew.
 
-An ordinary ManiSkill env (`gym.make("PutOnPlateInScene25Main-v3", sim_backend="physx_cpu", render_backend="cpu")`), one
-scene per env. What differs from RL4VLA's (arXiv 2505.19789), and why:
-- Only the selected object and receptacle are in the scene, not all 42 parked beside it: faster, and one contact query.
+An ordinary ManiSkill env, one scene per env; importing this module registers all ids of `envs.variants.VARIANTS`:
+
+    import gymnasium, envs.put_on_plate
+    env = gymnasium.make("PutOnPlateInScene25Carrot-v1", obs_mode="rgb+segmentation", obj_set="test")
+
+What differs from RL4VLA's (arXiv 2505.19789), and why:
+- Only this episode's bodies are in the scene, not all 42 parked beside it: faster, and one contact query.
 - Every reset moves all bodies into a new PhysX scene. PhysX keeps contact caches and an order of insertion; with them
   an episode would depend on what was simulated before. So an episode is a function of
-  (env_id, obj_set, episode_id, actions, sim_freq, image_size), bit for bit.
+  (env_id, obj_set, episode_id, actions, protocol, sim_freq, image_size), bit for bit.
+- The mid-episode reposition goes by each env's own step count.
+- In MultiCarrot test, one distractor in eight was the object itself; here it is another (see `variants.decode`).
 - The reward is part of the task, and resolution and sim_freq are parameters (control stays 5 Hz).
+
+`protocol="rlinf"` does as RLinf (arXiv 2510.06710) where that differs from RL4VLA, for comparison with its table:
+- nothing settles: the first picture shows bodies in the air, at 0.90 m in the ids that spawn as Main-v3 does
+- Texture and Whole ids take texture and weight by the table's index: table 0 has weight 0, so 1 in 16 is unperturbed
+- the mid-episode reposition shows for one step and in that step's flags; physics never hears of it
+- a distractor may be the object itself
+RLinf's box sizes after partial resets (those of other envs) and its counting of env 0's steps are not reproduced.
 
 `advance()` and `render_image()` are what `BaseEnv.step` does here, without its per-substep Python and its observation
 dictionaries; a test holds both paths to equal bits.
@@ -20,11 +33,13 @@ import gymnasium as gym
 import numpy as np
 import sapien
 import torch
+import torch.nn.functional as F
 from mani_skill.agents.base_agent import BaseAgent
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseControllerConfig
 from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicControllerConfig
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
@@ -38,6 +53,7 @@ BASE_POSE = sapien.Pose(list(assets.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # yaw o
 PARKED_POSE = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])  # out of the way while objects settle
 SETTLE_SECONDS, SETTLE_MORE_SECONDS = 0.1, 1.2  # 50 and 600 substeps at 500 Hz
 STILL_LINEAR, STILL_ANGULAR = 1e-3, 1e-2  # m/s, rad/s summed over bodies: below both, the first settling is enough
+MOVE_STEP = 5  # after this control step the object is put elsewhere, where the variant has that
 
 GRASP_MIN_FORCE = 0.5  # N per finger
 GRASP_MIN_COSINE = math.cos(math.radians(85))  # between the force on a finger and its opening direction
@@ -108,15 +124,18 @@ class PutOnPlateInScene(BaseEnv):
         asset_dir=None,
         image_size=(640, 480),
         sim_freq=500,
+        protocol="rl4vla",
         obs_mode="none",
         **kwargs,
     ):
         self.obj_set = obj_set
         self.pack = assets.asset_pack(asset_pack, asset_dir)
+        self.protocol = variants.check_protocol(protocol)
+        self.variant = variants.VARIANTS[self.env_id]
         self.image_size = tuple(image_size)
         self._requested_sim_freq = sim_freq
         self._entities: dict[tuple[str, int], sapien.Entity] = {}  # built on first use, kept for later episodes
-        self._pair: list[sapien.Entity] = []  # object and receptacle of this episode
+        self._bodies: list[sapien.Entity] = []  # object, receptacle and perhaps a distractor of this episode
         self._lasting: list[sapien.Entity] | None = None  # all other entities, in the order they were made
         robot = type("WidowX250SOfPack", (WidowX250S,), {"urdf_path": self.pack.robot_urdf})
         super().__init__(*args, obs_mode=obs_mode, robot_uids=robot, **kwargs)
@@ -155,12 +174,15 @@ class PutOnPlateInScene(BaseEnv):
         self.scene.add_directional_light([1, 1, -1], [0.7, 0.7, 0.7])
 
     def _load_scene(self, options: dict):
-        builder = self.scene.create_actor_builder()
-        self.pack.add_stage(builder)
-        builder.initial_pose = sapien.Pose()
-        builder.build_static(name="arena")
-        self._entities, self._pair, self._lasting = {}, [], None
         robot = self.agent.robot._objs[0]
+        if self.pack.arm_shine is not None:
+            sapien_utils.set_articulation_render_material(robot, **self.pack.arm_shine)
+        builder = self.scene.create_actor_builder()
+        builder.initial_pose = sapien.Pose()
+        self.pack.add_stage(builder)
+        self._stage = builder.build_static(name="arena")._objs[0]
+        self._stage_visual = self._stage.find_component_by_type(sapien.render.RenderBodyComponent)
+        self._entities, self._bodies, self._lasting = {}, [], None
         self._robot = robot
         by_name = {name: link._objs[0] for name, link in self.agent.robot.links_map.items()}
         self._fingers = by_name["left_finger_link"], by_name["right_finger_link"]
@@ -181,8 +203,8 @@ class PutOnPlateInScene(BaseEnv):
             self._entities[kind, index] = builder.build_entity()
         return self._entities[kind, index]
 
-    def _fresh_physics(self, pair: list[sapien.Entity]) -> None:
-        """Move everything into a new PhysX scene, in one fixed order; `pair` is this episode's object and receptacle.
+    def _fresh_physics(self, bodies: list[sapien.Entity]) -> None:
+        """Move everything into a new PhysX scene, in one fixed order; `bodies` are this episode's.
 
         PhysX keeps contact caches, free lists and an order of insertion, and neither removing and adding all bodies nor
         enhanced determinism undoes that (measured: 1 to 4 of 12 episodes repeat). A new scene does: 12 of 12, 0.5 ms.
@@ -190,13 +212,13 @@ class PutOnPlateInScene(BaseEnv):
         old = self.scene.sub_scenes[0]
         if self._lasting is None:
             self._lasting = list(old.entities)  # stage, robot, lights, camera
-        for entity in reversed(self._lasting + self._pair):
+        for entity in reversed(self._lasting + self._bodies):
             old.remove_entity(entity)
         px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
         new = sapien.Scene([px, old.render_system])
-        self._pair = pair
-        for entity in self._lasting + pair:
+        self._bodies = bodies
+        for entity in self._lasting + bodies:
             new.add_entity(entity)
         self.scene.sub_scenes[0], self.scene.px = new, px
 
@@ -208,33 +230,47 @@ class PutOnPlateInScene(BaseEnv):
         obj_set = options.get("obj_set", self.obj_set)
         total = variants.num_start_states(self.env_id, obj_set)
         episode_id = int(options["episode_id"]) if "episode_id" in options else int(torch.randint(total, (1,)))
-        self.start_episode(variants.decode(self.env_id, obj_set, episode_id))
+        self.start_episode(variants.decode(self.env_id, obj_set, episode_id, self.protocol))
 
     def start_episode(self, start: variants.StartState) -> None:
         """Place, settle with the robot out of the way, bring the robot to its start pose."""
         self.start = start
         self.object_model = self.pack.objects[start.object_index]
         self.receptacle_model = self.pack.receptacles[start.receptacle_index]
-        self.instruction = variants.VARIANTS[self.env_id].template.format(
+        self.distractor_model = None
+        self.instruction = variants.WORDINGS[start.wording_index].format(
             object=self.object_model.name, receptacle=self.receptacle_model.name
         )
         self.table = self.pack.tables[start.table_index]
-        self._overlay = self.pack.picture(start.table_index, *self.image_size)
-        self._fresh_physics(
-            [self._entity("object", start.object_index), self._entity("receptacle", start.receptacle_index)]
-        )
-        half_yaw = start.object_yaw / 2
-        self._place(self._pair[0], start.object_position, [math.cos(half_yaw), 0, 0, math.sin(half_yaw)])
-        self._place(self._pair[1], start.receptacle_position, [1, 0, 0, 0])
-        self._still_robot(PARKED_POSE)
-        self._settle()
-        self._still_robot(BASE_POSE)
-        self._object_half = self._world_half_size(self._pair[0], self.object_model)
-        self._receptacle_half = self._world_half_size(self._pair[1], self.receptacle_model)
+        self._load_pictures()
+        self._place_bodies()
+        self._still_robot(PARKED_POSE, np.zeros(6))
+        if self.protocol == "rl4vla":
+            self._settle()
+        self._still_robot(BASE_POSE, start.arm_offset)
+        self._object_half = self._world_half_size(self._bodies[0], self.object_model)
+        self._receptacle_half = self._world_half_size(self._bodies[1], self.receptacle_model)
         self.grasped_once, self.streak, self.streak_once, self.potential = False, 0, False, 0.0
         self.grasped, self.success, self.last_reward = False, False, 0.0
-        self._elapsed_steps[:] = self._judged_step = 0
+        self._elapsed_steps[:] = self._judged_step = self._step_count = 0
+        self._shown_elsewhere = None
         self.agent.controller.reset()  # the commanded pose is where the tool is
+
+    def _place_bodies(self) -> None:
+        """This episode's bodies into a fresh scene, at rest above the table."""
+        start = self.start
+        turned, straight = [math.cos(start.object_yaw / 2), 0, 0, math.sin(start.object_yaw / 2)], [1, 0, 0, 0]
+        chosen = [
+            ("object", start.object_index, start.object_position),
+            ("receptacle", start.receptacle_index, start.receptacle_position),
+        ]
+        if start.distractor is not None:
+            chosen.append((*start.distractor, start.distractor_position))
+            kind, index = start.distractor
+            self.distractor_model = (self.pack.objects if kind == "object" else self.pack.receptacles)[index]
+        self._fresh_physics([self._entity(kind, index) for kind, index, _ in chosen])
+        for entity, (kind, _, position) in zip(self._bodies, chosen):
+            self._place(entity, position, turned if kind == "object" else straight)
 
     def _place(self, entity: sapien.Entity, position, quaternion) -> None:
         body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
@@ -242,9 +278,11 @@ class PutOnPlateInScene(BaseEnv):
         body.linear_velocity = body.angular_velocity = [0, 0, 0]
         body.wake_up()
 
-    def _still_robot(self, base: sapien.Pose) -> None:
+    def _still_robot(self, base: sapien.Pose, arm_offset) -> None:
         """The whole articulation at its start configuration, unmoving, driven to where it is."""
-        qpos = np.asarray(START_QPOS, dtype=np.float32)
+        qpos = np.asarray(START_QPOS)
+        qpos[:6] += arm_offset
+        qpos = qpos.astype(np.float32)
         self._robot.root_pose = base
         self._robot.root_linear_velocity = self._robot.root_angular_velocity = [0, 0, 0]
         self._robot.qpos = qpos
@@ -254,7 +292,7 @@ class PutOnPlateInScene(BaseEnv):
 
     def _settle(self) -> None:
         self._substeps(round(SETTLE_SECONDS * self.sim_freq))
-        bodies = [entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent) for entity in self._pair]
+        bodies = [entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent) for entity in self._bodies]
         linear = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
         angular = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
         if linear > STILL_LINEAR or angular > STILL_ANGULAR:
@@ -277,9 +315,27 @@ class PutOnPlateInScene(BaseEnv):
 
     def advance(self, action: torch.Tensor) -> tuple[float, bool]:
         """One control step without an observation; action float32 [1, 7]. Returns reward and success."""
+        self._before_control_step()
         self._command(action)
         self._substeps(self._sim_steps_per_control)
+        self._after_control_step()
         return self._judge()
+
+    def _before_control_step(self):
+        if self._shown_elsewhere is not None:
+            self._bodies[0].pose, self._shown_elsewhere = self._shown_elsewhere, None
+
+    def _after_control_step(self):
+        self._step_count += 1
+        if self.start.moves_to is None or self._step_count != MOVE_STEP:
+            return
+        half_yaw = self.start.object_yaw / 2
+        obj = self._bodies[0]
+        if self.protocol == "rlinf":
+            self._shown_elsewhere = obj.pose
+        obj.pose = sapien.Pose(list(self.start.moves_to), [math.cos(half_yaw), 0, 0, math.sin(half_yaw)])
+        if self.protocol == "rl4vla":
+            self._substeps(round(SETTLE_SECONDS * self.sim_freq))
 
     def _command(self, action: torch.Tensor) -> None:
         """What the two controllers' `set_action` does, without the tool pose that it computes and a CPU does not use.
@@ -305,7 +361,7 @@ class PutOnPlateInScene(BaseEnv):
         return reward, success
 
     def _grasped_and_on(self) -> tuple[bool, bool]:
-        obj, receptacle = self._pair
+        obj, receptacle = self._bodies[:2]
         left, right = self._fingers
         impulses = {left.entity: np.zeros(3), right.entity: np.zeros(3), receptacle: np.zeros(3)}
         for contact in self.scene.px.get_contacts():
@@ -330,7 +386,7 @@ class PutOnPlateInScene(BaseEnv):
         return bool(opening @ force >= GRASP_MIN_COSINE * size)
 
     def _over_receptacle(self) -> bool:
-        obj, receptacle = self._pair
+        obj, receptacle = self._bodies[:2]
         offset = obj.pose.p - receptacle.pose.p
         near = np.linalg.norm(offset[:2]) <= self._receptacle_half.max() + ON_XY_SLACK
         low = offset[2] - self._receptacle_half[2] - self._object_half[2] <= ON_Z_SLACK
@@ -354,18 +410,75 @@ class PutOnPlateInScene(BaseEnv):
         return torch.tensor([self.last_reward], dtype=torch.float32)
 
     def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict:
+        self._show_stage()
         obs = super()._get_obs_sensor_data(apply_texture_transforms)
-        seen = obs[CAMERA]["segmentation"] != 0
-        obs[CAMERA]["rgb"] = torch.where(seen, obs[CAMERA]["rgb"], torch.from_numpy(self._overlay.copy()))
+        color, segmentation = (obs[CAMERA][key][0].numpy() for key in ("rgb", "segmentation"))
+        obs[CAMERA]["rgb"] = torch.from_numpy(self._compose(color, segmentation))[None]
         return obs
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # picture
+    # -----------------------------------------------------------------------------------------------------------------
 
     def render_image(self) -> np.ndarray:
         """What the camera sees now, the table picture wherever no robot and no object is; uint8 [H, W, 3]."""
+        self._show_stage()
         self.scene.sub_scenes[0].update_render()
         self._camera.take_picture()
-        color = self._camera.get_picture("Color")
-        background = self._camera.get_picture("PositionSegmentation")[..., 3:] == 0
-        return np.where(background, self._overlay, color[..., :3])
+        segmentation = self._camera.get_picture("PositionSegmentation")[..., 3:]
+        return self._compose(self._camera.get_picture("Color")[..., :3], segmentation)
+
+    def _show_stage(self) -> None:
+        """The table is never seen, yet it hides what has fallen off it. Drawing it only then saves up to 10 ms."""
+        if self._stage_visual is not None:
+            below = any(entity.pose.p[2] < assets.TABLE_HEIGHT - 0.01 for entity in self._bodies)
+            self._stage_visual.visibility = float(below)
+
+    def _load_pictures(self) -> None:
+        """Table picture and, where the variant has one, texture of this episode."""
+        width, height = self.image_size
+        index = self.start.texture_index
+        self._overlay = self.pack.picture(self.start.table_index, width, height)
+        self._texture_weight = 0.0 if index is None else self.variant.texture_mix * self.pack.tables[index].mix
+        if self._texture_weight:
+            scale = 2 if self.variant.texture_on == "whole" else 1
+            self._texture = self.pack.texture(index, scale * width, scale * height).astype(np.float32)
+
+    def _compose(self, color: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
+        """color uint8 [H, W, 3], segmentation int16 [H, W, 1] -> the observation, uint8 [H, W, 3] (RL4VLA 1.4)."""
+        segmentation = segmentation[..., 0]
+        seen = (segmentation != 0) & (segmentation != self._stage.per_scene_id)
+        picture = self._overlay.copy()
+        for channel in range(3):  # eight times faster than one np.where with broadcasting
+            np.copyto(picture[..., channel], color[..., channel], where=seen)
+        if not self._texture_weight:
+            return picture
+        rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+        if not len(rows):  # nothing to see
+            rows = columns = np.zeros(1, int)
+        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        blend = self._blend_whole if self.variant.texture_on == "whole" else self._blend_foreground
+        return blend(picture, seen, top, bottom, left, right)
+
+    def _mixed(self, picture: np.ndarray, texture: np.ndarray) -> np.ndarray:
+        weight = np.float32(self._texture_weight)
+        return np.clip(picture * (1 - weight) + texture * weight, 0, 255).astype(np.uint8)
+
+    def _blend_foreground(self, picture, seen, top, bottom, left, right) -> np.ndarray:
+        """The texture, stretched over the box of all that is seen, on what is seen."""
+        texture = torch.from_numpy(self._texture).permute(2, 0, 1)[None]
+        stretched = F.interpolate(texture, size=(int(bottom - top), int(right - left)), mode="bilinear")
+        box = np.s_[top:bottom, left:right]
+        mixed = self._mixed(picture[box], stretched[0].permute(1, 2, 0).numpy())
+        picture[box] = np.where(seen[box][..., None], mixed, picture[box])
+        return picture
+
+    def _blend_whole(self, picture, seen, top, bottom, left, right) -> np.ndarray:
+        """A cut from the texture of twice the size on everything, its corner at the middle of that box."""
+        height, width, _ = picture.shape
+        y = np.clip((top + bottom - 1) // 2, 1, height - 1)
+        x = np.clip((left + right - 1) // 2, 1, width - 1)
+        return self._mixed(picture, self._texture[y : y + height, x : x + width])
 
     # -----------------------------------------------------------------------------------------------------------------
     # what is going on
@@ -377,17 +490,24 @@ class PutOnPlateInScene(BaseEnv):
         def pose(entity_pose: sapien.Pose) -> list[float]:
             return [*map(float, entity_pose.p), *map(float, entity_pose.q)]
 
-        obj, receptacle = self._pair
+        obj, receptacle = self._bodies[:2]
+        distractor, texture = self.distractor_model, self.start.texture_index
         return {
             "episode_id": self.start.episode_id,
             "object": self.object_model.name,
+            "object_key": self.object_model.key,
             "receptacle": self.receptacle_model.name,
-            "extra": None,
+            "receptacle_key": self.receptacle_model.key,
+            "extra": None if distractor is None else distractor.name,
+            "extra_key": None if distractor is None else distractor.key,
             "table": self.table.name,
-            "texture": None,
+            "table_key": self.table.key,
+            "texture": None if texture is None else self.pack.tables[texture].texture,
+            "texture_weight": self._texture_weight,
             "instruction": self.instruction,
             "object_pose": pose(obj.pose),
             "receptacle_pose": pose(receptacle.pose),
+            "extra_pose": None if distractor is None else pose(self._bodies[2].pose),
             "robot_pose": pose(self._base.entity_pose),
             "tcp_pose": pose(self._tool.entity_pose),
             "qpos": [float(q) for q in self._robot.qpos],

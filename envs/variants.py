@@ -1,8 +1,11 @@
 """The env ids as data, and the arithmetic of start states. Pure Python and numpy: no simulator here.
 
 An episode id names one start state. It is a mixed-radix number; from the slowest digit to the fastest:
-(object, [extra], receptacle, table, grid pair, yaw), as in RL4VLA (arXiv 2505.19789). Main-v3 train has
-16 objects x 1 receptacle x 16 tables x 784 grid pairs x 4 yaws = 802,816 of them.
+(object, [extra], receptacle, table, placement, yaw), as in RL4VLA (arXiv 2505.19789); where the extra digit is a second
+receptacle, it comes after the first. Main-v3 train has 16 objects x 1 receptacle x 16 tables x 784 placements x 4 yaws
+= 802,816 of them. Every number below is the published one.
+
+`protocol="rlinf"` decodes as RLinf (arXiv 2510.06710) does; what differs in all is listed in `envs/put_on_plate.py`.
 
 One id in sixteen is held out: training streams never give it, evaluation gives nothing else. All streams are functions
 of their arguments alone, so any number of ranks and workers sees the same episodes.
@@ -12,36 +15,57 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 OBJ_SETS = ("train", "test", "all")
+PROTOCOLS = ("rl4vla", "rlinf")
+ASSET_PACKS = ("builtin", "bridge")
 MASK64 = (1 << 64) - 1
 HELD_OUT_SHARE = 16  # one id in sixteen
 
 
 @dataclass(frozen=True)
-class Poses:
-    """Where object and receptacle start: ordered pairs of distinct grid points that are far enough apart."""
+class Grid:
+    """Where bodies start: every choice of grid points that are far enough apart, the object's point slowest.
+
+    Bodies are object, receptacle and, in some ids, a third: a distractor, or where the object is moved to.
+    """
 
     points: tuple[tuple[float, float], ...]
-    min_distance: float
-    yaws_deg: tuple[float, ...]
-    object_z: float = 0.95  # both fall from here onto the table at 0.8695
-    receptacle_z: float = 0.95
+    heights: tuple[float, ...]  # of each body; they fall from there onto the table at 0.8695
+    gaps: tuple[float, ...]  # distance must exceed: object-receptacle[, third-receptacle, third-object]
+    rlinf_heights: tuple[float, ...] | None = None  # where RLinf differs
+
+
+@dataclass(frozen=True)
+class Extra:
+    """The digit that only some ids have: which texture, wording, arm pose or second body.
+
+    A second body is counted on from the first: (local index of the first + skip + digit + 1) modulo `modulus`.
+    """
+
+    kind: str  # texture | wording | arm | object | receptacle
+    count: int
+    first: int = 0
+    modulus: int = 0
+    skip: int = 0
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """What one obj_set of one env id ranges over; a digit of the episode id per field, slowest first."""
+    """What one obj_set of one env id ranges over; a digit of the episode id per field."""
 
-    objects: range
-    extras: range | None  # second object or receptacle, where the variant has one
-    receptacles: range
-    tables: range
-    poses: Poses
+    objects: range = range(0, 16)
+    receptacles: range = range(0, 1)
+    tables: range = range(0, 16)
+    grids: tuple[Grid, ...] = ()
+    yaws_deg: tuple[float, ...] = (0.0, 45.0, 90.0, 135.0)
+    extra: Extra | None = None
+    moves: bool = False  # the object is moved to the third point in mid-episode
 
 
 @dataclass(frozen=True)
@@ -50,30 +74,114 @@ class Variant:
 
     env_id: str
     sets: dict[str, Episodes]
-    template: str = "put {object} on {receptacle}"
+    texture_on: str | None = None  # foreground (robot and objects) | whole (picture)
+    texture_mix: float = 0.0
 
 
-def _square_grid(center: tuple[float, float], half_edge: float, count: int) -> tuple[tuple[float, float], ...]:
-    """`count` x `count` points, x slow and y fast (the published order)."""
-    steps = [2 * half_edge * i / (count - 1) - half_edge for i in range(count)]
-    return tuple((center[0] + dx, center[1] + dy) for dx in steps for dy in steps)
+def _points(cells) -> tuple[tuple[float, float], ...]:
+    """World x, y of grid cells (i, j): 3 cm apart, cell (0, 0) at (-0.235, -0.075).
+
+    Written as the published code computes it: some distances are 0.15 up to rounding, and `> 0.15` decides by it.
+    """
+    return tuple(((i / 5 * 2 - 1) * 0.075 - 0.16, (j / 5 * 2 - 1) * 0.075 + 0.0) for i, j in cells)
 
 
-GRID = Poses(points=_square_grid((-0.16, 0.0), 0.075, 6), min_distance=0.070, yaws_deg=(0.0, 45.0, 90.0, 135.0))
+SQUARE = _points(itertools.product(range(6), range(6)))
+RING = _points(cell for cell in itertools.product(range(-1, 7), range(-1, 7)) if {-1, 6} & set(cell))
+GRID = Grid(SQUARE, (0.95, 0.95), (0.070,), rlinf_heights=(0.90, 0.90))
+GRID_HIGH = replace(GRID, rlinf_heights=None)
+GRID_RING = Grid(RING, (0.95, 0.95), (0.070,))
+GRID_OBJECTS = Grid(SQUARE, (0.95, 0.92, 1.0), (0.070, 0.070, 0.15))
+GRID_RECEPTACLES = Grid(SQUARE, (1.0, 0.92, 0.96), (0.070, 0.150, 0.070))
+RING_YAWS = (-22.5, -67.5, -112.5, -157.5)
 
-VARIANTS: dict[str, Variant] = {
-    variant.env_id: variant
-    for variant in (
-        Variant(
-            "PutOnPlateInScene25Main-v3",
-            {
-                "train": Episodes(range(0, 16), None, range(0, 1), range(0, 16), GRID),
-                "test": Episodes(range(16, 25), None, range(0, 1), range(16, 21), GRID),
-                "all": Episodes(range(0, 25), None, range(0, 1), range(0, 21), GRID),
-            },
-        ),
-    )
-}
+WORDINGS = (  # 0 as in training, 1 to 16 in the test set; the published list has four more that no set reaches
+    "put {object} on {receptacle}",
+    "Place the {object} on the {receptacle}",
+    "set {object} on {receptacle}",
+    "move the {object} to the {receptacle}",
+    "Take the {object} and put it on the {receptacle}",
+    "pick up {object} and set it down on {receptacle}",
+    "please put the {object} on the {receptacle}",
+    "Put {object} onto {receptacle}.",
+    "place the {object} onto the {receptacle} surface",
+    "Make sure {object} is on {receptacle}.",
+    "on the {receptacle}, put the {object}",
+    "put the {object} where the {receptacle} is",
+    "Move the {object} from the table to the {receptacle}",
+    "Move {object} so it\u2019s on {receptacle}.",
+    "Can you put {object} on {receptacle}?",
+    "{object} on the {receptacle}, please.",
+    "the {object} should be placed on the {receptacle}.",
+    "Lay the {object} down on the {receptacle}.",
+    "could you place {object} over {receptacle}",
+    "position the {object} atop the {receptacle}",
+    "Arrange for the {object} to be resting on {receptacle}.",
+)
+
+
+@functools.cache
+def arm_offsets() -> tuple[tuple[float, ...], ...]:
+    """What EEPose-v1 adds to the six start angles (rad): none, then 14,375 combinations, the waist slowest."""
+    small, wrist = (-0.15, -0.08, 0.0, 0.08, 0.15), (-0.6, -0.3, 0.0, 0.3, 0.6)
+    combinations = itertools.product(small, small, small, small, small, wrist)
+    return ((0.0,) * 6, *(angles for angles in combinations if abs(angles[1] + angles[2]) <= 0.25))
+
+
+def _sets(train: Episodes, test: dict, all_: dict | None = None) -> dict[str, Episodes]:
+    """The three object sets as changes of the first; "all" is "test" where not given."""
+    every = test if all_ is None else all_
+    return {"train": train, "test": replace(train, **test), "all": replace(train, **every)}
+
+
+def _extra_sets(kind: str, count: int) -> dict[str, Episodes]:
+    """Choice 0 to train on, choices 1 to `count` to test on."""
+    train = Episodes(grids=(GRID_HIGH if kind == "arm" else GRID,), extra=Extra(kind, 1))
+    return _sets(train, dict(extra=Extra(kind, count, 1)), dict(extra=Extra(kind, count + 1)))
+
+
+MAIN = Episodes(grids=(GRID,))
+UNSEEN_OBJECTS, EVERY_OBJECT = range(16, 25), range(0, 25)
+UNSEEN_TABLES, EVERY_TABLE = range(16, 21), range(0, 21)
+FIRST = range(0, 1)
+TEXTURES = _extra_sets("texture", 16)
+NAME = "PutOnPlateInScene25"
+
+# one row per env id: what each object set ranges over, and what is done to the picture
+# fmt: off
+VARIANTS: dict[str, Variant] = {variant.env_id: variant for variant in (
+    Variant(f"{NAME}Main-v3", _sets(MAIN, dict(objects=UNSEEN_OBJECTS, tables=UNSEEN_TABLES),
+        dict(objects=EVERY_OBJECT, tables=EVERY_TABLE))),
+    Variant(f"{NAME}Single-v1", _sets(replace(MAIN, objects=FIRST, tables=FIRST), {})),
+    Variant(f"{NAME}MainCarrot-v3", _sets(replace(MAIN, tables=FIRST), dict(objects=UNSEEN_OBJECTS),
+        dict(objects=EVERY_OBJECT))),
+    Variant(f"{NAME}MainImage-v3", _sets(replace(MAIN, objects=FIRST), dict(tables=UNSEEN_TABLES),
+        dict(tables=EVERY_TABLE))),
+    # vision
+    Variant(f"{NAME}VisionImage-v1", _sets(MAIN, dict(tables=UNSEEN_TABLES), dict(tables=EVERY_TABLE))),
+    Variant(f"{NAME}VisionTexture03-v1", TEXTURES, "foreground", 0.3),
+    Variant(f"{NAME}VisionTexture05-v1", TEXTURES, "foreground", 0.5),
+    Variant(f"{NAME}VisionWhole03-v1", TEXTURES, "whole", 0.3),
+    Variant(f"{NAME}VisionWhole05-v1", TEXTURES, "whole", 0.5),
+    # semantics
+    Variant(f"{NAME}Carrot-v1", _sets(MAIN, dict(objects=UNSEEN_OBJECTS), dict(objects=EVERY_OBJECT))),
+    Variant(f"{NAME}Plate-v1", _sets(MAIN, dict(receptacles=range(1, 17)), dict(receptacles=range(0, 17)))),
+    Variant(f"{NAME}Instruct-v1", _extra_sets("wording", 16)),
+    Variant(f"{NAME}MultiCarrot-v1", _sets(
+        Episodes(grids=(GRID_OBJECTS,), extra=Extra("object", 15, 0, 16)),
+        dict(objects=UNSEEN_OBJECTS, extra=Extra("object", 8, 16, 9, skip=16)),
+        dict(objects=EVERY_OBJECT, extra=Extra("object", 24, 0, 25)))),
+    Variant(f"{NAME}MultiPlate-v1", _sets(  # all 21 tables in every set, as published
+        Episodes(grids=(GRID_RECEPTACLES,), tables=EVERY_TABLE, extra=Extra("receptacle", 16, 0, 17)),
+        dict(receptacles=range(1, 17), extra=Extra("receptacle", 15, 1, 16)),
+        dict(receptacles=range(0, 17), extra=Extra("receptacle", 16, 0, 17)))),
+    # execution
+    Variant(f"{NAME}Position-v1", _sets(replace(MAIN, grids=(GRID_HIGH,)), dict(grids=(GRID_RING,), yaws_deg=RING_YAWS),
+        dict(grids=(GRID_HIGH, GRID_RING), yaws_deg=MAIN.yaws_deg + RING_YAWS))),
+    Variant(f"{NAME}EEPose-v1", _extra_sets("arm", 14_375)),
+    Variant(f"{NAME}PositionChangeTo-v1", _sets(Episodes(grids=(GRID_OBJECTS,)), dict(moves=True))),
+)}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -82,12 +190,17 @@ class StartState:
 
     episode_id: int
     object_index: int
-    extra_index: int | None
     receptacle_index: int
     table_index: int
     object_position: tuple[float, float, float]
     receptacle_position: tuple[float, float, float]
-    object_yaw: float  # radians; receptacles start unrotated
+    object_yaw: float  # radians, also of a second object; receptacles start unrotated
+    distractor: tuple[str, int] | None = None  # ("object" | "receptacle", index)
+    distractor_position: tuple[float, float, float] | None = None
+    moves_to: tuple[float, float, float] | None = None  # where the object is put in mid-episode
+    texture_index: int | None = None
+    wording_index: int = 0
+    arm_offset: tuple[float, ...] = (0.0,) * 6  # radians, added to the start angles
 
 
 def lookup(env_id: str, obj_set: str) -> Episodes:
@@ -101,25 +214,43 @@ def lookup(env_id: str, obj_set: str) -> Episodes:
     return sets[obj_set]
 
 
+def check_protocol(protocol: str) -> str:
+    """The name, or one clear sentence."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}.")
+    return protocol
+
+
 @functools.cache
-def grid_pairs(poses: Poses) -> tuple[tuple[int, int], ...]:
-    """Indices (object point, receptacle point) of all ordered pairs far enough apart; 784 on the 6 x 6 grid."""
-    points = np.asarray(poses.points)
-    distance = np.linalg.norm(points[:, None] - points[None, :], axis=-1)
-    return tuple((int(i), int(j)) for i, j in zip(*np.nonzero(distance > poses.min_distance)))
+def placements(grid: Grid) -> tuple[tuple[int, ...], ...]:
+    """Indices of points (object, receptacle[, third]) far enough apart: 784 pairs on the 6 x 6 grid, 2,104 triples."""
+    points = [np.array(point) for point in grid.points]
+    distance = np.array([[np.linalg.norm(a - b) for b in points] for a in points])
+    near = distance > grid.gaps[0]
+    if len(grid.gaps) == 1:
+        chosen = np.argwhere(near)
+    else:  # [object, receptacle, third]
+        chosen = np.argwhere(near[:, :, None] & (distance > grid.gaps[1])[None] & (distance > grid.gaps[2])[:, None])
+    return tuple(tuple(int(i) for i in row) for row in chosen)
 
 
-def radices(episodes: Episodes) -> tuple[int, ...]:
-    """Sizes of the digits of an episode id, slowest first."""
-    extra = () if episodes.extras is None else (len(episodes.extras),)
-    poses = (len(grid_pairs(episodes.poses)), len(episodes.poses.yaws_deg))
-    return (len(episodes.objects), *extra, len(episodes.receptacles), len(episodes.tables), *poses)
+def radices(episodes: Episodes) -> dict[str, int]:
+    """Sizes of the digits of an episode id by name, slowest first."""
+    digits = {"object": len(episodes.objects), "receptacle": len(episodes.receptacles)}
+    if episodes.extra is not None:
+        digits["extra"] = episodes.extra.count
+        if episodes.extra.kind != "receptacle":
+            digits["receptacle"] = digits.pop("receptacle")  # to the end
+    digits["table"] = len(episodes.tables)
+    digits["placement"] = sum(len(placements(grid)) for grid in episodes.grids)
+    digits["yaw"] = len(episodes.yaws_deg)
+    return digits
 
 
 def num_start_states(env_id: str, obj_set: str) -> int:
     """How many episode ids there are."""
     count = 1
-    for radix in radices(lookup(env_id, obj_set)):
+    for radix in radices(lookup(env_id, obj_set)).values():
         count *= radix
     return count
 
@@ -132,27 +263,58 @@ def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
     return int(episode_id)
 
 
-def decode(env_id: str, obj_set: str, episode_id: int) -> StartState:
+def decode(env_id: str, obj_set: str, episode_id: int, protocol: str = "rl4vla") -> StartState:
     """Episode id -> what stands where."""
     episodes = lookup(env_id, obj_set)
-    rest = check_episode_id(env_id, obj_set, episode_id)
-    digits = []
-    for radix in reversed(radices(episodes)):
-        rest, digit = divmod(rest, radix)
-        digits.append(digit)
-    yaw, pair, table, receptacle, *extra, obj = digits
-    poses = episodes.poses
-    object_point, receptacle_point = grid_pairs(poses)[pair]
-    return StartState(
+    check_protocol(protocol)
+    rest, digits = check_episode_id(env_id, obj_set, episode_id), {}
+    for name, radix in reversed(radices(episodes).items()):
+        rest, digits[name] = divmod(rest, radix)
+    positions = _positions(episodes.grids, digits["placement"], protocol)
+    start = StartState(
         episode_id=int(episode_id),
-        object_index=episodes.objects[obj],
-        extra_index=episodes.extras[extra[0]] if extra else None,
-        receptacle_index=episodes.receptacles[receptacle],
-        table_index=episodes.tables[table],
-        object_position=(*poses.points[object_point], poses.object_z),
-        receptacle_position=(*poses.points[receptacle_point], poses.receptacle_z),
-        object_yaw=float(np.deg2rad(poses.yaws_deg[yaw])),
+        object_index=episodes.objects[digits["object"]],
+        receptacle_index=episodes.receptacles[digits["receptacle"]],
+        table_index=episodes.tables[digits["table"]],
+        object_position=positions[0],
+        receptacle_position=positions[1],
+        object_yaw=float(np.deg2rad(episodes.yaws_deg[digits["yaw"]])),
+        moves_to=positions[2] if episodes.moves else None,
     )
+    return start if episodes.extra is None else _with_extra(start, episodes.extra, digits, positions, protocol)
+
+
+def _positions(grids: tuple[Grid, ...], placement: int, protocol: str) -> list[tuple[float, float, float]]:
+    """World positions of object, receptacle and perhaps a third body."""
+    for grid in grids:
+        count = len(placements(grid))
+        if placement < count:
+            break
+        placement -= count
+    published = protocol == "rl4vla" or grid.rlinf_heights is None
+    heights = grid.heights if published else grid.rlinf_heights
+    return [(*grid.points[point], height) for point, height in zip(placements(grid)[placement], heights)]
+
+
+def _with_extra(start: StartState, extra: Extra, digits: dict, positions: list, protocol: str) -> StartState:
+    digit = digits["extra"]
+    if extra.kind == "texture":  # RLinf takes the texture that belongs to the table
+        return replace(start, texture_index=start.table_index if protocol == "rlinf" else extra.first + digit)
+    if extra.kind == "wording":
+        return replace(start, wording_index=extra.first + digit)
+    if extra.kind == "arm":
+        return replace(start, arm_offset=arm_offsets()[extra.first + digit])
+    local = digits[extra.kind]
+    other = (local + extra.skip + digit + 1) % extra.modulus
+    if other != local:
+        second = (extra.kind, extra.first + other)
+        return replace(start, distractor=second, distractor_position=positions[2])
+    # Published fault: in MultiCarrot test one "distractor" in eight is the object itself, which then stands at the
+    # third point, alone. RLinf keeps that; here it is the one that no digit stands for.
+    if protocol == "rlinf":
+        return replace(start, object_position=positions[2])
+    second = (extra.kind, extra.first + (local + extra.skip) % extra.modulus)
+    return replace(start, distractor=second, distractor_position=positions[2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

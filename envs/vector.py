@@ -29,6 +29,7 @@ from envs import variants
 
 ACTION_DIM = 7
 CONTROL_FREQ = 5  # Hz
+ARM_LIMITS = np.array([1, 1, 1, np.pi / 2, np.pi / 2, np.pi / 2], np.float32)  # the controller's action space
 # settings under which replayed actions lead to the same state
 REPLAY_KEYS = (
     "env_id", "obj_set", "asset_pack", "sim_freq", "max_episode_steps", "ignore_terminations", "protocol", "seed",
@@ -75,13 +76,9 @@ class EnvSpec:
             )
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"image_size={self.image_size} must be (width, height), both at least 1.")
-        if self.protocol != "rl4vla":
-            raise ValueError(f"unknown protocol {self.protocol!r}: this version has 'rl4vla'.")
-        if self.asset_pack != "builtin":
-            raise ValueError(
-                f"asset_pack {self.asset_pack!r} is not available in this version: "
-                "use asset_pack='builtin', which needs no download."
-            )
+        variants.check_protocol(self.protocol)
+        if self.asset_pack not in variants.ASSET_PACKS:
+            raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +103,8 @@ class EnvSlot:
         return episode_id
 
     def begin(self, episode_id: int) -> None:
-        self.env.start_episode(variants.decode(self.spec.env_id, self.spec.obj_set, episode_id))
+        start = variants.decode(self.spec.env_id, self.spec.obj_set, episode_id, self.spec.protocol)
+        self.env.start_episode(start)
         self.episode_id, self.actions, self.running = episode_id, [], True
         self.episode_return, self.success_once, self.success = 0.0, False, False
 
@@ -231,6 +229,7 @@ def _build_env(spec: EnvSpec):
         asset_dir=spec.asset_dir,
         image_size=spec.image_size,
         sim_freq=spec.sim_freq,
+        protocol=spec.protocol,
     )
 
 
@@ -474,6 +473,13 @@ class VectorEnv:
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
             raise ValueError(
                 f"actions{list(index)} is {actions[index]}: actions must be finite, so check the policy's outputs."
+            )
+        beyond = np.argwhere(np.abs(actions[..., :6]) > ARM_LIMITS)
+        if len(beyond):
+            index = tuple(int(i) for i in beyond[0])
+            raise ValueError(
+                f"actions{list(index)} is {actions[index]}: the arm takes at most 1 m and pi/2 rad per step, "
+                "so check how actions are un-normalised."
             )
         return actions
 

@@ -72,7 +72,7 @@ def expert_episodes(envs, episode_ids) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def test_number_of_start_states():
-    assert len(variants.grid_pairs(variants.GRID)) == 784
+    assert len(variants.placements(variants.GRID)) == 784
     assert world.num_start_states(MAIN, "train") == 16 * 1 * 16 * 784 * 4 == 802_816
     assert world.num_start_states(MAIN, "test") == 9 * 1 * 5 * 784 * 4 == 141_120
     assert world.num_start_states(MAIN, "all") == 25 * 1 * 21 * 784 * 4
@@ -481,8 +481,8 @@ def test_workers_end_when_the_parent_is_killed():
         (dict(obj_set="trian"), "train, test, all"),
         (dict(sim_freq=101), "multiple of 5"),
         (dict(num_env_workers=3), "num_envs=2"),
-        (dict(asset_pack="bridge"), "use asset_pack='builtin'"),
-        (dict(protocol="rlinf"), "rl4vla"),
+        (dict(asset_pack="brigde"), "builtin, bridge"),
+        (dict(protocol="rlniff"), "rl4vla, rlinf"),
         (dict(image_size=(0, 48)), "image_size"),
         (dict(num_envs=0), "num_envs"),
     ],
@@ -510,6 +510,10 @@ def test_bad_calls():
             actions[1, 0, 3] = bad
             with pytest.raises(ValueError, match=r"actions\[1, 0, 3\]"):
                 envs.step(actions)
+        actions = np.zeros((2, 2, 7))
+        actions[0, 1, 2] = -1.01
+        with pytest.raises(ValueError, match=r"actions\[0, 1, 2\] is -1.01.*at most 1 m"):
+            envs.step(actions)
         envs.step(np.zeros((2, 1, 7)))  # none of this harmed the envs
 
 
