@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -432,28 +431,18 @@ def wait_for(condition, seconds: float = 15) -> bool:
     return condition()
 
 
-def test_workers_equal_in_process_and_a_dead_one_ends_the_call():
+def test_workers_equal_in_process():
     actions = busy_actions(3, 12, seed=3)
     kwargs = dict(auto_reset=True, max_episode_steps=5, seed=2)
     with make(3, **kwargs) as envs:
         wanted = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
-    envs = make(3, num_env_workers=2, **kwargs)  # one env and two
-    assert same([envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()], wanted)
-    pids = [group._process.pid for group in envs._groups]
-    os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"envs 1 to 2 .* was killed by SIGKILL"):
-        envs.step(actions[:, :1])
+    with make(3, num_env_workers=2, **kwargs) as envs:  # one env and two
+        seen = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
+        pids = [group._process.pid for group in envs._groups]
+    assert same(seen, wanted)
     assert not any(map(alive, pids))
     with pytest.raises(RuntimeError, match="closed"):
         envs.step(actions[:, :1])
-
-
-def test_a_raising_worker_sends_its_traceback():
-    with make(1, num_env_workers=1) as envs:
-        pid = envs._groups[0]._process.pid
-        with pytest.raises(RuntimeError, match=r"(?s)envs 0 to 0 failed.*Traceback.*AttributeError.*no_such_method"):
-            envs._call("no_such_method")
-        assert not alive(pid)
 
 
 def test_workers_end_when_the_parent_is_killed():
