@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -409,53 +408,6 @@ def test_success_at_the_last_step_is_a_termination():
         envs.reset(ids)
         _, _, terminations, truncations, _ = envs.step(given[0][None])
     assert terminations[0] and not truncations[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def wait_for(condition, seconds: float = 15) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
-
-
-def test_workers_equal_in_process():
-    actions = busy_actions(3, 12, seed=3)
-    kwargs = dict(auto_reset=True, max_episode_steps=5, seed=2)
-    with make(3, **kwargs) as envs:
-        wanted = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
-    with make(3, num_env_workers=2, **kwargs) as envs:  # one env and two
-        seen = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
-        pids = [group._process.pid for group in envs._groups]
-    assert same(seen, wanted)
-    assert not any(map(alive, pids))
-    with pytest.raises(RuntimeError, match="closed"):
-        envs.step(actions[:, :1])
-
-
-def test_workers_end_when_the_parent_is_killed():
-    code = (
-        "import envs, time\n"
-        f"v = envs.make_envs({MAIN!r}, 1, image_size=(16, 16), sim_freq=100, num_env_workers=1)\n"
-        "print(v._groups[0]._process.pid, flush=True)\ntime.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
-        worker = int(parent.stdout.readline())
-        assert alive(worker)
-        parent.kill()
-    assert wait_for(lambda: not alive(worker))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,33 @@ import torch
 
 import envs as world
 from envs import variants, workers
-from test_envs import MAIN, ROOT, SMALL, alive, busy_actions, make, same
 
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = "PutOnPlateInScene25Main-v3"
+SMALL = dict(image_size=(48, 48), sim_freq=100)
 CUBE = "PickCube-v1"
 TINY = dict(image_size=(24, 16), instruction="pick up the cube")
+
+
+def make(num_envs: int, **kwargs):
+    return world.make_envs(MAIN, num_envs, **(SMALL | kwargs))
+
+
+def busy_actions(num_envs: int, length: int, seed: int = 0) -> np.ndarray:
+    """Actions float32 [num_envs, length, 7] that take the arm down to the table and about there."""
+    random = np.random.RandomState(seed)
+    actions = random.randn(num_envs, length, 7) * [0.015, 0.015, 0.01, 0.05, 0.05, 0.1, 1]
+    actions[:, :5, 2] -= 0.025
+    return actions.astype(np.float32)
+
+
+def same(left, right) -> bool:
+    """Bit equality of nested results."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def rows(result, part: slice):
@@ -47,6 +70,53 @@ def rows(result, part: slice):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition, seconds: float = 15) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_workers_equal_in_process():
+    actions = busy_actions(3, 12, seed=3)
+    kwargs = dict(auto_reset=True, max_episode_steps=5, seed=2)
+    with make(3, **kwargs) as envs:
+        wanted = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
+    with make(3, num_env_workers=2, **kwargs) as envs:  # one env and two
+        seen = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
+        pids = [group._process.pid for group in envs._groups]
+    assert same(seen, wanted)
+    assert not any(map(alive, pids))
+    with pytest.raises(RuntimeError, match="closed"):
+        envs.step(actions[:, :1])
+
+
+def test_workers_end_when_the_parent_is_killed():
+    code = (
+        "import envs, time\n"
+        f"v = envs.make_envs({MAIN!r}, 1, image_size=(16, 16), sim_freq=100, num_env_workers=1)\n"
+        "print(v._groups[0]._process.pid, flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        assert alive(worker)
+        parent.kill()
+    assert wait_for(lambda: not alive(worker))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # two half-batches
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -70,8 +140,8 @@ def test_half_batches_equal_whole_ones_and_hide_the_policys_time():
             assert same(envs.step_wait(part=1), rows(wanted[t // 4], second))
 
         # a policy that takes as long for all envs as their simulation does: a third less time in the ideal case
-        chunks, plain, pipelined = 12, [], []
-        chunk = np.zeros((5, 16, 7), np.float32)
+        chunks, plain, pipelined = 6, [], []
+        chunk = np.zeros((5, 8, 7), np.float32)
         begin = time.perf_counter()
         for _ in range(chunks):
             envs.step(chunk)
@@ -189,12 +259,12 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         fault.write_text("hang")
         begin = time.monotonic()
         with pytest.warns(RuntimeWarning, match=r"(?s)no answer for 1.5 s; it hung here:.*in execute_or_fail"):
-            _, rewards, _, _, infos = envs.step(still)
+            infos = envs.step(still)[4]
         assert 1.5 < time.monotonic() - begin < 60
         fault.unlink()
         envs._groups[0]._timeout = 60
         assert infos["dropped"].all() and not infos["valid"].any() and envs.describe() == start
-        # a loss found by describe(): the actions of the next step were meant for the lost episodes, and are not executed
+        # a loss found by describe(): the next step's actions were meant for lost episodes and are not executed
         os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="SIGKILL"):
             assert envs.describe() == start
@@ -268,7 +338,7 @@ def lift(length: int) -> np.ndarray:
 def test_start_states_of_another_env_are_its_seeds(cube):
     assert cube.num_start_states == world.num_start_states(CUBE) == 2**31 - 1
     ids = world.eval_episode_ids(CUBE, "train", 200)
-    assert len(set(ids)) == 200 and all(map(world.is_held_out, ids)) and 0 <= min(ids) and max(ids) < 2**31 - 1
+    assert len(set(ids)) == 200 and all(map(world.is_held_out, ids)) and min(ids) >= 0 and max(ids) < 2**31 - 1
     assert world.eval_episode_ids(CUBE, "train", 7) == ids[:7]
     assert world.eval_episode_ids("PushCube-v1", "train", 7) != ids[:7]
     with pytest.raises(ValueError, match="ids 0 to 2147483646"):
