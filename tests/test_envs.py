@@ -485,9 +485,10 @@ def test_video_decodes(tmp_path):
             video.add(images, captions=[["put carrot on plate", f"t={t}"]] * 3)
     frames = [frame for frame in imageio.get_reader(path)]
     assert len(frames) == 6
-    assert frames[0].shape == (2 * 51 * 5, 2 * 49 * 5, 3)  # 2 x 2 tiles, five times larger
-    top_left = np.asarray(frames[0][60:255, :245], np.float32)
-    wanted = images[0].numpy().repeat(5, 0).repeat(5, 1)[60:255].astype(np.float32)
+    strip = 4 * 14 + 4  # the caption's, above each picture
+    assert frames[0].shape == (2 * (51 * 5 + strip), 2 * 49 * 5, 3)  # 2 x 2 tiles, five times larger
+    top_left = np.asarray(frames[0][strip : strip + 255, :245], np.float32)
+    wanted = images[0].numpy().repeat(5, 0).repeat(5, 1).astype(np.float32)
     assert np.abs(top_left - wanted).mean() < 30  # lossy, but that picture
     with pytest.raises(ValueError, match=r"give uint8 \[N, H, W, 3\]"):
         VideoWriter(path).add(images[0])

@@ -89,20 +89,6 @@ def wait_for(condition, seconds: float = 15) -> bool:
     return condition()
 
 
-def test_workers_equal_in_process():
-    actions = busy_actions(3, 12, seed=3)
-    kwargs = dict(auto_reset=True, max_episode_steps=5, seed=2)
-    with make(3, **kwargs) as envs:
-        wanted = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
-    with make(3, num_env_workers=2, **kwargs) as envs:  # one env and two
-        seen = [envs.reset(), *[envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)], envs.describe()]
-        pids = [group._process.pid for group in envs._groups]
-    assert same(seen, wanted)
-    assert not any(map(alive, pids))
-    with pytest.raises(RuntimeError, match="closed"):
-        envs.step(actions[:, :1])
-
-
 def test_workers_end_when_the_parent_is_killed():
     code = (
         "import envs, time\n"
@@ -200,35 +186,37 @@ def test_half_batches_in_this_process_and_calls_in_the_wrong_order():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_is_replaced_and_its_episodes_are_dropped():
-    actions = busy_actions(3, 8, seed=3)
+def test_workers_equal_in_process_and_a_killed_one_is_replaced():
+    actions = busy_actions(3, 12, seed=3)
+    chunks = [actions[:, t : t + 4] for t in range(0, 12, 4)] + [actions[:, 4:6]]
     kwargs = dict(auto_reset=True, max_episode_steps=6, seed=2)
     with make(3, **kwargs) as envs:
         total = envs.num_start_states
-        envs.reset()
-        undisturbed = [envs.step(actions[:, t : t + 2]) for t in range(0, 8, 2)]
-        obs = envs.reset([variants.train_episode_id(total, 2, i, 1) for i in range(3)])
-        restarted = envs.step(actions[:, 4:6])
+        start, undisturbed = envs.reset(), [envs.step(chunk) for chunk in chunks]
+        third = [variants.train_episode_id(total, 2, i, 2) for i in range(3)]
+        begun = envs.reset(third)
+        restarted = envs.step(chunks[3])
     with make(3, num_env_workers=2, **kwargs) as envs:  # one env and two
-        envs.reset()
-        assert same(envs.step(actions[:, :2]), undisturbed[0]) and envs.num_restarts == 0
+        assert same(envs.reset(), start)
+        assert same([envs.step(chunk) for chunk in chunks[:2]], undisturbed[:2]) and envs.num_restarts == 0
+        assert undisturbed[1][3].all()  # all are in their second episode
         pids = [group._process.pid for group in envs._groups]
         os.kill(pids[1], signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match=r"(?s)envs 1 to 2 .* killed by SIGKILL.*2 episodes are dropped"):
-            result = envs.step(actions[:, 2:4])
-        assert same(rows(result, slice(0, 1)), rows(undisturbed[1], slice(0, 1)))  # the other worker notices nothing
+            result = envs.step(chunks[2])
+        assert same(rows(result, slice(0, 1)), rows(undisturbed[2], slice(0, 1)))  # the other worker notices nothing
         now, rewards, terminations, truncations, infos = result
         assert infos["dropped"].tolist() == [False, True, True] and envs.num_restarts == 1
         assert not (infos["valid"][1:].any() or rewards[1:].any() or (terminations | truncations)[1:].any())
-        assert infos["ended"].numel() == 0 and rewards.shape == (3, 2)
+        assert infos["ended"].numel() == 0 and rewards.shape == (3, 4)
         # each is at the start of the next episode of its stream, and goes on as if nothing had happened
         described = envs.describe()
-        assert [d["episode_id"] for d in described[1:]] == [variants.train_episode_id(total, 2, i, 1) for i in (1, 2)]
-        assert [d["elapsed_steps"] for d in described] == [4, 0, 0]
-        assert same({key: value[1:] for key, value in now.items()}, {key: value[1:] for key, value in obs.items()})
-        result = envs.step(actions[:, 4:6])
+        assert [state["episode_id"] for state in described[1:]] == third[1:]
+        assert [state["elapsed_steps"] for state in described] == [4, 0, 0]
+        assert same({key: value[1:] for key, value in now.items()}, {key: value[1:] for key, value in begun.items()})
+        result = envs.step(chunks[3])
         assert same(rows(result, slice(1, 3)), rows(restarted, slice(1, 3)))
-        assert same(rows(result, slice(0, 1)), rows(undisturbed[2], slice(0, 1))) and result[3][0]  # ended meanwhile
+        assert same(rows(result, slice(0, 1)), rows(undisturbed[3], slice(0, 1))) and result[3][0]  # ended meanwhile
         assert envs.num_restarts == 1 and not result[4]["dropped"].any()
         pids = [group._process.pid for group in envs._groups]
     assert not any(map(alive, pids))
@@ -406,6 +394,24 @@ def test_success_of_another_env_is_a_termination_and_gives_one(cube):
     assert infos["episode"]["return"].tolist() == infos["episode"]["success_once"].tolist() == [1]
 
 
+def test_a_chunk_costs_one_picture(cube, monkeypatch):
+    from envs.maniskill_task import ManiSkillTask
+    from envs.put_on_plate import PutOnPlateInScene
+
+    taken = []
+    for kind in (ManiSkillTask, PutOnPlateInScene):
+        picture = kind.render_image
+        monkeypatch.setattr(kind, "render_image", lambda env, picture=picture: taken.append(1) or picture(env))
+    cube.reset([3])
+    with make(2) as envs:
+        envs.reset()
+        taken.clear()
+        envs.step(np.zeros((2, 8, 7)))
+    assert len(taken) == 2
+    cube.step(np.zeros((1, 8, 7)))
+    assert len(taken) == 3
+
+
 def test_an_episode_of_another_env_depends_on_nothing_before_it_and_resumes(cube):
     actions = lift(4)
 
@@ -505,3 +511,45 @@ def test_out_of_range_actions():
         actions = np.zeros((2, 2, 7))
         actions[..., :3], actions[..., 3:6], actions[..., 6] = 1.0, np.pi / 2, 40.0
         assert envs.step(actions)[4]["valid"].all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# videos of real frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size, factor", [((640, 480), 1), ((96, 96), 3)])
+def test_captions_cover_nothing_and_fit(tmp_path, image_size, factor):
+    from envs import video
+
+    with make(1, image_size=image_size) as envs:
+        image = envs.reset([183_316])["image"][0].numpy()
+    text = "could you please take the very large plastic bottle and put it down gently on the yellow plate over there"
+    tile = video.VideoWriter._tile(image, [text, "step 37  return 1.20", "success"])
+    height, width = image_size[1] * factor, image_size[0] * factor
+    np.testing.assert_array_equal(tile[-height:], image.repeat(factor, 0).repeat(factor, 1))  # the whole picture
+    strip = tile[:-height]
+    assert strip.shape[1] == width and strip[:, -2:].max() == 0  # no word runs out of the tile
+    ink = [bool(strip[2 + 14 * row : 14 * row + 14].any()) for row in range(4)]
+    assert sum(ink) == (3 if image_size[0] == 640 else 4)
+    rows = video._fitted([text, "step 37  return 1.20", "success"], 280, lambda line: 6 * len(line))
+    assert rows[1].endswith(" ...") and rows[2:] == ["step 37 return 1.20", "success"] and len(rows) == 4
+    assert max(map(len, rows)) <= 280 / 6 + 4
+
+
+def test_frames_are_not_kept(tmp_path):
+    """Memory does not grow with the length of a video."""
+    code = (
+        "import numpy as np, resource, sys\n"
+        "from envs.video import VideoWriter\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "frame = np.random.RandomState(0).randint(0, 255, (1, 480, 640, 3), np.uint8)\n"
+        "with VideoWriter(sys.argv[1]) as video:\n"
+        "    for _ in range(20): video.add(frame, [['text']])\n"
+        "    before = peak()\n"
+        "    for _ in range(280): video.add(frame, [['text']])\n"
+        "    print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "long.mp4")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 60  # MB; 280 frames are 258
