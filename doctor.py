@@ -3,8 +3,12 @@ well.
 
 python doctor.py               every row
 python doctor.py --renderer    only the renderer (what `make setup` asks)
+python doctor.py --download    fetch the published meshes and photographs (asset_pack bridge) into ManiSkill's asset
+                               folder or --asset_dir DIR; what was interrupted goes on where it stopped.
+                               --mirror URL: from there, not from huggingface.co and github.com
 """
 
+import argparse
 import importlib.metadata
 import os
 import shutil
@@ -81,12 +85,32 @@ def check_renderer() -> tuple[bool, str]:
 CHECKS = {"python": check_python, "packages": check_packages, "compiler": check_compiler, "renderer": check_renderer}
 
 
+def download(asset_dir: str | None, mirror: str | None) -> int:
+    from envs.download import default_asset_dir, fetch_assets
+
+    try:
+        fetch_assets(asset_dir or default_asset_dir(), lambda line: print(line, flush=True), mirror=mirror)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    if argv not in ([], ["--renderer"]):
-        print(__doc__.strip())
-        return 0 if argv in (["-h"], ["--help"]) else 2
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__.strip(), formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--renderer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--download", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--asset_dir", help=argparse.SUPPRESS)
+    parser.add_argument("--mirror", help=argparse.SUPPRESS)
+    flags = parser.parse_args(argv)
+    if flags.download:
+        return download(flags.asset_dir, flags.mirror)
+    if flags.asset_dir or flags.mirror:
+        parser.error("--asset_dir and --mirror belong to --download")
     failed = 0
-    for name in ["renderer"] if argv else CHECKS:
+    for name in ["renderer"] if flags.renderer else CHECKS:
         ok, sentence = CHECKS[name]()
         failed += not ok
         print(f"{'ok' if ok else 'MEND':4}  {name:9} {sentence}", flush=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from envs.variants import VARIANTS, eval_episode_ids, is_held_out, num_start_states, train_episode_id
+from envs.episodes import eval_episode_ids, num_start_states
+from envs.variants import VARIANTS, is_held_out, train_episode_id
 
 if TYPE_CHECKING:
     from envs.vector import VectorEnv
@@ -31,13 +32,20 @@ def make_envs(
     sim_freq: int = 500,
     max_episode_steps: int = 80,
     num_env_workers: int = 0,
+    pipeline_stages: int = 1,
+    worker_timeout: float = 300.0,
     auto_reset: bool = False,
     ignore_terminations: bool = False,
     protocol: str = "rl4vla",
     seed: int = 0,
     first_env: int = 0,
+    instruction: str | None = None,
 ) -> VectorEnv:
-    """Make `num_envs` envs of one id.
+    """Make `num_envs` envs of one id: one of the PutOnPlateInScene25 family, or any other ManiSkill env.
+
+    Any other: `make_envs("PickCube-v1", 8, instruction="pick up the cube")`, or "my_module:MyTask-v1" where importing
+    `my_module` registers it; what it needs and how actions and rewards read there stands in `envs/maniskill_task.py`.
+    obj_set, asset_pack, sim_freq and protocol are the family's: the other env keeps its own rates and assets.
 
     Args:
         obj_set: "train" | "test" | "all": which objects, receptacles and tables episodes are drawn from.
@@ -48,15 +56,18 @@ def make_envs(
             (another system: do not mix).
         max_episode_steps: control steps (5 per second) after which an episode is truncated.
         num_env_workers: 0 = in this process; W = W worker processes sharing the envs.
+        pipeline_stages: 2 = two half-batches with workers of their own, for step_async and step_wait (VectorEnv).
+        worker_timeout: seconds after which a worker that gives no answer is replaced, like one that died.
         auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
         ignore_terminations: success does not end an episode.
         protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789; "rlinf": as RLinf where it
             differs, for comparison with its table (the list is in `envs/put_on_plate.py`).
         seed, first_env: env i follows training stream (seed, first_env + i); first_env is this rank's offset.
+        instruction: what the policy is told in an env that is not of the family.
     """
-    from envs import vector
+    from envs import group, vector
 
-    spec = vector.EnvSpec(
+    spec = group.EnvSpec(
         env_id,
         num_envs,
         obj_set,
@@ -70,5 +81,6 @@ def make_envs(
         protocol,
         seed,
         first_env,
+        instruction,
     )
-    return vector.VectorEnv(spec, num_env_workers)
+    return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)

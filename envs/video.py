@@ -1,5 +1,7 @@
 """N camera pictures per step, tiled into one frame, captioned and streamed into an h264 file. Keeps no frames.
 
+Captions stand in a strip above each picture, so they cover nothing of it.
+
 with VideoWriter("run/eval.mp4") as video:
     video.add(obs["image"], captions=[["put carrot on plate", "t=3"], ...])
 """
@@ -8,14 +10,34 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw
 
 MIN_TILE_HEIGHT = 240  # smaller pictures are enlarged by a whole factor, so that captions can be read
-LINE_HEIGHT = 14
+LINE_HEIGHT, MARGIN = 14, 4
+CAPTION_ROWS = 4  # fixed, because a video's frames all have one size: a long instruction takes two, step and outcome
+
+
+def _fitted(lines: Sequence[str], width: float, length: Callable[[str], float]) -> list[str]:
+    """`lines` broken at spaces to fit `width` pixels, at most CAPTION_ROWS; the longest one is cut short for that."""
+    blocks = []
+    for line in lines:
+        block = [""]
+        for word in line.split():
+            joined = f"{block[-1]} {word}".strip()
+            if block[-1] and length(joined) > width:
+                block.append(word)
+            else:
+                block[-1] = joined
+        blocks.append(block)
+    while sum(map(len, blocks)) > CAPTION_ROWS and max(map(len, blocks)) > 1:
+        longest = max(blocks, key=len)
+        longest.pop()
+        longest[-1] = longest[-1].removesuffix(" ...") + " ..."
+    return [row for block in blocks for row in block][:CAPTION_ROWS]
 
 
 class VideoWriter:
@@ -33,7 +55,7 @@ class VideoWriter:
             raise ValueError(f"images are {images.dtype} {images.shape}: give uint8 [N, H, W, 3].")
         if captions is not None and len(captions) != len(images):
             raise ValueError(f"{len(captions)} captions for {len(images)} images: give one list of lines per image.")
-        tiles = [self._tile(image, captions[i] if captions is not None else ()) for i, image in enumerate(images)]
+        tiles = [self._tile(image, captions[i] if captions is not None else None) for i, image in enumerate(images)]
         frame = self._grid(tiles)
         if self._frame_shape not in (None, frame.shape):
             raise ValueError(
@@ -49,19 +71,17 @@ class VideoWriter:
         self._writer.append_data(frame)
 
     @staticmethod
-    def _tile(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-        """One picture, enlarged if small, its caption in the upper left corner; uint8 [h, w, 3]."""
+    def _tile(image: np.ndarray, lines: Sequence[str] | None) -> np.ndarray:
+        """One picture, enlarged if small, below its caption if it has one; uint8 [h, w, 3]."""
         factor = max(1, math.ceil(MIN_TILE_HEIGHT / image.shape[0]))
-        large = Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
-        draw = ImageDraw.Draw(large)
-        for row, line in enumerate(lines):
-            corner = (4, 3 + row * LINE_HEIGHT)
-            draw.rectangle(
-                (corner[0] - 2, corner[1] - 1, corner[0] + draw.textlength(line) + 2, corner[1] + LINE_HEIGHT - 2),
-                fill=(0, 0, 0),
-            )
-            draw.text(corner, line, fill=(255, 255, 255))
-        return np.asarray(large)
+        large = image.repeat(factor, axis=0).repeat(factor, axis=1)
+        if lines is None:
+            return large
+        strip = Image.new("RGB", (large.shape[1], CAPTION_ROWS * LINE_HEIGHT + MARGIN))
+        draw = ImageDraw.Draw(strip)
+        for row, line in enumerate(_fitted(lines, strip.width - 2 * MARGIN, draw.textlength)):
+            draw.text((MARGIN, MARGIN // 2 + row * LINE_HEIGHT), line, fill=(255, 255, 255))
+        return np.concatenate([np.asarray(strip), large])
 
     @staticmethod
     def _grid(tiles: list[np.ndarray]) -> np.ndarray:
