@@ -101,13 +101,15 @@ class Args:
 
     # ---- env
     env_id: str = "PutOnPlateInScene25Main-v3"
-    """the task"""
+    """one of the 17 PutOnPlateInScene25 ids, or any ManiSkill id with an RGB camera and pd_ee_delta_pose"""
+    instruction: str | None = None
+    """what the policy is told in an env that is not of the family; there each start state has its own"""
     obj_set: Literal["train", "test", "all"] = "train"
     """which objects, tables and receptacles episodes are drawn from"""
-    asset_pack: str = "builtin"
-    """builtin: bodies and pictures made by code, nothing to download"""
+    asset_pack: Literal["builtin", "bridge"] = "builtin"
+    """builtin: bodies and pictures made by code, nothing to download; bridge: the published meshes and photographs"""
     asset_dir: str | None = None
-    """where downloaded assets are"""
+    """where the published assets are (`python doctor.py --download`); ManiSkill's own folder is looked into as well"""
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
     """whose scene, where the two differ: RL4VLA's, or RLinf's departures from it, to compare with its table"""
     image_size: tuple[int, int] = (640, 480)
@@ -358,9 +360,9 @@ def main(args: Args) -> None:
             gradient_checkpointing=args.gradient_checkpointing, device=device, seed=args.seed,
         )  # fmt: skip
         world = dict(
-            obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir, image_size=args.image_size,
-            sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps, protocol=args.protocol,
-            seed=args.seed,
+            obj_set=args.obj_set, instruction=args.instruction, asset_pack=args.asset_pack, asset_dir=args.asset_dir,
+            image_size=args.image_size, sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps,
+            protocol=args.protocol, seed=args.seed,
         )  # fmt: skip
         envs = make_envs(
             args.env_id, sizes.local_num_envs, auto_reset=args.auto_reset, ignore_terminations=args.ignore_terminations,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "yaml/quickstart_ppo_openvla.yaml"
@@ -34,10 +35,17 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
-def train(*flags: str, ranks: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+def train(
+    *flags: str,
+    ranks: int = 1,
+    check: bool = True,
+    env: dict | None = None,
+    script: str = "train_ppo.py",
+    preset: str = PRESET,
+) -> subprocess.CompletedProcess:
     """`deepspeed train_ppo.py --config PRESET ...` as README has it, without .venv/bin on PATH."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
-    command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port(), "train_ppo.py", "--config", PRESET]
+    command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port(), script, "--config", preset]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
     run = subprocess.run(
         [*command, *SMALL, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -144,6 +152,28 @@ def test_lora_trains_on_two_sharded_ranks_and_its_adapter_loads(tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "iteration_000001" / "policy"
     adapter = {n: p for n, p in load_policy(str(folder), lora_rank=4).named_parameters() if "lora_B" in n}
     assert sum(float(p.abs().sum()) for p in adapter.values()) > 0  # lora_B starts at zero
+
+
+@pytest.mark.parametrize("preset", ["ppo_openvlaoft", "grpo_openvla", "grpo_openvlaoft"])
+def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset):
+    run_dir, script = tmp_path / "run", "train_grpo.py" if "grpo" in preset else "train_ppo.py"
+    flags = ["--group_size", "2"] if "grpo" in preset else []
+    run = train(
+        "--run_dir", str(run_dir), "--num_iterations", "2", *flags, ranks=2, script=script,
+        preset=f"yaml/quickstart_{preset}.yaml",
+    )  # fmt: skip
+    lines = metrics(run_dir)
+    assert len(lines) == 2
+    for line in lines:
+        for tag in TAGS:
+            if "grpo" not in preset or not tag.startswith("train/critic"):
+                assert math.isfinite(line[tag]), tag
+    if "grpo" in preset and lines[-1]["rollout/effective_samples"] == 0:
+        assert "no weight was changed" in run.stdout + run.stderr
+        start, end = (
+            load_file(run_dir / "checkpoints" / f"iteration_{i:06d}" / "policy" / "model.safetensors") for i in (1, 2)
+        )
+        assert all((start[name] == end[name]).all() for name in start)
 
 
 def test_the_critic_and_the_actor_both_move(four_iterations):
