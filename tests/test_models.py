@@ -429,6 +429,9 @@ def test_refusals_of_folders(base, tmp_path):
     }.items():
         with pytest.raises(ValueError, match="action ids do not fit"):
             load_policy(changed(name, **changes))
+    config = json.loads((base / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"vision towers.*clip"):
+        OpenVLA({**{k: v for k, v in config.items() if k != "vision_dims"}, "timm_model_ids": ["clip"]})
     with pytest.raises(ValueError, match="n_action_bins"):
         load_policy(changed("bins", n_action_bins=128))
     with pytest.raises(ValueError, match=r"'libero'.*bridge_orig"):

@@ -473,6 +473,8 @@ def read_tokenizer(side_files: dict[str, bytes]) -> Tokenizer | None:
     if "tokenizer.json" not in side_files:
         return None
     tokenizer = Tokenizer.from_str(side_files["tokenizer.json"].decode())
+    tokenizer.no_truncation()  # some files keep what they were last used with
+    tokenizer.no_padding()
     if tokenizer.encode("a").ids[0] != BOS_ID:
         tokenizer.post_processor = begin_with_bos()
     return tokenizer
