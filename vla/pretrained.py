@@ -123,8 +123,7 @@ class PolicyFiles:
 
     config: dict  # config.json, without the statistics merged over it
     side_files: dict[str, bytes]  # name -> content
-    base_folder: Path | None  # where the weights lie that an adapter is for; None: a preset, there is no such place
-    adapter_config: dict | None  # peft's adapter_config.json
+    adapter_config: dict | None  # peft's adapter_config.json; base_model_name_or_path None: the base is saved beside it
 
 
 def load_policy(
@@ -214,7 +213,7 @@ def load_policy(
         image_resize=image_resize,
         caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
     )
-    policy.files = PolicyFiles(config, side_files, None if merge_lora else base_folder, adapter_config)
+    policy.files = PolicyFiles(config, side_files, adapter_config)
     return policy.to(device)
 
 
