@@ -122,7 +122,9 @@ def check_meta(preset: str, model_type: str) -> dict:
 
 
 # ---------------------------------------------------------------------- speed
-def random_policy(preset: str, model_type: str, device: str, dtype: torch.dtype, lora_rank: int) -> VLAPolicy:
+def random_policy(
+    preset: str, model_type: str, device: str, dtype: torch.dtype, lora_rank: int, scope: str
+) -> VLAPolicy:
     """A preset with random weights, made where and how they are wanted."""
     config, chunk_size = PRESETS[preset], 8 if model_type == "openvla_oft" else 1
     with init_empty_weights(include_buffers=False):
@@ -133,8 +135,8 @@ def random_policy(preset: str, model_type: str, device: str, dtype: torch.dtype,
             value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, max(spread, 1e-6))
             is_norm = parameter.dim() == 1 and name == "weight"
             module._parameters[name] = torch.nn.Parameter(torch.ones_like(value) if is_norm else value)
-    model, adapter_config = with_adapter(model.to(device), None, lora_rank, 32, "all", False, None)
-    freeze(cast_parameters(model, dtype), adapter_config is not None, "all")
+    model, adapter_config = with_adapter(model.to(device), None, lora_rank, 32, scope, False, None)
+    freeze(cast_parameters(model, dtype), adapter_config is not None, scope)
     return VLAPolicy(
         model,
         ValueHead(model.hidden_size, chunk_size),
@@ -143,6 +145,7 @@ def random_policy(preset: str, model_type: str, device: str, dtype: torch.dtype,
         image_size=(224, 224),
         pad_token_id=32000,
         chunk_size=chunk_size,
+        caches_features=scope == "llm",
     ).to(device)
 
 
@@ -227,6 +230,7 @@ def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str, pea
     """Samples per second of one LoRA update: forward, backward and AdamW on one micro batch of PPO's size."""
     inputs = random_inputs(policy, batch, device)
     with torch.no_grad():
+        inputs = policy.with_features(inputs)
         tokens, old_logprobs, _ = policy.act(inputs, 1.0)
     policy.train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
@@ -261,6 +265,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--update", action="store_true", help="measure a LoRA update (rank 32) as well")
+    parser.add_argument("--lora_scope", choices=("all", "llm"), default="all", help="llm: towers frozen, run once")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--peak_tflops", type=float, help="of the card's matrix units, to report the share reached")
     return parser.parse_args()
@@ -273,9 +278,8 @@ def main() -> None:
         result |= check_meta(flags.preset, flags.model_type)
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[flags.dtype]
-        policy = random_policy(
-            flags.preset, flags.model_type, flags.device, dtype, lora_rank=32 if flags.update else 0
-        ).eval()
+        rank, scope = (32, flags.lora_scope) if flags.update else (0, "all")
+        policy = random_policy(flags.preset, flags.model_type, flags.device, dtype, rank, scope).eval()
         result |= {"device": flags.device, "dtype": flags.dtype, "batch": flags.batch}
         result["threads"] = torch.get_num_threads()
         result |= measure_act(policy, flags.batch, flags.repeats, flags.device)

@@ -28,11 +28,18 @@ TIMM_DIMS = {
 
 
 def tower_specs(config: dict) -> tuple[TowerSpec, TowerSpec]:
-    """config.json -> (DINOv2, SigLIP). `vision_dims`, two dicts, overrides the sizes that the timm names imply."""
+    """config.json -> (DINOv2, SigLIP). `vision_dims`, two dicts, overrides the sizes that the timm names imply.
+
+    Raises:
+        ValueError: other towers than OpenVLA's two.
+    """
+    names = config.get("timm_model_ids", [])
     if "vision_dims" in config:
         dims = [dict(entry) for entry in config["vision_dims"]]
+    elif names != list(TIMM_DIMS):
+        raise ValueError(f"config.json names the vision towers {names}: only {list(TIMM_DIMS)} are supported")
     else:
-        dims = [dict(zip(("embed_dim", "depth", "num_heads"), TIMM_DIMS[name])) for name in config["timm_model_ids"]]
+        dims = [dict(zip(("embed_dim", "depth", "num_heads"), TIMM_DIMS[name])) for name in names]
     for entry, image_size in zip(dims, config["image_sizes"]):
         entry["image_size"] = image_size
     return dinov2_spec(**dims[0]), siglip_spec(**dims[1])

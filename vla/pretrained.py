@@ -123,8 +123,7 @@ class PolicyFiles:
 
     config: dict  # config.json, without the statistics merged over it
     side_files: dict[str, bytes]  # name -> content
-    base_folder: Path | None  # where the weights lie that an adapter is for; None: a preset, there is no such place
-    adapter_config: dict | None  # peft's adapter_config.json
+    adapter_config: dict | None  # peft's adapter_config.json; base_model_name_or_path None: the base is saved beside it
 
 
 def load_policy(
@@ -214,7 +213,7 @@ def load_policy(
         image_resize=image_resize,
         caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
     )
-    policy.files = PolicyFiles(config, side_files, None if merge_lora else base_folder, adapter_config)
+    policy.files = PolicyFiles(config, side_files, adapter_config)
     return policy.to(device)
 
 
@@ -473,6 +472,8 @@ def read_tokenizer(side_files: dict[str, bytes]) -> Tokenizer | None:
     if "tokenizer.json" not in side_files:
         return None
     tokenizer = Tokenizer.from_str(side_files["tokenizer.json"].decode())
+    tokenizer.no_truncation()  # some files keep what they were last used with
+    tokenizer.no_padding()
     if tokenizer.encode("a").ids[0] != BOS_ID:
         tokenizer.post_processor = begin_with_bos()
     return tokenizer

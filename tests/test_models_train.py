@@ -1,0 +1,59 @@
+"""OpenVLA-OFT through the real launcher: a base folder, an adapter to continue, two sharded ranks."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla.pretrained import load_policy, save_policy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def saved(policy, folder: Path) -> str:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    save_policy(policy, policy.state_dict(), folder)
+    return str(folder)
+
+
+def test_oft_continues_an_adapter_on_two_sharded_ranks(tmp_path):
+    """Frozen towers, gradient checkpointing, ZeRO-3: the checkpoint holds the adapter and the critic alone."""
+    torch.manual_seed(0)
+    base = saved(load_policy("openvla-oft-tiny", "openvla_oft", chunk_size=4), tmp_path / "base")
+    adapter = saved(load_policy(base, "openvla_oft", lora_rank=4), tmp_path / "adapter")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    run_dir = tmp_path / "run"
+    command = [
+        shutil.which("deepspeed", path=str(Path(sys.executable).parent)), "--num_gpus", "2", "--master_port", port,
+        "train_ppo.py", "--config", "yaml/quickstart_ppo_openvla.yaml", "--run_dir", str(run_dir),
+        "--model_type", "openvla_oft", "--model_path", base, "--lora_path", adapter,
+        "--lora_scope", "llm", "--gradient_checkpointing", "--chunk_size", "4", "--num_iterations", "1",
+        "--num_envs", "4", "--num_steps", "16", "--max_episode_steps", "8", "--num_minibatches", "2",
+        "--micro_batch_size", "4", "--num_eval_episodes", "2", "--num_eval_envs", "2", "--save_freq", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["train/actor/ratio_first_microbatch_error"] < 1e-4 and line["train/actor/grad_norm"] > 0
+    policy = run_dir / "checkpoints" / "iteration_000001" / "policy"
+    assert not (policy / "model.safetensors").exists() and (policy / "value_head.safetensors").exists()
+    start = dict(load_policy(base, "openvla_oft", lora_path=adapter).named_parameters())
+    trained = dict(load_policy(str(policy), "openvla_oft").named_parameters())
+    assert start.keys() == trained.keys()
+    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert any("lm_head.lora_B" in name for name in moved) and "value_head.mlp.4.weight" in moved
+    for name in moved:
+        assert name.startswith("value_head.") or (name.startswith("model.language_model.") and "lora_" in name), name
