@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from envs import registration  # noqa: F401  gymnasium.make knows all ids from now on
 from envs.variants import VARIANTS, eval_episode_ids, is_held_out, num_start_states
 
 if TYPE_CHECKING:
