@@ -478,7 +478,7 @@ class VectorEnv:
         if len(beyond):
             index = tuple(int(i) for i in beyond[0])
             raise ValueError(
-                f"actions{list(index)} is {actions[index]}: the arm takes at most 1 m and pi/2 rad per step, "
+                f"actions{list(index)} is {actions[index]:g}: the arm takes at most 1 m and pi/2 rad per step, "
                 "so check how actions are un-normalised."
             )
         return actions
