@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from envs import registration  # noqa: F401  gymnasium.make knows all ids from now on
 from envs.episodes import eval_episode_ids, num_start_states
 from envs.variants import VARIANTS, is_held_out, train_episode_id
 

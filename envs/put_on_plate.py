@@ -1,9 +1,6 @@
 """The ManiSkill task: a WidowX-250s puts one object on one receptacle. RL4VLA's PutOnPlateInScene25, written anew.
 
-An ordinary ManiSkill env, one scene per env; importing this module registers all ids of `envs.variants.VARIANTS`:
-
-    import gymnasium, envs.put_on_plate
-    env = gymnasium.make("PutOnPlateInScene25Carrot-v1", obs_mode="rgb+segmentation", obj_set="test")
+An ordinary ManiSkill env, one scene per env, for `gymnasium.make` too (see `envs/registration.py`).
 
 What differs from RL4VLA's (arXiv 2505.19789), and why:
 - Only this episode's bodies are in the scene, not all 42 parked beside it: faster, and one contact query.
@@ -40,10 +37,11 @@ from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicController
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
-from mani_skill.utils.registration import register_env
+from mani_skill.utils.registration import REGISTERED_ENVS, register_env
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, variants
+from envs.registration import MAX_EPISODE_STEPS
 
 CONTROL_FREQ = 5  # Hz
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
@@ -522,11 +520,17 @@ def _register(variant: variants.Variant) -> None:
     env_class = type(
         variant.env_id.replace("-", "_"), (PutOnPlateInScene,), {"env_id": variant.env_id, "__module__": __name__}
     )
-    register_env(variant.env_id, max_episode_steps=80)(env_class)
+    gym.registry.pop(variant.env_id, None)  # the lazy entry: from now on ManiSkill's own
+    register_env(variant.env_id, max_episode_steps=MAX_EPISODE_STEPS)(env_class)
 
 
 for _variant in variants.VARIANTS.values():
     _register(_variant)
+
+
+def make_registered(env_id: str, **kwargs) -> PutOnPlateInScene:
+    """What gymnasium calls for an id that `envs.registration` registered."""
+    return REGISTERED_ENVS[env_id].make(**kwargs)
 
 
 def build(env_id: str, **kwargs) -> PutOnPlateInScene:
