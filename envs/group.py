@@ -71,6 +71,12 @@ class EnvSpec:
             )
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"image_size={self.image_size} must be (width, height), both at least 1.")
+        chosen = (self.asset_pack, self.asset_dir, self.protocol)
+        if not episodes.in_family(self.env_id) and chosen != ("builtin", None, "rl4vla"):
+            raise ValueError(
+                f"asset_pack, asset_dir and protocol are choices of the {episodes.FAMILY} family: "
+                f"leave them out for {self.env_id}."
+            )
         variants.check_protocol(self.protocol)
         if self.asset_pack not in variants.ASSET_PACKS:
             raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
@@ -146,11 +152,11 @@ class EnvGroup:
         self.spec, self.offset, self.images, self.final_images = spec, offset, images, final_images
         self.slots = [EnvSlot(_build_env(spec), spec, spec.first_env + offset + i) for i in range(len(images))]
 
-    def reset(self, episode_ids: list[int] | None) -> list[str]:
-        """Start an episode in every env; None takes the next of each env's own stream. Returns instructions."""
-        for i, slot in enumerate(self.slots):
-            slot.begin(None if episode_ids is None else episode_ids[i])
-            self.images[i] = slot.env.render_image()
+    def reset(self, episode_ids: list[int | None], chosen: list[int]) -> list[str]:
+        """Start an episode in the chosen envs; None takes the next of an env's own stream. Returns all instructions."""
+        for i, episode_id in zip(chosen, episode_ids):
+            self.slots[i].begin(episode_id)
+            self.images[i] = self.slots[i].env.render_image()
         return self.instructions()
 
     def instructions(self) -> list[str]:

@@ -106,18 +106,29 @@ class VectorEnv:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def reset(self, episode_ids=None) -> dict:
-        """Start an episode in every env: the given ids (N ints), or the next of each env's own training stream."""
-        self._check_usable("reset", needs_reset=False)
+    def reset(self, episode_ids=None, env_indices=None) -> dict:
+        """Start an episode in every env, or in those of `env_indices` while the others go on with theirs.
+
+        episode_ids: one int per env that is reset (the same id several times: a group that starts pixel-identical);
+            None takes the next of each env's own training stream.
+        Returns the observation of all N envs.
+        """
+        self._check_usable("reset", needs_reset=env_indices is not None)
+        chosen = list(range(self.num_envs)) if env_indices is None else [int(i) for i in env_indices]
+        if len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(self.num_envs)):
+            raise ValueError(f"env_indices {chosen} must be distinct and lie between 0 and {self.num_envs - 1}.")
         if episode_ids is not None:
             episode_ids = [episodes.check_episode_id(self.env_id, self.obj_set, i) for i in episode_ids]
-            if len(episode_ids) != self.num_envs:
+            if len(episode_ids) != len(chosen):
                 raise ValueError(
-                    f"reset() got {len(episode_ids)} episode ids for {self.num_envs} envs: give one per env."
+                    f"reset() got {len(episode_ids)} episode ids for {len(chosen)} envs: give one per env."
                 )
-        instructions = self._call(
-            "reset", self._split(episode_ids) if episode_ids is not None else [(None,)] * len(self._groups)
-        )
+        wanted = dict(zip(chosen, episode_ids or [None] * len(chosen)))
+        per_group = []
+        for lower, upper in self._bounds:
+            rows = [i for i in range(lower, upper) if i in wanted]
+            per_group.append(([wanted[i] for i in rows], [i - lower for i in rows]))
+        instructions = self._call("reset", per_group)
         self._started = True
         return self._observation(range(len(self._groups)), instructions)
 
@@ -235,6 +246,9 @@ class VectorEnv:
         self._check_usable("load_state_dict", needs_reset=False)
         if len(state) != self.num_envs:
             raise ValueError(f"this state holds {len(state)} envs, there are {self.num_envs}: make as many envs.")
+        lacking = [key for key in REPLAY_KEYS if key not in state[0]["world"]]
+        if lacking or "explicit" not in state[0]:
+            raise ValueError("this state was saved by an older version of envs, which this one can not continue.")
         for key in REPLAY_KEYS:
             saved, value = state[0]["world"][key], vars(self._spec)[key]
             if saved != value:

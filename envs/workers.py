@@ -131,20 +131,24 @@ class WorkerGroup:
         method, args = self._pending
         if method == "step" and self._dropped is not None:
             return self._nothing_executed()  # the actions were meant for episodes that are gone
+        # calls after which no env is in an episode that began before
+        anew = method == "load_state_dict" or (method == "reset" and len(args[1]) == self.count)
         while True:
             try:
                 value = self._receive()
+                break
             except WorkerLost as loss:
-                self._replace(loss, begin=method not in ("reset", "load_state_dict"))
-                if method == "step":
-                    return self._nothing_executed()
-                self._send(method, args)
-                continue
+                self._replace(loss, begin=not anew)
             if method == "step":
-                self._losses = 0
-            elif method in ("reset", "load_state_dict"):
-                self._dropped = None  # all episodes are new
-            return value
+                return self._nothing_executed()
+            self._send(method, args)
+        if method == "step":
+            self._losses = 0
+        elif anew:
+            self._dropped = None
+        elif method == "reset" and self._dropped is not None:
+            self._dropped[args[1]] = True  # the next step leaves out the whole group, these too
+        return value
 
     # ----------------------------------------------------------------------------------------------------- losses
 
@@ -223,7 +227,7 @@ class WorkerGroup:
         notice = f"{self._name()} {how} without a Python traceback"
         if stacks := self._stacks():
             return f"{notice}; its stacks:\n{stacks}"
-        return f"{notice}: if that was SIGKILL, memory probably ran out, so use fewer envs."
+        return f"{notice}: memory probably ran out, so use fewer envs." if code == -signal.SIGKILL else f"{notice}."
 
     # ----------------------------------------------------------------------------------------------------- the end
 

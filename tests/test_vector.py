@@ -103,6 +103,45 @@ def test_workers_end_when_the_parent_is_killed():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# reset of some
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_env_workers", [0, 2])
+def test_some_envs_are_reset_while_the_others_go_on(num_env_workers):
+    actions = busy_actions(3, 8, seed=8)
+    with make(3, num_env_workers=num_env_workers, seed=1, image_size=(16, 16)) as envs:
+        with pytest.raises(RuntimeError, match="before reset"):
+            envs.reset(env_indices=[1])
+        first = envs.reset([20, 21, 20])
+        assert torch.equal(first["image"][0], first["image"][2])  # a group of two
+        plain = [envs.step(actions[:, t : t + 4]) for t in (0, 4)]
+        envs.reset([20, 21, 20])
+        envs.step(actions[:, :4])
+        obs = envs.reset([21], env_indices=[2])
+        assert torch.equal(obs["image"][2], first["image"][1]) and torch.equal(
+            obs["image"][:2], plain[0][0]["image"][:2]
+        )
+        shifted = actions[:, 4:].copy()
+        shifted[2] = actions[1, :4]
+        result = envs.step(shifted)
+        assert same(rows(result, slice(0, 2)), rows(plain[1], slice(0, 2)))
+        assert torch.equal(result[0]["image"][2], plain[0][0]["image"][1])  # as env 1 went from the same start
+        envs.reset(env_indices=[2, 0])
+        described = envs.describe()
+        wanted = [variants.train_episode_id(envs.num_start_states, 1, i, 0) for i in (0, 2)]
+        assert [described[0]["episode_id"], described[2]["episode_id"]] == wanted
+        assert [state["elapsed_steps"] for state in described] == [0, 8, 0]
+        for indices, ids, words in (
+            ([0, 0], None, "distinct"),
+            ([3], None, "between 0 and 2"),
+            ([1], [1, 2], "2 episode ids for 1"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                envs.reset(ids, env_indices=indices)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # two half-batches
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -293,6 +332,20 @@ def test_a_loss_in_reset_drops_nothing_and_skips_no_episode(fault):
         assert infos["valid"].all() and not infos["dropped"].any()
 
 
+def test_a_loss_in_a_reset_of_some_drops_the_others(fault):
+    with make(2, num_env_workers=1) as envs:
+        envs.reset([5, 6])
+        envs.step(np.zeros((2, 1, 7)))
+        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="2 episodes are dropped"):
+            envs.reset([9], env_indices=[1])
+        assert [(state["episode_id"], state["elapsed_steps"]) for state in envs.describe()] == [(5, 0), (9, 0)]
+        infos = envs.step(np.zeros((2, 1, 7)))[4]
+        assert infos["dropped"].all() and not infos["valid"].any()
+        infos = envs.step(np.zeros((2, 1, 7)))[4]
+        assert infos["valid"].all() and [state["elapsed_steps"] for state in envs.describe()] == [1, 1]
+
+
 def test_no_file_or_process_is_left_behind():
     files = set(os.listdir("/proc/self/fd"))
     envs = make(1, num_env_workers=1)
@@ -469,6 +522,7 @@ def test_a_task_of_ones_own_needs_its_module_and_nothing_else(tmp_path):
         (dict(env_id="PushT-v1"), r"actions of shape \(6,\)"),
         (dict(env_id="Empty-v1"), "reports no success"),
         (dict(obj_set="test"), "leave it at 'train'"),
+        (dict(asset_pack="bridge"), "leave them out for PickCube-v1"),
         (dict(env_id=MAIN), "writes its own instructions"),
         (dict(env_id=MAIN, instruction=None, pipeline_stages=3), "pipeline_stages=3"),
         (dict(env_id=MAIN, instruction=None, pipeline_stages=2), "num_envs=1"),
