@@ -298,6 +298,7 @@ def roll_out(
             t, inputs, tokens=tokens, logprobs=logprobs, values=values, rewards=rewards, valid=infos["valid"],
             dones=terminations | truncations, final_values=torch.zeros(buffer.num_envs),
         )  # fmt: skip
+        buffer.forget(infos["dropped"], before=t)  # lost with a worker: these envs have begun their episode again
         episodes += rows(infos["episode"])
         if len(episodes) == buffer.num_envs:
             break

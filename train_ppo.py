@@ -426,9 +426,13 @@ def main(args: Args) -> None:
                 if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
                     final_inputs = actor.prepare(infos["final_observation"], device)
                     final_values[infos["ended"]] = actor.value(final_inputs)[:, 0].float().cpu()
+                dropped = infos[
+                    "dropped"
+                ]  # [N], episodes lost with a worker: cut before this decision, at V of its frame
                 buffer.add(
                     t, inputs, tokens=tokens, logprobs=logprobs, values=values, rewards=rewards, valid=infos["valid"],
-                    dones=terminations | truncations, final_values=final_values * bootstrapped,
+                    dones=terminations | truncations | dropped,
+                    final_values=torch.where(dropped, values[:, 0].cpu(), final_values * bootstrapped),
                 )  # fmt: skip
                 episodes += rows(infos["episode"])
                 obs, inputs = next_obs, actor.prepare(next_obs, device)

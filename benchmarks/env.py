@@ -3,6 +3,7 @@
     python benchmarks/env.py                        # the table, builtin pack
     python benchmarks/env.py --asset_dir DIR        # also with the published meshes
     python benchmarks/env.py --episodes 1000        # random episodes over all ids, with partial resets
+    python benchmarks/env.py --expert 32            # success of the scripted expert, per id and object set
 
 Medians of milliseconds in one process, wall clock and CPU (on a shared machine the second says more). Actions are those
 of the scripted expert, recorded beforehand: contacts are part of the work.
@@ -51,9 +52,8 @@ def episode_ids(count: int) -> list[int]:
     return [variants.train_episode_id(total, 0, 0, k) for k in range(count)]
 
 
-def expert_actions(env: PutOnPlateInScene, episode_id: int) -> list[torch.Tensor]:
-    """Float32 [1, 7] each, until success."""
-    env.start_episode(variants.decode(MAIN, "all", episode_id))
+def expert_actions(env: PutOnPlateInScene) -> list[torch.Tensor]:
+    """Float32 [1, 7] each, from the env's start state until success."""
     expert, actions = Expert(), []
     while len(actions) < 80 and not env.success:
         action = expert(env.describe() | {"elapsed_steps": len(actions)})
@@ -71,8 +71,9 @@ def measure_step(title: str, count: int, **kwargs) -> None:
     )
     clock = Clock()
     for episode_id in episode_ids(count):
-        actions = expert_actions(fast, episode_id)
         start = variants.decode(MAIN, "all", episode_id)
+        fast.start_episode(start)
+        actions = expert_actions(fast)
         clock("reset, settled", fast.start_episode, start)
         plain.reset(options={"episode_id": episode_id})
         for action in actions:
@@ -153,6 +154,22 @@ def random_episodes(count: int, asset_pack: str, asset_dir: str | None) -> None:
     )
 
 
+def expert_table(count: int, asset_pack: str, asset_dir: str | None) -> None:
+    """Success of the expert over the first `count` training episodes of env 0 to count - 1, seed 0, at 500 Hz."""
+    for env_id in VARIANTS:
+        env = build(env_id, asset_pack=asset_pack, asset_dir=asset_dir, image_size=(16, 16))
+        for obj_set in ("train", "test"):
+            total, successes = num_start_states(env_id, obj_set), 0
+            for k in range(count):
+                start = variants.decode(env_id, obj_set, variants.train_episode_id(total, 0, k, 0))
+                env.start_episode(start)
+                successes += bool(expert_actions(env) and env.success)
+            print(
+                f"{env_id:40} {obj_set:5} {asset_pack:7} {successes:4} of {count} = {successes / count:.1%}", flush=True
+            )
+        env.close()
+
+
 def check_numbers(env: PutOnPlateInScene, reward: float) -> None:
     state = env.describe()
     numbers = [*state["object_pose"], *state["receptacle_pose"], *state["tcp_pose"], *state["qpos"], reward]
@@ -165,11 +182,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--asset_dir", help="folder of the published meshes: measure them too")
     parser.add_argument("--episodes", type=int, default=0, help="run this many random episodes instead")
+    parser.add_argument("--expert", type=int, default=0, help="episodes per id and object set for the expert's table")
     parser.add_argument("--seconds", type=float, default=10, help="length of each throughput measurement")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.episodes:
-        random_episodes(options.episodes, "bridge" if options.asset_dir else "builtin", options.asset_dir)
+    asset_pack = "bridge" if options.asset_dir else "builtin"
+    if options.episodes or options.expert:
+        run = random_episodes if options.episodes else expert_table
+        run(options.episodes or options.expert, asset_pack, options.asset_dir)
         return
     print("quick start: builtin pack, 96 x 96, 100 Hz, one process")
     for num_envs, chunk_size in ((1, 1), (16, 1), (16, 8)):

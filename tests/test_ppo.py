@@ -103,6 +103,15 @@ def test_gae_inside_a_chunk_by_hand():
     assert torch.allclose(advantages, torch.tensor([[[0.6, 0.4, 0.0]], [[0.9, 0.8, 0.7]]]))
 
 
+def test_an_episode_lost_with_its_worker_is_cut_at_the_frame_it_was_lost_on():
+    """gamma = lambda = 1: decision 1 was not executed; what precedes it is worth 0.2 + V(its frame) = 0.2 + 0.5."""
+    rewards, values = torch.tensor([0.2, 0.0, 0.4]).view(3, 1, 1), torch.tensor([0.1, 0.5, 0.3]).view(3, 1, 1)
+    valid, dones = torch.tensor([True, False, True]).view(3, 1, 1), torch.tensor([[False], [True], [False]])
+    final_values = torch.tensor([[0.0], [0.5], [0.0]])
+    _, returns = compute_gae(rewards, values, valid, dones, final_values, torch.tensor([0.6]), 1.0, 1.0)
+    assert torch.allclose(returns[:, 0, 0], torch.tensor([0.7, 0.0, 1.0]))
+
+
 # ------------------------------------------------------------------ loss
 def micro_batch(old_logprobs, old_values, advantages, returns, mask) -> MicroBatch:
     inputs = PolicyInputs(None, None, None)

@@ -44,6 +44,15 @@ def test_micro_batch_picks_decision_t_n():
     assert mb.tokens.shape == (3, 1, 7) and mb.inputs.images.shape == (3, 8, 8, 3)
 
 
+def test_a_lost_episode_is_forgotten_up_to_where_it_was_lost():
+    buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
+    for t in range(3):
+        buffer.add(t, inputs(), **decision() | {"rewards": torch.ones(2, 1)})
+    buffer.forget(torch.tensor([False, True]), before=1)
+    assert buffer.valid[..., 0].tolist() == [[True, False], [True, False], [True, True]]
+    assert buffer.rewards.sum() == 4
+
+
 def test_a_rank_without_decisions_takes_part_with_weight_0():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     parts = split_padded(torch.arange(5), 2, longest=9)

@@ -48,6 +48,9 @@ def run_batch(policy, envs, episode_ids: list[int], temperature: float, video) -
         device = next(policy.parameters()).device
         tokens, _, _ = policy.act(policy.prepare(obs, device), temperature, noise)
         obs, rewards, _, _, infos = envs.step(policy.decode(tokens))
+        for env in infos["dropped"].nonzero()[:, 0].tolist():  # lost with a worker, and begun again
+            generators[env].manual_seed(int(padded[env]))
+            returns[env] = 0.0
         returns += rewards.sum(dim=1)
         steps += policy.chunk_size
         for position, env in enumerate(infos["ended"].tolist()):

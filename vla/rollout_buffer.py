@@ -90,6 +90,11 @@ class RolloutBuffer:
         self.dones.zero_()
         self.rewards.zero_()
 
+    def forget(self, envs: torch.Tensor, before: int) -> None:
+        """Decisions 0 .. before of some envs (bool [N]) were not executed after all."""
+        for name in ("valid", "dones", "rewards"):
+            self.fields[name][: before + 1, envs] = 0
+
     def replace(self, envs: torch.Tensor, other: "RolloutBuffer", other_envs: torch.Tensor) -> None:
         """Put the columns `other_envs` (int64 [K]) of another buffer in the place of the columns `envs`."""
         for name, field in self.fields.items():
