@@ -104,7 +104,8 @@ def test_every_command_in_readme_exists():
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
     for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \d+)* (\w+\.py)", README):
         assert (ROOT / script).exists(), script
-    others = {"num_gpus", "help", "renderer", "download"}
+    others = {"num_gpus", "help", "renderer", "download"}  # of the launcher and of doctor.py
+    others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
     for flag in re.findall(r"--([a-z]\w+)", README):
         known = flag in Args.__dataclass_fields__ or flag in train_grpo.Args.__dataclass_fields__
         assert known or flag in others, f"README names --{flag}"
