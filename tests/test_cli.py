@@ -10,6 +10,7 @@ from train_ppo import Args
 from vla.cli import derive_sizes, mapping_to_flags, parse_args
 from vla.distributed import UserError
 from vla.engine import read_deepspeed_config
+from vla.logger import Logger
 
 PRESETS = sorted(Path("yaml").glob("*.yaml"))
 
@@ -126,3 +127,9 @@ def test_deepspeed_config(tmp_path):
             read_deepspeed_config(str(file), "float32")
     with pytest.raises(UserError, match=r"zero3\.json"):
         read_deepspeed_config("ds_configs/zero9.json", "float32")
+
+
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Logger(tmp_path / "run", enabled=True, num_iterations=1, backends=("tensorboard", "wandb"))
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ after how many env steps. All evaluations, that of the starting policy included,
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import math
 import platform
@@ -71,17 +72,10 @@ class TensorBoard:
 
 
 def open_backend(name: str, run_dir: Path, purge_step: int | None):
-    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only when asked for.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only when asked for."""
     if name == "tensorboard":
         return TensorBoard(run_dir, purge_step)
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"--logger_backends {name}: it is not installed, run `pip install {name}`") from error
+    module = importlib.import_module(name)
     if name == "wandb":
         module.init(project="solovla", name=run_dir.name, dir=str(run_dir))
     else:
@@ -127,6 +121,9 @@ class Logger:
         self.iteration_start = time.perf_counter()
         if not enabled:
             return
+        for name in backends:
+            if name != "tensorboard" and importlib.util.find_spec(name) is None:
+                raise ValueError(f"--logger_backends {name}: it is not installed, run `pip install {name}`")
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "evaluations"):
             self._set_aside_lines_after(start_iteration, name)
