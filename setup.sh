@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 say() { printf 'setup: %s\n' "$*"; }
 
 find_python() {
-  for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3; do # 3.11 is what the tests ran on
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
       echo "$candidate"
       return
