@@ -404,8 +404,12 @@ def main(args: Args) -> None:
     guard = StepGuard(run_dir, rank())
     T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
     buffer, spare = (
-        RolloutBuffer(T, N, policy.chunk_size, policy.image_size, args.max_prompt_length) for _ in range(2)
-    )
+        RolloutBuffer(
+            T, N, policy.chunk_size, policy.image_size, args.max_prompt_length,
+            feature_shape=policy.feature_shape() if policy.caches_features else None, feature_dtype=DTYPES[args.dtype],
+        )
+        for _ in range(2)
+    )  # fmt: skip
     start_iteration, global_step, iterations_without_signal = 0, 0, 0
     with checked():
         if checkpoint:
@@ -471,11 +475,14 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         epochs, first_ratio_error = [], None
+        dealing = torch.Generator().manual_seed(
+            args.seed * 1_000_003 + iteration
+        )  # ranks have drawn unequal noise by now
         with logger.timer("update"), update_stage(engine):
             for _ in range(args.update_epochs if num_decisive else 0):  # no signal: not even weight decay
                 averages = Averages()
                 minibatches = minibatch_indices(
-                    trained_on.any(dim=-1), args.num_envs, first_env, args.num_minibatches, generator
+                    trained_on.any(dim=-1), args.num_envs, first_env, args.num_minibatches, dealing
                 )  # fmt: skip
                 totals = all_reduce_sum(torch.stack([weights.flatten(0, 1)[index].sum() for index in minibatches]))
                 longest = all_reduce_max(torch.tensor([len(index) for index in minibatches]))
