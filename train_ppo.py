@@ -426,9 +426,7 @@ def main(args: Args) -> None:
                 if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
                     final_inputs = actor.prepare(infos["final_observation"], device)
                     final_values[infos["ended"]] = actor.value(final_inputs)[:, 0].float().cpu()
-                dropped = infos[
-                    "dropped"
-                ]  # [N], episodes lost with a worker: cut before this decision, at V of its frame
+                dropped = infos["dropped"]  # [N], lost with a worker: cut before this decision, at V of its frame
                 buffer.add(
                     t, inputs, tokens=tokens, logprobs=logprobs, values=values, rewards=rewards, valid=infos["valid"],
                     dones=terminations | truncations | dropped,

@@ -254,6 +254,10 @@ def test_resume_with_another_number_of_ranks(four_iterations):
     assert (four_iterations / "metrics.jsonl").read_text() == before
 
 
+def test_resume_with_other_weights_trained(four_iterations):
+    refused("--resume", str(four_iterations), "--num_iterations", "5", "--lora_rank", "4", sentence="--lora_rank")
+
+
 def test_unknown_yaml_key_and_missing_config(tmp_path):
     (tmp_path / "a.yaml").write_text("num_env: 4\n")
     refused("--config", str(tmp_path / "a.yaml"), sentence="did you mean 'num_envs'")

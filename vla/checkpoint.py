@@ -3,7 +3,7 @@
     <run_dir>/checkpoints/iteration_000004/
         deepspeed/     weights, master weights and optimizer moments, as DeepSpeed shards them
         policy/        the published layout (pretrained.py): what evaluation and other code bases load
-        state.json     iteration, global_step, number of ranks
+        state.json     iteration, global_step, number of ranks, ZeRO stage, names of what is trained
         envs.pt        where every env stood: stream position, episode, actions so far
 
 Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside
@@ -60,6 +60,11 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
     return folder, None
 
 
+def trainable_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """Names of the parameters that are trained, in the model's order."""
+    return [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
 def save_checkpoint(
     engine: deepspeed.DeepSpeedEngine,
     run_dir: Path,
@@ -91,6 +96,7 @@ def save_checkpoint(
             "global_step": global_step,
             "num_ranks": world_size(),
             "zero_stage": engine.zero_optimization_stage(),
+            "trainable": trainable_names(engine),
         }
         (partial / "state.json").write_text(json.dumps(state))
         shutil.rmtree(final, ignore_errors=True)
@@ -107,7 +113,7 @@ def load_checkpoint(
     """Restore weights and optimizer. Returns iteration, global_step and this rank's env states.
 
     Raises:
-        UserError: another number of ranks or envs than the checkpoint was written with.
+        UserError: another number of ranks or envs, ZeRO stage or set of trained weights than the checkpoint's.
     """
     state = json.loads((folder / "state.json").read_text())
     if state["num_ranks"] != world_size():
@@ -118,6 +124,11 @@ def load_checkpoint(
     if state["zero_stage"] != engine.zero_optimization_stage():
         raise UserError(
             f"{folder} was written under ZeRO stage {state['zero_stage']}: resume with that --deepspeed_config"
+        )
+    # frozen weights are not in the file, so DeepSpeed has to load leniently: what must fit is checked here
+    if state["trainable"] != trainable_names(engine):
+        raise UserError(
+            f"{folder} was written with other weights trained: pass the same --model_path, --lora_rank and --lora_scope"
         )
     env_states = torch.load(folder / "envs.pt", weights_only=False)
     if len(env_states) != local_num_envs * world_size():
