@@ -8,7 +8,7 @@ With pipeline_stages=2 the envs are two half-batches, each with its own workers:
 on the other. Episodes do not depend on it.
 
     obs = envs.reset()
-    halves = [{key: value[rows] for key, value in obs.items()} for rows in envs.parts]
+    halves = envs.split(obs)
     envs.step_async(policy(halves[0]), part=0)
     for t in range(T):
         envs.step_async(policy(halves[1]), part=1)      # part 0 is being simulated meanwhile
@@ -146,6 +146,10 @@ class VectorEnv:
         everything = range(len(self._groups))
         self._guarded(self._start_step, everything, actions)
         return self._guarded(self._finish_step, everything)
+
+    def split(self, obs: dict) -> list[dict]:
+        """An observation of all N envs -> one of each part."""
+        return [{key: value[rows] for key, value in obs.items()} for rows in self.parts]
 
     def step_async(self, actions, part: int = 0) -> None:
         """Begin a step of the envs in rows `parts[part]`; actions [n, C, 7], n of them."""

@@ -7,7 +7,7 @@ import pytest
 import train_grpo
 import yaml
 from train_ppo import Args
-from vla.cli import derive_sizes, mapping_to_flags, parse_args
+from vla.cli import check_flags, derive_sizes, mapping_to_flags, parse_args, pick
 from vla.distributed import UserError
 from vla.engine import read_deepspeed_config
 from vla.logger import Logger
@@ -111,6 +111,46 @@ def test_sizes():
 def test_sizes_that_do_not_divide(change, sentence):
     with pytest.raises(UserError, match=sentence):
         derive_sizes(**SIZES | change)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--update_epochs", "0"], "--update_epochs 0 must be at least 1"),
+        (["--eval_freq", "-1"], "--eval_freq -1 must be at least 0"),
+        (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+        (["--clip_ratio_low", "0.3"], "--clip_ratio_low 0.3 and --clip_ratio_high 0.2 are out of order"),
+        (["--clip_ratio_low", "-0.1"], "out of order"),
+        (["--clip_ratio_low", "1.5", "--clip_ratio_high", "2"], "out of order"),
+        (["--dual_clip", "1"], "--dual_clip 1.0 must be above 1"),
+        (["--fan_coef", "1", "--fan_sigma", "0"], "--fan_sigma 0.0 must be above 0"),
+        (["--kl_coef", "0.1", "--lora_rank", "0"], "--kl_coef .* give --lora_rank"),
+        (["--kl_coef", "0.1", "--lora_path", "x"], "--kl_coef .* --merge_lora"),
+        (["--merge_lora"], "--merge_lora has no adapter"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, sentence):
+    args = parse(*flags)
+    with pytest.raises(UserError, match=sentence):
+        check_flags(**pick(args, check_flags))
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(UserError, match="--group_size 1: a group of one"):
+        check_flags(**pick(parse_args(train_grpo.Args, ["--group_size", "1"], "test"), check_flags))
+
+
+def test_pick_takes_what_a_function_has_by_keyword_only():
+    def function(num_envs, *, seed, gamma=1.0, device=None): ...
+
+    assert pick(parse("--seed", "3"), function, device="cpu") == {"seed": 3, "gamma": 0.99, "device": "cpu"}
+
+
+@pytest.mark.parametrize("name", ["openvla", "openvlaoft"])
+def test_fan_presets_are_the_reproductions_with_fan(name):
+    base, fan = (yaml.safe_load(Path(f"yaml/maniskill_ppo_{name}{end}.yaml").read_text()) for end in ("", "_fan"))
+    assert fan.keys() - base.keys() == {"fan_coef", "fan_sigma"}
+    assert {key: fan[key] for key in base} == base and fan["fan_coef"] > 0
 
 
 def test_deepspeed_config(tmp_path):

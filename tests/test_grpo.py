@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import grpo_loss_of, ppo_loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,10 +11,9 @@ from train_grpo import (
     compute_group_advantages,
     episode_weights,
     fill_dead_groups,
-    grpo_loss,
     live_groups,
 )
-from train_ppo import compute_gae, ppo_loss
+from train_ppo import compute_gae
 from vla.policy import PolicyInputs
 from vla.rollout_buffer import MicroBatch, RolloutBuffer
 
@@ -111,7 +111,9 @@ def test_loss_equals_brute_force_over_episodes(N, T, C, level, seed):
         rows = (advantages[None, :, None] * valid).flatten(0, 1)[part]
         mb = micro_batch(old.flatten(0, 1)[part], rows, weights.flatten(0, 1)[part])
         flags = FLAGS | {"logprob_level": level}
-        ours += float(grpo_loss(new.flatten(0, 1)[part], torch.zeros_like(new).flatten(0, 1)[part], mb, N, **flags)[0])
+        ours += float(
+            grpo_loss_of(new.flatten(0, 1)[part], torch.zeros_like(new).flatten(0, 1)[part], mb, N, **flags)[0]
+        )
     assert ours == pytest.approx(total / N, abs=1e-6)  # weights are fp32
 
 
@@ -120,9 +122,9 @@ def test_dual_clip_by_hand():
     new = torch.tensor([5.0, 5.0]).log()[:, None, None].expand(2, 1, 7) / 7
     mb = micro_batch(torch.zeros(2, 1, 7), torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
     flags = FLAGS | {"logprob_level": "action"}
-    loss, metrics = grpo_loss(new, torch.zeros(2, 1, 7), mb, 2.0, **flags)
+    loss, metrics = grpo_loss_of(new, torch.zeros(2, 1, 7), mb, 2.0, **flags)
     assert float(loss) == pytest.approx((5.0 - 1.28) / 2, abs=1e-5)
-    loss, metrics = grpo_loss(new, torch.zeros(2, 1, 7), mb, 2.0, **flags | {"dual_clip": 3.0})
+    loss, metrics = grpo_loss_of(new, torch.zeros(2, 1, 7), mb, 2.0, **flags | {"dual_clip": 3.0})
     assert float(loss) == pytest.approx((3.0 - 1.28) / 2, abs=1e-5)
     assert float(metrics["train/actor/dual_clip_fraction"]) == 0.5
     assert set(UPDATE_METRICS) == set(metrics)
@@ -182,9 +184,9 @@ def test_both_learn_the_better_arm(algorithm, seed):
         for _ in range(2):
             new = world.logprobs(arms)
             if algorithm == "grpo":
-                loss, _ = grpo_loss(new, torch.zeros_like(new), mb, float(n), **FLAGS)
+                loss, _ = grpo_loss_of(new, torch.zeros_like(new), mb, float(n), **FLAGS)
             else:
-                loss, _ = ppo_loss(
+                loss, _ = ppo_loss_of(
                     new, torch.zeros_like(new), world.value.expand(n, 1), mb, float(n),
                     **FLAGS | {"value_clip": 0.2, "huber_delta": 10.0, "vf_coef": 1.0},
                 )  # fmt: skip

@@ -145,11 +145,25 @@ def test_zero_stage_ranks_and_micro_batch_change_nothing(four_iterations, tmp_pa
         assert ours["rollout/rewards"] == pytest.approx(theirs["rollout/rewards"], abs=1e-9)
 
 
+def test_half_batches_change_nothing(four_iterations, tmp_path):
+    train("--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--pipeline_stages", "2")
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(four_iterations)):
+        for tag in ("train/loss", "train/critic/value_loss", "rollout/advantages_max", "env/episode_len"):
+            assert ours[tag] == pytest.approx(theirs[tag], abs=1e-4), tag
+
+
 def test_lora_trains_on_two_sharded_ranks_and_its_adapter_loads(tmp_path):
+    """With both regularisers: the adapter's own start is the reference, so that KL starts at 0."""
     from vla.pretrained import load_policy
 
-    train("--run_dir", str(tmp_path / "run"), "--num_iterations", "1", "--lora_rank", "4", ranks=2)
-    folder = tmp_path / "run" / "checkpoints" / "iteration_000001" / "policy"
+    train(
+        "--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--lora_rank", "4", "--kl_coef", "0.1",
+        "--fan_coef", "0.1", ranks=2,
+    )  # fmt: skip
+    first, second = metrics(tmp_path / "run")
+    assert 0 <= first["train/actor/reference_kl"] < second["train/actor/reference_kl"]
+    assert second["train/actor/fan_kl"] > 0 and second["train/actor/ratio_first_microbatch_error"] < 1e-4
+    folder = tmp_path / "run" / "checkpoints" / "iteration_000002" / "policy"
     adapter = {n: p for n, p in load_policy(str(folder), lora_rank=4).named_parameters() if "lora_B" in n}
     assert sum(float(p.abs().sum()) for p in adapter.values()) > 0  # lora_B starts at zero
 

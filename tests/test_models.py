@@ -396,8 +396,7 @@ def test_frozen_towers_run_once(path, model_type, monkeypatch):
         assert cached.features.shape[1:] == policy.feature_shape()
         buffer = RolloutBuffer(1, 2, policy.chunk_size, (96, 96), 30, feature_shape=policy.feature_shape())
         chunk = torch.zeros(2, policy.chunk_size)
-        buffer.add(0, cached, tokens=tokens, logprobs=logprobs, values=values, rewards=chunk, valid=chunk > 0,
-                   dones=torch.zeros(2, dtype=torch.bool), final_values=torch.zeros(2))  # fmt: skip
+        buffer.add_decision(0, slice(0, 2), cached, tokens, logprobs, values)
         mb = buffer.micro_batch(torch.arange(2), *[chunk[None]] * 3, torch.device("cpu"))
         monkeypatch.setattr(policy.model.vision_backbone, "forward", None)  # from here on nothing may call it
         again, _, values_again = policy.evaluate(mb.inputs, mb.tokens, 1.0)

@@ -180,3 +180,35 @@ def test_refusals(tmp_path):
 def test_tiny_presets_are_plain_json():
     for config in TINY_PRESETS.values():
         assert json.loads(json.dumps(config)) == config
+
+
+# ------------------------------------------------------------------ regularisers
+@pytest.mark.parametrize("path, model_type", [("openvla-tiny", "openvla"), ("openvla-oft-tiny", "openvla_oft")])
+def test_the_reference_is_the_base_model(path, model_type):
+    base, policy = load_policy(path, model_type).eval(), load_policy(path, model_type, lora_rank=4).eval()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # they start at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    obs = observation(3)
+    with torch.no_grad():
+        tokens, logprobs, _ = policy.act(obs, 1.0)
+        reference = policy.reference_logprobs(obs, tokens, 0.7)
+        assert torch.allclose(reference, base.evaluate(obs, tokens, 0.7)[0], atol=1e-6)
+        assert not torch.allclose(reference, policy.evaluate(obs, tokens, 0.7)[0], atol=1e-2)
+        assert torch.allclose(policy.evaluate(obs, tokens, 1.0)[0], logprobs, atol=1e-4)  # the adapter is back
+
+
+def test_fan_pulls_a_policy_into_a_gaussian(tiny):
+    """Minimising fan_kl through the model: what falls is the distance to a Gaussian around its own mode."""
+    policy = load_policy("openvla-tiny")
+    inputs = policy.preprocess(observation(2))
+    tokens = torch.full((2, 1, 7), policy.action_tokens.first_id + 3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    assert policy(inputs, tokens=tokens).fan_kl is None
+    distances = []
+    for _ in range(15):
+        distances.append(policy(inputs, tokens=tokens, fan_sigma=0.3).fan_kl.mean())
+        optimizer.zero_grad()
+        distances[-1].backward()
+        optimizer.step()
+    assert distances[-1] < 0.5 * distances[0]

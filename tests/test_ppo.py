@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from conftest import ppo_loss_of as loss_of
+from conftest import split_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_ppo import compute_gae, ppo_loss
-from vla.policy import PolicyInputs
+from vla.policy import Evaluation, PolicyInputs
+from vla.regularization import fan_kl
 from vla.rollout_buffer import MicroBatch
 
 FLAGS = dict(
@@ -128,7 +131,7 @@ def test_policy_loss_by_hand_on_both_clip_sides():
     ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.1], torch.tensor([2.0, -2.0, 1.0, -1.0, 1.0])[:, None]
     zeros = torch.zeros(5, 1)
     mb = micro_batch(torch.zeros(5, 1, 7), zeros, advantages, zeros, torch.ones(5, 1, dtype=torch.bool))
-    loss, metrics = ppo_loss(spread_over_tokens(ratios), torch.zeros(5, 1, 7), zeros, mb, 5.0, **FLAGS)
+    loss, metrics = loss_of(spread_over_tokens(ratios), torch.zeros(5, 1, 7), zeros, mb, 5.0, **FLAGS)
     # -min(r A, clip(r) A): 1.2*2 = 2.4 clipped; 1.5*-2 = -3; 0.5*1 = 0.5; 0.8*-1 = -0.8 clipped; 1.1
     assert loss.item() == pytest.approx(-(2.4 - 3.0 + 0.5 - 0.8 + 1.1) / 5, abs=1e-6)
     assert metrics["train/actor/clip_fraction"].item() == pytest.approx(2 / 5)
@@ -143,7 +146,7 @@ def test_ratio_one_gives_the_policy_gradient():
     mb = micro_batch(
         torch.zeros(2, 1, 7), torch.zeros(2, 1), torch.tensor([[3.0], [-1.0]]), torch.zeros(2, 1), torch.ones(2, 1) > 0
     )
-    loss, _ = ppo_loss(new, torch.zeros(2, 1, 7), torch.zeros(2, 1), mb, 2.0, **FLAGS)
+    loss, _ = loss_of(new, torch.zeros(2, 1, 7), torch.zeros(2, 1), mb, 2.0, **FLAGS)
     loss.backward()
     assert torch.allclose(new.grad, torch.tensor([-1.5, 0.5])[:, None, None].expand(2, 1, 7))
 
@@ -153,7 +156,7 @@ def test_token_level_clips_every_token():
     new = torch.full((1, 1, 7), 1.5).log()
     mb = micro_batch(torch.zeros(1, 1, 7), torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1, 1) > 0)
     flags = FLAGS | {"logprob_level": "token"}
-    loss, metrics = ppo_loss(new, torch.zeros(1, 1, 7), torch.zeros(1, 1), mb, 1.0, **flags)
+    loss, metrics = loss_of(new, torch.zeros(1, 1, 7), torch.zeros(1, 1), mb, 1.0, **flags)
     assert loss.item() == pytest.approx(-1.2)
     assert metrics["train/actor/clip_fraction"].item() == pytest.approx(1.0)
 
@@ -163,7 +166,7 @@ def test_value_clip_and_huber_by_hand():
     linear part."""
     old, returns = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [0.0]])
     mb = micro_batch(torch.zeros(2, 1, 7), old, torch.zeros(2, 1), returns, torch.ones(2, 1) > 0)
-    loss, metrics = ppo_loss(
+    loss, metrics = loss_of(
         torch.zeros(2, 1, 7), torch.zeros(2, 1, 7), torch.tensor([[1.5], [0.9]]), mb, 2.0, **FLAGS | {"vf_coef": 0.5}
     )
     assert metrics["train/critic/value_loss"].item() == pytest.approx((0.8**2 / 2 + 0.9**2 / 2) / 2)
@@ -172,7 +175,7 @@ def test_value_clip_and_huber_by_hand():
     far = micro_batch(
         torch.zeros(1, 1, 7), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1) > 0
     )
-    _, metrics = ppo_loss(
+    _, metrics = loss_of(
         torch.zeros(1, 1, 7), torch.zeros(1, 1, 7), torch.tensor([[30.0]]), far, 1.0, **FLAGS | {"value_clip": None}
     )
     assert metrics["train/critic/value_loss"].item() == pytest.approx(10.0 * (30.0 - 5.0))
@@ -186,7 +189,7 @@ def test_entropy_bonus_and_mask():
     entropy = torch.tensor([2.0, 55.0])[:, None, None].expand(2, 1, 7)
     for level in ("action", "token"):
         flags = FLAGS | {"ent_coef": 0.1, "logprob_level": level}
-        loss, metrics = ppo_loss(torch.zeros(2, 1, 7), entropy, torch.tensor([[0.0], [9.0]]), mb, 1.0, **flags)
+        loss, metrics = loss_of(torch.zeros(2, 1, 7), entropy, torch.tensor([[0.0], [9.0]]), mb, 1.0, **flags)
         assert loss.item() == pytest.approx(-1.0 - 0.1 * 2.0)
         assert metrics["train/entropy_loss"].item() == pytest.approx(2.0)
         assert metrics["train/critic/value_loss"].item() == 0.0
@@ -201,15 +204,70 @@ def test_two_ranks_in_plain_arithmetic_equal_one():
     entropy = torch.rand(8, 2, 7, generator=generator)
     flags = FLAGS | {"ent_coef": 0.01}
     count = float(mask.sum())
-    whole, whole_metrics = ppo_loss(
+    whole, whole_metrics = loss_of(
         new, entropy, values, micro_batch(old, old_values, advantages, returns, mask), count, **flags
     )
     parts, part_metrics = [], []
     for part in torch.arange(8).split(2):
         mb = micro_batch(old[part], old_values[part], advantages[part], returns[part], mask[part])
-        loss, metrics = ppo_loss(new[part], entropy[part], values[part], mb, count / 2, **flags)
+        loss, metrics = loss_of(new[part], entropy[part], values[part], mb, count / 2, **flags)
         parts.append(loss)
         part_metrics.append(metrics)
     assert (sum(parts) / 2).item() == pytest.approx(whole.item(), abs=1e-6)
     for tag, value in whole_metrics.items():
         assert sum(float(m[tag]) for m in part_metrics) / 2 == pytest.approx(float(value), abs=1e-6), tag
+
+
+# ------------------------------------------------------------------ regularisers
+def test_reference_kl_by_hand():
+    """k3 per token: exp(d) - 1 - d with d = log reference - log new; a masked action does not count."""
+    reference = torch.tensor([1.5, 9.0]).log()[:, None, None].expand(2, 1, 7)
+    mask = torch.tensor([[True], [False]])
+    zeros = torch.zeros(2, 1)
+    mb = micro_batch(torch.zeros(2, 1, 7), zeros, zeros, zeros, mask)._replace(reference_logprobs=reference)
+    new = torch.zeros(2, 1, 7, requires_grad=True)
+    loss, metrics = loss_of(new, torch.zeros(2, 1, 7), zeros, mb, 1.0, **FLAGS | {"kl_coef": 0.1})
+    expected = 0.5 - math.log(1.5)
+    assert metrics["train/actor/reference_kl"].item() == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == pytest.approx(0.1 * expected, abs=1e-6)
+    loss.backward()  # d/dnew of k3 is 1 - reference / new = -0.5, a seventh of it per token
+    assert torch.allclose(new.grad[0], torch.full((1, 7), -0.1 * 0.5 / 7)) and new.grad[1].abs().max() == 0
+    off, without = loss_of(new, torch.zeros(2, 1, 7), zeros, mb, 1.0, **FLAGS)
+    assert off.item() == 0 and "train/actor/reference_kl" not in without
+
+
+def test_fan_kl_by_hand():
+    """Three bins at -1, 0, 1 with sigma 1: the Gaussian around the mode 0 has weights e^-1/2, 1, e^-1/2."""
+    weights = [math.exp(-0.5), 1.0, math.exp(-0.5)]
+    gauss = [w / sum(weights) for w in weights]
+    policy = [0.2, 0.5, 0.3]
+    expected = sum(p * math.log(p / g) for p, g in zip(policy, gauss))
+    logprobs = torch.tensor([policy, gauss], dtype=torch.float64).log()
+    found = fan_kl(logprobs, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), 1.0)
+    assert found.tolist() == pytest.approx([expected, 0.0], abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.1, 3.0), st.integers(0, 999))  # torch's probabilities underflow below
+def test_fan_kl_is_a_divergence_around_the_own_mode(sigma, seed):
+    """At least 0; 0 for a Gaussian around its own mode, wherever that lies; equal to torch's KL of categoricals."""
+    centers = torch.linspace(1, -1, 256, dtype=torch.float64)
+    logits = torch.randn(4, 256, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logprobs = logits.log_softmax(-1)
+    modes = centers[logprobs.argmax(-1)]
+    target = torch.distributions.Categorical(logits=-((centers - modes[:, None]) ** 2) / (2 * sigma**2))
+    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logits), target)
+    assert torch.allclose(fan_kl(logprobs, centers, sigma), expected, rtol=1e-6, atol=1e-9)
+    assert (expected > 0).all() and fan_kl(target.logits, centers, sigma).abs().max() < 1e-9
+
+
+def test_fan_enters_the_loss_of_the_policy():
+    mask = torch.tensor([[True], [False]])
+    zeros, tokens = torch.zeros(2, 1), torch.zeros(2, 1, 7)
+    mb = micro_batch(tokens, zeros, zeros, zeros, mask)
+    fan = torch.tensor([0.7, 99.0])[:, None, None].expand(2, 1, 7)
+    flags = split_flags(FLAGS | {"fan_coef": 2.0})
+    loss, metrics = ppo_loss(
+        Evaluation(tokens, tokens, zeros, fan), mb, 1.0, **flags, value_clip=None, huber_delta=1.0, vf_coef=1.0
+    )
+    assert loss.item() == pytest.approx(1.4) and metrics["train/actor/fan_kl"].item() == pytest.approx(0.7)

@@ -57,15 +57,17 @@ def test_no_module_receives_args(path):
 
 
 def shared_pieces(path: Path) -> dict[str, str]:
-    """Text of every top-level function, and of every Args field with its docstring (defaults may differ)."""
-    tree, pieces = ast.parse(path.read_text()), {}
+    """Text of every top-level function, and of every Args field with its comment (defaults may differ)."""
+    lines, pieces = path.read_text().splitlines(), {}
+    tree = ast.parse("\n".join(lines))
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name != "main":
             pieces[node.name] = ast.unparse(node)
         if isinstance(node, ast.ClassDef) and node.name == "Args":
-            for field, doc in zip(node.body, node.body[1:]):
-                if isinstance(field, ast.AnnAssign):
-                    pieces[f"Args.{field.target.id}"] = ast.unparse(field.annotation) + ast.unparse(doc)
+            for field in node.body:
+                comment = lines[field.lineno - 1].partition("  # ")[2] or lines[field.lineno - 2].strip(" #")
+                assert comment, f"{path.name}: nothing is said of --{field.target.id}"
+                pieces[f"Args.{field.target.id}"] = f"{ast.unparse(field.annotation)}: {comment}"
     return pieces
 
 
@@ -116,7 +118,7 @@ def test_ci_runs_readmes_test_command():
 
 
 def test_every_metric_is_explained():
-    source = (ROOT / "train_ppo.py").read_text()
+    source = "".join(path.read_text() for path in MODULES)
     for tag in re.findall(r'"((?:train|rollout)/[\w/]+)"', source):
         assert f"`{tag}`" in README, f"README's table lacks {tag}"
 

@@ -6,12 +6,19 @@ import torch
 from vla.policy import PolicyInputs
 from vla.rollout_buffer import RolloutBuffer, minibatch_indices, split_padded
 
+ALL = slice(0, 2)
+
 
 def decision(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
     return {
         "tokens": torch.zeros(n, c, 7, dtype=torch.int64),
         "logprobs": torch.zeros(n, c, 7),
         "values": torch.zeros(n, c),
+    }
+
+
+def outcome(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
+    return {
         "rewards": torch.zeros(n, c),
         "valid": torch.ones(n, c, dtype=torch.bool),
         "dones": torch.zeros(n, dtype=torch.bool),
@@ -27,18 +34,37 @@ def inputs(n: int = 2) -> PolicyInputs:
 
 def test_nothing_is_broadcast_into_the_buffer():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
-    buffer.add(0, inputs(), **decision())
-    for name, wrong in (("logprobs", torch.zeros(2, 1, 1)), ("values", torch.zeros(2)), ("dones", torch.zeros(2))):
+    buffer.add_decision(0, ALL, inputs(), **decision())
+    buffer.add_outcome(0, ALL, **outcome())
+    for name, wrong in (("logprobs", torch.zeros(2, 1, 1)), ("values", torch.zeros(2))):
         with pytest.raises(ValueError, match=name):
-            buffer.add(1, inputs(), **decision() | {name: wrong})
+            buffer.add_decision(1, ALL, inputs(), **decision() | {name: wrong})
+    with pytest.raises(ValueError, match="dones"):
+        buffer.add_outcome(1, ALL, **outcome() | {"dones": torch.zeros(2)})
     with pytest.raises(ValueError, match="stores"):
-        buffer.add(1, inputs(), **{k: v for k, v in decision().items() if k != "rewards"})
+        buffer.add_outcome(1, ALL, **{k: v for k, v in outcome().items() if k != "rewards"})
+    with pytest.raises(ValueError, match="stores"):  # nobody asked for a reference
+        buffer.add_decision(1, ALL, inputs(), **decision(), reference_logprobs=torch.zeros(2, 1, 7))
+
+
+def test_halves_are_stored_where_they_belong():
+    buffer = RolloutBuffer(1, 3, 1, (8, 8), 5, keeps_reference=True)
+    for here, size in ((slice(0, 1), 1), (slice(1, 3), 2)):
+        values = torch.arange(here.start, here.stop).float()[:, None]
+        buffer.add_decision(
+            0, here, inputs(size), **decision(size) | {"values": values},
+            reference_logprobs=torch.full((size, 1, 7), float(size)),
+        )  # fmt: skip
+        buffer.add_outcome(0, here, **outcome(size) | {"rewards": values + 10})
+    assert buffer.values[0, :, 0].tolist() == [0, 1, 2] and buffer.rewards[0, :, 0].tolist() == [10, 11, 12]
+    mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, torch.device("cpu"))
+    assert mb.reference_logprobs[:, 0, 0].tolist() == [1, 2, 2]
 
 
 def test_micro_batch_picks_decision_t_n():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     for t in range(3):
-        buffer.add(t, inputs(), **decision() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
+        buffer.add_decision(t, ALL, inputs(), **decision() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
     mb = buffer.micro_batch(torch.tensor([0, 3, 4]), *[buffer.values] * 3, torch.device("cpu"))
     assert mb.old_values[:, 0].tolist() == [0.0, 11.0, 20.0]
     assert mb.tokens.shape == (3, 1, 7) and mb.inputs.images.shape == (3, 8, 8, 3)
@@ -47,8 +73,8 @@ def test_micro_batch_picks_decision_t_n():
 def test_a_lost_episode_is_forgotten_up_to_where_it_was_lost():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     for t in range(3):
-        buffer.add(t, inputs(), **decision() | {"rewards": torch.ones(2, 1)})
-    buffer.forget(torch.tensor([False, True]), before=1)
+        buffer.add_outcome(t, ALL, **outcome() | {"rewards": torch.ones(2, 1)})
+    buffer.forget(slice(1, 2), torch.tensor([True]), before=1)
     assert buffer.valid[..., 0].tolist() == [[True, False], [True, False], [True, True]]
     assert buffer.rewards.sum() == 4
 

@@ -28,6 +28,7 @@ class ActionTokens:
         self.q01 = torch.tensor(norm_stats["q01"], dtype=torch.float64)
         self.q99 = torch.tensor(norm_stats["q99"], dtype=torch.float64)
         self.mask = torch.tensor(norm_stats.get("mask", [True] * len(norm_stats["q01"])))
+        self.values = self.decode(torch.arange(self.first_id, vocab_end))  # [256] in [-1, 1], in the order of the ids
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: int64 [..., 7] -> normalised actions in [-1, 1], float64 [..., 7].

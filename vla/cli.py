@@ -9,11 +9,13 @@ through as a string (YAML 1.1) and a misspelt choice unchecked.
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -112,6 +114,15 @@ def mapping_to_flags(mapping: dict, args_class: type, source: str) -> list[str]:
     return flags
 
 
+def pick(flags: Any, function: Callable, **replaced: Any) -> dict:
+    """Those fields of a flags dataclass that `function` takes by keyword only, and `replaced` over them.
+
+    make_envs(args.env_id, 8, **pick(args, make_envs, auto_reset=False)) passes --sim_freq, --image_size, ... on.
+    """
+    taken = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return {name: value for name, value in vars(flags).items() if name in taken} | replaced
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Per-rank quantities that follow from the global flags."""
@@ -181,7 +192,54 @@ def derive_sizes(
     )
 
 
-def check_at_least(minimum: int, **flags: int) -> None:
+def check_flags(
+    *,
+    update_epochs: int,
+    num_eval_episodes: int,
+    num_eval_envs: int,
+    save_freq: int,
+    eval_freq: int,
+    keep_checkpoints: int,
+    temperature: float,
+    eval_temperature: float,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    dual_clip: float | None,
+    kl_coef: float,
+    fan_coef: float,
+    fan_sigma: float,
+    lora_rank: int,
+    lora_path: str | None,
+    merge_lora: bool,
+    group_size: int | None = None,
+) -> None:
+    """What flags must be, taken each for itself or two together. Raises UserError for the first that is not."""
+    check_at_least(1, update_epochs=update_epochs, num_eval_episodes=num_eval_episodes, num_eval_envs=num_eval_envs)
+    check_at_least(0, save_freq=save_freq, eval_freq=eval_freq, keep_checkpoints=keep_checkpoints, lora_rank=lora_rank)
+    check_at_least(0, eval_temperature=eval_temperature, kl_coef=kl_coef, fan_coef=fan_coef)
+    if temperature <= 0:
+        raise UserError(f"--temperature {temperature} must be above 0: without chance in its actions nothing is learnt")
+    if fan_sigma <= 0:
+        raise UserError(f"--fan_sigma {fan_sigma} must be above 0; --fan_coef 0 switches FAN off")
+    if not 0 <= clip_ratio_low < 1 or clip_ratio_high < clip_ratio_low:
+        raise UserError(
+            f"--clip_ratio_low {clip_ratio_low} and --clip_ratio_high {clip_ratio_high} are out of order: "
+            "0 <= low < 1 and low <= high"
+        )
+    if dual_clip is not None and dual_clip <= 1:
+        raise UserError(f"--dual_clip {dual_clip} must be above 1, or it would limit ratios that have not moved")
+    if kl_coef and (not lora_rank or (lora_path and not merge_lora)):
+        raise UserError(
+            "--kl_coef compares with the policy whose adapter is switched off, which must be the one that training "
+            "starts from: give --lora_rank, and with --lora_path also --merge_lora"
+        )
+    if merge_lora and not lora_path:
+        raise UserError("--merge_lora has no adapter to merge: give --lora_path")
+    if group_size is not None and group_size < 2:
+        raise UserError(f"--group_size {group_size}: a group of one has nothing to be compared with, use 2 or more")
+
+
+def check_at_least(minimum: int, **flags: float) -> None:
     """Raise UserError for the first flag below the minimum."""
     for name, value in flags.items():
         if value < minimum:

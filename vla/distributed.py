@@ -143,6 +143,12 @@ def masked_mean_var(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, fl
     return mean, squares / max(count - 1.0, 1.0)
 
 
+def normalize(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """values of mean 0 and variance 1 under a bool mask of the same shape, over all ranks."""
+    mean, variance = masked_mean_var(values, mask)
+    return (values - mean) / (variance**0.5 + 1e-5)
+
+
 def masked_min_max(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
     """Smallest and largest entry under a bool mask, over all ranks."""
     picked = values[mask].double()

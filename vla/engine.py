@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from vla.distributed import UserError
+from vla.distributed import UserError, all_reduce_max
 
 FLAG_OF_KEY = {
     "train_batch_size": "--num_envs, --num_steps and --num_minibatches",
@@ -134,6 +134,12 @@ class StepGuard:
         self.norms: list[float] = []  # of the steps that were made since take()
         self.skipped = 0  # since take()
         self.in_a_row = 0
+        self.first_ratio_error: float | None = None  # since take()
+
+    def compare(self, new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
+        """Of an iteration's first micro batch, before anything was updated: every ratio should be 1."""
+        if self.first_ratio_error is None:
+            self.first_ratio_error = float((new_logprobs.detach() - old_logprobs).expm1().abs().max())
 
     def see(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
         """What backward() returned. Norms are the same on every rank, so all ranks end together."""
@@ -152,8 +158,13 @@ class StepGuard:
             )
 
     def take(self) -> dict[str, float]:
-        """Metrics of the iteration, and start counting again."""
-        mean = sum(self.norms) / len(self.norms) if self.norms else 0.0
-        metrics = {"train/actor/grad_norm": mean, "train/skipped_steps": float(self.skipped)}
-        self.norms, self.skipped = [], 0
+        """Metrics of the iteration, over all ranks, and start counting again."""
+        metrics = {
+            "train/actor/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
+            "train/actor/ratio_first_microbatch_error": float(
+                all_reduce_max(torch.tensor(self.first_ratio_error or 0.0))
+            ),
+            "train/skipped_steps": float(self.skipped),
+        }
+        self.norms, self.skipped, self.first_ratio_error = [], 0, None
         return metrics

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vla.distributed import all_reduce_sum, world_size
+from vla.distributed import all_gather_lists, all_reduce_sum, world_size
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
@@ -185,13 +185,14 @@ class Logger:
         episodes: list[dict[str, float]],
         env_steps: int,
     ) -> None:
-        """One iteration: TensorBoard, one line of metrics.jsonl, the progress bar. Timers start again.
+        """One iteration: TensorBoard, one line of metrics.jsonl, the progress bar. Timers start again. All ranks call.
 
         Args:
-            episodes: statistics of the episodes that ended, over all ranks; their means become env/*. None ended: no
+            episodes: statistics of this rank's episodes that ended; means over all ranks become env/*. None ended: no
             env/* but the count.
             env_steps: of this iteration, over all ranks.
         """
+        episodes = all_gather_lists(episodes)
         now = time.perf_counter()
         self.seconds["iteration"] = now - self.iteration_start
         times = {f"time/{name}": self.seconds.get(name, 0.0) for name in ("rollout", "update", "eval", "iteration")}
@@ -240,6 +241,17 @@ class Logger:
                 f"return {line['eval/return']:.3f}, after {line['global_step']} env steps",
                 flush=True,
             )
+
+
+def mean_over(epochs: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of an update from those of its passes."""
+    return {tag: sum(epoch[tag] for epoch in epochs) / len(epochs) for tag in epochs[0]}
+
+
+def due(iteration: int, frequency: int, num_iterations: int) -> bool:
+    """Whether something is done after this iteration (counted from 0): every `frequency`, if not 0, and at the end."""
+    done = iteration + 1
+    return done == num_iterations or (frequency > 0 and done % frequency == 0)
 
 
 def rows(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:

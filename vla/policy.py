@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
+from vla.regularization import fan_kl
 
 PROMPT = "In: What action should the robot take to {task_description}?\nOut: "
 
@@ -36,6 +37,15 @@ class PolicyInputs(NamedTuple):
 
     def to(self, device: torch.device) -> "PolicyInputs":
         return PolicyInputs(*(None if field is None else field.to(device) for field in self))
+
+
+class Evaluation(NamedTuple):
+    """What the policy makes of given tokens."""
+
+    logprobs: torch.Tensor  # [B, C, D]
+    entropy: torch.Tensor  # [B, C, D], nats
+    values: torch.Tensor  # [B, C]
+    fan_kl: torch.Tensor | None = None  # [B, C, D], nats, where asked for
 
 
 class VLAPolicy(nn.Module):
@@ -154,7 +164,22 @@ class VLAPolicy(nn.Module):
         self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropy of given tokens, and values."""
-        return self(self.preprocess(obs), temperature=temperature, tokens=tokens)
+        return self(self.preprocess(obs), temperature=temperature, tokens=tokens)[:3]
+
+    def reference_logprobs(self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Log-probabilities [N, C, D] of given tokens under the base model: the adapter is scaled by 0 meanwhile.
+
+        For the rollout, where weights are whole. One more forward, no second copy of the weights.
+        """
+        adapters = [module for module in self.model.modules() if hasattr(module, "lora_A")]
+        kept = [dict(module.scaling) for module in adapters]
+        try:
+            for module in adapters:
+                module.scaling.update(dict.fromkeys(module.scaling, 0.0))
+            return self.evaluate(obs, tokens, temperature)[0]
+        finally:
+            for module, scaling in zip(adapters, kept):
+                module.scaling.update(scaling)
 
     def value(self, obs: dict | PolicyInputs) -> torch.Tensor:
         """V(obs): one pass over the prompt, nothing is generated."""
@@ -170,8 +195,12 @@ class VLAPolicy(nn.Module):
         temperature: float = 1.0,
         tokens: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        fan_sigma: float | None = None,
     ):
-        """The one entry: with tokens it evaluates, with noise it acts, with neither it returns values."""
+        """The one entry: with tokens it evaluates (Evaluation), with noise it acts, with neither it returns values.
+
+        fan_sigma: also compute fan_kl, with a Gaussian this wide.
+        """
         if noise is not None:
             return self._generate(inputs, temperature, noise)
         if tokens is None:
@@ -180,7 +209,8 @@ class VLAPolicy(nn.Module):
         logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)  # [B, C, D], nats
         chosen = (tokens - self.action_tokens.first_id)[..., None]
-        return logprobs.gather(-1, chosen)[..., 0], entropy, self._values(hidden)
+        fan = None if fan_sigma is None else fan_kl(logprobs, self.action_tokens.values.to(logprobs), fan_sigma)
+        return Evaluation(logprobs.gather(-1, chosen)[..., 0], entropy, self._values(hidden), fan)
 
     # ------------------------------------------------------------------ inside
     def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):

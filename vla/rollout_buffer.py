@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 
 from vla.action_tokens import ACTION_DIM
-from vla.policy import PolicyInputs
+from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, masked_min_max, world_size
+from vla.policy import PolicyInputs, VLAPolicy
+
+OUTCOME = {"rewards", "valid", "dones", "final_values"}  # what is known only after a decision was executed
 
 
 class MicroBatch(NamedTuple):
@@ -26,6 +29,7 @@ class MicroBatch(NamedTuple):
     advantages: torch.Tensor  # [B, C]
     returns: torch.Tensor  # [B, C]
     weights: torch.Tensor  # [B, C]: an action's weight in every mean of the loss; 0 where it was not executed
+    reference_logprobs: torch.Tensor | None = None  # [B, C, D] of the starting policy
 
 
 class RolloutBuffer:
@@ -33,6 +37,7 @@ class RolloutBuffer:
 
     Args:
         feature_shape: (P, E) of PolicyInputs.features, or None where towers are trained and nothing is kept.
+        keeps_reference: log-probabilities of the starting policy are stored too.
     """
 
     def __init__(
@@ -44,8 +49,9 @@ class RolloutBuffer:
         prompt_length: int,
         feature_shape: tuple[int, int] | None = None,
         feature_dtype: torch.dtype = torch.float32,
+        keeps_reference: bool = False,
     ):
-        self.num_chunks, self.num_envs = num_chunks, num_envs
+        self.num_chunks, self.num_envs, self.keeps_reference = num_chunks, num_envs, keeps_reference
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(num_chunks, num_envs, *shape, dtype=dtype)
@@ -64,6 +70,17 @@ class RolloutBuffer:
         }
         if feature_shape is not None:
             self.fields["features"] = new(*feature_shape, dtype=feature_dtype)
+        if keeps_reference:
+            self.fields["reference_logprobs"] = new(chunk_size, ACTION_DIM)
+
+    @classmethod
+    def of(cls, policy: VLAPolicy, num_chunks: int, num_envs: int, keeps_reference: bool = False) -> "RolloutBuffer":
+        """Storage for what this policy reads and writes."""
+        return cls(
+            num_chunks, num_envs, policy.chunk_size, policy.image_size, policy.max_prompt_length,
+            feature_shape=policy.feature_shape() if policy.caches_features else None,
+            feature_dtype=next(policy.model.parameters()).dtype, keeps_reference=keeps_reference,
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> torch.Tensor:  # [T, N, ...]
         try:
@@ -71,13 +88,31 @@ class RolloutBuffer:
         except KeyError:
             raise AttributeError(name) from None
 
-    def add(self, t: int, inputs: PolicyInputs, **decision: torch.Tensor) -> None:
-        """Store decision t of every env: all fields but those of `inputs` by name. Shapes and dtypes must be exact."""
-        decision = {name: field for name, field in inputs._asdict().items() if field is not None} | decision
-        if decision.keys() != self.fields.keys():
-            raise ValueError(f"the buffer stores {sorted(self.fields)}, got {sorted(decision)}")
-        for name, value in decision.items():
-            slot = self.fields[name][t]
+    def add_decision(
+        self,
+        t: int,
+        envs: slice,
+        inputs: PolicyInputs,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        values: torch.Tensor,
+        reference_logprobs: torch.Tensor | None = None,
+    ) -> None:
+        """Store decision t of some envs: what the policy saw and answered. Shapes and dtypes must be exact."""
+        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs, "values": values}
+        fields["reference_logprobs"] = reference_logprobs
+        fields = {name: field for name, field in fields.items() if field is not None}
+        self._store(t, envs, fields, self.fields.keys() - OUTCOME)
+
+    def add_outcome(self, t: int, envs: slice, **outcome: torch.Tensor) -> None:
+        """Store what came of decision t: rewards, valid, dones, final_values. Shapes and dtypes must be exact."""
+        self._store(t, envs, outcome, OUTCOME)
+
+    def _store(self, t: int, envs: slice, values: dict[str, torch.Tensor], expected: set[str]) -> None:
+        if values.keys() != expected:
+            raise ValueError(f"the buffer stores {sorted(expected)}, got {sorted(values)}")
+        for name, value in values.items():
+            slot = self.fields[name][t, envs]
             if value.shape != slot.shape or value.dtype != slot.dtype:
                 raise ValueError(
                     f"{name}: the buffer holds {tuple(slot.shape)} {slot.dtype}, got {tuple(value.shape)} {value.dtype}"
@@ -90,10 +125,10 @@ class RolloutBuffer:
         self.dones.zero_()
         self.rewards.zero_()
 
-    def forget(self, envs: torch.Tensor, before: int) -> None:
-        """Decisions 0 .. before of some envs (bool [N]) were not executed after all."""
+    def forget(self, envs: slice, lost: torch.Tensor, before: int) -> None:
+        """Decisions 0 .. before of those of the envs that are lost (bool, one per env) were not executed after all."""
         for name in ("valid", "dones", "rewards"):
-            self.fields[name][: before + 1, envs] = 0
+            self.fields[name][: before + 1, envs][:, lost] = 0
 
     def replace(self, envs: torch.Tensor, other: "RolloutBuffer", other_envs: torch.Tensor) -> None:
         """Put the columns `other_envs` (int64 [K]) of another buffer in the place of the columns `envs`."""
@@ -128,7 +163,23 @@ class RolloutBuffer:
             pick(advantages),
             pick(returns),
             pick(weights) * (0.0 if empty else 1.0),
+            pick(self.reference_logprobs) if self.keeps_reference else None,
         )
+
+    def statistics(self, advantages: torch.Tensor) -> dict[str, float]:
+        """Metrics of a rollout, over executed actions and all ranks. advantages: [T, N, C]."""
+        lowest, highest = masked_min_max(advantages, self.valid)
+        return {
+            "rollout/advantages_min": lowest,
+            "rollout/advantages_max": highest,
+            "rollout/advantages_mean": masked_mean_var(advantages, self.valid)[0],
+            "rollout/rewards": masked_mean_var(self.rewards, self.valid)[0],
+        }
+
+    def explained_variance(self, returns: torch.Tensor) -> float:
+        """1 - Var(returns - values) / Var(returns), over executed actions and all ranks. returns: [T, N, C]."""
+        residual, total = (masked_mean_var(x, self.valid)[1] for x in (returns - self.values, returns))
+        return 1.0 - residual / total if total > 0 else 0.0
 
 
 def minibatch_block(num_chunks: int, num_minibatches: int) -> int:
@@ -168,6 +219,33 @@ def minibatch_indices(
         for m in range(num_minibatches):
             dealt[m].append(flat[minibatch == m])
     return [torch.cat(parts) for parts in dealt]
+
+
+def minibatches(
+    weights: torch.Tensor,
+    num_envs: int,
+    first_env: int,
+    num_minibatches: int,
+    micro_batch_size: int,
+    generator: torch.Generator,
+) -> list[tuple[float, list[torch.Tensor]]]:
+    """One pass over a rollout: for every optimizer step, what to divide by and this rank's micro batches.
+
+    Args:
+        weights: [T, N, C]; decisions without a weight are left out.
+        num_envs, first_env, num_minibatches, generator: as for minibatch_indices.
+
+    Returns:
+        the weight of the minibatch over all ranks, divided by their number (DeepSpeed averages over them), and the
+        indices of each micro batch, equally many on every rank.
+    """
+    dealt = minibatch_indices((weights > 0).any(dim=-1), num_envs, first_env, num_minibatches, generator)
+    totals = all_reduce_sum(torch.stack([weights.flatten(0, 1)[index].sum() for index in dealt])) / world_size()
+    longest = all_reduce_max(torch.tensor([len(index) for index in dealt])).long()
+    return [
+        (total or 1.0, split_padded(index, micro_batch_size, length))
+        for index, total, length in zip(dealt, totals.tolist(), longest.tolist())
+    ]
 
 
 def split_padded(index: torch.Tensor, size: int, longest: int) -> list[torch.Tensor]:

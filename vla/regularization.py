@@ -1,0 +1,52 @@
+"""What keeps a policy's distribution in shape while it learns: entropy, nearness to where it started, smoothness.
+
+Shapes: B samples, C actions per decision, D = 7 tokens per action, 256 bins per token.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def regularization(
+    new, mb, total_weight: float, *, ent_coef: float, kl_coef: float, fan_coef: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """kl_coef * KL(policy, starting policy) + fan_coef * FAN - ent_coef * entropy, means over tokens.
+
+    The KL is k3 of the sampled tokens (GRPO, arXiv 2402.03300, eq. 4); FAN is exact. What is off is neither computed
+    nor logged; entropy always is.
+
+    Args:
+        new: policy.Evaluation, what the policy as it is now makes of the tokens. mb: rollout_buffer.MicroBatch.
+        total_weight: what weighted sums are divided by, as for the clipped surrogate.
+    """
+
+    def mean(x: torch.Tensor) -> torch.Tensor:  # [B, C, D]
+        return (x.mean(dim=-1) * mb.weights).sum() / total_weight
+
+    metrics = {"train/entropy_loss": mean(new.entropy)}
+    loss = -ent_coef * metrics["train/entropy_loss"]
+    if kl_coef:
+        log_ratio = mb.reference_logprobs - new.logprobs
+        metrics["train/actor/reference_kl"] = mean(log_ratio.exp() - 1.0 - log_ratio)
+        loss = loss + kl_coef * metrics["train/actor/reference_kl"]
+    if fan_coef:
+        metrics["train/actor/fan_kl"] = mean(new.fan_kl)
+        loss = loss + fan_coef * metrics["train/actor/fan_kl"]
+    return loss, metrics
+
+
+def fan_kl(logprobs: torch.Tensor, centers: torch.Tensor, sigma: float) -> torch.Tensor:
+    """KL(policy, G) per token: G is the Gaussian around the policy's own mode, over the same bins.
+
+    FAN (arXiv 2604.01570): near the best action lie others that do as well, so a policy over bins should fall off
+    smoothly around its mode. The mode is a constant here: G follows the policy, it is not pulled.
+
+    Args:
+        logprobs: [..., 256]. centers: [256], what the ids mean, in [-1, 1]. sigma: in the same unit.
+
+    Returns:
+        [...], nats.
+    """
+    modes = centers[logprobs.argmax(dim=-1)][..., None]
+    target = F.log_softmax(-((centers - modes) ** 2) / (2 * sigma**2), dim=-1)
+    return (logprobs.exp() * (logprobs - target)).sum(dim=-1)
