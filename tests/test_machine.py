@@ -42,10 +42,11 @@ def train(
     env: dict | None = None,
     script: str = "train_ppo.py",
     preset: str = PRESET,
+    port: str | None = None,
 ) -> subprocess.CompletedProcess:
     """`deepspeed train_ppo.py --config PRESET ...` as README has it, without .venv/bin on PATH."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
-    command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port(), script, "--config", preset]
+    command = [launcher, "--num_gpus", str(ranks), "--master_port", port or free_port(), script, "--config", preset]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
     run = subprocess.run(
         [*command, *SMALL, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -73,8 +74,9 @@ def four_iterations(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> tuple[Path, str]:
     """Two ranks, ZeRO-3, one worker process each."""
-    run_dir = tmp_path_factory.mktemp("runs") / "two_ranks"
-    run = train("--run_dir", str(run_dir), "--num_iterations", "2", "--num_env_workers", "1", ranks=2)
+    run_dir, port = tmp_path_factory.mktemp("runs") / "two_ranks", free_port()
+    run = train("--run_dir", str(run_dir), "--num_iterations", "2", "--num_env_workers", "1", ranks=2, port=port)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))  # 64 MB per rank, in memory
     return run_dir, run.stdout
 
 
