@@ -42,6 +42,7 @@ from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, variants
 from envs.registration import MAX_EPISODE_STEPS
+from envs.shaders import minimal_shader_config
 
 CONTROL_FREQ = 5  # Hz
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
@@ -155,7 +156,7 @@ class PutOnPlateInScene(BaseEnv):
             height=height,
             intrinsic=np.array([[fx * sx, 0, cx * sx], [0, fy * sy, cy * sy], [0, 0, 1]]),
             mount=self.agent.robot.links_map["base_link"],
-            shader_pack="minimal",
+            shader_config=minimal_shader_config(),
         )
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -536,3 +536,39 @@ def test_every_published_file_is_whole(monkeypatch):
     for index in range(21):
         assert env.pack.picture(index, 640, 480).shape == env.pack.texture(index, 640, 480).shape == (480, 640, 3)
     env.close()
+
+
+# ------------------------------------------------------------------ shader pack
+def test_the_smaller_shader_pack_draws_the_same_picture(monkeypatch):
+    from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS
+
+    from envs import make_envs, put_on_plate, shaders
+
+    pictures = []
+    for config in (shaders.minimal_shader_config(), PREBUILT_SHADER_CONFIGS["minimal"]):
+        monkeypatch.setattr(put_on_plate, "minimal_shader_config", lambda config=config: config)
+        with make_envs("PutOnPlateInScene25VisionWhole05-v1", 3, obj_set="test", sim_freq=100) as envs:
+            pictures.append(envs.reset([0, 123456, 7])["image"])
+    assert config.shader_pack == "minimal" != shaders.minimal_shader_config().shader_pack
+    assert (pictures[0] == pictures[1]).all() and pictures[0].float().std() > 10
+
+
+def test_an_unknown_shader_pack_is_left_alone(tmp_path, monkeypatch):
+    from envs import shaders
+
+    monkeypatch.setattr(shaders.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(shaders.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "stock" / "minimal").mkdir(parents=True)
+    (tmp_path / "stock" / "common").mkdir()
+    lookup = tmp_path / "stock" / "minimal" / "gbuffer.frag"
+    for text in ("void main() {}\n", "vec2 brdf = textureLod(samplerBRDFLUT, uv, 0).xy;\n"):
+        lookup.write_text(text)
+        assert shaders.write_pack(tmp_path / "stock") is None
+    lookup.write_text(
+        "layout(set = 3, binding = 8) uniform sampler2D samplerBRDFLUT;\n"
+        "vec2 b = texture(samplerBRDFLUT, vec2(r, n)).xy;\n"
+    )
+    assert (shaders.write_pack(tmp_path / "stock") / "gbuffer.frag").read_text() == "vec2 b = vec2(0);\n"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("solovla")] == [
+        f"solovla_shaders_{shaders.os.getuid()}_{shaders.version('sapien')}"
+    ]

@@ -1,0 +1,59 @@
+"""SAPIEN's minimal shader pack without what no scene here has use for: a process starts in 1 s instead of 9.
+
+The pack names a table for reflections of an environment map, and SAPIEN integrates it (512 x 512 entries, a thousand
+samples each) before a process' first picture. That is nothing on a GPU; lavapipe takes 8 CPU seconds. Our scenes have
+no environment map, so the table is multiplied by black: pictures are equal bit for bit without it, by test.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import sapien
+from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig
+
+DECLARATION = re.compile(r"layout\([^)]*\) uniform sampler2D samplerBRDFLUT;\n")
+LOOKUP = re.compile(r"texture\(samplerBRDFLUT, [^;]*\)\.xy")
+
+
+def minimal_shader_config() -> ShaderConfig:
+    """ManiSkill's "minimal" with the smaller pack; as it is where SAPIEN's pack is not the one that is known here."""
+    config = PREBUILT_SHADER_CONFIGS["minimal"]
+    folder = write_pack(Path(sapien.__file__).parent / "vulkan_shader")
+    if folder is None:
+        return config
+    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")  # ManiSkill sets these for the name "minimal" alone
+    sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
+    return dataclasses.replace(config, shader_pack=str(folder))
+
+
+def write_pack(stock: Path) -> Path | None:
+    """The stock "minimal" pack without its table, in the temporary folder; made once per machine, user and SAPIEN.
+
+    None where the stock pack has other lines than expected, or nothing can be written.
+    """
+    place = Path(tempfile.gettempdir()) / f"solovla_shaders_{os.getuid()}_{version('sapien')}"
+    if (place / "minimal").is_dir() and place.stat().st_uid == os.getuid():
+        return place / "minimal"
+    try:
+        texts = {path.name: path.read_text() for path in (stock / "minimal").iterdir()}
+        slim = {name: LOOKUP.sub("vec2(0)", DECLARATION.sub("", text)) for name, text in texts.items()}
+        if slim == texts or any("BRDFLUT" in text for text in slim.values()):
+            return None
+        beside = Path(tempfile.mkdtemp(prefix=place.name))
+        shutil.copytree(stock / "common", beside / "common")  # what the pack includes
+        (beside / "minimal").mkdir()
+        for name, text in slim.items():
+            (beside / "minimal" / name).write_text(text)
+        try:
+            beside.rename(place)  # atomic: another process may be at it too
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError:
+        return None
+    return place / "minimal" if (place / "minimal").is_dir() else None
