@@ -38,9 +38,11 @@ from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import REGISTERED_ENVS, register_env
+from mani_skill.utils.structs.pose import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, variants
+from envs.kinematics import added_pose
 from envs.registration import MAX_EPISODE_STEPS
 from envs.shaders import minimal_shader_config
 
@@ -107,12 +109,14 @@ class WidowX250S(BaseAgent):
         return {CONTROL_MODE: dict(arm=arm, gripper=gripper)}
 
 
-class PutOnPlateInScene(BaseEnv):
-    """One scene, one episode at a time. `options={"episode_id": int, "obj_set": str}` at reset."""
+class PutOnPlateScene(BaseEnv):
+    """What stands in every scene of the family: robot, camera, lights, table. Episodes are the subclasses' affair."""
 
     SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
     SUPPORTED_REWARD_MODES = ("dense", "none")
     SUPPORTED_ROBOTS = None
+    ROBOT = WidowX250S
+    LOAD_POSE = sapien.Pose([0.127, 0.060, 0.85], [0, 0, 0, 1])
     env_id: str  # set by the registered subclasses
 
     def __init__(
@@ -133,10 +137,7 @@ class PutOnPlateInScene(BaseEnv):
         self.variant = variants.VARIANTS[self.env_id]
         self.image_size = tuple(image_size)
         self._requested_sim_freq = sim_freq
-        self._entities: dict[tuple[str, int], sapien.Entity] = {}  # built on first use, kept for later episodes
-        self._bodies: list[sapien.Entity] = []  # object, receptacle and perhaps a distractor of this episode
-        self._lasting: list[sapien.Entity] | None = None  # all other entities, in the order they were made
-        robot = type("WidowX250SOfPack", (WidowX250S,), {"urdf_path": self.pack.robot_urdf})
+        robot = type("WidowX250SOfPack", (self.ROBOT,), {"urdf_path": self.pack.robot_urdf})
         super().__init__(*args, obs_mode=obs_mode, robot_uids=robot, **kwargs)
 
     @property
@@ -159,12 +160,8 @@ class PutOnPlateInScene(BaseEnv):
             shader_config=minimal_shader_config(),
         )
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # scene
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _load_agent(self, options: dict):
-        super()._load_agent(options, sapien.Pose([0.127, 0.060, 0.85], [0, 0, 0, 1]))
+        super()._load_agent(options, self.LOAD_POSE)
 
     def _load_lighting(self, options: dict):
         self.scene.set_ambient_light([0.3, 0.3, 0.3])
@@ -173,19 +170,39 @@ class PutOnPlateInScene(BaseEnv):
         self.scene.add_directional_light([1, 1, -1], [0.7, 0.7, 0.7])
 
     def _load_scene(self, options: dict):
-        robot = self.agent.robot._objs[0]
+        """Arm and table; subclasses go on from here."""
         if self.pack.arm_shine is not None:
-            sapien_utils.set_articulation_render_material(robot, **self.pack.arm_shine)
+            for robot in self.agent.robot._objs:
+                sapien_utils.set_articulation_render_material(robot, **self.pack.arm_shine)
         builder = self.scene.create_actor_builder()
         builder.initial_pose = sapien.Pose()
         self.pack.add_stage(builder)
-        self._stage = builder.build_static(name="arena")._objs[0]
+        self._arena = builder.build_static(name="arena")
+
+
+class PutOnPlateInScene(PutOnPlateScene):
+    """One scene, one episode at a time. `options={"episode_id": int, "obj_set": str}` at reset."""
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # scene
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _load_scene(self, options: dict):
+        super()._load_scene(options)
+        self._stage = self._arena._objs[0]
         self._stage_visual = self._stage.find_component_by_type(sapien.render.RenderBodyComponent)
-        self._entities, self._bodies, self._lasting = {}, [], None
-        self._robot = robot
+        self._entities: dict[tuple[str, int], sapien.Entity] = {}  # built on first use, kept for later episodes
+        self._bodies: list[sapien.Entity] = []  # object, receptacle and perhaps a distractor of this episode
+        self._lasting: list[sapien.Entity] | None = None  # all other entities, in the order they were made
+        self._robot = self.agent.robot._objs[0]
         by_name = {name: link._objs[0] for name, link in self.agent.robot.links_map.items()}
         self._fingers = by_name["left_finger_link"], by_name["right_finger_link"]
         self._tool, self._base = by_name["ee_gripper_link"], by_name["base_link"]
+
+        arm = self.agent.controller.controllers["arm"]
+        self._arm = arm.active_joint_indices.numpy()
+        self._solver_order = arm.kinematics.pmodel_active_joint_indices.numpy()
+        self._solver_arm = arm.kinematics.pmodel_controlled_joint_indices.numpy()
 
     def _setup_sensors(self, options: dict):
         super()._setup_sensors(options)
@@ -194,7 +211,7 @@ class PutOnPlateInScene(BaseEnv):
     def _entity(self, kind: str, index: int) -> sapien.Entity:
         """Object or receptacle `index`, not in any scene unless selected."""
         if (kind, index) not in self._entities:
-            model = (self.pack.objects if kind == "object" else self.pack.receptacles)[index]
+            model = model_of(self.pack, kind, index)
             builder = self.scene.create_actor_builder()
             self.pack.add_model(builder, model)
             builder.set_physx_body_type("dynamic")
@@ -215,7 +232,7 @@ class PutOnPlateInScene(BaseEnv):
             old.remove_entity(entity)
         px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
-        new = sapien.Scene([px, old.render_system])
+        new = sapien.Scene([px, old.render_system] if self.scene.can_render() else [px])
         self._bodies = bodies
         for entity in self._lasting + bodies:
             new.add_entity(entity)
@@ -234,21 +251,17 @@ class PutOnPlateInScene(BaseEnv):
     def start_episode(self, start: variants.StartState) -> None:
         """Place, settle with the robot out of the way, bring the robot to its start pose."""
         self.start = start
-        self.object_model = self.pack.objects[start.object_index]
-        self.receptacle_model = self.pack.receptacles[start.receptacle_index]
-        self.distractor_model = None
-        self.instruction = variants.WORDINGS[start.wording_index].format(
-            object=self.object_model.name, receptacle=self.receptacle_model.name
-        )
-        self.table = self.pack.tables[start.table_index]
-        self._load_pictures()
+        self.instruction = instruction_of(self.pack, start)
+        if self.scene.can_render():
+            self._load_pictures()
         self._place_bodies()
         self._still_robot(PARKED_POSE, np.zeros(6))
         if self.protocol == "rl4vla":
             self._settle()
         self._still_robot(BASE_POSE, start.arm_offset)
-        self._object_half = self._world_half_size(self._bodies[0], self.object_model)
-        self._receptacle_half = self._world_half_size(self._bodies[1], self.receptacle_model)
+        self._object_half = self._world_half_size(self._bodies[0], self.pack.objects[start.object_index])
+        receptacle = self.pack.receptacles[start.receptacle_index]
+        self._receptacle_half = self._world_half_size(self._bodies[1], receptacle)
         self.grasped_once, self.streak, self.streak_once, self.potential = False, 0, False, 0.0
         self.grasped, self.success, self.last_reward = False, False, 0.0
         self._elapsed_steps[:] = self._judged_step = self._step_count = 0
@@ -257,19 +270,11 @@ class PutOnPlateInScene(BaseEnv):
 
     def _place_bodies(self) -> None:
         """This episode's bodies into a fresh scene, at rest above the table."""
-        start = self.start
-        turned, straight = [math.cos(start.object_yaw / 2), 0, 0, math.sin(start.object_yaw / 2)], [1, 0, 0, 0]
-        chosen = [
-            ("object", start.object_index, start.object_position),
-            ("receptacle", start.receptacle_index, start.receptacle_position),
-        ]
-        if start.distractor is not None:
-            chosen.append((*start.distractor, start.distractor_position))
-            kind, index = start.distractor
-            self.distractor_model = (self.pack.objects if kind == "object" else self.pack.receptacles)[index]
-        self._fresh_physics([self._entity(kind, index) for kind, index, _ in chosen])
-        for entity, (kind, _, position) in zip(self._bodies, chosen):
-            self._place(entity, position, turned if kind == "object" else straight)
+        start, chosen = self.start, chosen_bodies(self.start)
+        positions = start.object_position, start.receptacle_position, start.distractor_position
+        self._fresh_physics([self._entity(*body) for body in chosen])
+        for entity, (kind, _), position in zip(self._bodies, chosen, positions):
+            self._place(entity, position, yaw_quaternion(start.object_yaw if kind == "object" else 0.0))
 
     def _place(self, entity: sapien.Entity, position, quaternion) -> None:
         body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
@@ -308,6 +313,14 @@ class PutOnPlateInScene(BaseEnv):
         rotation = entity.pose.to_transformation_matrix()[:3, :3].astype(np.float64)
         return np.abs(rotation) @ model.size / 2
 
+    def body_states(self) -> np.ndarray:
+        """Object, receptacle, perhaps a distractor: p, q (wxyz), linear, angular velocity, float32 [2 or 3, 13]."""
+        rows = []
+        for entity in self._bodies:
+            body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
+            rows.append([*entity.pose.p, *entity.pose.q, *body.linear_velocity, *body.angular_velocity])
+        return np.array(rows, np.float32)
+
     # -----------------------------------------------------------------------------------------------------------------
     # step
     # -----------------------------------------------------------------------------------------------------------------
@@ -328,23 +341,31 @@ class PutOnPlateInScene(BaseEnv):
         self._step_count += 1
         if self.start.moves_to is None or self._step_count != MOVE_STEP:
             return
-        half_yaw = self.start.object_yaw / 2
         obj = self._bodies[0]
         if self.protocol == "rlinf":
             self._shown_elsewhere = obj.pose
-        obj.pose = sapien.Pose(list(self.start.moves_to), [math.cos(half_yaw), 0, 0, math.sin(half_yaw)])
+        obj.pose = sapien.Pose(list(self.start.moves_to), yaw_quaternion(self.start.object_yaw))
         if self.protocol == "rl4vla":
             self._substeps(round(SETTLE_SECONDS * self.sim_freq))
 
     def _command(self, action: torch.Tensor) -> None:
-        """What the two controllers' `set_action` does, without the tool pose that it computes and a CPU does not use.
+        """What the two controllers' `set_action` does, without what it computes and a CPU does not use.
 
-        That pose is two thirds of the stock call's 1.2 ms (mani_skill 3.0.1).
+        Of the stock call's 1.2 ms (mani_skill 3.0.1) that is the present tool pose, and torch on a few numbers.
         """
         arm, gripper = self.agent.controller.controllers["arm"], self.agent.controller.controllers["gripper"]
-        arm._target_pose = arm.compute_target_pose(arm._target_pose, action[:, :6])
-        target_qpos = arm.kinematics.compute_ik(arm._target_pose, q0=arm.articulation.get_qpos())
-        arm.set_drive_targets(arm.qpos if target_qpos is None else target_qpos)  # None: out of reach, stay
+        arm._target_pose = Pose.create(added_pose(arm._target_pose.raw_pose, action))
+        solver, qpos = arm.kinematics, self._robot.qpos
+        angles, solved, _ = solver.pmodel.compute_inverse_kinematics(
+            solver.end_link_idx,
+            arm._target_pose.sp,
+            initial_qpos=qpos[self._solver_order],
+            active_qmask=solver.qmask,
+            max_iterations=100,
+        )
+        targets = angles[self._solver_arm].astype(np.float32) if solved else qpos[self._arm]  # out of reach: stay
+        for joint, target in zip(arm.joints, targets):
+            joint._objs[0].drive_target = [[target]]
         gripper.set_action(action[:, 6:])
 
     def _judge(self) -> tuple[float, bool]:
@@ -362,13 +383,7 @@ class PutOnPlateInScene(BaseEnv):
     def _grasped_and_on(self) -> tuple[bool, bool]:
         obj, receptacle = self._bodies[:2]
         left, right = self._fingers
-        impulses = {left.entity: np.zeros(3), right.entity: np.zeros(3), receptacle: np.zeros(3)}
-        for contact in self.scene.px.get_contacts():
-            first, second = contact.bodies[0].entity, contact.bodies[1].entity
-            if second == obj and first in impulses:
-                impulses[first] += sum(point.impulse for point in contact.points)
-            elif first == obj and second in impulses:
-                impulses[second] -= sum(point.impulse for point in contact.points)
+        impulses = impulses_from(obj, (left.entity, right.entity, receptacle), self.scene.px.get_contacts())
         forces = {entity: impulse * self.sim_freq for entity, impulse in impulses.items()}
         grasped = self._pressed_open(left, forces[left.entity], 1) and self._pressed_open(
             right, forces[right.entity], -1
@@ -436,12 +451,12 @@ class PutOnPlateInScene(BaseEnv):
     def _load_pictures(self) -> None:
         """Table picture and, where the variant has one, texture of this episode."""
         width, height = self.image_size
-        index = self.start.texture_index
         self._overlay = self.pack.picture(self.start.table_index, width, height)
-        self._texture_weight = 0.0 if index is None else self.variant.texture_mix * self.pack.tables[index].mix
+        self._texture_weight = texture_weight_of(self.pack, self.variant, self.start)
         if self._texture_weight:
-            scale = 2 if self.variant.texture_on == "whole" else 1
-            self._texture = self.pack.texture(index, scale * width, scale * height).astype(np.float32)
+            scale = texture_scale(self.variant)
+            texture = self.pack.texture(self.start.texture_index, scale * width, scale * height)
+            self._texture = texture.astype(np.float32)
 
     def _compose(self, color: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
         """color uint8 [H, W, 3], segmentation int16 [H, W, 1] -> the observation, uint8 [H, W, 3] (RL4VLA 1.4)."""
@@ -489,32 +504,97 @@ class PutOnPlateInScene(BaseEnv):
         def pose(entity_pose: sapien.Pose) -> list[float]:
             return [*map(float, entity_pose.p), *map(float, entity_pose.q)]
 
-        obj, receptacle = self._bodies[:2]
-        distractor, texture = self.distractor_model, self.start.texture_index
-        return {
-            "episode_id": self.start.episode_id,
-            "object": self.object_model.name,
-            "object_key": self.object_model.key,
-            "receptacle": self.receptacle_model.name,
-            "receptacle_key": self.receptacle_model.key,
-            "extra": None if distractor is None else distractor.name,
-            "extra_key": None if distractor is None else distractor.key,
-            "table": self.table.name,
-            "table_key": self.table.key,
-            "texture": None if texture is None else self.pack.tables[texture].texture,
-            "texture_weight": self._texture_weight,
-            "instruction": self.instruction,
-            "object_pose": pose(obj.pose),
-            "receptacle_pose": pose(receptacle.pose),
-            "extra_pose": None if distractor is None else pose(self._bodies[2].pose),
-            "robot_pose": pose(self._base.entity_pose),
-            "tcp_pose": pose(self._tool.entity_pose),
-            "qpos": [float(q) for q in self._robot.qpos],
-            "object_bbox": [list(self.object_model.lower), list(self.object_model.upper)],
-            "object_grasp": None if self.object_model.grasp is None else list(self.object_model.grasp),
-            "grasped": self.grasped,
-            "success": self.success,
-        }
+        return describe_episode(
+            self.pack,
+            self.variant,
+            self.start,
+            [pose(body.pose) for body in self._bodies],
+            robot_pose=pose(self._base.entity_pose),
+            tcp_pose=pose(self._tool.entity_pose),
+            qpos=[float(q) for q in self._robot.qpos],
+            grasped=self.grasped,
+            success=self.success,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a start state means with a pack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_of(pack, kind: str, index: int) -> assets.Model:
+    """kind: object | receptacle."""
+    return (pack.objects if kind == "object" else pack.receptacles)[index]
+
+
+def chosen_bodies(start: variants.StartState) -> list[tuple[str, int]]:
+    """(kind, index) of object, receptacle and perhaps a distractor."""
+    pair = [("object", start.object_index), ("receptacle", start.receptacle_index)]
+    return pair if start.distractor is None else [*pair, start.distractor]
+
+
+def yaw_quaternion(yaw: float) -> list[float]:
+    """wxyz of a turn about the vertical (rad)."""
+    return [math.cos(yaw / 2), 0, 0, math.sin(yaw / 2)]
+
+
+def instruction_of(pack, start: variants.StartState) -> str:
+    return variants.WORDINGS[start.wording_index].format(
+        object=pack.objects[start.object_index].name, receptacle=pack.receptacles[start.receptacle_index].name
+    )
+
+
+def texture_weight_of(pack, variant: variants.Variant, start: variants.StartState) -> float:
+    """How much of the texture is mixed in, 0 to 1."""
+    return 0.0 if start.texture_index is None else variant.texture_mix * pack.tables[start.texture_index].mix
+
+
+def texture_scale(variant: variants.Variant) -> int:
+    """How many times the picture's size the texture is wanted at: a part is cut out where it covers the whole."""
+    return 2 if variant.texture_on == "whole" else 1
+
+
+def impulses_from(obj: sapien.Entity, bodies: tuple[sapien.Entity, ...], contacts: list) -> dict:
+    """What `obj` gave to each of `bodies` in the last substep: N s, float [3], world frame."""
+    impulses = {body: np.zeros(3) for body in bodies}
+    for contact in contacts:
+        first, second = contact.bodies[0].entity, contact.bodies[1].entity
+        if second == obj and first in impulses:
+            impulses[first] += sum(point.impulse for point in contact.points)
+        elif first == obj and second in impulses:
+            impulses[second] -= sum(point.impulse for point in contact.points)
+    return impulses
+
+
+def describe_episode(pack, variant, start, poses, *, robot_pose, tcp_pose, qpos, grasped, success) -> dict:
+    """`describe()` of one env. poses: p, q (wxyz) of object, receptacle and perhaps a distractor, world frame."""
+    models = [model_of(pack, *body) for body in chosen_bodies(start)]
+    obj, receptacle, distractor = (*models, None)[:3]
+    table, texture = pack.tables[start.table_index], start.texture_index
+    return {
+        "episode_id": start.episode_id,
+        "object": obj.name,
+        "object_key": obj.key,
+        "receptacle": receptacle.name,
+        "receptacle_key": receptacle.key,
+        "extra": None if distractor is None else distractor.name,
+        "extra_key": None if distractor is None else distractor.key,
+        "table": table.name,
+        "table_key": table.key,
+        "texture": None if texture is None else pack.tables[texture].texture,
+        "texture_weight": texture_weight_of(pack, variant, start),
+        "instruction": instruction_of(pack, start),
+        "object_pose": poses[0],
+        "receptacle_pose": poses[1],
+        "extra_pose": None if distractor is None else poses[2],
+        "robot_pose": robot_pose,
+        "tcp_pose": tcp_pose,
+        "qpos": qpos,
+        "object_bbox": [list(obj.lower), list(obj.upper)],
+        "object_grasp": None if obj.grasp is None else list(obj.grasp),
+        "grasped": grasped,
+        "success": success,
+    }
 
 
 def _register(variant: variants.Variant) -> None:

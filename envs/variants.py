@@ -255,6 +255,16 @@ def num_start_states(env_id: str, obj_set: str) -> int:
     return count
 
 
+def bodies_needed(env_id: str, obj_set: str) -> list[tuple[str, int]]:
+    """(kind, index) of every object and receptacle that some episode has: objects first, each kind by index."""
+    episodes = lookup(env_id, obj_set)
+    needed = {"object": set(episodes.objects), "receptacle": set(episodes.receptacles)}
+    extra = episodes.extra
+    if extra is not None and extra.kind in needed:
+        needed[extra.kind] |= set(range(extra.first, extra.first + extra.modulus))
+    return [(kind, index) for kind in needed for index in sorted(needed[kind])]
+
+
 def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
     """The id as an int, or one clear sentence."""
     total = num_start_states(env_id, obj_set)

@@ -104,7 +104,7 @@ class WorkerGroup:
                 [sys.executable, "-c", WORKER_CODE, *map(str, fds)],
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
-                env=_worker_environment(),
+                env=worker_environment(),
             )
         finally:
             theirs.close()
@@ -249,7 +249,7 @@ class WorkerGroup:
             os.close(fd)
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """This environment, with the repository importable, one thread per library and no GPU memory taken by torch."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

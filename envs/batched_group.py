@@ -1,0 +1,207 @@
+"""The rows of one batched simulation behind the interface of `envs/group.py`'s EnvGroup; bookkeeping by arrays.
+
+What is different from EnvGroup, which simulates one env after the other:
+- All rows are simulated together. A row whose episode has ended holds still until the others have ended too or it is
+  reset; its actions, rewards and pictures count for nothing, and `describe()` shows where it is now.
+- A chunk costs one picture of all rows, and one more for every step but the last in which an episode ended.
+- `load_state_dict` begins each episode again and replays what was executed, on the GPU to within what PhysX promises
+  there (`envs/batched.py`), so not bit for bit. All replays end together, so they take as long as the longest.
+- Where the state of a row stops being finite numbers, its episode is dropped and reported, as that of a worker which
+  died is; the env starts its next episode (or the same one where the caller had given its id).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+
+from envs import episodes
+from envs.group import ACTION_DIM, EnvSpec, empty_result
+from envs.workers import MAX_LOSSES
+
+
+class BatchedGroup:
+    """Rows offset .. offset + N - 1 of the vector env."""
+
+    def __init__(self, spec: EnvSpec, offset: int, images: np.ndarray, final_images: np.ndarray, world, settlers):
+        """images, final_images uint8 [N, H, W, 3]: written here, read by the vector env.
+
+        world: `BatchedPutOnPlate` or what has its methods; settlers: `Settlers` or what has its `ask` and `get`.
+        """
+        self.spec, self.images, self.final_images, self.world, self.settlers = (
+            spec, images, final_images, world, settlers,
+        )  # fmt: skip
+        count = len(images)
+        self._env_index = [spec.first_env + offset + i for i in range(count)]  # over all ranks
+        self.counters = np.zeros(count, np.int64)  # training episodes taken from each row's stream
+        self.episode_ids: list[int | None] = [None] * count
+        self.explicit = np.zeros(count, bool)  # the caller gave this episode's id
+        self.actions = np.zeros((count, spec.max_episode_steps, ACTION_DIM), np.float32)  # executed, as given
+        self.lengths = np.zeros(count, np.int64)
+        self.running, self.success, self.success_once = (np.zeros(count, bool) for _ in range(3))
+        self.returns = np.zeros(count)
+        self._losses = np.zeros(count, np.int64)  # in a row, without a step between
+
+    # ----------------------------------------------------------------------------------------------------- episodes
+
+    def reset(self, episode_ids: list[int | None], chosen: list[int]) -> list[str]:
+        """As EnvGroup's."""
+        self._begin(chosen, episode_ids)
+        self._show(chosen)
+        return self.instructions()
+
+    def _begin(self, chosen: list[int], episode_ids: list[int | None]) -> None:
+        """Episodes in some rows; None takes the next of a row's own training stream."""
+        if not chosen:
+            return
+        for i, episode_id in zip(chosen, episode_ids):
+            self.explicit[i] = episode_id is not None
+            if episode_id is None:
+                episode_id = self.spec.next_episode_id(self._env_index[i], int(self.counters[i]))
+                self.counters[i] += 1
+            self.episode_ids[i] = episode_id
+        starts = [self._start(self.episode_ids[i]) for i in chosen]
+        for start in starts:
+            self.settlers.ask(start)
+        self.world.start_episodes(chosen, starts, [self.settlers.get(start) for start in starts])
+        self.lengths[chosen], self.returns[chosen] = 0, 0.0
+        self.success[chosen] = self.success_once[chosen] = False
+        self.running[chosen] = True
+        if self.spec.auto_reset:  # what each row will want next is settled meanwhile
+            for i in chosen:
+                self.settlers.ask(self._start(self.spec.next_episode_id(self._env_index[i], int(self.counters[i]))))
+
+    def _start(self, episode_id: int):
+        return episodes.start_state(self.spec.env_id, self.spec.obj_set, episode_id, self.spec.protocol)
+
+    def _show(self, chosen) -> None:
+        """The present pictures of some rows into `images`."""
+        if len(chosen):
+            rows = torch.as_tensor(chosen)
+            pictures = self.world.render_images()
+            self.images[chosen] = pictures[rows.to(pictures.device)].cpu().numpy()
+
+    def instructions(self) -> list[str]:
+        return self.world.instructions
+
+    # ----------------------------------------------------------------------------------------------------- steps
+
+    def step(self, actions: np.ndarray) -> dict:
+        """As EnvGroup's; actions float32 [N, C, 7]."""
+        out = empty_result(*actions.shape[:2])
+        began = self.running.copy()
+        shown = np.zeros(len(began), bool)  # pictures taken when an episode ended in the midst of the chunk
+        for j in range(actions.shape[1]):
+            active = self.running.copy()
+            if not active.any():
+                break
+            out["rewards"][:, j], out["valid"][:, j] = self._execute(actions[:, j], active), active
+            broken = active & ~self._finite()
+            self._drop(broken, out)
+            ended = active & ~self.running & ~broken
+            if ended.any() and self.running.any() and j + 1 < actions.shape[1]:
+                self._show(np.flatnonzero(ended))
+                shown |= ended
+        self._show(np.flatnonzero(began & ~shown & ~out["dropped"]))
+        self._finish(began & ~self.running & ~out["dropped"], out)
+        self._replace(np.flatnonzero(out["dropped"]))
+        out["instructions"] = self.instructions()
+        return out
+
+    def _execute(self, actions: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """One control step of the active rows, actions [N, 7]; the others hold still. Returns rewards [N]."""
+        rows = np.flatnonzero(active)
+        self.actions[rows, self.lengths[rows]] = actions[rows]
+        self.lengths[rows] += 1
+        last = self.actions[np.arange(len(active)), np.maximum(self.lengths - 1, 0)]
+        commands = np.where(active[:, None], last, 0)
+        commands[:, 6] = np.where(last[:, 6] > 0.5, 1.0, -1.0)  # gripper: open / close
+        rewards, success = self.world.advance(torch.from_numpy(commands.astype(np.float32)))
+        rewards = np.where(active, rewards.cpu().numpy(), 0.0)
+        self.success = np.where(active, success.cpu().numpy(), self.success)
+        self.success_once |= self.success
+        self.returns += rewards
+        terminated = active & self.success & (not self.spec.ignore_terminations)
+        self.running = active & ~terminated & (self.lengths < self.spec.max_episode_steps)
+        return rewards
+
+    def _finite(self) -> np.ndarray:
+        return self.world.finite().cpu().numpy()
+
+    def _drop(self, broken: np.ndarray, out: dict) -> None:
+        """Episodes whose state is no numbers any more count for nothing."""
+        self._losses = np.where(broken, self._losses, 0)
+        if not broken.any():
+            return
+        out["dropped"] |= broken
+        out["rewards"][broken], out["valid"][broken] = 0.0, False
+        self.running[broken] = False
+
+    def _finish(self, ended: np.ndarray, out: dict) -> None:
+        """Report episodes that ended in this chunk; with auto_reset, begin the next ones."""
+        out["terminations"][:] = ended & self.success & (not self.spec.ignore_terminations)
+        out["truncations"][:] = ended & ~out["terminations"]
+        rows, texts = np.flatnonzero(ended), self.instructions()
+        columns = (self.success_once, self.success, self.returns, self.lengths, self.returns / self.lengths.clip(1))
+        out["ended"] = [(int(i), tuple(float(column[i]) for column in columns), texts[i]) for i in rows]
+        self.final_images[rows] = self.images[rows]
+        if self.spec.auto_reset:
+            self._begin(rows.tolist(), [None] * len(rows))
+            self._show(rows)
+
+    def _replace(self, rows: np.ndarray) -> None:
+        """New episodes in the place of dropped ones."""
+        if not len(rows):
+            return
+        names = ", ".join(f"{self._env_index[i]} (episode {self.episode_ids[i]})" for i in rows)
+        self._losses[rows] += 1
+        if self._losses.max() >= MAX_LOSSES:
+            raise RuntimeError(
+                f"{MAX_LOSSES} times in a row the simulation lost envs {names}: their state is no number."
+            )
+        warnings.warn(f"the simulation lost envs {names}: these episodes are dropped.", RuntimeWarning, stacklevel=2)
+        self._begin(rows.tolist(), [self.episode_ids[i] if self.explicit[i] else None for i in rows])
+        self._show(rows)
+
+    # ----------------------------------------------------------------------------------------------------- state
+
+    def describe(self) -> list[dict]:
+        states = self.world.describe()
+        return [state | {"elapsed_steps": int(length)} for state, length in zip(states, self.lengths)]
+
+    def state_dict(self) -> list[dict]:
+        return [
+            {
+                "counter": int(self.counters[i]),
+                "episode_id": episode_id,
+                "explicit": bool(self.explicit[i]),
+                "actions": self.actions[i, : self.lengths[i]].copy(),
+            }
+            for i, episode_id in enumerate(self.episode_ids)
+        ]
+
+    def load_state_dict(self, states: list[dict]) -> list[str]:
+        """Begin each episode again and replay what was executed; a shorter one begins later, so all end together."""
+        self.counters[:] = [state["counter"] for state in states]
+        if states[0]["episode_id"] is None:
+            return []
+        lengths = np.array([len(state["actions"]) for state in states])
+        longest = int(lengths.max())
+        replayed = np.zeros((longest, len(states), ACTION_DIM), np.float32)
+        for i, state in enumerate(states):
+            replayed[longest - lengths[i] :, i] = state["actions"]
+        self.running[:] = False
+        for t in range(longest + 1):
+            rows = np.flatnonzero(lengths == longest - t)
+            self._begin(rows.tolist(), [states[i]["episode_id"] for i in rows])
+            if t < longest:
+                self._execute(replayed[t], lengths >= longest - t)
+        self.explicit[:] = [state["explicit"] for state in states]
+        self._show(np.arange(len(states)))
+        return self.instructions()
+
+    def close(self) -> None:
+        self.settlers.close()
+        self.world.close()
