@@ -6,7 +6,8 @@
     python benchmarks/env.py --expert 32            # success of the scripted expert, per id and object set
 
 Medians of milliseconds in one process, wall clock and CPU (on a shared machine the second says more). Actions are those
-of the scripted expert, recorded beforehand: contacts are part of the work.
+of the scripted expert, recorded beforehand: contacts are part of the work. The rows "reference-style" are the same
+steps done as RL4VLA's env does them, in the same run, in turns (what that stands for: benchmarks/reference_step.py).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from benchmarks.reference_step import ReferenceStyle
 from envs import VARIANTS, make_envs, num_start_states, variants
 from envs.expert import Expert
 from envs.put_on_plate import PutOnPlateInScene, build
+from envs.settle import settled_state
 
 MAIN = "PutOnPlateInScene25Main-v3"
 
@@ -64,36 +67,53 @@ def expert_actions(env: PutOnPlateInScene) -> list[torch.Tensor]:
 
 
 def measure_step(title: str, count: int, **kwargs) -> None:
-    """One env: controller, physics, contacts, picture; then the same step by `BaseEnv.step`, in turns."""
+    """One env: controller, physics, contacts, picture; the same by `BaseEnv.step` and reference-style, in turns."""
     fast, plain = (
         build(MAIN, obj_set="all", **kwargs),
         build(MAIN, obj_set="all", obs_mode="rgb+segmentation", **kwargs),
     )
-    clock = Clock()
+    reference, clock = ReferenceStyle(MAIN, obj_set="all", **kwargs), Clock()
     for episode_id in episode_ids(count):
         start = variants.decode(MAIN, "all", episode_id)
         fast.start_episode(start)
         actions = expert_actions(fast)
         clock("reset, settled", fast.start_episode, start)
         plain.reset(options={"episode_id": episode_id})
+        reference.start_episodes([0], [start], [settled_state(fast, start)])
         for action in actions:
             clock("step, no picture", fast.advance, action)
             clock("  picture", fast.render_image)
             clock("BaseEnv.step", plain.step, action)
+            clock("reference-style", reference.step, action)
+        fast.start_episode(start)
+        reference.start_episodes([0], [start], [settled_state(fast, start)])
         fast.start_episode(start)
         for action in actions:
             clock("  controller", fast._command, action)
             clock("  physics", fast._substeps, fast._sim_steps_per_control)
             clock("  contacts, reward", fast._judge)
+            clock("  control, physics", reference._step_action, action)
+            clock("  evaluate", reference.evaluate)
+            clock("  get_obs", reference.get_obs, {})
     print(f"\n{title}: {len(clock.times['BaseEnv.step'])} steps of {count} episodes")
     for name in ("step, no picture", "  controller", "  physics", "  contacts, reward", "  picture", "reset, settled",
-                 "BaseEnv.step"):  # fmt: skip
+                 "BaseEnv.step", "reference-style", "  control, physics", "  evaluate", "  get_obs"):  # fmt: skip
         print("  {:18} {:8.2f} ms wall {:8.2f} ms CPU".format(name, *clock.median(name)))
-    ours = np.sum([clock.median("step, no picture"), clock.median("  picture")], axis=0)
-    theirs = np.asarray(clock.median("BaseEnv.step"))
-    print("  step with picture is {:.0%} of BaseEnv.step's wall clock, {:.0%} of its CPU".format(*ours / theirs))
-    fast.close()
-    plain.close()
+    seen = np.sum([clock.median("step, no picture"), clock.median("  picture")], axis=0)
+    unseen = np.asarray(clock.median("step, no picture"))
+    for what, ours, theirs in (
+        ("against BaseEnv.step", seen, np.asarray(clock.median("BaseEnv.step"))),
+        ("against reference-style", seen, np.asarray(clock.median("reference-style"))),
+        (
+            "against it, no picture",
+            unseen,
+            np.sum([clock.median("  control, physics"), clock.median("  evaluate")], axis=0),
+        ),
+    ):
+        wall, cpu = ours / theirs
+        print(f"  step {what}: {wall:.0%} of {theirs[0]:.1f} ms wall clock, {cpu:.0%} of {theirs[1]:.1f} ms CPU")
+    for env in (fast, plain, reference):
+        env.close()
 
 
 def measure_throughput(num_envs: int, seconds: float, chunk_size: int = 1) -> None:

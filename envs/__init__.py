@@ -35,6 +35,7 @@ def make_envs(
     num_env_workers: int = 0,
     pipeline_stages: int = 1,
     worker_timeout: float = 300.0,
+    sim_backend: str = "physx_cpu",
     auto_reset: bool = False,
     ignore_terminations: bool = False,
     protocol: str = "rl4vla",
@@ -56,9 +57,13 @@ def make_envs(
         sim_freq: physics steps per second, a multiple of 5; 500 as published, 100 for quick starts
             (another system: do not mix).
         max_episode_steps: control steps (5 per second) after which an episode is truncated.
-        num_env_workers: 0 = in this process; W = W worker processes sharing the envs.
+        num_env_workers: 0 = in this process; W = W worker processes sharing the envs. With sim_backend "physx_cuda"
+            the number of processes that settle start states (0 is 1), about one per 32 envs.
         pipeline_stages: 2 = two half-batches with workers of their own, for step_async and step_wait (VectorEnv).
         worker_timeout: seconds after which a worker that gives no answer is replaced, like one that died.
+        sim_backend: "physx_cpu": one scene per env, bit for bit repeatable; "physx_cuda": all envs in one batch on the
+            GPU, physics and pictures, repeatable only in its start states (`envs/batched.py`), for the family alone;
+            "auto": the second where there is a CUDA device and nothing speaks against it.
         auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
         ignore_terminations: success does not end an episode.
         protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789; "rlinf": as RLinf where it
@@ -83,5 +88,6 @@ def make_envs(
         seed,
         first_env,
         instruction,
+        group.resolve_backend(sim_backend, env_id, pipeline_stages),
     )
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)

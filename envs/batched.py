@@ -12,6 +12,8 @@ What is different, and why:
 - Where one row must be simulated and others must not (the object is moved in mid-episode, and falls), the others are
   put back to where they were. ManiSkill resets the commanded tool pose of all rows with any of them; here it does not.
 - Inverse kinematics give what the CPU's solver gives (`envs/kinematics.py`).
+- One process can hold PhysX's GPU simulation or its CPU simulation, not both: evaluate with the same sim_backend, or
+  on the CPU with worker processes.
 
 What is promised: the start state of an episode id, to the bit, on every device and for every number of rows. What is
 not: PhysX on a GPU adds contact forces in no fixed order, so the same actions lead to slightly different states from
@@ -125,8 +127,8 @@ class BatchedPutOnPlate(PutOnPlateScene):
         self.success, self.grasped = (torch.zeros(n, dtype=torch.bool, device=device) for _ in range(2))
         self._advanced = self._judged = 0  # control steps of the whole batch
 
-    def _setup_sensors(self, options: dict):
-        super()._setup_sensors(options)
+    def _after_reconfigure(self, options: dict):
+        """The GPU simulation has begun: bodies have their places in its buffers."""
         links = self.agent.robot.links_map
         self._fingers = links["left_finger_link"], links["right_finger_link"]
         self._forces = (GpuForces if self.gpu_sim_enabled else CpuForces)(

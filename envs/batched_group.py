@@ -99,6 +99,7 @@ class BatchedGroup:
                 break
             out["rewards"][:, j], out["valid"][:, j] = self._execute(actions[:, j], active), active
             broken = active & ~self._finite()
+            self._losses[active & ~broken] = 0
             self._drop(broken, out)
             ended = active & ~self.running & ~broken
             if ended.any() and self.running.any() and j + 1 < actions.shape[1]:
@@ -132,7 +133,6 @@ class BatchedGroup:
 
     def _drop(self, broken: np.ndarray, out: dict) -> None:
         """Episodes whose state is no numbers any more count for nothing."""
-        self._losses = np.where(broken, self._losses, 0)
         if not broken.any():
             return
         out["dropped"] |= broken
@@ -191,7 +191,7 @@ class BatchedGroup:
         longest = int(lengths.max())
         replayed = np.zeros((longest, len(states), ACTION_DIM), np.float32)
         for i, state in enumerate(states):
-            replayed[longest - lengths[i] :, i] = state["actions"]
+            replayed[longest - lengths[i] :, i] = np.reshape(state["actions"], (-1, ACTION_DIM))
         self.running[:] = False
         for t in range(longest + 1):
             rows = np.flatnonzero(lengths == longest - t)
@@ -205,3 +205,35 @@ class BatchedGroup:
     def close(self) -> None:
         self.settlers.close()
         self.world.close()
+
+
+def open_batch(
+    spec: EnvSpec,
+    offset: int,
+    images: np.ndarray,
+    final_images: np.ndarray,
+    num_settlers: int,
+    backends: tuple[str, str] | None = None,
+) -> BatchedGroup:
+    """A BatchedGroup and its simulation, on this process's CUDA device unless `backends` (sim, render) says else."""
+    from envs.batched import BatchedPutOnPlate
+    from envs.settle import Settlers
+
+    if backends is None:
+        device = torch.cuda.current_device()
+        backends = f"physx_cuda:{device}", f"sapien_cuda:{device}"
+    settings = {key: getattr(spec, key) for key in ("obj_set", "asset_pack", "asset_dir", "sim_freq", "protocol")}
+    settlers = Settlers(spec.env_id, num_settlers, **settings)  # they start while the batch is built
+    try:
+        world = BatchedPutOnPlate(
+            spec.env_id,
+            len(images),
+            image_size=spec.image_size,
+            sim_backend=backends[0],
+            render_backend=backends[1],
+            **settings,
+        )
+    except BaseException:
+        settlers.close()
+        raise
+    return BatchedGroup(spec, offset, images, final_images, world, settlers)

@@ -17,8 +17,9 @@ CONTROL_FREQ = 5  # Hz, of the PutOnPlateInScene25 family; other envs have their
 # settings under which replayed actions lead to the same state
 REPLAY_KEYS = (
     "env_id", "obj_set", "asset_pack", "sim_freq", "max_episode_steps", "ignore_terminations", "protocol", "seed",
-    "instruction",
+    "instruction", "sim_backend",
 )  # fmt: skip
+SIM_BACKENDS = ("physx_cpu", "physx_cuda", "auto")
 EPISODE_METRICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
 
 
@@ -40,6 +41,7 @@ class EnvSpec:
     seed: int
     first_env: int
     instruction: str | None = None
+    sim_backend: str = "physx_cpu"  # or "physx_cuda"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -77,9 +79,44 @@ class EnvSpec:
                 f"asset_pack, asset_dir and protocol are choices of the {episodes.FAMILY} family: "
                 f"leave them out for {self.env_id}."
             )
+        if self.sim_backend == "physx_cuda":
+            self._check_batch(pipeline_stages)
         variants.check_protocol(self.protocol)
         if self.asset_pack not in variants.ASSET_PACKS:
             raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
+
+    def _check_batch(self, pipeline_stages: int) -> None:
+        """What only the batched simulation on the GPU asks for."""
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "sim_backend='physx_cuda' needs a CUDA device, and torch sees none here: use sim_backend='physx_cpu' "
+                "with num_env_workers, or run `python doctor.py`."
+            )
+        if not episodes.in_family(self.env_id):
+            raise ValueError(
+                f"sim_backend='physx_cuda' is for the {episodes.FAMILY} family: use 'physx_cpu' for {self.env_id}."
+            )
+        if pipeline_stages != 1:
+            raise ValueError(
+                f"pipeline_stages={pipeline_stages} is for worker processes: with sim_backend='physx_cuda' all envs "
+                "are simulated together, so leave it at 1."
+            )
+
+    def next_episode_id(self, env_index: int, counter: int) -> int:
+        """Training episode number `counter` of global env `env_index`."""
+        return variants.train_episode_id(
+            episodes.num_start_states(self.env_id, self.obj_set), self.seed, env_index, counter
+        )
+
+
+def resolve_backend(sim_backend: str, env_id: str, pipeline_stages: int) -> str:
+    """physx_cpu or physx_cuda; "auto" is the GPU where there is one that can do it. One clear sentence otherwise."""
+    if sim_backend not in SIM_BACKENDS:
+        raise ValueError(f"unknown sim_backend {sim_backend!r}: use one of {', '.join(SIM_BACKENDS)}.")
+    if sim_backend != "auto":
+        return sim_backend
+    able = torch.cuda.is_available() and episodes.in_family(env_id) and pipeline_stages == 1
+    return "physx_cuda" if able else "physx_cpu"
 
 
 @dataclass(frozen=True)
@@ -107,8 +144,7 @@ class EnvSlot:
         """The given episode, or with None the next of this env's own training stream."""
         self.explicit = episode_id is not None
         if episode_id is None:
-            total = episodes.num_start_states(self.spec.env_id, self.spec.obj_set)
-            episode_id = variants.train_episode_id(total, self.spec.seed, self.env_index, self.counter)
+            episode_id = self.spec.next_episode_id(self.env_index, self.counter)
             self.counter += 1
         self.env.start_episode(
             episodes.start_state(self.spec.env_id, self.spec.obj_set, episode_id, self.spec.protocol)

@@ -35,6 +35,7 @@ from mani_skill.agents.base_agent import BaseAgent
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseControllerConfig
 from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicControllerConfig
 from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.render import set_shader_pack
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import REGISTERED_ENVS, register_env
@@ -230,6 +231,9 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._lasting = list(old.entities)  # stage, robot, lights, camera
         for entity in reversed(self._lasting + self._bodies):
             old.remove_entity(entity)
+        if self.scene.can_render():
+            # a camera that is added takes the shader of the moment, which another env may have changed
+            set_shader_pack(self._sensors[CAMERA].config.shader_config)
         px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
         new = sapien.Scene([px, old.render_system] if self.scene.can_render() else [px])

@@ -100,8 +100,8 @@ def seen_box(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """top, bottom, left, right of all that is seen: int64 [N], bottom and right excluded; the first pixel for none."""
 
     def ends(line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # bool [N, L]
-        line = line.to(torch.uint8)
-        first, last = line.argmax(-1), line.shape[-1] - line.flip(-1).argmax(-1)
+        numbers = line.to(torch.uint8)
+        first, last = numbers.argmax(-1), line.shape[-1] - numbers.flip(-1).argmax(-1)
         return first, torch.where(line.any(-1), last, 1)
 
     return (*ends(seen.any(2)), *ends(seen.any(1)))

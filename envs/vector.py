@@ -49,7 +49,8 @@ class VectorEnv:
         self.num_start_states = episodes.num_start_states(spec.env_id, spec.obj_set)
         parts = _cut(0, spec.num_envs, pipeline_stages)
         self.parts: list[slice] = [slice(lower, upper) for lower, upper in parts]  # rows of each half-batch
-        workers = [upper - lower for lower, upper in _cut(0, num_env_workers, pipeline_stages)]
+        in_workers = num_env_workers > 0 and spec.sim_backend == "physx_cpu"
+        workers = [upper - lower for lower, upper in _cut(0, num_env_workers * in_workers, pipeline_stages)]
         # env indices of each group, and the groups of each part; a group never spans two parts
         self._bounds: list[tuple[int, int]] = []
         self._groups_of: list[range] = []
@@ -60,12 +61,14 @@ class VectorEnv:
         self._groups: list = []
         self._in_flight: set[int] = set()  # parts between step_async and step_wait
         self._started = False
-        self._guarded(self._open, num_env_workers > 0, worker_timeout)
+        self._guarded(self._open, in_workers, num_env_workers, worker_timeout)
 
-    def _open(self, in_workers: bool, worker_timeout: float) -> None:
+    def _open(self, in_workers: bool, num_env_workers: int, worker_timeout: float) -> None:
         for lower, upper in self._bounds:
             place = (self._spec, lower, upper - lower)
-            self._groups.append(WorkerGroup(*place, worker_timeout) if in_workers else LocalGroup(*place))
+            self._groups.append(
+                WorkerGroup(*place, worker_timeout) if in_workers else LocalGroup(*place, max(1, num_env_workers))
+            )
         if in_workers:
             for group in self._groups:
                 group.built()
@@ -246,7 +249,10 @@ class VectorEnv:
         return [one | {"world": world} for part in self._call("state_dict") for one in part]
 
     def load_state_dict(self, state: list[dict]) -> dict | None:
-        """Continue where `state` was taken. Returns the observation of that moment, None if before a reset."""
+        """Continue where `state` was taken. Returns the observation of that moment, None if before a reset.
+
+        With sim_backend "physx_cuda" episodes under way are replayed on the GPU: not bit for bit (`envs/batched.py`).
+        """
         self._check_usable("load_state_dict", needs_reset=False)
         if len(state) != self.num_envs:
             raise ValueError(f"this state holds {len(state)} envs, there are {self.num_envs}: make as many envs.")

@@ -44,15 +44,21 @@ def _image_arrays(buffer, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.nda
 
 
 class LocalGroup:
-    """An EnvGroup in this process, with a worker's interface. What it raises goes straight to the caller."""
+    """A group in this process, with a worker's interface. What it raises goes straight to the caller."""
 
     num_restarts = 0
 
-    def __init__(self, spec: EnvSpec, offset: int, count: int):
+    def __init__(self, spec: EnvSpec, offset: int, count: int, num_settlers: int = 1):
+        """num_settlers: processes that settle start states, for a batch on the GPU alone."""
         self.images, self.final_images = _image_arrays(
             bytearray(2 * count * int(np.prod(spec.image_shape))), count, spec
         )
-        self._group = EnvGroup(spec, offset, self.images, self.final_images)
+        if spec.sim_backend == "physx_cuda":
+            from envs.batched_group import open_batch
+
+            self._group = open_batch(spec, offset, self.images, self.final_images, num_settlers)
+        else:
+            self._group = EnvGroup(spec, offset, self.images, self.final_images)
 
     def start(self, method: str, *args) -> None:
         self._result = getattr(self._group, method)(*args)
