@@ -254,6 +254,20 @@ def test_fast_path_equals_base_env_step(short, episode_id, protocol):
     plain.close()
 
 
+def test_another_envs_shader_changes_nothing():
+    """ManiSkill's shader is one per process, and a camera takes the present one when it enters a new scene."""
+    from mani_skill.render import set_shader_pack
+    from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS
+
+    env = build("Main-v3")
+    start(env, "train", 5)
+    before = env.render_image()
+    set_shader_pack(PREBUILT_SHADER_CONFIGS["default"])
+    start(env, "train", 5)
+    np.testing.assert_array_equal(env.render_image(), before)
+    env.close()
+
+
 def test_gymnasium_makes_every_id_and_asks_nobody():
     code = (
         "import gymnasium, envs\n"
