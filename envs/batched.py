@@ -82,6 +82,7 @@ class BatchedPutOnPlate(PutOnPlateScene):
         contacts = max(GPUMemoryConfig.max_rigid_contact_count, _power_of_two(CONTACTS_PER_ROW * self.num_envs))
         config.gpu_memory_config.max_rigid_contact_count = contacts
         config.gpu_memory_config.max_rigid_patch_count = contacts // 2
+        config.scene_config.enable_enhanced_determinism = not self._sim_device.is_cuda()  # PhysX has it for CPUs
         return config
 
     # -----------------------------------------------------------------------------------------------------------------
