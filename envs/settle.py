@@ -29,6 +29,7 @@ from envs.workers import worker_environment
 
 SETTLER_CODE = "import sys; from envs.settle import settler_main; settler_main(int(sys.argv[1]))"
 KEPT = 16_384  # results; some hundred bytes each
+AT_ONCE = 32  # requests that one process has been sent: more could fill both sockets, and both sides would wait
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Settlers:
     def __init__(self, env_id: str, count: int, **settings):
         """settings: obj_set, asset_pack, asset_dir, sim_freq, protocol, as for the env itself."""
         self._kept: collections.OrderedDict[StartState, Settled] = collections.OrderedDict()
-        self._asked: dict[StartState, int] = {}  # by which process
+        self._asked: dict[StartState, int] = {}  # of which process
+        self._backlogs = [collections.deque() for _ in range(count)]  # asked of each, but not sent yet
+        self._sent = [0] * count  # and not answered
         self._processes: list[subprocess.Popen] = []
         self._connections: list[Connection] = []
         try:
@@ -76,24 +79,31 @@ class Settlers:
 
     def ask(self, start: StartState) -> None:
         """Have it settled by whoever has the least to do, unless it is or is being settled."""
-        if start in self._kept:
-            self._kept.move_to_end(start)
-            return
-        if start in self._asked:
+        if start in self._kept or start in self._asked:
             return
         waiting = collections.Counter(self._asked.values())
         k = min(range(len(self._connections)), key=lambda k: waiting[k])
         self._asked[start] = k
-        try:
-            self._connections[k].send(start)
-        except OSError:
-            self._fail(k, "it ended")
+        self._backlogs[k].append(start)
+        self._send(k)
+
+    def _send(self, k: int) -> None:
+        """As much of the backlog as is good for process k."""
+        while self._backlogs[k] and self._sent[k] < AT_ONCE:
+            try:
+                self._connections[k].send(self._backlogs[k][0])
+            except OSError:
+                self._receive(k)  # it has ended, and perhaps said why
+                continue
+            self._backlogs[k].popleft()
+            self._sent[k] += 1
 
     def get(self, start: StartState) -> Settled:
         """The settled state. Raises what the process said where it could not be computed."""
         self.ask(start)
         while start not in self._kept:
             self._receive(self._asked[start])
+        self._kept.move_to_end(start)
         return self._kept[start]
 
     def _receive(self, k: int) -> None:
@@ -104,8 +114,10 @@ class Settlers:
         if kind == "error":
             self._fail(k, value)
         del self._asked[start]
+        self._sent[k] -= 1
+        self._send(k)
         self._kept[start] = value
-        while len(self._kept) > max(KEPT, len(self._asked)):
+        if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
 
     def _fail(self, k: int, why: str) -> None:

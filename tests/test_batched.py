@@ -308,6 +308,29 @@ def test_settlers_give_what_the_env_settles():
     env.close()
 
 
+def test_settlers_can_be_asked_for_thousands_at_once(monkeypatch):
+    """Neither side waits for the other to read; what is no longer kept is settled again."""
+    from envs import settle
+
+    answering = (
+        "import sys; from multiprocessing.connection import Connection; c = Connection(int(sys.argv[1])); c.recv()\n"
+        "while True: start = c.recv(); c.send(('ok', start, (start.episode_id, bytes(4000))))"
+    )
+    monkeypatch.setattr(settle, "SETTLER_CODE", answering)
+    monkeypatch.setattr(settle, "KEPT", 500)
+    starts = [variants.decode(MAIN, "train", i) for i in range(3000)]
+    settlers = settle.Settlers(MAIN, 2)
+    for start in starts:
+        settlers.ask(start)
+    assert [settlers.get(start)[0] for start in starts] == list(range(3000))
+    assert len(settlers._kept) <= 500 and not settlers._asked and settlers.get(starts[0])[0] == 0
+    for process in settlers._processes:
+        process.kill()
+    with pytest.raises(RuntimeError, match="settles start states"):
+        settlers.get(variants.decode(MAIN, "train", 5000))
+    settlers.close()
+
+
 def test_every_body_of_an_object_set_is_there():
     random = np.random.RandomState(0)
     for env_id, variant in variants.VARIANTS.items():
