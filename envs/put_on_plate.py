@@ -204,6 +204,9 @@ class PutOnPlateInScene(PutOnPlateScene):
         self._arm = arm.active_joint_indices.numpy()
         self._solver_order = arm.kinematics.pmodel_active_joint_indices.numpy()
         self._solver_arm = arm.kinematics.pmodel_controlled_joint_indices.numpy()
+        gripper = self.agent.controller.controllers["gripper"]
+        low, high = gripper.action_space_low.numpy()[0], gripper.action_space_high.numpy()[0]
+        self._grip_middle, self._grip_reach = (high + low) * np.float32(0.5), (high - low) * np.float32(0.5)
 
     def _setup_sensors(self, options: dict):
         super()._setup_sensors(options)
@@ -370,7 +373,9 @@ class PutOnPlateInScene(PutOnPlateScene):
         targets = angles[self._solver_arm].astype(np.float32) if solved else qpos[self._arm]  # out of reach: stay
         for joint, target in zip(arm.joints, targets):
             joint._objs[0].drive_target = [[target]]
-        gripper.set_action(action[:, 6:])
+        width = self._grip_middle + self._grip_reach * np.float32(min(max(float(action[0, 6]), -1.0), 1.0))
+        for joint in gripper.joints:
+            joint._objs[0].drive_target = [[width]]
 
     def _judge(self) -> tuple[float, bool]:
         """Look at the contacts once; update the latches; reward is the increase of the potential (RL4VLA 1.5)."""

@@ -254,6 +254,30 @@ def test_fast_path_equals_base_env_step(short, episode_id, protocol):
     plain.close()
 
 
+def test_the_short_command_sets_the_stock_controllers_targets():
+    """To the bit, from many poses: near and far, out of reach, beyond the gripper's range."""
+    from mani_skill.utils.structs.pose import Pose
+
+    env, random = build("Main-v3", image_size=(16, 16)), np.random.RandomState(0)
+    controller, joints = env.agent.controller, env._robot.active_joints
+    arm, stayed = controller.controllers["arm"], 0
+    for k in range(200):
+        env._robot.qpos = env._robot.qpos + random.uniform(-0.02, 0.02, 8).astype(np.float32) * ([1] * 6 + [0] * 2)
+        before = arm._target_pose = Pose.create(arm.ee_pose_at_base.raw_pose)
+        scale = (0.02, 0.2, 1.0)[k % 3]
+        action = torch.tensor(random.uniform(-scale, scale, (1, 7)), dtype=torch.float32)
+        action[0, 6] = random.choice([-1, 1, 0.3, 1.7])
+        env._command(action)
+        ours, pose = [joint.drive_target.item() for joint in joints], arm._target_pose.raw_pose
+        arm._target_pose = before
+        controller.set_action(action)
+        assert ours == [joint.drive_target.item() for joint in joints]
+        assert torch.equal(pose, arm._target_pose.raw_pose)
+        stayed += ours[:6] == env._robot.qpos[:6].tolist()
+    assert 20 < stayed < 100
+    env.close()
+
+
 def test_another_envs_shader_changes_nothing():
     """ManiSkill's shader is one per process, and a camera takes the present one when it enters a new scene."""
     from mani_skill.render import set_shader_pack
