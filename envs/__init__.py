@@ -74,20 +74,8 @@ def make_envs(
     from envs import group, vector
 
     spec = group.EnvSpec(
-        env_id,
-        num_envs,
-        obj_set,
-        asset_pack,
-        asset_dir,
-        tuple(image_size),
-        sim_freq,
-        max_episode_steps,
-        auto_reset,
-        ignore_terminations,
-        protocol,
-        seed,
-        first_env,
-        instruction,
+        env_id, num_envs, obj_set, asset_pack, asset_dir, tuple(image_size), sim_freq, max_episode_steps, auto_reset,
+        ignore_terminations, protocol, seed, first_env, instruction,
         group.resolve_backend(sim_backend, env_id, pipeline_stages),
-    )
+    )  # fmt: skip
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
