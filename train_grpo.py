@@ -84,7 +84,7 @@ class Args:
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
     image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
     sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
-    # physx_cpu repeats bit for bit; physx_cuda simulates all envs of a rank in one batch; auto: the GPU where there is one
+    # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
     max_episode_steps: int = 80  # an episode is cut after this many actions
     num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
