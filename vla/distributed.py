@@ -6,6 +6,7 @@ The scripts run under `deepspeed`, under torchrun, and as plain `python` (one ra
 import logging
 import os
 import random
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 class UserError(Exception):
@@ -60,6 +61,10 @@ def setup_distributed(seed: int) -> torch.device:
     """
     for name, value in LAUNCHER_ENV.items():
         os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:  # one rank without launcher: any port, since other such runs may be going on
+        with socket.socket() as sock:
+            sock.bind((os.environ["MASTER_ADDR"], 0))
+            os.environ["MASTER_PORT"] = str(sock.getsockname()[1])
     # DeepSpeed calls `ninja`, which pip puts beside python: found also when .venv/bin is not on PATH
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,9 +1,17 @@
 """Success on fixed episodes. The training scripts and evaluate.py share this loop.
 
 Episodes are named by id; which rank, worker or batch runs one changes nothing but rounding: its actions depend on its
-own pixels and on noise that is a function of (episode id, step).
+own pixels and on noise that is a function of (seed, episode id, step).
+
+    N envs on this rank   C = chunk_size actions per decision   M episodes
 """
 
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
 import torch
 
 from vla.distributed import all_gather_lists, rank, world_size
@@ -12,58 +20,149 @@ from vla.policy import uniform_noise
 STATISTICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
 
 
+class Actor(Protocol):
+    """Whatever acts: a policy at one temperature, a scripted expert, nobody."""
+
+    def begin(self, episode_ids: Sequence[int]) -> None:
+        """N episodes start, one per env."""
+
+    def restart(self, env: int) -> None:
+        """This env's episode was lost with its worker and has begun again."""
+
+    def act(self, obs: dict, envs) -> torch.Tensor:
+        """obs of the N envs -> actions float32 [N, C, 7], robot units."""
+
+
+class PolicyActor:
+    """A VLAPolicy with whole weights at one temperature (0 = greedy)."""
+
+    def __init__(self, policy, temperature: float, seed: int = 0):
+        self.policy, self.temperature, self.seed = policy, temperature, seed
+        self.device = next(policy.parameters()).device
+
+    def begin(self, episode_ids: Sequence[int]) -> None:
+        self.seeds = [(self.seed << 40) + int(episode_id) for episode_id in episode_ids]  # ids lie below 2^40
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    def restart(self, env: int) -> None:
+        self.generators[env].manual_seed(self.seeds[env])
+
+    def act(self, obs: dict, envs) -> torch.Tensor:
+        noise = torch.cat([uniform_noise(1, self.policy.chunk_size, g) for g in self.generators])  # [N, C, D]
+        tokens, _, _ = self.policy.act(self.policy.prepare(obs, self.device), self.temperature, noise)
+        return self.policy.decode(tokens)
+
+
 def evaluate(policy, envs, episode_ids: list[int], temperature: float, video=None) -> dict[str, float]:
     """Run every episode id once, spread over ranks, and average.
 
     Args:
         policy: whole weights on this rank (rollout_stage).
-        envs: vector env with auto_reset off and any number of envs.
+        envs: vector env with auto_reset off and any number of envs, the same on all ranks.
         video: something with add(images [N, H, W, 3], captions [N][...]), or None; gets this rank's first batch.
 
     Returns:
         mean of success_once, success_at_end, return, episode_len, reward, and num_episodes.
     """
-    local_ids = episode_ids[rank() :: world_size()]
-    rows = []
-    for start in range(0, len(local_ids), envs.num_envs):
-        batch = local_ids[start : start + envs.num_envs]
-        rows += run_batch(policy, envs, batch, temperature, video if start == 0 else None)
-    rows = all_gather_lists(rows)
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in STATISTICS}
-    return means | {"num_episodes": float(len(rows))}
+    batches = run_episodes(PolicyActor(policy, temperature), envs, episode_ids, video)
+    episodes = [episode for batch in batches for episode in batch]
+    means = {name: sum(episode[name] for episode in episodes) / len(episodes) for name in STATISTICS}
+    return means | {"num_episodes": float(len(episodes))}
 
 
-def run_batch(policy, envs, episode_ids: list[int], temperature: float, video) -> list[dict[str, float]]:
+def run_episodes(actor: Actor, envs, episode_ids: list[int], video=None) -> Iterator[list[dict]]:
+    """Run every episode id once, spread over ranks; all ranks together.
+
+    Args:
+        envs: vector env with auto_reset off and equally many envs on every rank.
+        video: see evaluate().
+
+    Yields:
+        all ranks' episodes, batch by batch as they end, in the order of episode_ids and alike on every rank. A dict
+        has episode_id, the STATISTICS, seconds (its share of the batch's) and actions (float32 [episode_len, 7], what
+        was executed: see replay()).
+    """
+    at_once = envs.num_envs * world_size()
+    for start in range(0, len(episode_ids), at_once):
+        began = time.perf_counter()
+        ids = episode_ids[start : start + at_once]
+        mine = ids[rank() :: world_size()]
+        batch = run_batch(actor, envs, mine, video if start == 0 else None) if mine else []
+        ended = {episode["episode_id"]: episode for episode in all_gather_lists(batch)}
+        seconds = (time.perf_counter() - began) / len(ids)
+        yield [ended[episode_id] | {"seconds": seconds} for episode_id in ids]
+
+
+def run_batch(actor: Actor, envs, episode_ids: list[int], video=None) -> list[dict]:
     """At most envs.num_envs episodes at once; envs that have none repeat the last id and are left out of the result."""
     padded = episode_ids + [episode_ids[-1]] * (envs.num_envs - len(episode_ids))
-    generators = [torch.Generator().manual_seed(int(episode_id)) for episode_id in padded]
+    actor.begin(padded)
     obs = envs.reset(padded)
-    rows: dict[int, dict[str, float]] = {}
+    rows: dict[int, dict] = {}
+    executed: list[list[np.ndarray]] = [[] for _ in padded]
     returns = torch.zeros(envs.num_envs)
-    steps = 0
     if video is not None:
-        video.add(obs["image"], captions(obs, 0, returns, rows))
+        video.add(obs["image"], captions(obs, executed, returns, rows))
     while len(rows) < envs.num_envs:
-        noise = torch.cat([uniform_noise(1, policy.chunk_size, generator) for generator in generators])  # [N, C, D]
-        device = next(policy.parameters()).device
-        tokens, _, _ = policy.act(policy.prepare(obs, device), temperature, noise)
-        obs, rewards, _, _, infos = envs.step(policy.decode(tokens))
+        actions = torch.as_tensor(actor.act(obs, envs), dtype=torch.float32)  # [N, C, 7]
+        obs, rewards, _, _, infos = envs.step(actions)
         for env in infos["dropped"].nonzero()[:, 0].tolist():  # lost with a worker, and begun again
-            generators[env].manual_seed(int(padded[env]))
-            returns[env] = 0.0
+            actor.restart(env)
+            returns[env], executed[env] = 0.0, []
         returns += rewards.sum(dim=1)
-        steps += policy.chunk_size
+        for env in range(envs.num_envs):
+            executed[env].extend(actions[env][infos["valid"][env]].numpy())
         for position, env in enumerate(infos["ended"].tolist()):
-            rows[env] = {name: float(infos["episode"][name][position]) for name in STATISTICS}
+            statistics = {name: float(infos["episode"][name][position]) for name in STATISTICS}
+            rows[env] = {"episode_id": int(padded[env])} | statistics | {"actions": np.stack(executed[env])}
         if video is not None:
-            video.add(obs["image"], captions(obs, steps, returns, rows))
+            video.add(obs["image"], captions(obs, executed, returns, rows))
     return [rows[env] for env in range(len(episode_ids))]
 
 
-def captions(obs: dict, steps: int, returns: torch.Tensor, rows: dict[int, dict[str, float]]) -> list[list[str]]:
+def replay(envs, episodes: list[dict], videos: list) -> None:
+    """Show at most envs.num_envs episodes again from their actions, every control step of them, one video each.
+
+    Args:
+        videos: as in evaluate(), one per episode; each gets one picture per control step, and no more once its
+            episode has ended.
+
+    Warns where an episode goes otherwise than it did.
+    """
+    padded = episodes + [episodes[-1]] * (envs.num_envs - len(episodes))
+    obs = envs.reset([episode["episode_id"] for episode in padded])
+    returns = [0.0] * len(episodes)
+    longest = max(len(episode["actions"]) for episode in episodes)
+    for step in range(longest + 1):
+        for env, (episode, video) in enumerate(zip(episodes, videos)):
+            if step <= len(episode["actions"]):
+                lines = [obs["task_description"][env], f"step {step}  return {returns[env]:.2f}"]
+                over = step == len(episode["actions"])
+                video.add(obs["image"][env : env + 1], [[*lines, outcome(episode)] if over else lines])
+        if step == longest:
+            return
+        actions = [episode["actions"][min(step, len(episode["actions"]) - 1)] for episode in padded]
+        obs, rewards, _, _, infos = envs.step(np.stack(actions)[:, None])  # envs whose episode has ended stay at rest
+        returns = [total + float(reward) for total, reward in zip(returns, rewards[:, 0])]
+        for position, env in enumerate(infos["ended"].tolist()):
+            again = {name: float(infos["episode"][name][position]) for name in STATISTICS}
+            if again != {name: padded[env][name] for name in STATISTICS}:
+                warnings.warn(
+                    f"episode {padded[env]['episode_id']} of {envs.env_id} gave {again} in its video, not what it had "
+                    "given before: its simulation is not deterministic here",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
+def outcome(episode: dict) -> str:
+    return "success" if episode["success_once"] else "failed"
+
+
+def captions(obs: dict, executed: list[list], returns: torch.Tensor, rows: dict[int, dict]) -> list[list[str]]:
     """What stands in each tile: instruction, step and return, and the outcome once the episode has ended."""
     lines = []
     for env, text in enumerate(obs["task_description"]):
-        outcome = ["success" if rows[env]["success_once"] else "failed"] if env in rows else []
-        lines.append([text, f"step {steps}  return {returns[env]:.2f}", *outcome])
+        end = [outcome(rows[env])] if env in rows else []
+        lines.append([text, f"step {len(executed[env])}  return {returns[env]:.2f}", *end])
     return lines

@@ -1,0 +1,115 @@
+"""The episodes of an evaluation as they end: a file that an interrupted evaluation goes on from, and a progress bar.
+
+`episodes.jsonl` has one line per episode: setting, temperature, episode_id, statistics, seconds (its share of its
+batch's), and the executed actions as base64 of little-endian float32 [episode_len, 7].
+"""
+
+import base64
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vla.distributed import barrier, rank
+
+SECONDS_BETWEEN_LINES = 20.0  # of progress, where standard error is no terminal
+
+
+def pack_actions(actions: np.ndarray) -> str:
+    """float32 [T, 7] -> text."""
+    return base64.b64encode(np.ascontiguousarray(actions, "<f4").tobytes()).decode()
+
+
+def unpack_actions(text: str) -> np.ndarray:
+    """The inverse of pack_actions, bit for bit."""
+    return np.frombuffer(base64.b64decode(text), "<f4").reshape(-1, 7).astype(np.float32)
+
+
+class EpisodeLog:
+    """What has been run, by (setting, temperature) and episode id; alike on every rank, written by rank 0."""
+
+    def __init__(self, path: Path):
+        """Reads what is there; all ranks together. A last line that was cut off by a kill is taken away."""
+        self.path = path
+        self.done: dict[tuple[str, float], dict[int, dict]] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            episode = json.loads(line)
+            episode["actions"] = unpack_actions(episode["actions"])
+            self._remember(episode.pop("setting"), episode.pop("temperature"), episode)
+        barrier()  # everybody has read
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            self._file.truncate(len(whole))
+
+    def _remember(self, setting: str, temperature: float, episode: dict) -> None:
+        self.done.setdefault((setting, temperature), {})[episode["episode_id"]] = episode
+
+    def missing(self, setting: str, temperature: float, episode_ids: list[int]) -> list[int]:
+        done = self.done.get((setting, temperature), {})
+        return [episode_id for episode_id in episode_ids if episode_id not in done]
+
+    def episodes(self, setting: str, temperature: float, episode_ids: list[int]) -> list[dict]:
+        return [self.done[setting, temperature][episode_id] for episode_id in episode_ids]
+
+    def add(self, setting: str, temperature: float, episodes: list[dict]) -> None:
+        """Remember, and on rank 0 write, episodes that have ended."""
+        for episode in episodes:
+            self._remember(setting, temperature, episode)
+            if rank() == 0:
+                line = {"setting": setting, "temperature": temperature, **episode}
+                line["actions"] = pack_actions(episode["actions"])
+                self._file.write(json.dumps(line).encode() + b"\n")
+        if rank() == 0:
+            self._file.flush()
+
+    def close(self) -> None:
+        if rank() == 0:
+            self._file.close()
+
+
+class Progress:
+    """Episodes run and success so far: a bar in a terminal, else a line now and then. Silent beyond rank 0."""
+
+    def __init__(self, total: int, done: int):
+        self.total, self.done = total, done
+        self.cell, self.successes, self.count = "", 0.0, 0
+        self.start = self.last_line = time.monotonic()
+        self.begun_with = done
+        in_terminal = sys.stderr.isatty()
+        self.bar = None
+        if rank() == 0 and in_terminal:
+            self.bar = tqdm(total=total, initial=done, desc="evaluating", unit="ep", dynamic_ncols=True)
+
+    def begin(self, cell: str, episodes: list[dict]) -> None:
+        """A (setting, temperature) begins, of which these episodes have been run already."""
+        self.cell, self.count = cell, len(episodes)
+        self.successes = sum(episode["success_once"] for episode in episodes)
+
+    def add(self, episodes: list[dict]) -> None:
+        """These have ended."""
+        self.done += len(episodes)
+        self.count += len(episodes)
+        self.successes += sum(episode["success_once"] for episode in episodes)
+        success = f"{self.successes / max(self.count, 1):.3f}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.cell} success {success}", refresh=False)
+            self.bar.update(len(episodes))
+        elif rank() == 0 and (self.done == self.total or time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES):
+            self.last_line = time.monotonic()
+            rate = (self.last_line - self.start) / max(self.done - self.begun_with, 1)
+            left = f", about {rate * (self.total - self.done) / 60:.1f} min left" if self.done < self.total else ""
+            print(
+                f"{self.done}/{self.total} episodes: {self.cell} success {success} of {self.count}{left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
