@@ -153,8 +153,9 @@ def data_url(path: Path, kind: str) -> str:
 
 
 def html_table(table: list[list[str]], ident: str, videos: dict[str, list[dict]] | None = None) -> str:
-    """A table of text. videos: by what stands in the first column; links to them make a further one."""
+    """A table of text. videos: by what stands in the first column; links to them stand once, in a further one."""
     header, *rows = table
+    left = dict(videos or {})
     lines = [f'<table id="{ident}"><thead><tr>']
     lines += [f"<th>{html.escape(cell)}</th>" for cell in [*header, *(["videos"] if videos else [])]]
     lines.append("</tr></thead><tbody>")
@@ -163,7 +164,7 @@ def html_table(table: list[list[str]], ident: str, videos: dict[str, list[dict]]
         if videos:
             links = [
                 f'<a href="#{video["file"]}" data-video="{video["file"]}">&#9654; {video["outcome"]}</a>'
-                for video in videos.get(row[0], [])
+                for video in left.pop(row[0], [])
             ]
             cells.append(" ".join(links))
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -128,11 +128,12 @@ def means_table(results: dict, published: dict[str, dict]) -> list[list[str]]:
 
 
 def settings_table(results: dict) -> list[list[str]]:
-    """Header and one row per setting and temperature."""
+    """Header and one row per setting and temperature, in the order of the published table."""
     header = ["setting", "group", "sampling", "episodes", "success_once %", "success_at_end %", "return", "length"]
     table = [[*header, "seconds"]]
-    for temperature, part in by_temperature(results):
-        for name, one in part["settings"].items():
+    for name in sorted(results["settings"], key=lambda name: [*GROUP_OF, name].index(name)):
+        for temperature, part in by_temperature(results):
+            one = part["settings"][name]
             table.append(
                 [
                     name,

@@ -1,0 +1,424 @@
+"""The table of 16 settings: its arithmetic, its episodes, its files, and the page in a real browser."""
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from chromium import Page, find_chromium
+from test_machine import free_port, train
+
+import evaluate
+from envs import VARIANTS, eval_episode_ids, is_held_out
+from vla.cli import read_yaml
+from vla.distributed import UserError
+from vla.episode_log import EpisodeLog
+from vla.logger import wilson_interval
+from vla.results import assemble, compare, comparison_table, group_means, holm, mcnemar, published_means
+from vla.settings import FAMILY, GROUP_OF, GROUPS, parse_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = read_yaml(ROOT / "benchmarks" / "published.yaml")
+SMALL_WORLD = ["--image_size", "96", "96", "--sim_freq", "100", "--dtype", "float32"]
+
+
+# ---------------------------------------------------------------------- arithmetic
+@pytest.mark.parametrize(
+    "row, groups, average_of_ood, mean_of_15",
+    [
+        ("rlinf-openvla-base", (53.91, 38.75, 35.94, 42.06), 39.10, 38.10),
+        ("rl4vla-ppo-by-rlinf", (93.75, 80.47, 75.00, 81.77), 79.15, 78.18),
+        ("rlinf-ppo-openvla", (96.09, 82.03, 78.35, 85.42), 81.93, 80.99),
+        ("rlinf-grpo-openvla", (84.38, 74.69, 72.99, 77.86), 75.15, 74.53),
+        ("rlinf-oft-base", (28.13, 27.73, 12.95, 11.72), 18.29, 17.63),
+        ("rlinf-ppo-oft", (97.66, 92.11, 64.84, 73.57), 77.05, 75.68),
+        ("rlinf-grpo-oft", (94.14, 84.69, 45.54, 44.66), 60.64, 58.41),
+    ],
+)
+def test_published_table_follows_from_its_counts(row, groups, average_of_ood, mean_of_15):
+    """The published "average of OOD" is the mean of all 16 settings, to its two decimals (the base row is rounded)."""
+    means = {name: 100 * mean["success_once"] for name, mean in published_means(PUBLISHED[row]).items()}
+    assert [means[group] for group in GROUPS] == pytest.approx(list(groups), abs=0.0051)
+    assert means["mean_of_16_published_average"] == pytest.approx(
+        average_of_ood, abs=0.0135 if row == "rlinf-openvla-base" else 0.0051
+    )
+    assert means["mean_of_15_out_of_distribution"] == pytest.approx(mean_of_15, abs=0.0051)
+    assert PUBLISHED[row]["published_average_of_ood"] == average_of_ood
+
+
+def test_published_counts_per_setting_add_up_to_those_per_group():
+    for row in PUBLISHED.values():
+        for group, names in GROUPS.items() if "settings" in row else ():
+            assert sum(row["settings"][name] for name in names) == row["successes"][group]
+
+
+def test_means_count_every_setting_alike_and_only_whole_groups():
+    rates = {name: (0.5, 4) for name in GROUP_OF} | {"Carrot-v1:train": (1.0, 400)}
+    means = group_means(rates)
+    assert means["mean_of_16_published_average"]["success_once"] == pytest.approx((15 * 0.5 + 1.0) / 16)
+    assert means["vision"]["episodes"] == 20 and means["vision"]["wilson_95"] == list(wilson_interval(0.5, 20))
+    del rates["EEPose-v1:test"]
+    means = group_means(rates)
+    assert means["execution"] is means["mean_of_16_published_average"] is None and means["semantic"] is not None
+
+
+def test_there_are_16_settings_of_5_7_3_and_1():
+    assert [len(names) for names in GROUPS.values()] == [1, 5, 7, 3] and len(GROUP_OF) == 16
+    for one in parse_settings(["all"], VARIANTS, None):
+        ids = eval_episode_ids(one.env_id, one.obj_set, 300)
+        assert len(set(ids)) == 300 and all(map(is_held_out, ids))
+        assert ids[:256] == eval_episode_ids(one.env_id, one.obj_set, 256)
+
+
+def test_mcnemar_is_the_share_of_outcomes_at_least_as_uneven():
+    for only_first, only_second in itertools.product(range(6), repeat=2):
+        n, uneven = only_first + only_second, abs(only_first - only_second)
+        outcomes = [abs(n - 2 * sum(coins)) >= uneven for coins in itertools.product((0, 1), repeat=n)]
+        assert mcnemar(only_first, only_second) == pytest.approx(sum(outcomes) / len(outcomes))
+    assert mcnemar(1, 9) == pytest.approx(22 / 1024)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------------- settings, logs, comparisons
+def test_settings_by_group_name_and_full_id_each_once():
+    def names(*words, instruction=None):
+        return [one.name for one in parse_settings(words, VARIANTS, instruction)]
+
+    assert names("all") == list(GROUP_OF)
+    assert names("vision", "VisionImage-v1:test", "Carrot-v1:test") == [*GROUPS["vision"], "Carrot-v1:test"]
+    assert names("in-distribution", f"{FAMILY}Carrot-v1:train") == ["Carrot-v1:train"]
+    assert names("Main-v3:test") == ["Main-v3:test"]
+    (cube,) = parse_settings(["PickCube-v1"], VARIANTS, "pick up the cube")
+    assert (cube.env_id, cube.obj_set) == ("PickCube-v1", "train")
+
+
+@pytest.mark.parametrize(
+    "word, hint",
+    [
+        ("Carot-v1:test", "did you mean Carrot-v1:test"),
+        ("visoin", "did you mean vision"),
+        ("position-v1:test", "did you mean Position-v1:test"),
+        ("Carrot-v1", "Carrot-v1:train, Carrot-v1:test"),
+        ("Carrot-v1:tset", "did you mean Carrot-v1:test"),
+        ("qqqqqqqq", "use all, a group such as vision"),
+    ],
+)
+def test_misspelt_settings(word, hint):
+    with pytest.raises(UserError, match=hint) as error:
+        parse_settings([word], VARIANTS, None)
+    assert word in str(error.value)
+
+
+def fake_episode(episode_id: int, success: float) -> dict:
+    actions = np.random.default_rng(episode_id).normal(size=(3, 7)).astype(np.float32)
+    statistics = {"success_once": success, "success_at_end": success, "return": success, "episode_len": 3.0}
+    return {"episode_id": episode_id, **statistics, "reward": success / 3, "seconds": 0.5, "actions": actions}
+
+
+def fake_results(name: str, successes: dict[int, float], **world) -> dict:
+    episodes = [fake_episode(episode_id, success) for episode_id, success in successes.items()]
+    return assemble({0.0: {"Carrot-v1:test": episodes}}, {"name": name, "world": {"sim_freq": 500} | world})
+
+
+def test_log_gives_back_every_bit_and_drops_a_cut_line(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    log, episodes = EpisodeLog(path), [fake_episode(5, 1.0), fake_episode(7, 0.0)]
+    log.add("Carrot-v1:test", 0.6, episodes)
+    log.close()
+    path.write_bytes(path.read_bytes() + b'{"setting": "Carrot-v1:test", "temper')
+    log = EpisodeLog(path)
+    assert log.missing("Carrot-v1:test", 0.6, [7, 6, 5]) == [6] and log.missing("Carrot-v1:test", 0.0, [7]) == [7]
+    for ours, theirs in zip(log.episodes("Carrot-v1:test", 0.6, [5, 7]), episodes):
+        assert ours.pop("actions").tobytes() == theirs.pop("actions").tobytes()
+        assert ours == theirs
+    log.add("Carrot-v1:test", 0.6, [fake_episode(6, 0.0)])
+    log.close()
+    assert [json.loads(line)["episode_id"] for line in path.read_text().splitlines()] == [5, 7, 6]
+
+
+def test_comparison_pairs_by_episode():
+    first = fake_results("a", {i: float(i % 2) for i in range(40)})
+    second = fake_results("b", {i: 1.0 for i in reversed(range(5, 60))})
+    (row,) = compare(first, second)
+    # of episodes 5 to 39, which both ran, 18 are odd: b alone succeeds in the 17 even ones
+    assert (row["episodes"], row["only_first"], row["only_second"]) == (35, 0, 17)
+    assert row["success_once"] == [18 / 35, 1.0] and row["p"] == pytest.approx(2 / 2**17) and row["differs"]
+    assert comparison_table([row], ("a", "b"))[1][-1] == "b is better"
+    (row,) = compare(first, first)
+    assert row["p"] == 1.0 and not row["differs"]
+    with pytest.raises(ValueError, match="sim_freq 500 and 100"):
+        compare(first, fake_results("c", {1: 1.0}, sim_freq=100))
+    with pytest.raises(ValueError, match="in common"):
+        compare(first, fake_results("d", {99: 1.0}))
+
+
+def test_compare_writes_table_and_plot(tmp_path, capsys):
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(fake_results(name, dict.fromkeys(range(12), value))))
+    folders = (str(tmp_path / "a"), str(tmp_path / "b"))
+    evaluate.compare_evaluations(*folders, str(tmp_path / "out"))
+    assert "b is better" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"][0]["only_second"] == 12
+    assert iio.imread(tmp_path / "out" / "comparison.png").std() > 5
+    with pytest.raises(UserError, match="older results"):
+        evaluate.compare_evaluations(*folders, str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"no results\.json"):
+        evaluate.compare_evaluations(folders[0], str(tmp_path), None)
+
+
+# ---------------------------------------------------------------------- bad input
+def fake_checkpoint(folder: Path, *files: str, flags: dict | None = None) -> Path:
+    """A run folder whose newest checkpoint has these files."""
+    policy = folder / "checkpoints" / "iteration_000004" / "policy"
+    policy.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(flags or {}))
+    for name in files:
+        (policy / name).write_text("{}")
+    return policy
+
+
+@pytest.mark.parametrize(
+    "files, flags, lacking",
+    [
+        (["config.json"], {"value_learning_rate": 1e-3}, "lacks value_head.safetensors"),
+        (["config.json"], {"lora_rank": 32}, "lacks adapter_config.json"),
+        (["config.json", "adapter_config.json"], {"lora_rank": 32}, "lacks adapter_model.safetensors"),
+        (["config.json", "adapter_model.safetensors"], {}, "lacks adapter_config.json"),
+        (["adapter_config.json", "adapter_model.safetensors"], {}, "holds an adapter alone.*--lora_path"),
+        ([], {}, "has no config.json"),
+    ],
+)
+def test_a_checkpoint_that_lost_a_part_is_refused(tmp_path, files, flags, lacking):
+    policy = fake_checkpoint(tmp_path, *files, flags=flags)
+    for path in (tmp_path, policy, *([policy.parent] if files else [])):
+        with pytest.raises(UserError, match=lacking):
+            evaluate.find_checkpoint(str(path))
+
+
+def test_a_checkpoint_is_found_and_brings_its_flags(tmp_path):
+    flags = {"value_learning_rate": 1e-3, "sim_freq": 100, "image_size": [96, 96], "asset_dir": None, "num_envs": 64}
+    policy = fake_checkpoint(tmp_path, "config.json", "value_head.safetensors", flags=flags)
+    for path in (tmp_path, policy.parent, policy):
+        assert evaluate.find_checkpoint(str(path))[0] == policy
+        args = evaluate.parse(["--checkpoint", str(path), "--sim_freq", "250"])
+        assert (args.image_size, args.sim_freq, args.num_envs) == ((96, 96), 250, 16)
+    shutil.copytree(policy, tmp_path / "elsewhere" / "policy")  # a published layout: no run is known
+    assert evaluate.find_checkpoint(str(tmp_path / "elsewhere" / "policy")) == (tmp_path / "elsewhere" / "policy", {})
+    with pytest.raises(UserError, match="is not a folder"):
+        evaluate.find_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_older_results_are_kept(tmp_path):
+    identity = {"policy": "idle", "world": {"sim_freq": 100, "image_size": (96, 96)}}
+    evaluate.open_output(str(tmp_path), False, identity)  # exists and is empty
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="older results"):
+        evaluate.open_output(str(tmp_path), False, identity)
+    with pytest.raises(UserError, match="was begun with world"):
+        evaluate.open_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
+    assert before and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert evaluate.open_output(str(tmp_path), True, identity) == tmp_path
+    with pytest.raises(UserError, match="no evaluation to --resume"):
+        evaluate.open_output(str(tmp_path / "new"), True, identity)
+    with pytest.raises(UserError, match="needs --output"):
+        evaluate.open_output(None, True, identity)
+
+
+def test_published_rows_by_name():
+    assert list(evaluate.choose_published(("rl4vla-ppo",))) == ["rl4vla-ppo"]
+    assert evaluate.choose_published(("all",)) == PUBLISHED and evaluate.choose_published(()) == {}
+    with pytest.raises(UserError, match="did you mean rlinf-ppo-oft"):
+        evaluate.choose_published(("rlinf-ppo-ofd",))
+
+
+# ---------------------------------------------------------------------- the whole script
+def run(*flags: str, ranks: int | None = None, check: bool = True) -> subprocess.CompletedProcess:
+    """`python evaluate.py ...`, or under the launcher with so many ranks."""
+    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
+    command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port()] if ranks else [sys.executable]
+    done = subprocess.run([*command, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def episodes_of(folder: Path) -> dict[tuple, dict]:
+    """Everything but seconds, by setting, temperature and id; outcomes and packed actions."""
+    lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    return {(line.pop("setting"), line.pop("temperature"), line["episode_id"]): line | {"seconds": 0} for line in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_episodes", "0"], "--num_episodes 0 must be at least 1"),
+        (["--temperature", "-0.5"], "none below 0"),
+        (["--settings", "Single-v1:test", "--num_episodes", "1000"], "holds out"),
+        (["--settings", "Carrot-v1:tets"], "did you mean Carrot-v1:test"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, flags, message):
+    done = run("--policy", "idle", "--output", str(tmp_path / "out"), *flags, check=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """One iteration of PPO, with an evaluation of 2 episodes at temperature 0.6 at its end."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train("--run_dir", str(folder), "--num_iterations", "1", "--max_episode_steps", "12")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_folder, tmp_path_factory) -> Path:
+    """One rank x 4 envs, 6 episodes of two settings at both temperatures."""
+    folder = tmp_path_factory.mktemp("evaluation") / "one_rank"
+    run(*common(run_folder, folder), "--num_envs", "4", "--base", "rlinf-ppo-openvla", "rl4vla-ppo")
+    return folder
+
+
+def common(run_folder: Path, output: Path) -> list[str]:
+    flags = ["--checkpoint", str(run_folder), "--settings", "Carrot-v1:test", "EEPose-v1:test", "--num_episodes", "6"]
+    return [*flags, "--output", str(output)]
+
+
+@pytest.mark.slow
+def test_results_are_whole(evaluated, run_folder):
+    results = json.loads((evaluated / "results.json").read_text())
+    assert results["temperature"] == 0 and list(results["other_temperatures"]) == ["0.6"]
+    assert results["world"]["image_size"] == [96, 96] and results["world"]["max_episode_steps"] == 12  # of the run
+    assert results["name"] == "run/iteration_000001" and results["versions"]["torch"] and results["command"]
+    for name, ids in json.loads((evaluated / "episode_ids.json").read_text()).items():
+        for part in (results, results["other_temperatures"]["0.6"]):
+            one = part["settings"][name]
+            assert one["episode_ids"] == ids == [outcome["episode_id"] for outcome in one["outcomes"]]
+            assert ids == eval_episode_ids(FAMILY + name.split(":")[0], name.split(":")[1], 6)
+            assert one["episodes"] == 6 and one["episode_len"] == 12 and one["seconds"] > 0
+            assert one["success_once"] == sum(outcome["success_once"] for outcome in one["outcomes"]) / 6
+            assert one["wilson_95"] == list(wilson_interval(one["success_once"], 6))
+        for video in results["settings"][name]["videos"]:
+            frames = iio.imread(evaluated / video["file"])
+            assert len(frames) == 13 and frames.std() > 5 and frames[0].std() != frames[-1].std()
+        assert len(results["settings"][name]["videos"]) == 2
+    assert results["means"]["semantic"] is None
+    text = (evaluated / "results.md").read_text()
+    assert "mean of the 15 out-of-distribution settings" in text and "81.0 [" in text and "Carrot-v1:test" in text
+    assert iio.imread(evaluated / "results.png").std() > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, num_envs", [(2, 8), (None, 16)])
+def test_ranks_and_envs_change_no_episode(evaluated, run_folder, tmp_path, ranks, num_envs):
+    """1 rank x 4 envs, 2 ranks x 4 envs and 1 rank x 16 envs: the same actions and outcomes by episode id."""
+    run(*common(run_folder, tmp_path / "out"), "--num_envs", str(num_envs), "--film_failures", "0", ranks=ranks)
+    assert episodes_of(tmp_path / "out") == episodes_of(evaluated)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(evaluated, run_folder, tmp_path):
+    """SIGKILL in the middle, then --resume: the same episodes, none of them twice; then more of them."""
+    output = tmp_path / "out"
+    command = [sys.executable, "evaluate.py", *common(run_folder, output), "--num_envs", "4"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (output / "episodes.jsonl").exists() or (output / "episodes.jsonl").read_bytes().count(b"\n") < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "results.json").exists()
+    refused = run(*common(run_folder, output), check=False)
+    assert refused.returncode == 2 and "older results" in refused.stderr
+    run(*common(run_folder, output), "--num_envs", "4", "--resume")
+    assert (output / "episodes.jsonl").read_bytes().count(b"\n") == 24
+    assert episodes_of(output) == episodes_of(evaluated)
+    run(*common(run_folder, output), "--num_envs", "4", "--resume", "--num_episodes", "7", "--temperature", "0")
+    more = json.loads((output / "results.json").read_text())["settings"]["Carrot-v1:test"]
+    assert more["episodes"] == 7 and (output / "episodes.jsonl").read_bytes().count(b"\n") == 26
+
+
+@pytest.mark.slow
+def test_training_evaluates_by_the_same_code(run_folder, tmp_path):
+    """The run's last evaluation again, from its checkpoint: the same numbers."""
+    flags = ["--settings", "Main-v3:train", "--num_episodes", "2", "--temperature", "0.6", "--no-ignore_terminations"]
+    run("--checkpoint", str(run_folder), "--output", str(tmp_path / "out"), "--num_envs", "2", *flags)
+    ours = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["Main-v3:train"]
+    theirs = json.loads((run_folder / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert theirs["iteration"] == 1 and theirs["eval/num_episodes"] == ours["episodes"]
+    for name in ("success_once", "success_at_end", "return", "episode_len"):
+        assert ours[name] == pytest.approx(theirs[f"eval/{name}"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_expert_succeeds_and_nobody_does_not(tmp_path):
+    """Through the same path: the expert's known 31 of 32 (README) lies in its interval; doing nothing gives 0."""
+    flags = [*SMALL_WORLD, "--settings", "Carrot-v1:test", "--num_episodes", "8", "--num_envs", "8"]
+    found = {}
+    for policy in ("expert", "idle"):
+        run("--policy", policy, "--output", str(tmp_path / policy), *flags)
+        found[policy] = json.loads((tmp_path / policy / "results.json").read_text())["settings"]["Carrot-v1:test"]
+    low, high = found["expert"]["wilson_95"]
+    assert low <= 31 / 32 <= high and found["expert"]["success_once"] >= 0.75
+    assert found["expert"]["videos"][0]["outcome"] == "success" and found["expert"]["return"] > 0.7
+    assert found["idle"]["success_once"] == 0 and found["idle"]["episode_len"] == 80
+    (row,) = compare(*(json.loads((tmp_path / name / "results.json").read_text()) for name in ("expert", "idle")))
+    assert row["only_first"] >= 6 and row["only_second"] == 0 and row["differs"]
+
+
+# ---------------------------------------------------------------------- the page in a browser
+@pytest.fixture(scope="module")
+def browser_page(evaluated, tmp_path_factory):
+    """results.html alone, without the files beside it."""
+    if find_chromium() is None:
+        pytest.skip("no Chromium on PATH: apt-get install chromium")
+    alone = tmp_path_factory.mktemp("page")
+    shutil.copy(evaluated / "results.html", alone / "page.html")
+    with Page((alone / "page.html").as_uri(), alone / "profile") as page:
+        yield page
+
+
+@pytest.mark.slow
+def test_page_shows_the_table(browser_page, evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    rows = browser_page.script(
+        "[...document.querySelectorAll('#settings tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    assert [row[0] for row in rows] == ["Carrot-v1:test"] * 2 + ["EEPose-v1:test"] * 2
+    for row, part in zip(rows, [results, results["other_temperatures"]["0.6"]] * 2):
+        one = part["settings"][row[0]]
+        low, high = one["wilson_95"]
+        assert row[3] == "6" and row[4] == f"{100 * one['success_once']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        assert row[6] == f"{one['return']:.3f}"
+    means = browser_page.script(
+        "[...document.querySelectorAll('#means tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    (published,) = [row for row in means if row[0] == "PPO-OpenVLA (RLinf)"]
+    assert [cell.split(" [")[0] for cell in published[1:]] == ["96.1", "82.0", "78.3", "85.4", "81.0", "81.9"]
+    assert browser_page.script("document.querySelector('img').naturalWidth") > 400
+
+
+@pytest.mark.slow
+def test_page_plays_a_video_on_a_click(browser_page):
+    count = browser_page.script("document.querySelectorAll('video').length")
+    assert count == browser_page.script("document.querySelectorAll('a[data-video]').length") == 4
+    browser_page.wait_for("[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && v.videoWidth > 200)")
+    browser_page.click("#settings tbody tr:nth-child(3) a[data-video]")
+    playing = "[...document.querySelectorAll('video')].findIndex(v => !v.paused && v.currentTime > 0.5)"
+    browser_page.wait_for(f"{playing} >= 0")
+    name = browser_page.script(f"document.querySelectorAll('figure')[{playing}].innerText")
+    assert name.startswith("EEPose-v1:test, episode")
+    assert browser_page.script("[...document.querySelectorAll('video')].filter(v => !v.paused).length") == 1
