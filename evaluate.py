@@ -53,7 +53,7 @@ from vla.settings import parse_settings
 
 PUBLISHED = Path(__file__).resolve().parent / "benchmarks" / "published.yaml"
 MODEL_FLAGS = (
-    "model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype", "chunk_size",
+    "model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype",
 )  # fmt: skip
 WORLD_FLAGS = (
     "instruction", "asset_pack", "asset_dir", "protocol", "image_size", "sim_freq", "max_episode_steps",
@@ -103,8 +103,6 @@ class Args:
     """how camera pictures become the model's: as RLinf resizes tensors, or as OpenVLA's own code does by Pillow"""
     oft_stop_token: bool = False
     """openvla_oft: end the sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not"""
-    chunk_size: int | None = None
-    """actions per decision; None = what the checkpoint says"""
     max_prompt_length: int = 30
     """prompts are padded to this many tokens"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -356,7 +354,7 @@ def main(args: Args) -> None:
                 raise UserError("--checkpoint is missing: give a run folder, a checkpoint or a published model")
             checkpoint = find_checkpoint(args.checkpoint)[0]
             policy = load_policy(
-                str(checkpoint), args.model_type, chunk_size=args.chunk_size, unnorm_key=args.unnorm_key,
+                str(checkpoint), args.model_type, unnorm_key=args.unnorm_key,
                 dtype=DTYPES[args.dtype], image_resize=args.image_resize, oft_stop_token=args.oft_stop_token,
                 lora_path=args.lora_path, value_head=False, max_prompt_length=args.max_prompt_length, device=device,
                 seed=args.seed,

@@ -264,9 +264,7 @@ def episodes_of(folder: Path) -> dict[tuple, dict]:
     "flags, message",
     [
         (["--num_episodes", "0"], "--num_episodes 0 must be at least 1"),
-        (["--temperature", "-0.5"], "none below 0"),
         (["--settings", "Single-v1:test", "--num_episodes", "1000"], "holds out"),
-        (["--settings", "Carrot-v1:tets"], "did you mean Carrot-v1:test"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, flags, message):
@@ -330,7 +328,7 @@ def test_ranks_and_envs_change_no_episode(evaluated, run_folder, tmp_path, ranks
 
 @pytest.mark.slow
 def test_killed_and_resumed(evaluated, run_folder, tmp_path):
-    """SIGKILL in the middle, then --resume: the same episodes, none of them twice; then more of them."""
+    """SIGKILL in the middle, then --resume with one episode more: the same episodes, none of them twice."""
     output = tmp_path / "out"
     command = [sys.executable, "evaluate.py", *common(run_folder, output), "--num_envs", "4"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -341,14 +339,11 @@ def test_killed_and_resumed(evaluated, run_folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "results.json").exists()
-    refused = run(*common(run_folder, output), check=False)
-    assert refused.returncode == 2 and "older results" in refused.stderr
-    run(*common(run_folder, output), "--num_envs", "4", "--resume")
-    assert (output / "episodes.jsonl").read_bytes().count(b"\n") == 24
-    assert episodes_of(output) == episodes_of(evaluated)
-    run(*common(run_folder, output), "--num_envs", "4", "--resume", "--num_episodes", "7", "--temperature", "0")
-    more = json.loads((output / "results.json").read_text())["settings"]["Carrot-v1:test"]
-    assert more["episodes"] == 7 and (output / "episodes.jsonl").read_bytes().count(b"\n") == 26
+    run(*common(run_folder, output), "--num_envs", "4", "--resume", "--num_episodes", "7")
+    assert (output / "episodes.jsonl").read_bytes().count(b"\n") == 28
+    resumed, whole = episodes_of(output), episodes_of(evaluated)
+    assert len(whole) == 24 and {key: resumed[key] for key in whole} == whole
+    assert json.loads((output / "results.json").read_text())["settings"]["EEPose-v1:test"]["episodes"] == 7
 
 
 @pytest.mark.slow

@@ -71,13 +71,17 @@ def shared_pieces(path: Path) -> dict[str, str]:
     return pieces
 
 
-def test_same_name_same_text():
-    """What stands in both scripts under one name is the same: a fix in one has to be made in the other."""
-    ppo, grpo = shared_pieces(ROOT / "train_ppo.py"), shared_pieces(ROOT / "train_grpo.py")
-    both = ppo.keys() & grpo.keys()
-    assert {"clipped_surrogate", "Args.num_envs", "Args.clip_ratio_low"} <= both
-    for name in both:
-        assert ppo[name] == grpo[name], f"{name} differs between train_ppo.py and train_grpo.py"
+@pytest.mark.parametrize(
+    "one, other", [("train_ppo", "train_grpo"), ("train_ppo", "evaluate"), ("train_grpo", "evaluate")]
+)
+def test_same_name_same_text(one, other):
+    """What stands in two scripts under one name is the same: a fix in one has to be made in the other."""
+    ours, theirs = shared_pieces(ROOT / f"{one}.py"), shared_pieces(ROOT / f"{other}.py")
+    both = ours.keys() & theirs.keys()
+    assert {"Args.num_envs", "Args.protocol"} <= both
+    other_meaning = {"Args.temperature", "Args.resume"} if other == "evaluate" else set()  # several; a switch
+    for name in both - other_meaning:
+        assert ours[name] == theirs[name], f"{name} differs between {one}.py and {other}.py"
 
 
 def test_every_path_in_readme_exists():
@@ -98,6 +102,7 @@ def test_every_python_file_stands_in_readme():
 
 def test_every_command_in_readme_exists():
     """make targets are in the Makefile, scripts exist, and every flag that stands in README is a flag."""
+    import evaluate
     import train_grpo
     from train_ppo import Args
 
@@ -108,8 +113,8 @@ def test_every_command_in_readme_exists():
         assert (ROOT / script).exists(), script
     others = {"num_gpus", "help", "renderer", "download"}  # of the launcher and of doctor.py
     others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
-    for flag in re.findall(r"--([a-z]\w+)", README):
-        known = flag in Args.__dataclass_fields__ or flag in train_grpo.Args.__dataclass_fields__
+    for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):
+        known = any(flag in script.__dataclass_fields__ for script in (Args, train_grpo.Args, evaluate.Args))
         assert known or flag in others, f"README names --{flag}"
 
 
@@ -134,11 +139,12 @@ def test_every_third_party_import_is_pinned():
     pinned = {
         line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
+    own = {"vla", "envs", *(script.stem for script in [*SCRIPTS, *ROOT.glob("tests/*.py")])}
     of_module = {"yaml": "pyyaml", "PIL": "pillow"}
     for path in [*MODULES, *ROOT.glob("tests/*.py")]:
         for module in imported(path):
             package = module.split(".")[0]
-            if package in sys.stdlib_module_names or package in {"vla", "envs", "conftest", *(s.stem for s in SCRIPTS)}:
+            if package in sys.stdlib_module_names or package in own:
                 continue
             assert of_module.get(package, package).lower() in pinned, (
                 f"{path.name} imports {package}, which is not pinned"
