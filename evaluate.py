@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 
-from envs import VARIANTS, eval_episode_ids, make_envs
+from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
 from envs.video import VideoWriter
 from vla.checkpoint import complete_checkpoints
@@ -49,7 +49,7 @@ from vla.logger import describe_run
 from vla.pretrained import TINY_PRESETS, load_policy
 from vla.report import plot_comparison, write_report
 from vla.results import assemble, compare, comparison_table, headline, markdown_table
-from vla.settings import parse_settings
+from vla.settings import Setting, parse_settings
 
 PUBLISHED = Path(__file__).resolve().parent / "benchmarks" / "published.yaml"
 MODEL_FLAGS = (
@@ -201,6 +201,16 @@ def check_complete(folder: Path, flags: dict) -> None:
     for name, needed in wanted.items():
         if needed and not (folder / name).is_file():
             raise UserError(f"--checkpoint {folder} lacks {name}, which its run wrote: copy the whole folder again")
+
+
+def fit_prompts(policy, settings: list[Setting], ids: dict[str, list[int]], instruction: str | None) -> None:
+    """Raise max_prompt_length to the longest prompt of all settings: padding changes no action."""
+    told = {instruction} - {None}
+    for one in settings:
+        if one.env_id in VARIANTS:
+            told |= set(instructions(one.env_id, one.obj_set, ids[one.name]))
+    wanted, policy.max_prompt_length = policy.max_prompt_length, sys.maxsize
+    policy.max_prompt_length = max(wanted, *(len(policy.prompt_ids(text)) for text in told))
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
@@ -360,6 +370,7 @@ def main(args: Args) -> None:
                 seed=args.seed,
             )  # fmt: skip
             policy.requires_grad_(False).eval()
+            fit_prompts(policy, settings, ids, args.instruction)
             actors = {temperature: PolicyActor(policy, temperature, args.seed) for temperature in args.temperature}
         world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
         identity = {
@@ -394,10 +405,12 @@ def main(args: Args) -> None:
             if all(path.exists() for path in videos[one.name]):
                 continue
         own_world = world | {"instruction": None if one.env_id in VARIANTS else args.instruction}
-        with make_envs(
-            one.env_id, local_num_envs, obj_set=one.obj_set, num_env_workers=min(args.num_env_workers, local_num_envs),
-            **own_world,
-        ) as envs:  # fmt: skip
+        with checked():  # such as assets that are missing
+            envs = make_envs(
+                one.env_id, local_num_envs, obj_set=one.obj_set,
+                num_env_workers=min(args.num_env_workers, local_num_envs), **own_world,
+            )  # fmt: skip
+        with envs:
             run_setting(envs, one.name, own_ids, actors, log, progress)
             videos[one.name] = films(log.episodes(one.name, first, own_ids), *plan)
             make_films(envs, videos[one.name])

@@ -13,13 +13,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from envs import registration  # noqa: F401  gymnasium.make knows all ids from now on
-from envs.episodes import eval_episode_ids, num_start_states
+from envs.episodes import eval_episode_ids, instructions, num_start_states
 from envs.variants import VARIANTS, is_held_out, train_episode_id
 
 if TYPE_CHECKING:
     from envs.vector import VectorEnv
 
-__all__ = ["VARIANTS", "eval_episode_ids", "is_held_out", "make_envs", "num_start_states", "train_episode_id"]
+__all__ = [
+    "VARIANTS",
+    "eval_episode_ids",
+    "instructions",
+    "is_held_out",
+    "make_envs",
+    "num_start_states",
+    "train_episode_id",
+]
 
 
 def make_envs(

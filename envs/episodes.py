@@ -68,3 +68,16 @@ def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
         if variants.is_held_out(episode_id):
             chosen[episode_id] = None
     return list(chosen)
+
+
+def instructions(env_id: str, obj_set: str, episode_ids: list[int]) -> list[str]:
+    """What the policy is told in these episodes of the family, found without simulating; the same in both packs."""
+    from envs.assets import OBJECTS, RECEPTACLES  # imports sapien
+
+    starts = [variants.decode(env_id, obj_set, episode_id) for episode_id in episode_ids]
+    return [
+        variants.WORDINGS[start.wording_index].format(
+            object=OBJECTS[start.object_index].name, receptacle=RECEPTACLES[start.receptacle_index].name
+        )
+        for start in starts
+    ]

@@ -12,15 +12,17 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from chromium import Page, find_chromium
 from test_machine import free_port, train
 
 import evaluate
-from envs import VARIANTS, eval_episode_ids, is_held_out
+from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs
 from vla.cli import read_yaml
 from vla.distributed import UserError
 from vla.episode_log import EpisodeLog
 from vla.logger import wilson_interval
+from vla.pretrained import load_policy
 from vla.results import assemble, compare, comparison_table, group_means, holm, mcnemar, published_means
 from vla.settings import FAMILY, GROUP_OF, GROUPS, parse_settings
 
@@ -91,6 +93,24 @@ def test_holm_by_hand():
 
 
 # ---------------------------------------------------------------------- settings, logs, comparisons
+def test_instructions_are_known_without_simulating():
+    ids = eval_episode_ids(f"{FAMILY}Instruct-v1", "test", 3)
+    with make_envs(f"{FAMILY}Instruct-v1", 3, obj_set="test", image_size=(32, 32), sim_freq=100) as envs:
+        assert envs.reset(ids)["task_description"] == instructions(f"{FAMILY}Instruct-v1", "test", ids)
+
+
+def test_prompts_that_are_longer_than_in_training_fit_and_change_nothing():
+    """A wording of the test set has 31 tokens of the tiny vocabulary; padding does not change what is done."""
+    settings = parse_settings(["Instruct-v1:test"], VARIANTS, None)
+    ids = {"Instruct-v1:test": eval_episode_ids(f"{FAMILY}Instruct-v1", "test", 256)}
+    policy = load_policy("openvla-tiny", value_head=False)
+    obs = {"image": torch.randint(0, 255, (2, 96, 96, 3), dtype=torch.uint8), "task_description": ["put a on b"] * 2}
+    with torch.no_grad():
+        before = policy.act(obs, 0.0)[0]
+        evaluate.fit_prompts(policy, settings, ids, None)
+        assert policy.max_prompt_length == 31 and torch.equal(policy.act(obs, 0.0)[0], before)
+
+
 def test_settings_by_group_name_and_full_id_each_once():
     def names(*words, instruction=None):
         return [one.name for one in parse_settings(words, VARIANTS, instruction)]
