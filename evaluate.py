@@ -63,76 +63,50 @@ WORLD_FLAGS = (
 @dataclass
 class Args:
     # ---- what
-    checkpoint: str | None = None
-    """run folder, one checkpoint of it, folder in the published layout, or a tiny preset (random weights)"""
+    checkpoint: str | None = None  # run folder, one checkpoint of it, published layout, or a tiny preset (random)
+    # who acts: the checkpoint; the scripted expert, which sees states instead of pictures; or nobody
     policy: Literal["checkpoint", "expert", "idle"] = "checkpoint"
-    """who acts: the checkpoint; the scripted expert, which sees states instead of pictures; or nobody"""
+    # all (16), groups (in_distribution, vision, semantic, execution), or env id and object set such as Carrot-v1:test
     settings: tuple[str, ...] = ("all",)
-    """all (the 16 of the published protocol), groups (in_distribution, vision, semantic, execution) or single ones:
-    an env id and an object set, such as Carrot-v1:test"""
-    num_episodes: int = 256
-    """held-out episodes per setting and temperature"""
-    temperature: tuple[float, ...] = (0.0, 0.6)
-    """of sampling, one table each; 0 = greedy (published tables use 0.6)"""
-    seed: int = 0
-    """everything random is a function of it; two runs with one seed on one machine are identical"""
+    num_episodes: int = 256  # held-out episodes per setting and temperature
+    temperature: tuple[float, ...] = (0.0, 0.6)  # of sampling, one table each; 0 = greedy (published tables use 0.6)
+    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    # output folders of two earlier evaluations: says per setting whether they differ, and runs nothing
     compare: tuple[str, str] | None = None
-    """two output folders of earlier evaluations: says per setting whether they differ, and runs nothing"""
 
     # ---- results
-    output: str | None = None
-    """a new folder for the results (default: runs/evaluate_<time>)"""
-    resume: bool = False
-    """go on with the evaluation in --output; more episodes or settings may be asked for than at first"""
+    output: str | None = None  # a new folder for the results (default: runs/evaluate_<time>)
+    resume: bool = False  # go on with the evaluation in --output; more episodes or settings may be asked for
+    # published rows to show beside, from benchmarks/published.yaml, such as rlinf-ppo-openvla; or all
     base: tuple[str, ...] = ()
-    """published rows to show beside, from benchmarks/published.yaml, such as rlinf-ppo-openvla; or all"""
-    film_episodes: tuple[int, ...] = (0,)
-    """which of a setting's episodes to film, by their place in the list; only at the first temperature"""
-    film_failures: int = 1
-    """how many of a setting's failed episodes to film besides"""
+    film_episodes: tuple[int, ...] = (0,)  # which of a setting's episodes to film, at the first temperature
+    film_failures: int = 1  # how many of a setting's failed episodes to film besides
 
     # ---- model
+    # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    """openvla: one action per decision, 7 tokens written one after the other; openvla_oft: chunk_size actions in one
-    bidirectional pass"""
-    lora_path: str | None = None
-    """folder of an adapter to continue; it keeps its own rank, alpha and layers"""
-    unnorm_key: str = "bridge_orig"
-    """which of the checkpoint's statistics turn tokens into metres and radians"""
-    image_resize: Literal["tensor", "pil"] = "tensor"
-    """how camera pictures become the model's: as RLinf resizes tensors, or as OpenVLA's own code does by Pillow"""
-    oft_stop_token: bool = False
-    """openvla_oft: end the sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not"""
-    max_prompt_length: int = 30
-    """prompts are padded to this many tokens"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of weights and activations; master weights and moments are fp32 in both"""
+    unnorm_key: str = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
+    image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
+    oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
+    lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
+    max_prompt_length: int = 30  # prompts are padded to this many tokens
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- env
-    num_envs: int = 16
-    """parallel envs over all ranks"""
-    num_env_workers: int = 0
-    """worker processes per rank that simulate; 0 = in the rank's own process"""
-    instruction: str | None = None
-    """what the policy is told in an env that is not of the family; there each start state has its own"""
-    asset_pack: Literal["builtin", "bridge"] = "builtin"
-    """builtin: bodies and pictures made by code, nothing to download; bridge: the published meshes and photographs"""
-    asset_dir: str | None = None
-    """where the published assets are (`python doctor.py --download`); ManiSkill's own folder is looked into as well"""
-    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
-    """whose scene, where the two differ: RL4VLA's, or RLinf's departures from it, to compare with its table"""
-    image_size: tuple[int, int] = (640, 480)
-    """camera width and height; pose and field of view stay"""
-    sim_freq: int = 500
-    """physics steps per second, a multiple of the 5 Hz control; results at different rates do not compare"""
-    max_episode_steps: int = 80
-    """an episode is cut after this many actions"""
-    ignore_terminations: bool = True
-    """do not end an episode on success"""
+    num_envs: int = 16  # parallel envs over all ranks
+    num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
+    worker_timeout: float = 300.0  # seconds after which a worker that gives no answer is replaced, like a dead one
+    instruction: str | None = None  # what the policy is told in an env that is not of the family
+    asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
+    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
+    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    max_episode_steps: int = 80  # an episode is cut after this many actions
+    ignore_terminations: bool = True  # do not end an episode on success
 
     # ---- system
-    local_rank: int = -1
-    """set by the launcher"""
+    local_rank: int = -1  # set by the launcher
 
 
 class ExpertActor:
@@ -196,7 +170,8 @@ def check_complete(folder: Path, flags: dict) -> None:
     """A part that was lost in copying costs tens of points of success without a word."""
     wanted = {"value_head.safetensors": "value_learning_rate" in flags}
     adapter = {name: (folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")}
-    trained_adapter = flags.get("lora_rank", 0) > 0 or flags.get("lora_path") is not None
+    continued = flags.get("lora_path") is not None and not flags.get("merge_lora", False)
+    trained_adapter = flags.get("lora_rank", 0) > 0 or continued
     wanted |= dict.fromkeys(adapter, trained_adapter or any(adapter.values()))
     for name, needed in wanted.items():
         if needed and not (folder / name).is_file():
@@ -408,7 +383,8 @@ def main(args: Args) -> None:
         with checked():  # such as assets that are missing
             envs = make_envs(
                 one.env_id, local_num_envs, obj_set=one.obj_set,
-                num_env_workers=min(args.num_env_workers, local_num_envs), **own_world,
+                num_env_workers=min(args.num_env_workers, local_num_envs), worker_timeout=args.worker_timeout,
+                **own_world,
             )  # fmt: skip
         with envs:
             run_setting(envs, one.name, own_ids, actors, log, progress)

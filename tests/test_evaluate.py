@@ -214,6 +214,7 @@ def fake_checkpoint(folder: Path, *files: str, flags: dict | None = None) -> Pat
     [
         (["config.json"], {"value_learning_rate": 1e-3}, "lacks value_head.safetensors"),
         (["config.json"], {"lora_rank": 32}, "lacks adapter_config.json"),
+        (["config.json"], {"lora_rank": 0, "lora_path": "x"}, "lacks adapter_config.json"),
         (["config.json", "adapter_config.json"], {"lora_rank": 32}, "lacks adapter_model.safetensors"),
         (["config.json", "adapter_model.safetensors"], {}, "lacks adapter_config.json"),
         (["adapter_config.json", "adapter_model.safetensors"], {}, "holds an adapter alone.*--lora_path"),
