@@ -56,7 +56,7 @@ MODEL_FLAGS = (
     "model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype",
 )  # fmt: skip
 WORLD_FLAGS = (
-    "instruction", "asset_pack", "asset_dir", "protocol", "image_size", "sim_freq", "max_episode_steps",
+    "instruction", "asset_pack", "asset_dir", "protocol", "image_size", "sim_freq", "sim_backend", "max_episode_steps",
 )  # fmt: skip
 
 
@@ -102,6 +102,8 @@ class Args:
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
     image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
     sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
+    sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
     max_episode_steps: int = 80  # an episode is cut after this many actions
     ignore_terminations: bool = True  # do not end an episode on success
 
