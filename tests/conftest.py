@@ -40,3 +40,13 @@ def grpo_loss_of(new_logprobs, entropy, mb, total_weight, **flags):
     from vla.policy import Evaluation
 
     return grpo_loss(Evaluation(new_logprobs, entropy, None), mb, total_weight, **split_flags(flags))
+
+
+def observation(num: int, seed: int = 0) -> dict:
+    """What an env of the tiny presets might return: prompts of three lengths."""
+    import torch  # reads OMP_NUM_THREADS when it is imported
+
+    generator = torch.Generator().manual_seed(seed)
+    texts = ["put carrot on plate", "put fast food cup on gramophone disk", "put 7up can on plate"]
+    images = torch.randint(0, 256, (num, 96, 96, 3), dtype=torch.uint8, generator=generator)
+    return {"image": images, "task_description": [texts[i % 3] for i in range(num)]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import observation
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -25,13 +26,6 @@ from vla.pretrained import (
 from vla.rollout_buffer import RolloutBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def observation(num: int, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    texts = ["put carrot on plate", "put fast food cup on gramophone disk", "put 7up can on plate"]
-    images = torch.randint(0, 256, (num, 96, 96, 3), dtype=torch.uint8, generator=generator)
-    return {"image": images, "task_description": [texts[i % 3] for i in range(num)]}
 
 
 def shaken(policy, size: float = 0.05):
@@ -224,7 +218,8 @@ def test_preprocessor_config_decides_the_normalisation(base, tmp_path):
     folder = copy_of(base, tmp_path / "other")
     config = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps({**config, "means": [[0.1] * 3, [0.2] * 3]}))
-    assert load_policy(str(folder)).model.vision_backbone.normalization[1][0] == [0.2] * 3
+    means = load_policy(str(folder)).model.vision_backbone.pixel_mean
+    assert torch.equal(means.flatten(), torch.tensor([0.1] * 3 + [0.2] * 3))
     (folder / "preprocessor_config.json").write_text(json.dumps({**config, "image_resize_strategy": "letterbox"}))
     with pytest.raises(ValueError, match="letterbox"):
         load_policy(str(folder))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import observation
 from safetensors.torch import load_file, save_file
 
 from vla.action_tokens import NUM_BINS, ActionTokens
@@ -15,13 +16,6 @@ from vla.pretrained import BRIDGE_ORIG, TINY_PRESETS, load_policy, save_policy
 @pytest.fixture(scope="module")
 def tiny():
     return load_policy("openvla-tiny").eval()
-
-
-def observation(num: int, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    texts = ["put carrot on plate", "put fast food cup on gramophone disk", "put 7up can on plate"]
-    images = torch.randint(0, 256, (num, 96, 96, 3), dtype=torch.uint8, generator=generator)
-    return {"image": images, "task_description": [texts[i % 3] for i in range(num)]}
 
 
 # ------------------------------------------------------------------ parity with the published code

@@ -5,6 +5,7 @@ transformers' LlamaForCausalLM; towers and projector are ours (vision.py), since
 timm.
 
     B samples   L prompt ids   P patches   S = L + P positions   H hidden width   V vocabulary   D = 7 action tokens
+    R = S + D - 1 places in the cache   Q positions taken in at once
 
 Sequence: [BOS, P patches, padding, rest of the prompt, action tokens]. Prompts are padded on the left with BOS moved
 to the front (RLinf's and RL4VLA's batched layout); positions count real tokens only, so padding changes nothing.
@@ -12,12 +13,14 @@ Source: openvla/openvla, prismatic/extern/hf/modeling_prismatic.py.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vla.graphs import GraphedCall, GraphStore, can_capture
 from vla.vision import TowerSpec, VisionBackbone, dinov2_spec, siglip_spec
 
 # (embed_dim, depth, num_heads) of the timm models that published config.json files name
@@ -59,28 +62,30 @@ class Projector(nn.Module):
 
 
 class DecodeCache:
-    """Keys and values of every layer, allocated once for prompt and action tokens and written in place.
+    """Keys and values of every layer, R places for prompt and action tokens, allocated once and written in place.
 
-    transformers' attention asks a cache for update() alone, as long as it is handed positions and a 4D mask.
+    transformers' attention asks a cache for update() alone, as long as it is handed positions and a 4D mask. Shapes and
+    addresses never change, and where to write is a tensor, so a CUDA graph can hold a step.
     """
 
-    def __init__(self, num_layers: int, room: int):
-        self.keys, self.values = [None] * num_layers, [None] * num_layers
-        self.lengths = [0] * num_layers
-        self.room = room
+    def __init__(self, llama: nn.Module, batch: int, room: int, like: torch.Tensor):
+        attention = llama.layers[0].self_attn
+        shape = (len(llama.layers), 2, batch, llama.config.num_key_value_heads, room, attention.head_dim)
+        with torch.inference_mode(False):  # may outlive the call that made it
+            self.pairs = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.slots: torch.Tensor | None = None  # int64 [Q], the places that update() writes
+
+    def clear_from(self, place: int) -> None:
+        """Zero the places that are still to come: they are masked, but 0 x NaN would be NaN."""
+        self.pairs[..., place:, :].zero_()
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *unused: dict
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, heads, Q, H / heads]; returns all there is, [B, heads, so far, H / heads], without a copy."""
-        if self.keys[layer] is None:
-            shape = (*keys.shape[:2], self.room, keys.shape[3])
-            self.keys[layer], self.values[layer] = keys.new_empty(shape), values.new_empty(shape)
-        start = self.lengths[layer]
-        self.lengths[layer] = end = start + keys.shape[2]
-        self.keys[layer][:, :, start:end] = keys
-        self.values[layer][:, :, start:end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Write [B, heads, Q, H / heads] at `slots`; returns all places, [B, heads, R, H / heads], without a copy."""
+        for kept, new in zip(self.pairs[layer], (keys, values)):
+            kept.index_copy_(2, self.slots, new)
+        return self.pairs[layer, 0], self.pairs[layer, 1]
 
 
 # choose(logits [B, K, V] of tokens start .. start + K - 1, start) -> their ids int64 [B, K]
@@ -105,6 +110,8 @@ class OpenVLA(nn.Module):
         self.language_model = LlamaForCausalLM(LlamaConfig(**text_config, attn_implementation="sdpa"))
         self.hidden_size = self.language_model.config.hidden_size
         self.projector = Projector(dinov2.embed_dim + siglip.embed_dim, self.hidden_size)
+        self.cuda_graphs = True  # record what generate() repeats, where that is possible
+        self.graphs: GraphStore | None = None
 
     def init_weights(self) -> None:
         """A start for the tiny presets: unit gain through every layer. The language model has already made its own."""
@@ -144,9 +151,10 @@ class OpenVLA(nn.Module):
         Returns:
             embeddings [B, S, H], mask bool [B, S].
         """
-        longest = int(prompt_mask.sum(dim=1).max())  # columns that are padding in every row are left out
-        keep = [0, *range(prompt_ids.shape[1] - longest + 1, prompt_ids.shape[1])]
-        prompt_ids, prompt_mask = prompt_ids[:, keep], prompt_mask[:, keep]
+        if prompt_mask.is_cpu:  # columns that are padding in every row are left out; a GPU would have to be waited for
+            longest = int(prompt_mask.sum(dim=1).max())
+            keep = [0, *range(prompt_ids.shape[1] - longest + 1, prompt_ids.shape[1])]
+            prompt_ids, prompt_mask = prompt_ids[:, keep], prompt_mask[:, keep]
         features = self.vision_backbone(images) if features is None else features  # [B, P, E]
         patches = self.projector(features)  # [B, P, H]
         words = self.language_model.model.embed_tokens(prompt_ids)  # [B, L, H]
@@ -209,30 +217,82 @@ class OpenVLA(nn.Module):
         Raises:
             RuntimeError: training mode with gradient checkpointing, where transformers leaves out the cache.
         """
-        llama = self.language_model.model
         if self.training and self.language_model.is_activation_checkpointing:
             raise RuntimeError("act() with gradient checkpointing needs eval mode: call policy.eval() before it")
         embeddings, mask = self.prefix(images, prompt_ids, prompt_mask, features)
         num_prompt = embeddings.shape[1]
-        mask = torch.cat([mask, mask.new_ones(len(mask), num_tokens - 1)], dim=1)  # [B, S + D - 1], keys that are real
-        position_ids, causal = positions(mask), mask.new_ones(mask.shape[1], mask.shape[1]).tril()
-        visible = mask[:, None, None] & causal  # [B, 1, query, key]
-        cache = DecodeCache(len(llama.layers), room=mask.shape[1])
-        first_hidden, start = None, 0
-        for index in range(num_tokens):
+        mask = torch.cat([mask, mask.new_ones(len(mask), num_tokens - 1)], dim=1)  # [B, R], places that are real
+        position_ids, slots = positions(mask), torch.arange(mask.shape[1], device=mask.device)
+        cache, step = self.decoder(embeddings, room=mask.shape[1])
+        cache.clear_from(num_prompt)
+        hidden = self.read(cache, embeddings, slots[:num_prompt], position_ids, mask)[:, -1:]  # [B, 1, H]
+        chosen = choose(self.language_model.lm_head(hidden), 0)  # [B, 1]
+        for index in range(1, num_tokens):
             end = num_prompt + index
-            output = llama(
-                inputs_embeds=embeddings,
-                attention_mask=visible[:, :, start:end, :end],
-                position_ids=position_ids[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden = output.last_hidden_state[:, -1:]  # [B, 1, H]
-            first_hidden = hidden[:, 0] if first_hidden is None else first_hidden
-            chosen = choose(self.language_model.lm_head(hidden), index)  # [B, 1]
-            embeddings, start = llama.embed_tokens(chosen), end
-        return first_hidden
+            (logits,) = step(chosen, slots[end - 1 : end], position_ids, mask)
+            chosen = choose(logits, index)
+        return hidden[:, 0]
+
+    def decoder(self, like: torch.Tensor, room: int) -> tuple[DecodeCache, Callable]:
+        """A cache and decode_step() on it: on a GPU as a graph, kept for the next call of this shape.
+
+        Args:
+            like: embeddings [B, S, H], for batch, precision and device. room: R.
+        """
+
+        def make(wrap: Callable = lambda function: function) -> tuple[DecodeCache, Callable]:
+            cache = DecodeCache(self.language_model.model, len(like), room, like)
+            return cache, wrap(partial(self.decode_step, cache))
+
+        if not (self.cuda_graphs and can_capture(like)):
+            return make()
+        return self.kept_graphs().get(("decode", len(like), room, like.dtype), lambda: make(GraphedCall))
+
+    def kept_graphs(self) -> GraphStore:
+        """What was recorded; made at the first use, when every adapter is in its place."""
+        if self.graphs is None:
+            self.graphs = GraphStore(self)
+        return self.graphs
+
+    def read(
+        self,
+        cache: DecodeCache,
+        embeddings: torch.Tensor,
+        slots: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Take Q positions in. No shape depends on how far the sequence has got, and nothing waits for the device.
+
+        Args:
+            embeddings: [B, Q, H]. slots: int64 [Q], their places.
+            position_ids, mask: int64 and bool [B, R], of all places.
+
+        Returns:
+            hidden [B, Q, H].
+        """
+        places = torch.arange(mask.shape[1], device=mask.device)
+        visible = mask[:, None] & (places <= slots[:, None])  # [B, Q, R]: real and not ahead
+        cache.slots = slots
+        return self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=visible[:, None],
+            position_ids=position_ids.index_select(1, slots),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def decode_step(
+        self,
+        cache: DecodeCache,
+        tokens: torch.Tensor,
+        slot: torch.Tensor,
+        position_ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor]:
+        """One token further: tokens int64 [B, 1] at slot int64 [1] -> logits [B, 1, V] of the next one."""
+        embeddings = self.language_model.model.embed_tokens(tokens)
+        return (self.language_model.lm_head(self.read(cache, embeddings, slot, position_ids, mask)),)
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

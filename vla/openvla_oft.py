@@ -13,6 +13,7 @@ Source: moojink/openvla-oft with its fork of transformers (bidirectional attenti
 
 import torch
 
+from vla.graphs import GraphedCall, can_capture
 from vla.openvla import Choose, OpenVLA, positions
 
 STOP_ID = 2  # </s>
@@ -90,7 +91,12 @@ class OpenVLAOFT(OpenVLA):
         """All tokens at once: choose is called one time, with K = num_tokens. Returns hidden [B, H] as forward()."""
         if num_tokens != self.num_tokens:
             raise ValueError(f"this model was built for {self.num_tokens} action tokens, asked for {num_tokens}")
-        logits, hidden = self(images, prompt_ids, prompt_mask, features)
+        inputs = [images, prompt_ids, prompt_mask] + ([] if features is None else [features])
+        forward = self.forward
+        if self.cuda_graphs and can_capture(images):
+            key = ("forward", *prompt_ids.shape, features is None)
+            forward = self.kept_graphs().get(key, lambda: GraphedCall(self.forward))
+        logits, hidden = forward(*inputs)
         choose(logits, 0)
         return hidden
 

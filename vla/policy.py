@@ -8,8 +8,9 @@ gathers weights there.
     value(obs)                          values [N, C]
     decode(tokens)                      actions [N, C, D] in robot units
 
-`obs` is what an env returns, {"image": uint8 [N, H, W, 3], "task_description": N strings}, or what preprocess() made
-of it (what the rollout buffer keeps). Tokens are vocabulary ids, integers; actions are floats; never the same word.
+`obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
+preprocess() made of it (what the rollout buffer keeps); it may lie on another device than the model.
+Tokens are vocabulary ids, integers; actions are floats; never the same word.
 Log-probabilities are over the 256 action ids only, in fp32, and come from the same lines of code in rollout and update.
 """
 
@@ -62,6 +63,7 @@ class VLAPolicy(nn.Module):
         image_resize: "tensor" (RLinf's path) or "pil" (upstream's), see resize().
         caches_features: the vision towers are frozen, so what they make of a picture in the rollout holds in the
             update. Told, not found out: in a rollout copy everything is frozen.
+        cuda_graphs: on a GPU act() launches recorded graphs; off, it computes the same kernel by kernel.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class VLAPolicy(nn.Module):
         chunk_size: int = 1,
         image_resize: str = "tensor",
         caches_features: bool = False,
+        cuda_graphs: bool = True,
     ):
         super().__init__()
+        model.cuda_graphs = cuda_graphs
         self.caches_features = caches_features
         self.chunk_size = chunk_size
         self.image_resize = image_resize
@@ -107,21 +111,37 @@ class VLAPolicy(nn.Module):
         return self._prompt_cache[task_description]
 
     def collate(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """N prompts with BOS -> ids int64 and mask bool, [N, L] with L = max_prompt_length: padding goes behind BOS."""
-        ids = torch.full((len(prompts), self.max_prompt_length), self.pad_token_id)
-        mask = torch.zeros(len(prompts), self.max_prompt_length, dtype=torch.bool)
+        """N prompts with BOS -> ids int64 and mask bool, [N, L]: padding goes behind BOS.
+
+        L is max_prompt_length, or the longest prompt where a caller's own ids are longer.
+        """
+        length = max(self.max_prompt_length, *map(len, prompts))
+        ids = torch.full((len(prompts), length), self.pad_token_id)
+        mask = torch.zeros(len(prompts), length, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
-            rest = len(prompt) - 1
+            start = length - (len(prompt) - 1)
             ids[row, 0], mask[row, 0] = prompt[0], True
-            ids[row, self.max_prompt_length - rest :] = torch.tensor(prompt[1:])
-            mask[row, self.max_prompt_length - rest :] = True
+            ids[row, start:] = torch.tensor(prompt[1:])
+            mask[row, start:] = True
         return ids, mask
 
     def preprocess(self, obs: dict | PolicyInputs) -> PolicyInputs:
-        """obs of an env -> PolicyInputs on the obs' device. Idempotent."""
+        """obs of an env -> PolicyInputs on the obs' device. Idempotent.
+
+        Raises:
+            ValueError: pictures that are not uint8 [N, H, W, 3], or not one instruction per picture.
+        """
         if isinstance(obs, PolicyInputs):
             return obs
-        images = resize(obs["image"], self.image_size, self.image_resize)
+        images = torch.as_tensor(obs["image"])
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
+            raise ValueError(f'obs["image"] must be uint8 [N, H, W, 3], it is {images.dtype} {tuple(images.shape)}')
+        if isinstance(obs["task_description"], str) or len(obs["task_description"]) != len(images):
+            raise ValueError(
+                f'obs["task_description"] must be a list of {len(images)} strings, one per picture, it is '
+                f"{obs['task_description']!r}"
+            )
+        images = resize(images, self.image_size, self.image_resize)
         ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
         return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
 
@@ -145,6 +165,11 @@ class VLAPolicy(nn.Module):
             return inputs._replace(features=self.model.vision_backbone(inputs.images))
 
     # ------------------------------------------------------------------ the four verbs
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @torch.no_grad()
     def act(
         self, obs: dict | PolicyInputs, temperature: float, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -155,16 +180,17 @@ class VLAPolicy(nn.Module):
             noise: float64 [N, C, D] uniform in [0, 1), what is sampled is a function of it. None: drawn from torch's
             generator.
         """
-        inputs = self.preprocess(obs)
+        inputs = self.preprocess(obs).to(self.device)
         if noise is None:
             noise = torch.rand(len(inputs.images), self.chunk_size, ACTION_DIM, dtype=torch.float64)
-        return self(inputs, temperature=temperature, noise=noise.to(inputs.images.device))
+        return self(inputs, temperature=temperature, noise=noise.to(self.device))
 
     def evaluate(
         self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropy of given tokens, and values."""
-        return self(self.preprocess(obs), temperature=temperature, tokens=tokens)[:3]
+        inputs = self.preprocess(obs).to(self.device)
+        return self(inputs, temperature=temperature, tokens=tokens.to(self.device))[:3]
 
     def reference_logprobs(self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probabilities [N, C, D] of given tokens under the base model: the adapter is scaled by 0 meanwhile.
@@ -183,7 +209,7 @@ class VLAPolicy(nn.Module):
 
     def value(self, obs: dict | PolicyInputs) -> torch.Tensor:
         """V(obs): one pass over the prompt, nothing is generated."""
-        return self(self.preprocess(obs))
+        return self(self.preprocess(obs).to(self.device))
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
@@ -211,6 +237,10 @@ class VLAPolicy(nn.Module):
         chosen = (tokens - self.action_tokens.first_id)[..., None]
         fan = None if fan_sigma is None else fan_kl(logprobs, self.action_tokens.values.to(logprobs), fan_sigma)
         return Evaluation(logprobs.gather(-1, chosen)[..., 0], entropy, self._values(hidden), fan)
+
+    def free_graphs(self) -> None:
+        """Give back the device memory of recorded graphs and their caches; the next act() records anew."""
+        self.model.graphs = None
 
     # ------------------------------------------------------------------ inside
     def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):

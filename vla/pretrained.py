@@ -143,6 +143,7 @@ def load_policy(
     merge_lora: bool = False,
     max_prompt_length: int = 30,
     gradient_checkpointing: bool = False,
+    cuda_graphs: bool = True,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> VLAPolicy:
@@ -160,6 +161,7 @@ def load_policy(
         lora_rank: of a fresh adapter where the folder has none; 0 trains all weights that a forward reads.
         lora_scope: "all" (RLinf's targets), or "llm": vision towers and projector stay frozen.
         merge_lora: add the loaded adapter into the weights; lora_rank then puts a fresh one on top.
+        cuda_graphs: on a GPU act() launches recorded graphs (graphs.py).
         device: where weights are read to, tensor by tensor.
 
     Raises:
@@ -198,7 +200,7 @@ def load_policy(
     freeze(model, adapter_config is not None, lora_scope)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    model.vision_backbone.normalization = read_normalization(side_files, path)
+    model.vision_backbone.set_normalization(read_normalization(side_files, path))
     if model_type == "openvla_oft":
         model.check_bidirectional()
     policy = VLAPolicy(
@@ -212,6 +214,7 @@ def load_policy(
         chunk_size=chunk_size,
         image_resize=image_resize,
         caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
+        cuda_graphs=cuda_graphs,
     )
     policy.files = PolicyFiles(config, side_files, adapter_config)
     return policy.to(device)

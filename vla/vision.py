@@ -171,14 +171,21 @@ class VisionBackbone(nn.Module):
         super().__init__()
         self.featurizer = VisionTower(dinov2)
         self.fused_featurizer = VisionTower(siglip)
-        self.normalization = self.NORMALIZATION
+        self.set_normalization(self.NORMALIZATION)
+
+    def set_normalization(self, towers: tuple) -> None:
+        """((mean, std) of DINOv2's input, of SigLIP's), three channels each, for pixels in [0, 1].
+
+        Kept as buffers beside the weights, so that a forward copies nothing to the device.
+        """
+        for name, values in zip(("pixel_mean", "pixel_std"), zip(*towers)):
+            self.register_buffer(name, torch.tensor(values)[:, :, None, None], persistent=False)  # [2, 3, 1, 1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: uint8 [B, H, W, 3] at the towers' own size -> features [B, P, E_dinov2 + E_siglip]."""
         dtype = self.featurizer.patch_embed.proj.bias.dtype
         pixels = images.permute(0, 3, 1, 2).float() / 255.0
         features = []
-        for tower, (mean, std) in zip((self.featurizer, self.fused_featurizer), self.normalization):
-            mean, std = pixels.new_tensor(mean)[:, None, None], pixels.new_tensor(std)[:, None, None]
+        for tower, mean, std in zip((self.featurizer, self.fused_featurizer), self.pixel_mean, self.pixel_std):
             features.append(tower(((pixels - mean) / std).to(dtype)))
         return torch.cat(features, dim=-1)
