@@ -3,10 +3,11 @@
     python benchmarks/model.py --preset openvla-7b --meta       every tensor of openvla-7b, without weights or memory
     python benchmarks/model.py --preset fixture                 act() against a plain Hugging Face style loop
     python benchmarks/model.py --preset 100m --model_type openvla_oft
-    python benchmarks/model.py --preset openvla-7b --device cuda --dtype bfloat16 --update --peak_tflops 989
+    python benchmarks/model.py --preset openvla-7b --device cuda --dtype bfloat16 --update --gradient_checkpointing
 
 One line of JSON per measurement. Weights are random: time does not depend on them. Both loops run in one process, turn
-by turn, and the medians are reported, so that the ratio holds on a shared machine too.
+by turn, and the medians are reported, so that the ratio holds on a shared machine too. On a GPU act() is also measured
+without graphs, with its memory; the share of the matrix peak is that of one large product timed in the same run.
 
 The plain loop is what a script around a Hugging Face model does: for each sample, encode the picture, `generate` with a
 dynamic cache, and encode everything again for log-probabilities and value. Its first half alone is reported as well.
@@ -218,15 +219,68 @@ def measure_act(policy: VLAPolicy, batch: int, repeats: int, device: str) -> dic
         }
         if not torch.equal(policy.act(inputs, 0.0)[0], calls["plain"]()) and inputs.images.device.type == "cpu":
             raise SystemExit("the two loops choose different greedy actions")
+        if device == "cuda":
+            calls["act_without_graphs"] = lambda: act_without_graphs(policy, inputs)
+            if not torch.equal(policy.act(inputs, 0.0)[0], calls["act_without_graphs"]()[0]):
+                raise SystemExit("graphs and eager kernels choose different greedy actions")
         medians = seconds(calls, repeats, device)
     num_actions = batch * policy.chunk_size
     result = {f"{name}_actions_per_s": round(num_actions / value, 2) for name, value in medians.items()}
     result["speedup"] = round(medians["plain"] / medians["act"], 2)
     result["speedup_over_generate_only"] = round(medians["plain_generate_only"] / medians["act"], 2)
+    if device == "cuda":
+        result["speedup_by_graphs"] = round(medians["act_without_graphs"] / medians["act"], 2)
     return result
 
 
-def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str, peak_tflops: float | None) -> dict:
+def act_without_graphs(policy: VLAPolicy, inputs: PolicyInputs) -> tuple[torch.Tensor, ...]:
+    """The same kernels, issued one by one."""
+    policy.model.cuda_graphs = False
+    try:
+        return policy.act(inputs, 0.0)
+    finally:
+        policy.model.cuda_graphs = True
+
+
+def matrix_peak(device: str, dtype: torch.dtype) -> float:
+    """Multiplications and additions per second of one large square product, here and now: best of ten."""
+    size = 8192 if device == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(11):  # the first one warms up
+        start = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(times[1:])
+
+
+def update_flops(policy: VLAPolicy, inputs: PolicyInputs) -> float:
+    """Multiplications and additions of one LoRA update, without attention, adapters (2 %) and recomputation.
+
+    Two per weight and position forward, two more backward for gradients of activations; frozen weights get none of
+    their own. Where features are cached (towers and projector frozen) the towers are not run and the projector has no
+    backward.
+    """
+
+    def weights(module: torch.nn.Module) -> int:
+        return sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
+
+    model, (num_patches, _) = policy.model, policy.feature_shape()
+    num_tokens = policy.chunk_size * ACTION_DIM
+    prompt = inputs.prompt_mask if inputs.prompt_mask.is_cpu else torch.ones_like(inputs.prompt_mask)
+    num_positions = num_patches + int(prompt.sum(1).max()) + num_tokens - (policy.chunk_size == 1)
+    per_sample = 4.0 * weights(model.language_model.model.layers) * num_positions
+    per_sample += 4.0 * weights(model.language_model.lm_head) * num_tokens
+    per_sample += (2.0 if policy.caches_features else 4.0) * weights(model.projector) * num_patches
+    if not policy.caches_features:
+        for tower in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer):
+            per_sample += 4.0 * weights(tower.blocks[:-1]) * (num_patches + tower.num_prefix_tokens)
+    return per_sample * len(inputs.images)
+
+
+def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str) -> dict:
     """Samples per second of one LoRA update: forward, backward and AdamW on one micro batch of PPO's size."""
     inputs = random_inputs(policy, batch, device)
     with torch.no_grad():
@@ -243,16 +297,19 @@ def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str, pea
         optimizer.zero_grad(set_to_none=True)
 
     median = seconds({"update": update}, repeats, device)["update"]
-    result = {"update_samples_per_s": round(batch / median, 3)}
-    if peak_tflops:
-        # 2 multiply-adds' worth per weight and position forward, as much again for gradients of activations (frozen
-        # weights get none); adapters are 2 % and left out
-        towers = [policy.model.vision_backbone.featurizer, policy.model.vision_backbone.fused_featurizer]
-        positions_of_lm = towers[0].num_patches + PROMPT_LENGTH + policy.chunk_size * ACTION_DIM
-        weights = sum(p.numel() for n, p in policy.model.named_parameters() if "lora_" not in n and "embed" not in n)
-        flops = 4.0 * weights * positions_of_lm * batch
-        result["share_of_peak"] = round(flops / median / (peak_tflops * 1e12), 3)
+    peak = matrix_peak(device, next(policy.model.parameters()).dtype)
+    result = {"update_samples_per_s": round(batch / median, 3), "matrix_peak_tflops": round(peak / 1e12, 3)}
+    result["share_of_matrix_peak"] = round(update_flops(policy, inputs) / median / peak, 3)
     return result
+
+
+def peak_memory(what: str, device: str) -> dict:
+    """Largest device memory since the last call; nothing on a CPU."""
+    if device != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return {f"{what}_peak_gib": round(peak, 2)}
 
 
 def parse() -> argparse.Namespace:
@@ -267,7 +324,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="measure a LoRA update (rank 32) as well")
     parser.add_argument("--lora_scope", choices=("all", "llm"), default="all", help="llm: towers frozen, run once")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--peak_tflops", type=float, help="of the card's matrix units, to report the share reached")
     return parser.parse_args()
 
 
@@ -277,18 +333,21 @@ def main() -> None:
     if flags.meta:
         result |= check_meta(flags.preset, flags.model_type)
     else:
+        if flags.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch sees no CUDA device here; --device cpu measures the smaller presets")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[flags.dtype]
         rank, scope = (32, flags.lora_scope) if flags.update else (0, "all")
         policy = random_policy(flags.preset, flags.model_type, flags.device, dtype, rank, scope).eval()
         result |= {"device": flags.device, "dtype": flags.dtype, "batch": flags.batch}
         result["threads"] = torch.get_num_threads()
-        result |= measure_act(policy, flags.batch, flags.repeats, flags.device)
+        result |= measure_act(policy, flags.batch, flags.repeats, flags.device) | peak_memory("act", flags.device)
         if flags.update:
             if flags.gradient_checkpointing:
                 policy.model.enable_gradient_checkpointing()
-            result |= measure_update(policy, flags.batch, flags.repeats, flags.device, flags.peak_tflops)
+            policy.free_graphs()  # as between the stages of an iteration
+            result |= measure_update(policy, flags.batch, flags.repeats, flags.device)
+            result |= peak_memory("update", flags.device)
         if flags.device == "cuda":
-            result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             result["card"] = torch.cuda.get_device_name()
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -79,6 +79,30 @@ def test_batch_and_padding_change_nothing(tiny):
             assert torch.allclose(alone[0], logprobs[i], atol=1e-4) and torch.allclose(value[0], values[i], atol=1e-4)
 
 
+def test_observations_as_numpy_and_ids_of_ones_own(tiny, fixtures):
+    """prompt_ids() is the one place where text becomes ids: what stands in for it may give any lengths."""
+    obs = observation(3)
+    as_numpy = {"image": obs["image"].numpy(), "task_description": tuple(obs["task_description"])}
+    tokens, logprobs, values = tiny.act(as_numpy, 0.0)  # with autograd on: sampling needs none
+    assert torch.equal(tokens, tiny.act(obs, 0.0)[0]) and not logprobs.requires_grad and not values.requires_grad
+    policy = load_policy(str(fixtures / "openvla_tiny"), image_resize="pil").eval()
+    prompts = {"short": [1, 512, 29901, 29871], "long": [1, *range(500, 540), 29871]}  # longer than 30 as well
+    policy.prompt_ids = prompts.__getitem__
+    images = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), dtype=np.uint8)
+    mixed = {"image": images, "task_description": ["long", "short", "long"]}
+    with torch.no_grad():
+        tokens, logprobs, values = policy.act(mixed, 1.6)
+        alone = policy.evaluate({"image": images[1:2], "task_description": ["short"]}, tokens[1:2], 1.6)
+    assert torch.allclose(alone[0], logprobs[1:2], atol=1e-4) and torch.allclose(alone[2], values[1:2], atol=1e-4)
+    for broken, words in (
+        ({**obs, "image": obs["image"].float()}, "uint8"),
+        ({**obs, "image": obs["image"][0]}, "uint8"),
+        ({**obs, "task_description": "put carrot on plate"}, "list of 3 strings"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tiny.act(broken, 0.0)
+
+
 def test_greedy_is_the_argmax_and_noise_decides_the_sample(tiny):
     obs, noise = observation(2), torch.rand(2, 1, 7, dtype=torch.float64)
     with torch.no_grad():

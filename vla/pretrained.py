@@ -7,9 +7,12 @@ of its own (`lora_path`) or beside the weights; a folder with an adapter alone n
 base_model_name_or_path.
 
 Weights are read tensor by tensor from mapped shards into a model built without memory, in the precision and on the
-device they are wanted, so the host never holds more than the model and one shard's pages. Whatever does not fit is an
-error that names it: a wrong base, missing keys or the wrong statistics cost tens of points of success without a
-word otherwise.
+device they are wanted, so the host never holds more than the model and one shard's pages. Under ZeRO-3 what is read is
+the whole model that every rank acts with in the rollout (stages.make_rollout_copy); the engine's shards are cut from it
+and there is no second whole copy.
+
+Whatever does not fit is an error that names it: a wrong base, missing keys or the wrong statistics cost tens of points
+of success without a word otherwise.
 """
 
 import json

@@ -20,10 +20,15 @@ from torch import nn
 
 
 def make_rollout_copy(policy: nn.Module, zero_stage: int) -> nn.Module | None:
-    """Call before deepspeed.initialize: the plain copy that acts in the rollout, or None where none is needed."""
+    """Call before deepspeed.initialize: the plain copy that acts in the rollout, or None where none is needed.
+
+    It shares the policy's weights until deepspeed.initialize takes them apart: each rank then keeps its shard, and what
+    load_policy() read stays with the copy. So a rank never holds more than one whole model and its shard.
+    """
     if zero_stage < 3:
         return None
-    return copy.deepcopy(policy).requires_grad_(False).eval()
+    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in policy.parameters()}
+    return copy.deepcopy(policy, memo=shared).eval()
 
 
 @contextlib.contextmanager
@@ -37,6 +42,7 @@ def rollout_stage(engine: deepspeed.DeepSpeedEngine, rollout_copy: nn.Module | N
     policy.eval()
     with torch.no_grad():
         yield policy
+    policy.free_graphs()  # the update needs the memory; recording again costs a second or two
 
 
 @contextlib.contextmanager
