@@ -42,7 +42,7 @@ def rollout_stage(engine: deepspeed.DeepSpeedEngine, rollout_copy: nn.Module | N
     policy.eval()
     with torch.no_grad():
         yield policy
-    policy.free_graphs()  # the update needs the memory; recording again costs a second or two
+    policy.free_graphs()  # the update needs their memory; the next rollout records anew
 
 
 @contextlib.contextmanager
