@@ -35,17 +35,15 @@ from mani_skill.agents.base_agent import BaseAgent
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseControllerConfig
 from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicControllerConfig
 from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.render import set_shader_pack
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import REGISTERED_ENVS, register_env
 from mani_skill.utils.structs.pose import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
-from envs import assets, variants
+from envs import assets, shaders, variants
 from envs.kinematics import added_pose
 from envs.registration import MAX_EPISODE_STEPS
-from envs.shaders import minimal_shader_config
 
 CONTROL_FREQ = 5  # Hz
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
@@ -158,7 +156,7 @@ class PutOnPlateScene(BaseEnv):
             height=height,
             intrinsic=np.array([[fx * sx, 0, cx * sx], [0, fy * sy, cy * sy], [0, 0, 1]]),
             mount=self.agent.robot.links_map["base_link"],
-            shader_config=minimal_shader_config(),
+            shader_config=shaders.minimal_shader_config(),
         )
 
     def _load_agent(self, options: dict):
@@ -236,7 +234,7 @@ class PutOnPlateInScene(PutOnPlateScene):
             old.remove_entity(entity)
         if self.scene.can_render():
             # a camera that is added takes the shader of the moment, which another env may have changed
-            set_shader_pack(self._sensors[CAMERA].config.shader_config)
+            shaders.select(self._sensors[CAMERA].config.shader_config)
         px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
         new = sapien.Scene([px, old.render_system] if self.scene.can_render() else [px])

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sapien
-from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig
+from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig, set_shader_pack
 
 DECLARATION = re.compile(r"layout\([^)]*\) uniform sampler2D samplerBRDFLUT;\n")
 LOOKUP = re.compile(r"texture\(samplerBRDFLUT, [^;]*\)\.xy")
@@ -26,10 +26,17 @@ def minimal_shader_config() -> ShaderConfig:
     folder = write_pack(Path(sapien.__file__).parent / "vulkan_shader")
     if folder is None:
         return config
+    config = dataclasses.replace(config, shader_pack=str(folder))
+    select(config)
+    return config
+
+
+def select(config: ShaderConfig) -> None:
+    """Cameras that enter a scene from now on take this one, of minimal_shader_config(), whatever was selected before."""
+    set_shader_pack(config)
     sapien.render.set_picture_format("Color", "r8g8b8a8unorm")  # ManiSkill sets these for the name "minimal" alone
     sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
     sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
-    return dataclasses.replace(config, shader_pack=str(folder))
 
 
 def write_pack(stock: Path) -> Path | None:

@@ -580,14 +580,14 @@ def test_every_published_file_is_whole(monkeypatch):
 def test_the_smaller_shader_pack_draws_the_same_picture(monkeypatch):
     from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS
 
-    from envs import make_envs, put_on_plate, shaders
+    from envs import make_envs, shaders
 
-    pictures = []
-    for config in (shaders.minimal_shader_config(), PREBUILT_SHADER_CONFIGS["minimal"]):
-        monkeypatch.setattr(put_on_plate, "minimal_shader_config", lambda config=config: config)
+    pictures, packs = [], [shaders.minimal_shader_config(), PREBUILT_SHADER_CONFIGS["minimal"]]
+    assert packs[0].shader_pack != packs[1].shader_pack == "minimal"
+    for config in packs:
+        monkeypatch.setattr(shaders, "minimal_shader_config", lambda config=config: config)
         with make_envs("PutOnPlateInScene25VisionWhole05-v1", 3, obj_set="test", sim_freq=100) as envs:
             pictures.append(envs.reset([0, 123456, 7])["image"])
-    assert config.shader_pack == "minimal" != shaders.minimal_shader_config().shader_pack
     assert (pictures[0] == pictures[1]).all() and pictures[0].float().std() > 10
 
 
