@@ -32,7 +32,7 @@ def minimal_shader_config() -> ShaderConfig:
 
 
 def select(config: ShaderConfig) -> None:
-    """Cameras that enter a scene from now on take this one, of minimal_shader_config(), whatever was selected before."""
+    """Cameras that enter a scene from now on take this config of minimal_shader_config(), not another env's."""
     set_shader_pack(config)
     sapien.render.set_picture_format("Color", "r8g8b8a8unorm")  # ManiSkill sets these for the name "minimal" alone
     sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
