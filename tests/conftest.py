@@ -4,13 +4,16 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +53,20 @@ def observation(num: int, seed: int = 0) -> dict:
     texts = ["put carrot on plate", "put fast food cup on gramophone disk", "put 7up can on plate"]
     images = torch.randint(0, 256, (num, 96, 96, 3), dtype=torch.uint8, generator=generator)
     return {"image": images, "task_description": [texts[i % 3] for i in range(num)]}
+
+
+def busy_actions(num_envs: int, length: int, seed: int = 0) -> np.ndarray:
+    """Actions float32 [num_envs, length, 7] that take the arm down to the table and about there."""
+    random = np.random.RandomState(seed)
+    actions = random.randn(num_envs, length, 7) * [0.015, 0.015, 0.01, 0.05, 0.05, 0.1, 1]
+    actions[:, :5, 2] -= 0.025
+    return actions.astype(np.float32)
+
+
+def same(left, right) -> bool:
+    """Bit equality of nested results."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right

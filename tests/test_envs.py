@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import busy_actions, same
 
 import envs as world
 from envs import variants
@@ -28,23 +29,6 @@ needs_fixtures = pytest.mark.skipif(
 
 def make(num_envs=2, **kwargs):
     return world.make_envs(MAIN, num_envs, **(SMALL | kwargs))
-
-
-def busy_actions(num_envs: int, length: int, seed: int = 0) -> np.ndarray:
-    """Actions float32 [num_envs, length, 7] that take the arm down to the table and about there."""
-    random = np.random.RandomState(seed)
-    actions = random.randn(num_envs, length, 7) * [0.015, 0.015, 0.01, 0.05, 0.05, 0.1, 1]
-    actions[:, :5, 2] -= 0.025
-    return actions.astype(np.float32)
-
-
-def same(left, right) -> bool:
-    """Bit equality of nested results."""
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def expert_episodes(envs, episode_ids) -> tuple[np.ndarray, list[np.ndarray]]:
