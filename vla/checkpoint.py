@@ -1,26 +1,33 @@
-"""Save and resume.
+"""Save and resume, on any number of ranks and under any ZeRO stage.
 
     <run_dir>/checkpoints/iteration_000004/
-        deepspeed/     weights, master weights and optimizer moments, as DeepSpeed shards them
         policy/        the published layout (pretrained.py): what evaluation and other code bases load
-        state.json     iteration, global_step, number of ranks, ZeRO stage, names of what is trained
-        envs.pt        where every env stood: stream position, episode, actions so far
+        optimizer/     one file per rank: fp32 weights and Adam's moments, see shards.py
+        envs.pt        where every env stood: stream position, episode, actions so far; knows nothing of ranks
+        state.json     iteration, global_step, what is trained, size of every file above; written last
 
-Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside
-its place and renamed when it is whole: a folder with its final name is complete.
+Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside its
+place and renamed when all of it has reached the disk: a folder with its final name was whole once. Files are measured
+again before they are read: what was cut short since is passed over for the checkpoint before, and said.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 
-from vla.distributed import UserError, all_gather_lists, barrier, rank, world_size
+from vla.distributed import UserError, agree, all_gather_lists, print0, rank, world_size
 from vla.pretrained import save_policy, saves_adapter_alone
+from vla.shards import load_shards, save_shards
 from vla.stages import whole_state_dict
+
+FORMAT = 2  # of state.json and optimizer/
 
 
 def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
@@ -32,14 +39,31 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("iteration_*") if path.suffix != ".partial")
 
 
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that has its final name, in words; None where every file has its full size."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return "state.json is missing or cut short"
+    if state.get("format") != FORMAT:
+        return f"it has format {state.get('format', 1)} and this version of the code reads format {FORMAT}"
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+    return None
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
-    """The newest complete checkpoint. Raises UserError where there is none."""
-    found = complete_checkpoints(run_dir)
-    if not found:
-        raise UserError(
-            f"--resume {run_dir}: there is no complete checkpoint in {run_dir}/checkpoints; start a new run"
-        )
-    return found[-1]
+    """The newest whole checkpoint; damaged ones are named and passed over. Raises UserError where there is none."""
+    for folder in reversed(complete_checkpoints(run_dir)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        print0(f"WARNING: {folder} is damaged ({wrong}) and is passed over")
+    raise UserError(f"--resume {run_dir}: there is no complete checkpoint in {run_dir}/checkpoints; start a new run")
 
 
 def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Path, Path | None]:
@@ -51,7 +75,16 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
     if resume:
         if run_dir and Path(run_dir) != Path(resume):
             raise UserError(f"--run_dir {run_dir} and --resume {resume} name two folders: give only --resume")
-        return Path(resume), latest_checkpoint(Path(resume))
+        # what rank 0 finds: shared folders do not look alike on all nodes at all times
+        error, found = None, None
+        if rank() == 0:
+            try:
+                found = latest_checkpoint(Path(resume))
+            except UserError as failure:
+                error = str(failure)
+        if said := agree(error):
+            raise UserError(said)
+        return Path(resume), all_gather_lists([found])[0]
     folder = Path(all_gather_lists([run_dir or default])[0])  # rank 0's clock names it
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -60,9 +93,54 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
     return folder, None
 
 
-def trainable_names(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Names of the parameters that are trained, in the model's order."""
-    return [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+def trained_shapes(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[int]]:
+    """Names and whole shapes of the parameters that are trained, in the model's order."""
+    sharded = engine.zero_optimization_stage() == 3
+    return {
+        name: list(parameter.ds_shape if sharded else parameter.shape)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@contextlib.contextmanager
+def written_by_all(partial: Path, what: str) -> Iterator[None]:
+    """What one rank cannot write ends the run on all of them, with nothing half-written left behind."""
+    error = None
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as failure:  # the last two: a full disk as torch and safetensors say
+        error = failure
+    said = agree(None if error is None else f"{error}")
+    if said is not None:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{what} could not be written ({said}): mend that, then --resume goes on") from error
+
+
+def reach_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(partial: Path, final: Path, state: dict) -> None:
+    """Write state.json with the sizes of all files, wait for the disk, give the folder its final name."""
+    contents = sorted(partial.rglob("*"))
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in contents if path.is_file()}
+    (partial / "state.json").write_text(json.dumps(state | {"format": FORMAT, "files": files}))
+    for path in (*contents, partial / "state.json", partial):
+        reach_disk(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    reach_disk(final.parent)
 
 
 def save_checkpoint(
@@ -77,33 +155,29 @@ def save_checkpoint(
 
     Args:
         env_states: one entry per env of this rank.
+
+    Raises:
+        UserError: the disk is full or the folder can not be written; earlier checkpoints are as they were.
     """
     final = checkpoint_dir(run_dir, iteration)
     partial = final.with_name(final.name + ".partial")
     env_states = all_gather_lists(env_states)
     weights = whole_state_dict(engine, keep=rank() == 0, without_base=saves_adapter_alone(engine.module))
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        save_policy(engine.module, weights, partial / "policy")
-        torch.save(env_states, partial / "envs.pt")
-    barrier()
-    # frozen weights are not kept: a resumed run builds them again from --model_path
-    engine.save_checkpoint(str(partial / "deepspeed"), tag="engine", save_latest=False, exclude_frozen_parameters=True)
-    barrier()
-    if rank() == 0:
-        state = {
-            "iteration": iteration,
-            "global_step": global_step,
-            "num_ranks": world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
-            "trainable": trainable_names(engine),
-        }
-        (partial / "state.json").write_text(json.dumps(state))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in complete_checkpoints(run_dir)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    barrier()
+    with written_by_all(partial, str(final)):
+        if rank() == 0:
+            for abandoned in final.parent.glob("*.partial"):
+                shutil.rmtree(abandoned)
+            (partial / "optimizer").mkdir(parents=True)
+            save_policy(engine.module, weights, partial / "policy")
+            torch.save(env_states, partial / "envs.pt")
+    with written_by_all(partial, str(final)):
+        save_shards(engine, partial / "optimizer")
+    state = {"iteration": iteration, "global_step": global_step, "trained": trained_shapes(engine)}
+    with written_by_all(partial, str(final)):
+        if rank() == 0:
+            put_in_place(partial, final, state)
+            for old in complete_checkpoints(run_dir)[:-keep] if keep else []:
+                shutil.rmtree(old)
     return final
 
 
@@ -112,40 +186,19 @@ def load_checkpoint(
 ) -> tuple[int, int, list[dict]]:
     """Restore weights and optimizer. Returns iteration, global_step and this rank's env states.
 
+    Learning rates and weight decay are those of this run's flags.
+
     Raises:
-        UserError: another number of ranks or envs, ZeRO stage or set of trained weights than the checkpoint's.
+        UserError: another number of envs or set of trained weights than the checkpoint's.
     """
     state = json.loads((folder / "state.json").read_text())
-    if state["num_ranks"] != world_size():
-        raise UserError(
-            f"{folder} was written by {state['num_ranks']} ranks and this run has {world_size()}: "
-            f"launch with --num_gpus {state['num_ranks']}"
-        )
-    if state["zero_stage"] != engine.zero_optimization_stage():
-        raise UserError(
-            f"{folder} was written under ZeRO stage {state['zero_stage']}: resume with that --deepspeed_config"
-        )
-    # frozen weights are not in the file, so DeepSpeed has to load leniently: what must fit is checked here
-    if state["trainable"] != trainable_names(engine):
+    if state["trained"] != trained_shapes(engine):
         raise UserError(
             f"{folder} was written with other weights trained: pass the same --model_path, --lora_rank and --lora_scope"
         )
     env_states = torch.load(folder / "envs.pt", weights_only=False)
-    if len(env_states) != local_num_envs * world_size():
-        num_envs = local_num_envs * world_size()
+    num_envs = local_num_envs * world_size()
+    if len(env_states) != num_envs:
         raise UserError(f"{folder} holds {len(env_states)} envs, this run has {num_envs}: pass the same --num_envs")
-    # DeepSpeed answers a missing folder with (None, None) and a missing tag with an empty AssertionError
-    if not (folder / "deepspeed" / "engine").is_dir():
-        raise UserError(
-            f"{folder} is incomplete: deepspeed/engine is missing; delete it to fall back to the one before"
-        )
-    # DeepSpeed restores the rates that were saved; flags of the resumed run win
-    settings = [{key: group[key] for key in ("lr", "weight_decay")} for group in engine.optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(folder / "deepspeed"), tag="engine", load_module_strict=False)
-    if path is None:
-        raise UserError(
-            f"DeepSpeed could not read {folder}/deepspeed: delete {folder} to fall back to the checkpoint before"
-        )
-    for group, kept in zip(engine.optimizer.param_groups, settings):
-        group.update(kept)
+    load_shards(engine, folder / "optimizer")
     return state["iteration"], state["global_step"], env_states[first_env : first_env + local_num_envs]

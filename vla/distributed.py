@@ -3,11 +3,15 @@
 The scripts run under `deepspeed`, under torchrun, and as plain `python` (one rank).
 """
 
+import faulthandler
 import logging
 import os
 import random
+import signal
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +25,12 @@ from deepspeed.accelerator import get_accelerator
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
+REQUEUE = 75  # exit code: asked to end, everything is saved, start it again with --resume (EX_TEMPFAIL of sysexits.h)
+LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
+POLL_SECONDS = 1.0
+ORPHAN_SECONDS = 600.0  # an orphan has as long to save itself; it may hang in a collective with a rank that died
+
+
 class UserError(Exception):
     """Wrong input: its text is one sentence that names the thing and the remedy."""
 
@@ -32,6 +42,12 @@ def run_main(main: Callable, parse: Callable) -> None:
     """
     try:
         main(parse())
+    except SystemExit as stop:
+        if stop.code == REQUEUE:  # everything is saved: do not spend the grace period on drivers' clean-up
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(REQUEUE)
+        raise
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -53,12 +69,45 @@ class checked:
             raise UserError(str(error)) from error
 
 
+def parent_of(process: int) -> int | None:
+    """Process id of a process's parent; None once it has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def end_with_launcher() -> None:
+    """Start a thread that sends this rank SIGTERM when its launcher ends.
+
+    `deepspeed` (0.19.8) dies of SIGTERM at once and leaves its ranks running, and so does its helper of kill -9.
+    Ranks under torchrun are watched too; those that nothing launched are left alone, as are srun's, which kills all.
+    """
+    parent = os.getppid()
+    try:
+        between = LAUNCHER in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:  # no /proc: not Linux
+        return
+    if not between and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    grandparent = parent_of(parent) if between else None
+
+    def watch() -> None:
+        while os.getppid() == parent and (grandparent is None or parent_of(parent) == grandparent):
+            time.sleep(POLL_SECONDS)
+        faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def setup_distributed(seed: int) -> torch.device:
     """Join the process group and seed every generator with the same seed on every rank. Returns this rank's device.
 
     What must differ between ranks (which envs, which slice of the noise) is sliced from quantities that all ranks
     agree on, so a run does not depend on how many ranks share its work.
     """
+    end_with_launcher()
     for name, value in LAUNCHER_ENV.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:  # one rank without launcher: any port, since other such runs may be going on
@@ -150,6 +199,15 @@ def all_gather_lists(items: Iterable) -> list:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+def agree(error: str | None) -> str | None:
+    """The first error that any rank has, on every rank; None where all is well. All ranks together."""
+    errors = [(number, text) for number, text in enumerate(all_gather_lists([error])) if text is not None]
+    if not errors:
+        return None
+    number, text = errors[0]
+    return text if world_size() == 1 else f"rank {number}: {text}"
 
 
 def masked_mean_var(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:

@@ -24,11 +24,18 @@ FLAG_OF_KEY = {
     "scheduler": "--learning_rate",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Engine = deepspeed.DeepSpeedEngine
 
 
-def read_deepspeed_config(path: str, dtype: str) -> dict:
-    """The JSON with bf16 "auto" resolved. Raises UserError for a missing file, a key that is a flag, or a precision
-    conflict."""
+def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
+    """The JSON with bf16 "auto" resolved.
+
+    Args:
+        offload: what the stages are going to do, "none" or "stage" (stages.py).
+
+    Raises:
+        UserError: a missing file, a key that is a flag, or settings that do not go together.
+    """
     if not Path(path).is_file():
         known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
         raise UserError(
@@ -44,11 +51,9 @@ def read_deepspeed_config(path: str, dtype: str) -> dict:
         if key in config:
             raise UserError(f"{path} sets {key!r}, which is decided by {flag}: remove it from the file")
     zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage {zero['stage']!r} does not exist, use 0, 1, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if key in zero:
-            raise UserError(f"{path}: {key} is not supported yet, remove it (ZeRO-3 shards over the GPUs instead)")
+    if zero.get("stage", 0) not in (0, 2, 3):  # 1 saves nothing that 2 does not, and is other code under bfloat16
+        raise UserError(f"{path}: zero_optimization.stage {zero['stage']!r} is not supported, use 0, 2 or 3")
+    check_offload(path, zero, offload)
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 is not supported, use --dtype bfloat16")
     if (
@@ -63,6 +68,28 @@ def read_deepspeed_config(path: str, dtype: str) -> dict:
             f'{path} has bf16 {"on" if bf16 else "off"} but --dtype is {dtype}: make them agree, or write "auto"'
         )
     return config
+
+
+def check_offload(path: str, zero: dict, offload: str) -> None:
+    """Two ways to make room, one at a time: Adam for ever on the CPU, or memory handed over between the stages."""
+    if "offload_param" in zero:
+        raise UserError(f"{path}: offload_param is not supported, remove it; --offload stage makes room in the rollout")
+    on_cpu = zero.get("offload_optimizer")
+    if on_cpu is not None:
+        if zero.get("stage", 0) != 3:
+            raise UserError(f"{path}: offload_optimizer needs ZeRO-3: use ds_configs/zero3_cpu_adam.json")
+        if on_cpu.get("device") != "cpu" or on_cpu.keys() - {"device", "pin_memory"}:
+            raise UserError(f'{path}: offload_optimizer may hold "device": "cpu" and "pin_memory", nothing else')
+        if offload == "stage":
+            raise UserError(
+                f"--offload stage cannot move an optimizer that {path} keeps on the CPU: use ds_configs/zero3.json, "
+                "or --offload none"
+            )
+    if offload == "stage" and zero.get("stage", 0) != 3:
+        raise UserError(
+            f"--offload stage needs ZeRO-3, which alone cuts the weights between the stages; {path} is not: use "
+            "ds_configs/zero3.json"
+        )
 
 
 def zero_stage(config: dict) -> int:
@@ -90,9 +117,17 @@ def build_engine(
     groups = [{"params": actor, "lr": learning_rate}]
     if critic:
         groups.append({"params": critic, "lr": value_learning_rate})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    # torch's own fused loop where Adam runs on the CPU: DeepSpeed's CPUAdam would have to be compiled first
+    on_cpu = "offload_optimizer" in config.get("zero_optimization", {})
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True if on_cpu else None
+    )
+    # DeepSpeed's default bucket for gradients has 5e8 elements, which an adapter would never fill
+    bucket = min(500_000_000, sum(p.numel() for group in groups for p in group["params"]))
     config = {
         **config,
+        "zero_optimization": {"reduce_bucket_size": bucket, **config.get("zero_optimization", {})},
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
