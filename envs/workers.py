@@ -272,7 +272,8 @@ def _plain(error: Exception) -> Exception | None:
 
 def worker_main(connection_fd: int, memory_fd: int, stacks_fd: int) -> None:
     """A worker's life: build the envs, answer calls, end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the socket
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle; it closes the socket
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable(file=stacks_fd, all_threads=True)  # a crash in the simulator leaves its stack
     faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
     torch.set_num_threads(1)

@@ -1,0 +1,97 @@
+"""A run that is asked to end saves itself and can be started again as if nothing had happened.
+
+SIGTERM (a cluster's, a launcher's), SIGUSR1 (what slurm/*.sbatch ask for ahead of the time limit) and a file called
+`stop` in the run folder (`touch runs/my_run/stop`) only raise a flag. The rank that got the signal writes the file, so
+that the others know before they meet: DeepSpeed's launcher (0.19.8) signals one rank and waits 30 s for it to end
+before it signals the next. The rollout looks at the flag after every decision, since ranks are free there; outside it
+all ranks agree after every optimizer step, so that they leave in lock-step.
+
+An iteration that was broken off is undone: weights, moments and env states are put back to its start, saved, and the
+run exits with code 75 (EX_TEMPFAIL of sysexits.h: start me again). `--resume` then makes the same iteration from its
+start: at most one is lost, and the log of a run that was stopped is that of a run that was not.
+
+    preemption = Preemption(engine, run_dir, keep_checkpoints)
+    for iteration in ...:
+        preemption.mark(iteration, global_step, envs.state_dict())
+        with rollout_stage(...):
+            for t in preemption.until_asked(range(...)):
+                ...
+        preemption.leave_if_asked()
+        with update_stage(...):
+            ...                                 # after each optimizer step
+            preemption.leave_if_asked()
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from vla.checkpoint import checkpoint_dir, damage, save_checkpoint
+from vla.distributed import REQUEUE, agree, all_reduce_max, print0, rank
+from vla.engine import Engine
+from vla.shards import Snapshot
+
+Item = TypeVar("Item")
+
+
+class Preemption:
+    """Watches for signals from when it is made; a signal before that (nothing has been trained yet) ends the process.
+
+    Args:
+        keep: of save_checkpoint().
+    """
+
+    def __init__(self, engine: Engine, run_dir: Path, keep: int):
+        self.engine, self.run_dir, self.keep = engine, run_dir, keep
+        self.stop_file = run_dir / "stop"
+        self.signal: str | None = None  # what this rank got; it may come twice
+        self.meeting = False  # the other ranks hear of it anyway
+        self.start = Snapshot()
+        if rank() == 0:
+            self.stop_file.unlink(missing_ok=True)  # of a run that was killed
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number).name
+        if not self.meeting:
+            with contextlib.suppress(OSError):  # the others then hear of it when they meet
+                self.stop_file.touch()
+
+    @property
+    def asked(self) -> bool:
+        """This rank should go no further: it got a signal, or another one did, or there is a file `stop`."""
+        return self.signal is not None or self.stop_file.exists()
+
+    def until_asked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, until this rank should go no further."""
+        for item in items:
+            if self.asked:
+                return
+            yield item
+
+    def mark(self, iteration: int, global_step: int, env_states: list[dict]) -> None:
+        """An iteration begins here: what a broken-off one goes back to. Copies the trained weights and moments."""
+        self.iteration, self.global_step, self.env_states = iteration, global_step, env_states
+        self.start.take(self.engine)
+
+    def leave_if_asked(self) -> None:
+        """All ranks together. Was any of them asked to end: undo the iteration, save, SystemExit with REQUEUE."""
+        self.meeting = True
+        if not all_reduce_max(torch.tensor(float(self.asked))):
+            self.meeting = False
+            return
+        folder = checkpoint_dir(self.run_dir, self.iteration)
+        if agree(damage(folder) if rank() == 0 else None):  # there is none yet, or no whole one
+            self.start.restore(self.engine)
+            save_checkpoint(
+                self.engine, self.run_dir, self.iteration, self.global_step, self.env_states, self.keep
+            )  # fmt: skip
+        if rank() == 0:
+            self.stop_file.unlink(missing_ok=True)
+        print0(f"{self.signal or self.stop_file}: {folder} is complete; go on with --resume {self.run_dir}")
+        raise SystemExit(REQUEUE)
