@@ -6,9 +6,14 @@ python doctor.py --renderer    only the renderer (what `make setup` asks)
 python doctor.py --download    fetch the published meshes and photographs (asset_pack bridge) into ManiSkill's asset
                                folder or --asset_dir DIR; what was interrupted goes on where it stopped.
                                --mirror URL: from there, not from huggingface.co and github.com
+python doctor.py --config FILE --num_gpus 8 --gpu_memory 80
+                               what a run needs of a GPU's memory (GiB) and of its node's, stage by stage; whether it
+                               fits, and which flag to turn first. Flags of the script may follow: --offload stage
 """
 
 import argparse
+import dataclasses
+import importlib
 import importlib.metadata
 import os
 import shutil
@@ -96,6 +101,30 @@ def download(asset_dir: str | None, mirror: str | None) -> int:
     return 0
 
 
+def memory_plan(config: str, num_gpus: int, gpu_memory: float, more_flags: list[str]) -> int:
+    from vla.cli import parse_args
+    from vla.distributed import UserError
+    from vla.engine import read_deepspeed_config, zero_stage
+    from vla.memory_plan import Recipe, advice, make_plan, table
+
+    script = "train_grpo" if "grpo" in Path(config).name else "train_ppo"  # whose defaults hold
+    try:
+        flags = vars(parse_args(importlib.import_module(script).Args, ["--config", config, *more_flags], ""))
+        settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
+        shared = {field.name: flags[field.name] for field in dataclasses.fields(Recipe) if field.name in flags}
+        recipe = Recipe(
+            **shared, critic=script == "train_ppo", zero_stage=zero_stage(settings),
+            cpu_adam="offload_optimizer" in settings.get("zero_optimization", {}),
+        )  # fmt: skip
+        print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory)))
+        fits, sentence = advice(recipe, num_gpus, gpu_memory)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{sentence}")
+    return 0 if fits else 1
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__.strip(), formatter_class=argparse.RawTextHelpFormatter
@@ -104,7 +133,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--download", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--asset_dir", help=argparse.SUPPRESS)
     parser.add_argument("--mirror", help=argparse.SUPPRESS)
-    flags = parser.parse_args(argv)
+    parser.add_argument("--config", help=argparse.SUPPRESS)
+    parser.add_argument("--num_gpus", type=int, default=8, help=argparse.SUPPRESS)
+    parser.add_argument("--gpu_memory", type=float, default=80.0, help=argparse.SUPPRESS)
+    flags, more_flags = parser.parse_known_args(argv)
+    if flags.config:
+        return memory_plan(flags.config, flags.num_gpus, flags.gpu_memory, more_flags)
+    if more_flags:
+        parser.error(f"unknown: {' '.join(more_flags)}")
     if flags.download:
         return download(flags.asset_dir, flags.mirror)
     if flags.asset_dir or flags.mirror:

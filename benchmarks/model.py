@@ -28,20 +28,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vla.action_tokens import ACTION_DIM, ActionTokens
+from vla.memory_plan import OPENVLA_7B
 from vla.openvla import positions
 from vla.policy import PolicyInputs, VLAPolicy
 from vla.pretrained import BRIDGE_ORIG, build_model, cast_parameters, freeze, with_adapter
 from vla.value_head import ValueHead
 
 PROMPT_LENGTH = 20  # ids of "put carrot on plate" in OpenVLA's prompt
-OPENVLA_7B = {
-    "model_type": "openvla",
-    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
-    "image_sizes": [224, 224],
-    "pad_to_multiple_of": 64,
-    "pad_token_id": 32000,
-    "text_config": {"vocab_size": 32064, "pad_token_id": 32000},  # the rest is LlamaConfig's defaults
-}
 
 
 def scaled(dino: tuple[int, int, int], siglip: tuple[int, int, int], **text: int) -> dict:
