@@ -34,10 +34,11 @@ from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
 from vla.policy import Evaluation, VLAPolicy, uniform_noise
+from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.regularization import regularization
 from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatches
-from vla.stages import make_rollout_copy, rollout_stage, update_stage
+from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
 
 # what an iteration without update logs as 0
 UPDATE_METRICS = """train/loss train/actor/policy_loss train/actor/approx_kl train/actor/clip_fraction
@@ -128,6 +129,7 @@ class Args:
     micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
     local_rank: int = -1  # set by the launcher
 
 
@@ -292,7 +294,7 @@ def main(args: Args) -> None:
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         default_dir = f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
-        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype)
+        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         policy = load_policy(
             args.model_path,
             args.model_type,
@@ -305,8 +307,9 @@ def main(args: Args) -> None:
         eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
-    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config))
+    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
+    hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
     surrogate, regularizers = pick(args, clipped_surrogate), pick(args, regularization)
     fan_sigma = args.fan_sigma if args.fan_coef else None
@@ -319,11 +322,12 @@ def main(args: Args) -> None:
         logger = Logger(
             run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
         )
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> None:
         """The held-out episodes, with whole weights; rank 0 films its first batch."""
-        with logger.timer("eval"), rollout_stage(engine, rollout_copy) as actor:
+        with logger.timer("eval"), rollout_stage(hand_over) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
         logger.write_evaluation(iteration, global_step, means)
@@ -332,15 +336,17 @@ def main(args: Args) -> None:
         run_evaluation(0)
 
     for iteration in range(start_iteration, sizes.num_iterations):
+        preemption.mark(iteration, global_step, [{}] * N)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, env_steps = [], 0
-        with logger.timer("rollout"), rollout_stage(engine, rollout_copy) as actor:
+        with logger.timer("rollout"), rollout_stage(hand_over) as actor:
             for attempt in range(1 + args.max_resamples * args.dynamic_sampling):
                 # (seed, iteration, attempt) decides everything random, the same on every rank
                 draw = iteration * (1 + args.max_resamples) + attempt
                 generator = torch.Generator().manual_seed(args.seed * 1_000_003 + draw)
                 noise = (
-                    uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N] for _ in range(T + 1)
+                    uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]
+                    for _ in preemption.until_asked(range(T + 1))
                 )
                 groups = range(first_env // args.group_size, (first_env + N) // args.group_size)
                 ids = [train_episode_id(envs.num_start_states, args.seed, group, draw) for group in groups]
@@ -352,8 +358,9 @@ def main(args: Args) -> None:
                     first_live = live_groups(buffer, args.group_size)
                 else:
                     fill_dead_groups(buffer, spare, args.group_size)
-                if live_groups(buffer, args.group_size).all():
+                if preemption.asked or live_groups(buffer, args.group_size).all():
                     break
+        preemption.leave_if_asked()
         env_steps = int(all_reduce_sum(torch.tensor(env_steps)))  # actions executed, over all ranks
         global_step += env_steps
 
@@ -379,7 +386,7 @@ def main(args: Args) -> None:
         epochs = []
         # ranks have drawn unequally much noise by now, so minibatches are dealt from a generator of their own
         dealing = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        with logger.timer("update"), update_stage(engine):
+        with logger.timer("update"), update_stage(hand_over):
             for _ in range(args.update_epochs if num_decisive else 0):  # no signal: not even weight decay
                 averages = Averages()
                 for total, parts in minibatches(
@@ -392,6 +399,7 @@ def main(args: Args) -> None:
                         loss, metrics = grpo_loss(new, mb, total, surrogate=surrogate, regularizers=regularizers)
                         guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)
+                    preemption.leave_if_asked()
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
@@ -402,7 +410,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ log, evaluate, save
         if due(iteration, args.eval_freq, sizes.num_iterations):
             run_evaluation(iteration + 1)
-        metrics = mean_over(epochs) | guard.take() | buffer.statistics(advantages)
+        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["rollout/live_groups"] = live_share
         metrics["rollout/zero_advantage"] = 1.0 - num_decisive / num_decisions

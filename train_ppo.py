@@ -33,10 +33,11 @@ from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
 from vla.policy import Evaluation, uniform_noise
+from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.regularization import regularization
 from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatches
-from vla.stages import make_rollout_copy, rollout_stage, update_stage
+from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
 
 
 @dataclass
@@ -128,6 +129,7 @@ class Args:
     micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
     local_rank: int = -1  # set by the launcher
 
 
@@ -257,7 +259,7 @@ def main(args: Args) -> None:
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         default_dir = f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
-        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype)
+        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         policy = load_policy(
             args.model_path, args.model_type, **pick(args, load_policy, dtype=DTYPES[args.dtype], device=device)
         )
@@ -268,8 +270,9 @@ def main(args: Args) -> None:
         eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
-    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config))
+    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
+    hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
     surrogate, regularizers = pick(args, clipped_surrogate), pick(args, regularization)
     fan_sigma = args.fan_sigma if args.fan_coef else None
@@ -286,11 +289,12 @@ def main(args: Args) -> None:
         logger = Logger(
             run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
         )
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> None:
         """The held-out episodes, with whole weights; rank 0 films its first batch."""
-        with logger.timer("eval"), rollout_stage(engine, rollout_copy) as actor:
+        with logger.timer("eval"), rollout_stage(hand_over) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
         logger.write_evaluation(iteration, global_step, means)
@@ -299,14 +303,15 @@ def main(args: Args) -> None:
         run_evaluation(0)
 
     for iteration in range(start_iteration, sizes.num_iterations):
+        preemption.mark(iteration, global_step, envs.state_dict())
         # (seed, iteration) decides everything random below, the same on every rank: resuming needs no generator state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, next_values = [], torch.zeros(N)
-        with logger.timer("rollout"), rollout_stage(engine, rollout_copy) as actor:
+        with logger.timer("rollout"), rollout_stage(hand_over) as actor:
             if not args.auto_reset and (checkpoint or iteration > start_iteration):
                 obs = envs.split(envs.reset())
-            for t in range(T + 1):
+            for t in preemption.until_asked(range(T + 1)):
                 noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]  # [N, C, D]
                 for part, here in enumerate(envs.parts):  # all N envs, or two halves: one is simulated while one acts
                     if t > 0:  # what came of decision t - 1
@@ -332,6 +337,7 @@ def main(args: Args) -> None:
                     envs.step_async(actor.decode(tokens), part)
                     reference = actor.reference_logprobs(inputs, tokens, args.temperature) if args.kl_coef else None
                     buffer.add_decision(t, here, inputs, tokens, logprobs, values, reference)
+        preemption.leave_if_asked()
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps
 
@@ -348,7 +354,7 @@ def main(args: Args) -> None:
         warming_up = iteration < args.critic_warmup_iterations
         engine.optimizer.param_groups[0]["lr"] = 0.0 if warming_up else args.learning_rate
         epochs = []
-        with logger.timer("update"), update_stage(engine):
+        with logger.timer("update"), update_stage(hand_over):
             for _ in range(args.update_epochs):
                 averages = Averages()
                 for total, parts in minibatches(
@@ -364,6 +370,7 @@ def main(args: Args) -> None:
                         )  # fmt: skip
                         guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)
+                    preemption.leave_if_asked()
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
@@ -371,7 +378,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ log, evaluate, save
         if due(iteration, args.eval_freq, sizes.num_iterations):
             run_evaluation(iteration + 1)
-        metrics = mean_over(epochs) | guard.take() | buffer.statistics(advantages)
+        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["train/critic/explained_variance"] = buffer.explained_variance(returns)
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps)

@@ -16,6 +16,18 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 
+def micro_preset() -> str:
+    """The name of a tiny preset for tests alone: one layer and two blocks per tower, so few collectives per forward."""
+    from vla.pretrained import TINY_OPENVLA, TINY_PRESETS
+
+    TINY_PRESETS["openvla-micro"] = {
+        **TINY_OPENVLA,
+        "vision_dims": [{**dims, "depth": 2} for dims in TINY_OPENVLA["vision_dims"]],
+        "text_config": {**TINY_OPENVLA["text_config"], "num_hidden_layers": 1},
+    }
+    return "openvla-micro"
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """Outputs of the published code on tiny models; not part of the repository."""

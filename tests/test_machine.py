@@ -264,12 +264,6 @@ def test_resume_refusals(tmp_path):
     refused("--resume", str(tmp_path), sentence="is not a run folder")
 
 
-def test_resume_with_another_number_of_ranks(four_iterations):
-    before = (four_iterations / "metrics.jsonl").read_text()
-    refused("--resume", str(four_iterations), "--num_iterations", "5", sentence="launch with --num_gpus 1", ranks=2)
-    assert (four_iterations / "metrics.jsonl").read_text() == before
-
-
 def test_resume_with_other_weights_trained(four_iterations):
     refused("--resume", str(four_iterations), "--num_iterations", "5", "--lora_rank", "4", sentence="--lora_rank")
 

@@ -111,7 +111,7 @@ def test_every_command_in_readme_exists():
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
     for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \d+)* (\w+\.py)", README):
         assert (ROOT / script).exists(), script
-    others = {"num_gpus", "help", "renderer", "download"}  # of the launcher and of doctor.py
+    others = {"num_gpus", "gpu_memory", "help", "renderer", "download", "nodes"}  # of launchers and of doctor.py
     others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
     for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):
         known = any(flag in script.__dataclass_fields__ for script in (Args, train_grpo.Args, evaluate.Args))

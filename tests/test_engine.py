@@ -1,0 +1,440 @@
+"""Engine, stages, shards, checkpoints, signals and clusters, on ranks of their own."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import micro_preset
+
+from vla.checkpoint import FORMAT, damage, latest_checkpoint
+from vla.distributed import REQUEUE, UserError
+from vla.engine import read_deepspeed_config
+from vla.memory_plan import Recipe, advice, make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESET = "yaml/quickstart_ppo_openvla.yaml"
+SHORT = {
+    "num_envs": 4, "num_steps": 16, "max_episode_steps": 8, "num_minibatches": 2, "micro_batch_size": 8,
+    "num_eval_episodes": 2, "num_eval_envs": 2, "save_freq": 1, "keep_checkpoints": 0, "num_iterations": 3,
+}  # fmt: skip
+
+
+def free_port() -> str:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return str(server.getsockname()[1])
+
+
+def on_ranks(world: int, scenarios: list[tuple[str, dict]]) -> list[dict]:
+    """Run scenarios of engine_program.py on so many ranks of one process group; what each printed."""
+    command = [sys.executable, "tests/engine_program.py", json.dumps(scenarios)]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = []
+    for number in range(world):
+        environment = os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        printed = [rank.communicate(timeout=900)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world, printed
+    return [json.loads(line.removeprefix("RESULT ")) for line in printed[0].splitlines() if line.startswith("RESULT ")]
+
+
+# ---------------------------------------------------------------------- ZeRO stages, ranks, offload
+BF16_LORA = {"dtype": "bfloat16", "lora_rank": 4}
+# written by 2 ranks: name -> settings; the threshold keeps small parameters whole between forwards
+WRITTEN = {
+    "zero0": {"config": "zero0"},
+    "zero2": {"config": "zero2"},
+    "zero3": {"config": "zero3"},
+    "bf16": {"config": "zero3", "threshold": 100_000, **BF16_LORA},
+    "cpu_adam": {"config": "zero3_cpu_adam"},
+}
+# read on 1 rank, under another stage
+READ = {
+    "zero0": {"config": "zero3"},
+    "zero2": {"config": "zero0"},
+    "zero3": {"config": "zero2"},
+    "bf16": {"config": "zero2", **BF16_LORA},
+    "cpu_adam": {"config": "zero3", "offload": "stage"},
+}
+OFFLOAD = [
+    {"lora_rank": 4, "offload": "none"},
+    {"lora_rank": 4, "offload": "stage", "uneven": True},
+    {"dtype": "bfloat16", "threshold": 100_000, "offload": "none", "uneven": True},
+    {"dtype": "bfloat16", "threshold": 100_000, "offload": "stage"},
+]
+UNDONE = [{"config": "zero0"}, {"config": "zero2", **BF16_LORA}, {"config": "zero3", **BF16_LORA}]
+MEASURED = [
+    {"config": "zero0"},
+    {"config": "zero2", **BF16_LORA},
+    {"config": "zero3"},
+    {"config": "zero3", "offload": "stage", **BF16_LORA},
+    {"config": "zero3", "offload": "stage", "dtype": "bfloat16"},
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[Path, dict]:
+    """All scenarios that need no earlier run, on two ranks in one process group."""
+    folder = tmp_path_factory.mktemp("engine")
+    scenarios = [("save", {"folder": str(folder / name), "at": 1, "until": 2, **WRITTEN[name]}) for name in WRITTEN]
+    scenarios += [("losses", settings) for settings in OFFLOAD] + [("broken_rollout", {"offload": "stage"})]
+    scenarios += [("undo", settings) for settings in UNDONE] + [("memory", settings) for settings in MEASURED]
+    scenarios += [("coverage", {"config": f"zero{stage}"}) for stage in (0, 2, 3)]
+    scenarios += [("full_disk", {"folder": str(folder / "full")})]
+    results: dict[str, list] = {}
+    for (name, _), result in zip(scenarios, on_ranks(2, scenarios)):
+        results.setdefault(name, []).append(result)
+    return folder, results
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks) -> tuple[Path, dict]:
+    """One rank goes on with what two wrote, and writes for two."""
+    folder, _ = two_ranks
+    scenarios = [
+        ("resume", {"checkpoint": str(folder / name / "checkpoints/iteration_000001"), "until": 2, **READ[name]})
+        for name in READ
+    ]
+    scenarios.append(("save", {"folder": str(folder / "by_one"), "at": 1, "until": 2, "config": "zero3"}))
+    results: dict[str, list] = {}
+    for (name, _), result in zip(scenarios, on_ranks(1, scenarios)):
+        results.setdefault(name, []).append(result)
+    return folder, results
+
+
+@pytest.mark.slow
+def test_two_ranks_saved_one_goes_on_under_another_stage(two_ranks, one_rank):
+    for name, saved, resumed in zip(WRITTEN, two_ranks[1]["save"], one_rank[1]["resume"]):
+        assert resumed["iteration"] == 1 and resumed["global_step"] == 100
+        assert [entry["env"] for entry in resumed["envs"]] == [0, 1, 0, 1]  # all of them, in rank order
+        exact = {"rel": 3e-3, "abs": 3e-3} if name == "bf16" else {"rel": 1e-5, "abs": 1e-5}
+        for ours, theirs in zip(resumed["losses"], saved["losses"][1:]):
+            assert ours == pytest.approx(theirs, **exact), name
+
+
+@pytest.mark.slow
+def test_one_rank_saved_two_go_on_and_the_same_ranks_go_on_bit_for_bit(two_ranks, one_rank):
+    folder = two_ranks[0]
+    again = [name for name in WRITTEN if name != "cpu_adam"]
+    runs = [("by_one", {"config": "zero2"}), *((name, WRITTEN[name]) for name in again)]
+    by_one, *same = on_ranks(2, [
+        ("resume", {"checkpoint": str(folder / name / "checkpoints/iteration_000001"), "until": 2, **settings})
+        for name, settings in runs
+    ])  # fmt: skip
+    assert [entry["env"] for entry in by_one["envs"]] == [0, 1]  # rank 0's share
+    for ours, theirs in zip(by_one["losses"], one_rank[1]["save"][0]["losses"][1:]):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    saved = dict(zip(WRITTEN, two_ranks[1]["save"]))
+    for name, resumed in zip(again, same):
+        assert resumed["losses"] == saved[name]["losses"][1:], name
+
+
+@pytest.mark.slow
+def test_adam_on_the_cpu_makes_the_same_steps(two_ranks):
+    saved = dict(zip(WRITTEN, two_ranks[1]["save"]))
+    for ours, theirs in zip(saved["cpu_adam"]["losses"], saved["zero3"]["losses"]):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_offload_and_uneven_forwards_change_nothing(two_ranks):
+    """Rank 1 makes three forwards where rank 0 makes one, and nothing waits."""
+    runs = two_ranks[1]["losses"]
+    for first in (0, 2):
+        assert runs[first]["losses"] == runs[first + 1]["losses"]
+    plain = dict(zip(WRITTEN, two_ranks[1]["save"]))["zero3"]
+    assert two_ranks[1]["broken_rollout"][0]["losses"] == plain["losses"][:2]  # an exception leaves no trace
+    for run in runs:
+        gib = run["memory"]
+        assert all(0.1 < gib[f"memory/{stage}_resident_gib"] < 20 for stage in ("rollout", "update"))
+        assert all(
+            gib[f"memory/host_{s}_peak_gib"] >= gib[f"memory/host_{s}_resident_gib"] - 0.05
+            for s in ("rollout", "update")
+        )
+
+
+@pytest.mark.slow
+def test_a_snapshot_undoes_an_update_bit_for_bit(two_ranks):
+    for settings, result in zip(UNDONE, two_ranks[1]["undo"]):
+        assert result["again"] == result["once"], settings
+
+
+@pytest.mark.slow
+def test_every_trained_element_lies_on_exactly_one_rank(two_ranks):
+    assert [result["wrong"] for result in two_ranks[1]["coverage"]] == [[], [], []]
+
+
+@pytest.mark.slow
+def test_a_disk_that_one_rank_finds_full_ends_all_ranks_and_spoils_nothing(two_ranks):
+    (result,) = two_ranks[1]["full_disk"]
+    assert "rank 1: " in result["said"] and "--resume" in result["said"]
+    assert result["left"] == ["iteration_000001"]  # the one before, and no half-written one
+    assert damage(two_ranks[0] / "full" / "checkpoints" / "iteration_000001") is None
+
+
+# ---------------------------------------------------------------------- memory plan
+def recipe(config: str, dtype: str = "float32", lora_rank: int = 0, offload: str = "none", **changes) -> Recipe:
+    """Of engine_program.py's memory scenario: two envs and a micro batch of two on each of two ranks."""
+    settings = {
+        "model_path": micro_preset(), "model_type": "openvla", "chunk_size": 1, "lora_scope": "all", "critic": True,
+        "max_prompt_length": 12, "gradient_checkpointing": False, "micro_batch_size": 2, "num_envs": 4,
+        "num_eval_envs": 1, "num_steps": 16, "num_env_workers": 0, "zero_stage": int(config[4]),
+        "cpu_adam": config == "zero3_cpu_adam",
+    }  # fmt: skip
+    return Recipe(dtype=dtype, lora_rank=lora_rank, offload=offload, **settings | changes)
+
+
+@pytest.mark.slow
+def test_the_memory_plan_meets_measured_bytes(two_ranks):
+    for settings, measured in zip(MEASURED, two_ranks[1]["memory"]):
+        plan = make_plan(recipe(**settings), 2)
+        for stage in ("rollout", "update"):
+            assumed = sum(size for name, size in getattr(plan, stage).items() if "assumed" in name)
+            for moment in ("resident", "peak"):
+                planned = getattr(plan, moment)(stage) - assumed
+                assert planned == pytest.approx(measured[f"{stage}_{moment}"], rel=0.15), (settings, stage, moment)
+
+
+def test_the_memory_plan_knows_what_each_knob_does():
+    small, plain = recipe("zero3"), recipe("zero3", micro_batch_size=8, num_envs=8)
+    assert make_plan(plain, 2).update["activations"] == 4 * make_plan(small, 2).update["activations"]
+    kept, again = (
+        make_plan(recipe("zero3", model_path="openvla-tiny", gradient_checkpointing=on), 2) for on in (False, True)
+    )
+    assert again.update["activations"] < 0.7 * kept.update["activations"]
+    assert make_plan(plain, 4).update["Adam's moments"] <= 0.51 * make_plan(plain, 2).update["Adam's moments"]
+    moved = make_plan(recipe("zero3", offload="stage"), 2)
+    assert moved.peak("rollout") < make_plan(small, 2).peak("rollout")
+    assert moved.host["moved out between the stages"] > 0
+    on_cpu = make_plan(recipe("zero3_cpu_adam"), 2)
+    assert "Adam's moments" not in on_cpu.update and on_cpu.host["Adam on the CPU"] > 0
+    with pytest.raises(UserError, match="not divisible by 3"):
+        make_plan(small, 3)
+
+
+def test_the_memory_plan_names_the_flag_to_turn():
+    need = recipe("zero2", micro_batch_size=64)
+    fits, sentence = advice(need, 2, 1000.0)
+    assert fits and "fits" in sentence
+    plan = make_plan(need, 2)
+    just_too_small = (max(plan.peak("rollout"), plan.peak("update")) - 1) / 2**30
+    fits, sentence = advice(need, 2, just_too_small)
+    assert not fits and "ds_configs/zero3.json" in sentence and "GiB" in sentence
+    assert "more or larger GPUs" in advice(need, 2, 0.1)[1]
+
+
+def test_doctor_prints_the_plan_of_a_preset():
+    command = [sys.executable, "doctor.py", "--config", PRESET, "--num_gpus", "2", "--gpu_memory", "8"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "fits" in run.stdout and "activations" in run.stdout, run.stderr
+    run = subprocess.run([*command, "--offload", "stage", "--deepspeed_config", "ds_configs/zero2.json"], cwd=ROOT,
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 2 and run.stderr.startswith("error: --offload stage needs ZeRO-3")
+
+
+# ---------------------------------------------------------------------- settings that do not go together
+@pytest.mark.parametrize(
+    "zero, offload, sentence",
+    [
+        ({"stage": 2}, "stage", "--offload stage needs ZeRO-3"),
+        ({"stage": 1}, "none", "use 0, 2 or 3"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "none", "offload_param is not supported"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "stage", "use ds_configs/zero3.json"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "none", "offload_optimizer needs ZeRO-3"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "none", 'may hold "device": "cpu"'),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "none", 'may hold "device": "cpu"'),
+    ],
+)
+def test_unsupported_combinations_are_refused_with_a_sentence(tmp_path, zero, offload, sentence):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+    with pytest.raises(UserError, match=sentence):
+        read_deepspeed_config(str(tmp_path / "ds.json"), "float32", offload)
+
+
+def test_shipped_configs_are_accepted():
+    for name, offload in (("zero0", "none"), ("zero2", "none"), ("zero3", "stage"), ("zero3_cpu_adam", "none")):
+        read_deepspeed_config(str(ROOT / f"ds_configs/{name}.json"), "float32", offload)
+
+
+# ---------------------------------------------------------------------- damaged checkpoints
+def fake_checkpoint(run_dir: Path, iteration: int) -> Path:
+    folder = run_dir / "checkpoints" / f"iteration_{iteration:06d}"
+    (folder / "optimizer").mkdir(parents=True)
+    (folder / "optimizer" / "rank_00000.safetensors").write_bytes(b"12345")
+    state = {"format": FORMAT, "files": {"optimizer/rank_00000.safetensors": 5}}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    older, newer = fake_checkpoint(tmp_path, 2), fake_checkpoint(tmp_path, 4)
+    (tmp_path / "checkpoints" / "iteration_000006.partial").mkdir()
+    assert latest_checkpoint(tmp_path) == newer
+    (newer / "optimizer" / "rank_00000.safetensors").write_bytes(b"123")
+    assert latest_checkpoint(tmp_path) == older
+    assert "has 3 bytes of 5" in capsys.readouterr().out
+    (older / "state.json").write_text('{"format": 2, "fil')
+    assert "state.json" in damage(older)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path):
+    folder = fake_checkpoint(tmp_path, 1)
+    (folder / "state.json").write_text(json.dumps({"iteration": 1, "files": {}}))
+    assert "format 1" in damage(folder)
+    (folder / "state.json").write_text(json.dumps({"format": FORMAT, "files": {"gone": 1}}))
+    assert damage(folder) == "gone is missing"
+
+
+# ---------------------------------------------------------------------- the whole script, killed and stopped
+def flags(**changes: int) -> list[str]:
+    """Of a run that takes seconds."""
+    return [
+        "--config",
+        PRESET,
+        *(word for name, value in (SHORT | changes).items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def deepspeed(ranks: int, *more: str, **changes: int) -> subprocess.Popen:
+    """`deepspeed --num_gpus RANKS train_ppo.py ...`, started."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
+    return subprocess.Popen([*launcher, "train_ppo.py", *flags(**changes), *more], cwd=ROOT)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what no two runs share."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: value for tag, value in line.items() if not tag.startswith(("time/", "memory/"))} for line in lines]
+
+
+def wait_for(condition, what: str, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} after {seconds:g} s"
+        time.sleep(0.1)
+
+
+def processes_with(text: str) -> list[int]:
+    """Running processes that have this in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """sbatch, srun and scontrol on PATH; yields where they keep their state."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "bin").mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        tool = folder / "bin" / name
+        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fake_slurm.py" {name} "$@"\n')
+        tool.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("FAKE_SLURM", str(folder))
+        patch.setenv("PYTHON", sys.executable)
+        yield folder
+
+
+def sbatch(file: str, nodes: int, tasks: int, run_dir: Path, **changes: int) -> subprocess.Popen:
+    size = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}"]
+    command = ["sbatch", *size, f"slurm/{file}", "train_ppo.py", *flags(**changes), "--run_dir", str(run_dir)]
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster) -> list[dict]:
+    """Three iterations on two ranks under ZeRO-3 that nothing disturbs: on two nodes, as the cluster says."""
+    run_dir = cluster / "unbroken"
+    assert sbatch("train_multinode.sbatch", 2, 1, run_dir).wait(timeout=600) == 0
+    return metrics(run_dir)
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster):
+    run_dir = cluster / "run"
+    job = sbatch("train.sbatch", 1, 2, run_dir, save_freq=0)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    for rank in (cluster / "pids").read_text().split():  # ahead of the time limit
+        os.kill(int(rank), signal.SIGUSR1)
+    assert job.wait(timeout=600) == 0
+    assert metrics(run_dir) == unbroken
+    assert "is complete; go on with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
+    assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
+    assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
+    assert not processes_with(str(run_dir))
+
+
+@pytest.mark.slow
+def test_a_slurm_job_needs_a_run_dir(cluster):
+    job = subprocess.run(["sbatch", "slurm/train.sbatch", "train_ppo.py"], cwd=ROOT, capture_output=True, text=True)
+    assert job.returncode == 2 and "give --run_dir" in job.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank_under_zero2(unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    launcher = deepspeed(2, "--run_dir", str(run_dir))
+    wait_for((run_dir / "checkpoints" / "iteration_000001").is_dir, "first checkpoint")
+    victims = [number for number in processes_with(str(run_dir)) if parent_command(number).count("launcher.launch")]
+    os.kill(max(victims), signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 60.0)
+    assert not (run_dir / "checkpoints" / "iteration_000003").exists()
+    resumed = deepspeed(1, "--resume", str(run_dir), "--deepspeed_config", "ds_configs/zero2.json")
+    assert resumed.wait(timeout=600) == 0
+    for ours, theirs in zip(metrics(run_dir), unbroken):
+        assert ours.keys() == theirs.keys()
+        for tag in ("train/loss", "train/actor/grad_norm", "rollout/rewards", "env/num_episodes"):
+            assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-5), tag
+
+
+def parent_command(process: int) -> str:
+    try:
+        parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+        return Path(f"/proc/{parent}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_launcher_is_terminated(tmp_path):
+    """`deepspeed` itself dies at once and would leave its ranks running: they notice, save and end."""
+    run_dir = tmp_path / "run"
+    launcher = deepspeed(1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    launcher.terminate()
+    assert launcher.wait(timeout=60) == -signal.SIGTERM or launcher.returncode == 128 + signal.SIGTERM
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert damage(checkpoint) is None and not (run_dir / "stop").exists()
+
+
+@pytest.mark.slow
+def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "train_grpo.py", *flags(num_iterations=50, save_freq=0, group_size=2)]
+    command += ["--config", PRESET.replace("ppo", "grpo"), "--run_dir", str(run_dir)]
+    run = subprocess.Popen(command, cwd=ROOT)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    (run_dir / "stop").touch()
+    assert run.wait(timeout=120) == REQUEUE
+    assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None
