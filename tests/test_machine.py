@@ -60,7 +60,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def without_time(lines: list[dict]) -> list[dict]:
-    return [{tag: value for tag, value in line.items() if not tag.startswith("time/")} for line in lines]
+    return [{tag: value for tag, value in line.items() if not tag.startswith(("time/", "memory/"))} for line in lines]
 
 
 @pytest.fixture(scope="module")
