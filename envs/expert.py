@@ -34,8 +34,18 @@ def rotation_matrix(q) -> np.ndarray:
 class Expert:
     """One per env; starts over by itself when `elapsed_steps` is 0."""
 
-    def __init__(self, max_translation: float = 0.025, max_rotation: float = 0.2):
+    def __init__(
+        self,
+        max_translation: float = 0.025,
+        max_rotation: float = 0.2,
+        close_steps: int = 2,
+        patience: int = 6,
+        slack: float = 0.0,
+    ):
+        """close_steps: how long the fingers close before they lift. patience: how many steps it waits at most for the
+        arm, which lags behind. slack: metres by which a goal may be missed besides, where actions are noisy."""
         self.max_translation, self.max_rotation = max_translation, max_rotation
+        self.close_steps, self.patience, self.slack = close_steps, patience, slack
         self.phase = None  # the method that knows what to do now
 
     def __call__(self, state: dict) -> np.ndarray:
@@ -82,6 +92,10 @@ class Expert:
             choices.append((width > GRIP_WIDTH, width + 0.01 * abs(turn), turn))
         return min(choices)[2] if choices else 0.0
 
+    def drift(self, offset: np.ndarray) -> None:
+        """The arm was sent `offset` (m, root frame, [3]) beside the last action: noise that the next actions undo."""
+        self.commanded = self.commanded + offset * (-1.0, -1.0, 1.0)
+
     # phases: each returns (goal position [3], gripper) and moves on when its goal is reached
 
     def _hover(self, state: dict):
@@ -100,7 +114,7 @@ class Expert:
             self.phase = self._hover
             return self._hover(state)
         self.ticks += 1
-        arrived = abs(state["tcp_pose"][2] - self.grasp_z) < 0.003 or self.ticks > 6  # the arm lags behind
+        arrived = abs(state["tcp_pose"][2] - self.grasp_z) < 0.003 or self.ticks > self.patience  # the arm lags behind
         if self._reached(goal, 0.003) and arrived:
             self.phase, self.ticks = self._close, 0
             return self._close(state)
@@ -108,7 +122,7 @@ class Expert:
 
     def _close(self, state: dict):
         self.ticks += 1
-        if self.ticks > 2:
+        if self.ticks > self.close_steps:
             self.phase = self._lift
             return self._lift(state)
         return self.commanded, CLOSE
@@ -151,7 +165,7 @@ class Expert:
         return self.commanded, OPEN
 
     def _reached(self, goal: np.ndarray, tolerance: float = 1e-4) -> bool:
-        return bool(np.linalg.norm(goal - self.commanded) < tolerance)
+        return bool(np.linalg.norm(goal - self.commanded) < tolerance + self.slack)
 
     def _toward(self, goal: np.ndarray, gripper: float) -> np.ndarray:
         """One bounded step. The root frame is yawed by 180 degrees: root x, y = -(world x, y)."""

@@ -43,6 +43,14 @@ class ActionTokens:
         digits = torch.bucketize(normalized.double().clamp(-1.0, 1.0), self.bins, right=True)  # numpy.digitize
         return self.vocab_end - digits
 
+    def soft_targets(self, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
+        """tokens int64 [..., 7] -> what cloning aims at, fp32 [..., 7, 256]: all on the token, or spread over its
+        neighbours by a Gaussian of `sigma` bins, since a bin beside the right one is nearly as good."""
+        distance = torch.arange(NUM_BINS, device=tokens.device) - (tokens - self.first_id)[..., None]
+        if not sigma:
+            return (distance == 0).float()
+        return torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
+
     def unnormalize(self, normalized: torch.Tensor) -> torch.Tensor:
         """[-1, 1] -> robot units (metres, radians, raw gripper), [..., 7]. Dimensions outside the mask stay as they
         are."""

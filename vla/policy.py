@@ -6,6 +6,7 @@ gathers weights there.
     act(obs, temperature, noise)        tokens, logprobs [N, C, D], values [N, C]
     evaluate(obs, tokens, temperature)  logprobs, entropy [N, C, D], values [N, C]
     value(obs)                          values [N, C]
+    clone(obs, tokens, label_sigma)     losses, predicted tokens [N, C, D]
     decode(tokens)                      actions [N, C, D] in robot units
 
 `obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
@@ -164,7 +165,7 @@ class VLAPolicy(nn.Module):
         with torch.no_grad():
             return inputs._replace(features=self.model.vision_backbone(inputs.images))
 
-    # ------------------------------------------------------------------ the four verbs
+    # ------------------------------------------------------------------ the five verbs
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -211,6 +212,16 @@ class VLAPolicy(nn.Module):
         """V(obs): one pass over the prompt, nothing is generated."""
         return self(self.preprocess(obs).to(self.device))
 
+    def clone(
+        self, obs: dict | PolicyInputs, tokens: torch.Tensor, label_sigma: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Behaviour cloning of given tokens: cross entropy fp32 and the likeliest tokens int64, [N, C, D] each.
+
+        Over the whole vocabulary, as OpenVLA is trained, so that code which samples from all of it writes actions too.
+        label_sigma: bins over which a target is spread (ActionTokens.soft_targets).
+        """
+        return self(self.preprocess(obs).to(self.device), tokens=tokens.to(self.device), label_sigma=label_sigma)
+
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
         return self.action_tokens.unnormalize(self.action_tokens.decode(tokens)).float()
@@ -222,16 +233,19 @@ class VLAPolicy(nn.Module):
         tokens: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         fan_sigma: float | None = None,
+        label_sigma: float | None = None,
     ):
         """The one entry: with tokens it evaluates (Evaluation), with noise it acts, with neither it returns values.
 
-        fan_sigma: also compute fan_kl, with a Gaussian this wide.
+        fan_sigma: also compute fan_kl, with a Gaussian this wide. label_sigma: clone the tokens instead (clone()).
         """
         if noise is not None:
             return self._generate(inputs, temperature, noise)
         if tokens is None:
             return self._values(self.model(*inputs)[1])
         logits, hidden = self.model(*inputs, tokens=tokens.flatten(1))  # [B, C * D, V], [B, H]
+        if label_sigma is not None:
+            return self._cloning_losses(logits.view(*tokens.shape, -1), tokens, label_sigma)
         logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)  # [B, C, D], nats
         chosen = (tokens - self.action_tokens.first_id)[..., None]
@@ -243,6 +257,13 @@ class VLAPolicy(nn.Module):
         self.model.graphs = None
 
     # ------------------------------------------------------------------ inside
+    def _cloning_losses(self, logits: torch.Tensor, tokens: torch.Tensor, label_sigma: float):
+        """logits [B, C, D, V], tokens [B, C, D] -> cross entropy and the likeliest action tokens, [B, C, D] each."""
+        first, end = self.action_tokens.first_id, self.action_tokens.vocab_end
+        logprobs = F.log_softmax(logits.float(), dim=-1)[..., first:end]  # [B, C, D, 256]
+        targets = self.action_tokens.soft_targets(tokens, label_sigma)
+        return -(targets * logprobs).sum(dim=-1), logprobs.argmax(dim=-1) + first
+
     def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):
         """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once; each log-probability is noted as it is
         drawn."""

@@ -134,6 +134,7 @@ def load_policy(
     model_type: str = "openvla",
     *,
     unnorm_key: str = "bridge_orig",
+    norm_stats: dict | None = None,
     lora_path: str | None = None,
     value_head: bool | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -155,6 +156,8 @@ def load_policy(
     Args:
         model_type: openvla or openvla_oft; published folders do not say which they are.
         unnorm_key: which statistics turn tokens into robot units.
+        norm_stats: statistics that the folder lacks, as in dataset_statistics.json: {key: {"action": ...}}. They become
+            part of the policy and of what is saved.
         lora_path: folder of a published adapter; it keeps its own rank, alpha and targets.
         value_head: None or True: the critic in lora_path or path, else a fresh one (from `seed`). False: no critic. A
             file or folder: the critic in there. It stays fp32 whatever dtype is.
@@ -175,6 +178,9 @@ def load_policy(
     tiny = path in TINY_PRESETS and not folder.is_dir()
     adapter_folder = find_adapter(folder, lora_path)
     config, side_files = (TINY_PRESETS[path], tiny_side_files()) if tiny else read_folder(folder)
+    if norm_stats:
+        known = json.loads(side_files.get("dataset_statistics.json", "{}"))
+        side_files = {**side_files, "dataset_statistics.json": json.dumps({**known, **norm_stats}, indent=2).encode()}
     chunk_size = pick_chunk_size(model_type, chunk_size, config, path)
     tokenizer = read_tokenizer(side_files)
     action_tokens = ActionTokens(

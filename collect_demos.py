@@ -1,0 +1,105 @@
+"""Demonstrations by the scripted expert, in ManiSkill's trajectory format: HDF5, JSON, action statistics.
+
+    python collect_demos.py --config yaml/demos_tiny.yaml --output demos/tiny          # 500 in half a minute
+    python collect_demos.py --env_id PutOnPlateInScene25Main-v3 --num_demos 140 --output demos/main
+    python -m mani_skill.trajectory.replay_trajectory --traj_path demos/tiny/trajectory.h5
+
+Successful episodes alone are kept. The same command again goes on where it was stopped, and a larger --num_demos adds
+to a finished set. What stands in the files: envs/demonstrations.py.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from envs import make_envs
+from envs.demonstrations import PART_SIZE, DemoFolder, Recipe, attempts, check_expert_knows
+from vla.cli import check_at_least, parse_args
+from vla.distributed import UserError, checked, run_main
+
+ENVS_PER_WORKER = 8
+HOPELESS = 64  # tries without one success
+
+
+@dataclass
+class Args:
+    config: str | None = None  # yaml file of flags; flags on the command line win over it
+    output: str = "demos"  # folder of the set
+    num_demos: int = 500  # successful episodes to keep
+    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    action_noise: float = 0.0  # metres, standard deviation per axis, added to what is executed and not to the labels
+    filter_idle: bool = True  # leave steps out of training that hardly move, as RL4VLA's warm-up data does
+    max_translation: float = 0.025  # metres per step; within bridge_orig's statistics
+    max_rotation: float = 0.2  # radians per step
+    env_id: str = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
+    obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
+    asset_pack: Literal["builtin", "bridge"] = "builtin"  # bodies made by code, or the published meshes and photographs
+    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # whose scene, where the two differ
+    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: int = 500  # physics steps per second, a multiple of 5; results at different rates do not compare
+    max_episode_steps: int = 80  # an episode is cut after this many actions
+    num_env_workers: int = os.cpu_count() or 1  # processes that simulate; 0 = this one
+
+
+def main(args: Args) -> None:
+    with checked():
+        check_at_least(1, num_demos=args.num_demos)
+        check_expert_knows(args.env_id)
+        if args.action_noise < 0 or min(args.max_translation, args.max_rotation) <= 0:
+            raise UserError("--action_noise must be at least 0, --max_translation and --max_rotation above 0")
+        world = dict(
+            obj_set=args.obj_set, asset_pack=args.asset_pack, protocol=args.protocol, sim_freq=args.sim_freq,
+            image_size=args.image_size,
+        )  # fmt: skip
+        recipe = Recipe(
+            args.env_id, max_episode_steps=args.max_episode_steps, seed=args.seed, action_noise=args.action_noise,
+            filter_idle=args.filter_idle, max_translation=args.max_translation, max_rotation=args.max_rotation,
+            **world | {"image_size": list(args.image_size)},
+        )  # fmt: skip
+        replay = dict(
+            obs_mode="rgb+segmentation", control_mode="arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",
+            sim_backend="physx_cpu", render_backend="cpu", asset_dir=args.asset_dir,
+        )  # fmt: skip
+        folder = DemoFolder(Path(args.output), recipe, world | replay)
+        envs = make_envs(
+            args.env_id, ENVS_PER_WORKER * max(1, args.num_env_workers), seed=args.seed, asset_dir=args.asset_dir,
+            max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers, **world,
+        )  # fmt: skip
+        count, tried = folder.begin()
+        if count >= args.num_demos:
+            envs.close()
+            folder.finish()
+            print(f"{folder.folder} holds {count} demonstrations already")
+            return
+    pending, found = [], 0
+    with tqdm(total=args.num_demos, initial=count, desc="demonstrations", dynamic_ncols=True) as bar:
+        for number, demo in enumerate(attempts(envs, recipe, first=tried), start=1):
+            if demo.success:
+                pending.append(demo)
+                found += 1
+                bar.set_postfix(success=f"{found / number:.2f}", refresh=False)
+                bar.update()
+            elif not found and number >= HOPELESS:
+                envs.close()
+                raise UserError(
+                    f"none of {number} tries succeeded in {args.env_id}: the expert needs --max_episode_steps above "
+                    f"{args.max_episode_steps}, less --action_noise or smaller steps"
+                )
+            if pending and (len(pending) == PART_SIZE or count + found == args.num_demos):
+                folder.write_part(pending)
+                pending = []
+            if count + found == args.num_demos:
+                break
+    envs.close()
+    statistics = folder.finish()
+    steps, size = statistics["num_transitions"], (folder.folder / "trajectory.h5").stat().st_size / 2**20
+    print(f"{folder.folder}: {args.num_demos} demonstrations, {steps} steps to learn from, {size:.0f} MiB")
+
+
+if __name__ == "__main__":
+    run_main(main, lambda: parse_args(Args, sys.argv[1:], description="\n\n".join(__doc__.split("\n\n")[:2])))
