@@ -284,7 +284,9 @@ class Demos:
         try:
             self._file = h5py.File(folder / "trajectory.h5")
         except OSError as error:
-            raise ValueError(f"{folder}/trajectory.h5 is cut short or no HDF5 file ({error}): make it again.") from error
+            raise ValueError(
+                f"{folder}/trajectory.h5 is cut short or no HDF5 file ({error}): make it again."
+            ) from error
         self.num_episodes = len(listed)
         labels, self._images, self._rows, ends, self.instructions = [], [], [], [], []
         for entry in listed:

@@ -12,6 +12,7 @@ to the front (RLinf's and RL4VLA's batched layout); positions count real tokens 
 Source: openvla/openvla, prismatic/extern/hf/modeling_prismatic.py.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -46,6 +47,20 @@ def tower_specs(config: dict) -> tuple[TowerSpec, TowerSpec]:
     for entry, image_size in zip(dims, config["image_sizes"]):
         entry["image_size"] = image_size
     return dinov2_spec(**dims[0]), siglip_spec(**dims[1])
+
+
+def sine_positions(num_patches: int, width: int) -> torch.Tensor:
+    """Where a patch lies, fp32 [1, P, E]: sines and cosines of row and column, half a period to a few per picture.
+
+    As large as what a patch shows: positions of std 0.02 are lost beside it, and where things are is what matters here.
+    """
+    side = math.isqrt(num_patches)
+    at = (torch.arange(side) + 0.5) / side  # [side], in (0, 1)
+    frequencies = torch.logspace(0.0, math.log10(side / 2), width // 4)  # half periods over the picture
+    angles = math.pi * at[:, None] * frequencies  # [side, E / 4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, E / 2]
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(1, num_patches, -1)
 
 
 class Projector(nn.Module):
@@ -122,6 +137,7 @@ class OpenVLA(nn.Module):
         for tower in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
             for parameter in tower.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.02)
+            tower.pos_embed.data = sine_positions(tower.num_patches, tower.embed_dim)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block's activations in the backward pass, in the towers and in the language model."""
