@@ -121,7 +121,7 @@ class Args:
     update_epochs: int = 1  # passes over a rollout
     num_minibatches: int = 32  # optimizer steps per pass
     target_kl: float | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
-    learning_rate: float = 1e-5  # of the policy; constant
+    learning_rate: float = 1e-5  # of the policy
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 

@@ -120,7 +120,7 @@ class Args:
     num_minibatches: int = 32  # optimizer steps per pass
     critic_warmup_iterations: int = 0  # iterations in which only the critic learns, at the start
     target_kl: float | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
-    learning_rate: float = 1e-4  # of the policy; constant
+    learning_rate: float = 1e-4  # of the policy
     value_learning_rate: float = 3e-3  # of the critic; constant
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm

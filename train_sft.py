@@ -26,11 +26,12 @@ from envs.demonstrations import Demos
 from envs.video import VideoWriter
 from vla import augmentation
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import check_at_least, parse_args
+from vla.cli import check_at_least, parse_args, pick
 from vla.distributed import UserError, checked, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
-from vla.logger import Averages, Logger, describe_run
+from vla.export import export_policy
+from vla.logger import Averages, Logger, describe_run, due
 from vla.policy import PolicyInputs, VLAPolicy
 from vla.pretrained import load_policy
 from vla.stages import make_rollout_copy, rollout_stage, update_stage
@@ -46,59 +47,61 @@ class Args:
     resume: str | None = None  # run folder to go on with: its own flags apply, later flags win
     seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
     num_updates: int = 2000  # optimizer steps
-    updates_per_iteration: int = 50  # optimizer steps per line of metrics
+    updates_per_iteration: int = 50  # optimizer steps per iteration: one line of metrics
     save_freq: int = 40  # checkpoint every so many iterations, and at the end
     keep_checkpoints: int = 2  # how many checkpoints stay on disk; 0 keeps all
     eval_freq: int = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
+    # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
     export_dir: str | None = None  # new folder for the final policy alone, an adapter merged in, with a card
 
     # ---- model
+    model_path: str = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
+    # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    model_path: str = "openvla-tiny"
-    unnorm_key: str = "bridge_orig"
-    image_resize: Literal["tensor", "pil"] = "tensor"
-    oft_stop_token: bool = False
-    lora_path: str | None = None
-    lora_rank: int = 32
-    lora_alpha: int = 32
+    unnorm_key: str = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
+    image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
+    oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
+    lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
+    merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
+    lora_rank: int = 32  # rank of a fresh adapter; 0 trains all weights
+    lora_alpha: int = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
+    # all: every linear layer (RLinf); llm: the language model's, and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: int = 30
-    chunk_size: int = 1
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_prompt_length: int = 30  # prompts are padded to this many tokens
+    chunk_size: int = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
-    # ---- demonstrations
-    demos: str = "demos"  # folder that collect_demos.py made
-    image_aug: bool = True  # random crops and colours
-    label_sigma: float = 0.0  # a target token is spread over its neighbours by a Gaussian of so many bins; 0 = not
+    # ---- demonstrations, and the env that they are from
+    demos: str = "demos"  # folder that collect_demos.py made; its statistics are known by the name of its env_id
+    env_id: str = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
+    asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
+    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
+    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    max_episode_steps: int = 80  # an episode is cut after this many actions
+    num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
+    eval_temperature: float = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
+    num_eval_episodes: int = 64  # held-out episodes per evaluation, the same ones every time
+    num_eval_envs: int = 16  # envs that evaluation runs at once, over all ranks
 
-    # ---- env of the evaluation
-    env_id: str = "PutOnPlateInScene25Main-v3"
-    obj_set: Literal["train", "test", "all"] = "train"
-    asset_pack: Literal["builtin", "bridge"] = "builtin"
-    asset_dir: str | None = None
-    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
-    image_size: tuple[int, int] = (640, 480)
-    sim_freq: int = 500
-    max_episode_steps: int = 80
-    num_env_workers: int = 0
-    eval_temperature: float = 0.6
-    num_eval_episodes: int = 64
-    num_eval_envs: int = 16
-
-    # ---- cloning
+    # ---- algorithm
     batch_size: int = 32  # decisions per optimizer step, over all ranks
-    learning_rate: float = 5e-4
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to zero at the end
-    warmup_updates: int = 0  # in which the learning rate rises to learning_rate
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    label_sigma: float = 0.0  # a target token is spread over its neighbours by a Gaussian of so many bins; 0 = not
+    image_aug: bool = True  # random crops and colours
+    learning_rate: float = 5e-4  # of the policy
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to 0 at the end
+    warmup_updates: int = 0  # over so many updates the learning rate rises to learning_rate
+    weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 10.0  # gradients are scaled down to this norm
 
     # ---- system
-    micro_batch_size: int = 8
-    gradient_checkpointing: bool = False
-    deepspeed_config: str = "ds_configs/zero3.json"
-    local_rank: int = -1
+    micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    local_rank: int = -1  # set by the launcher
 
 
 class CloneBatch(NamedTuple):
@@ -164,60 +167,67 @@ def check_labels(policy: VLAPolicy, demos: Demos, unnorm_key: str) -> None:
         )
 
 
+def check_sizes(
+    *, num_updates: int, updates_per_iteration: int, batch_size: int, micro_batch_size: int, num_eval_episodes: int,
+    num_eval_envs: int, save_freq: int, eval_freq: int, keep_checkpoints: int, warmup_updates: int, label_sigma: float,
+    export_dir: str | None,
+) -> None:  # fmt: skip
+    """Raises UserError for the first flag that can not be."""
+    check_at_least(1, num_updates=num_updates, updates_per_iteration=updates_per_iteration, batch_size=batch_size)
+    check_at_least(1, micro_batch_size=micro_batch_size, num_eval_episodes=num_eval_episodes)
+    check_at_least(1, num_eval_envs=num_eval_envs)
+    check_at_least(0, save_freq=save_freq, eval_freq=eval_freq, keep_checkpoints=keep_checkpoints)
+    check_at_least(0, warmup_updates=warmup_updates, label_sigma=label_sigma)
+    if num_updates % updates_per_iteration:
+        raise UserError(f"--num_updates {num_updates} is not a multiple of --updates_per_iteration")
+    if batch_size % world_size():
+        raise UserError(f"--batch_size {batch_size} is not divisible by {world_size()} ranks")
+    if export_dir and Path(export_dir).exists() and (not Path(export_dir).is_dir() or any(Path(export_dir).iterdir())):
+        raise UserError(f"--export_dir {export_dir} exists already: remove it or name another folder")
+
+
+def read_batch(
+    demos: Demos, policy: VLAPolicy, index: torch.Tensor, draws: torch.Tensor | None, device: torch.device
+) -> CloneBatch:
+    """Samples [B] from the file; draws [B, 6] augment their pictures, None leaves them."""
+    obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
+    inputs = policy.preprocess(obs | {"task_description": [demos.instructions[i] for i in index]})
+    if draws is not None:
+        inputs = inputs._replace(images=augmentation.augment(inputs.images, draws))
+    labels, valid = (torch.from_numpy(part) for part in demos.chunks(index, policy.chunk_size))
+    labels = policy.action_tokens.normalize(labels)
+    tokens = policy.action_tokens.encode(labels)
+    return CloneBatch(inputs.to(device), *(part.to(device) for part in (tokens, labels.float(), valid.float())))
+
+
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         device = setup_distributed(args.seed)
-        check_at_least(
-            1, num_updates=args.num_updates, updates_per_iteration=args.updates_per_iteration,
-            batch_size=args.batch_size, micro_batch_size=args.micro_batch_size,
-            num_eval_episodes=args.num_eval_episodes,
-        )  # fmt: skip
-        check_at_least(0, save_freq=args.save_freq, eval_freq=args.eval_freq, keep_checkpoints=args.keep_checkpoints)
-        if args.num_updates % args.updates_per_iteration:
-            raise UserError(
-                f"--num_updates {args.num_updates} is not a multiple of --updates_per_iteration "
-                f"{args.updates_per_iteration}"
-            )
-        if args.batch_size % world_size():
-            raise UserError(f"--batch_size {args.batch_size} is not divisible by {world_size()} ranks")
-        if args.export_dir and Path(args.export_dir).exists() and any(Path(args.export_dir).iterdir()):
-            raise UserError(f"--export_dir {args.export_dir} exists already: remove it or name another folder")
-        run_dir, checkpoint = open_run(
-            args.run_dir, args.resume, default=f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
-        )
+        check_sizes(**pick(args, check_sizes))
+        default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
+        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype)
         demos = Demos(Path(args.demos))
-        demos.check_world(
-            env_id=args.env_id, asset_pack=args.asset_pack, protocol=args.protocol, image_size=args.image_size,
-            sim_freq=args.sim_freq,
-        )  # fmt: skip
+        demos.check_world(**pick(args, demos.check_world))
         if len(demos) < args.batch_size:
             raise UserError(f"--demos {args.demos} has {len(demos)} steps, fewer than --batch_size {args.batch_size}")
         policy = load_policy(
-            args.model_path, args.model_type, chunk_size=args.chunk_size, unnorm_key=args.unnorm_key,
-            norm_stats=demos.statistics, dtype=DTYPES[args.dtype], image_resize=args.image_resize,
-            oft_stop_token=args.oft_stop_token, lora_path=args.lora_path, lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha, lora_scope=args.lora_scope, max_prompt_length=args.max_prompt_length,
-            gradient_checkpointing=args.gradient_checkpointing, value_head=False, device=device, seed=args.seed,
+            args.model_path, args.model_type, norm_stats=demos.statistics, value_head=False,
+            **pick(args, load_policy, dtype=DTYPES[args.dtype], device=device),
         )  # fmt: skip
         check_labels(policy, demos, args.unnorm_key)
         num_eval_envs = max(1, args.num_eval_envs // world_size())
-        eval_envs = make_envs(
-            args.env_id, num_eval_envs, obj_set=args.obj_set, asset_pack=args.asset_pack, asset_dir=args.asset_dir,
-            image_size=args.image_size, sim_freq=args.sim_freq, max_episode_steps=args.max_episode_steps,
-            protocol=args.protocol, seed=args.seed, num_env_workers=min(args.num_env_workers, num_eval_envs),
-        )  # fmt: skip
+        workers = min(args.num_env_workers, num_eval_envs)
+        eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, num_env_workers=workers))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config))
-    engine = build_engine(
-        policy, ds_config, micro_batch_size=args.micro_batch_size, learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
-    )  # fmt: skip
+    engine = build_engine(policy, ds_config, **pick(args, build_engine))
     guard = StepGuard(run_dir, rank())
     num_iterations = args.num_updates // args.updates_per_iteration
     local_batch_size = args.batch_size // world_size()
+    mine = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
     start_iteration, num_seen = 0, 0  # num_seen: decisions trained on, over all ranks
     with checked():
         if checkpoint:
@@ -226,45 +236,29 @@ def main(args: Args) -> None:
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         logger.describe(describe_run(asdict(args), sizes, world_size()))
 
-    def run_evaluation(iteration: int) -> dict[str, float]:
+    def run_evaluation(iteration: int) -> None:
         """The held-out episodes, with whole weights; rank 0 films its first batch."""
         with logger.timer("eval"), rollout_stage(engine, rollout_copy) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
         logger.write_evaluation(iteration, num_seen, means)
-        return means
-
-    def micro_batch(index: torch.Tensor, draws: torch.Tensor) -> CloneBatch:
-        """Samples [B] and what augments them [B, 6], read from the file."""
-        obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
-        obs["task_description"] = [demos.instructions[i] for i in index]
-        inputs = policy.preprocess(obs)
-        if args.image_aug:
-            inputs = inputs._replace(images=augmentation.augment(inputs.images, draws))
-        labels, valid = (torch.from_numpy(x) for x in demos.chunks(index, args.chunk_size))
-        labels = policy.action_tokens.normalize(labels)
-        tokens = policy.action_tokens.encode(labels)
-        return CloneBatch(inputs.to(device), *(x.to(device) for x in (tokens, labels.float(), valid.float())))
 
     if not checkpoint:
         run_evaluation(0)
 
     for iteration in range(start_iteration, num_iterations):
+        # ------------------------------------------------------------------ update: ranks in lock-step
         averages = Averages()
         with logger.timer("update"), update_stage(engine):
-            first = iteration * args.updates_per_iteration
-            for update in range(first, first + args.updates_per_iteration):
-                rate = learning_rate_at(
-                    update, args.num_updates, args.learning_rate, args.schedule, args.warmup_updates
-                )
+            for update in range(iteration * args.updates_per_iteration, (iteration + 1) * args.updates_per_iteration):
+                rate = learning_rate_at(update, **pick(args, learning_rate_at))
                 engine.optimizer.param_groups[0]["lr"] = rate
                 index = batch_indices(update, len(demos), args.batch_size, args.seed)
-                total = float(demos.chunks(index, args.chunk_size)[1].sum()) / world_size()
                 draws = augmentation.draw(args.batch_size, torch.Generator().manual_seed(args.seed + 7919 * update))
-                local = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
-                parts = list(zip(index[local].split(args.micro_batch_size), draws[local].split(args.micro_batch_size)))
-                for number, part in enumerate(parts, start=1):
-                    batch = micro_batch(*part)
+                total = float(demos.chunks(index, args.chunk_size)[1].sum()) / world_size()
+                parts = list(zip(index[mine].split(args.micro_batch_size), draws[mine].split(args.micro_batch_size)))
+                for number, (part, part_draws) in enumerate(parts, 1):
+                    batch = read_batch(demos, policy, part, part_draws if args.image_aug else None, device)
                     losses, predicted = engine(batch.inputs, tokens=batch.tokens, label_sigma=args.label_sigma)
                     decoded = policy.action_tokens.decode(predicted).float().to(device)
                     loss, metrics = clone_loss(losses, predicted, batch, decoded, total)
@@ -272,17 +266,18 @@ def main(args: Args) -> None:
                     averages.add(metrics)
         num_seen += args.updates_per_iteration * args.batch_size
 
-        last = iteration + 1 == num_iterations
-        if last or (args.eval_freq and (iteration + 1) % args.eval_freq == 0):
-            means = run_evaluation(iteration + 1)
-        metrics = averages.reduce(count=args.updates_per_iteration) | guard.take()
-        metrics["train/actor/lr"] = rate
+        # ------------------------------------------------------------------ log, evaluate, save
+        if due(iteration, args.eval_freq, num_iterations):
+            run_evaluation(iteration + 1)
+        metrics = averages.reduce(count=args.updates_per_iteration) | guard.take() | {"train/actor/lr": rate}
         logger.write(iteration + 1, num_seen, metrics, [], 0)
-        if last or (args.save_freq and (iteration + 1) % args.save_freq == 0):
+        if due(iteration, args.save_freq, num_iterations):
             save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
 
-    logger.close()
-    eval_envs.close()
+    if args.export_dir:
+        export_policy(engine, run_dir, Path(args.export_dir))
+    for opened in (logger, eval_envs):
+        opened.close()
 
 
 if __name__ == "__main__":

@@ -319,11 +319,16 @@ class Demos:
             )
         return actions, images
 
-    def check_world(self, **flags) -> None:
+    def check_world(
+        self, *, env_id: str, asset_pack: str, protocol: str, image_size: tuple[int, int], sim_freq: int
+    ) -> None:
         """Raises ValueError where one of these settings is not the one that the set was made with."""
-        for key, value in flags.items():
+        given = dict(
+            env_id=env_id, asset_pack=asset_pack, protocol=protocol, image_size=list(image_size), sim_freq=sim_freq
+        )  # fmt: skip
+        for key, value in given.items():
             made = self.recipe[key]
-            if made != (list(value) if isinstance(value, tuple) else value):
+            if made != value:
                 raise ValueError(
                     f"--demos {self.folder} was made with {key}={made!r}, this run has {value!r}: give the same "
                     f"--{key}, or collect demonstrations for it."

@@ -82,3 +82,17 @@ def same(left, right) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def write_demos(folder: Path, recipe, actions: list[list], images: list[list]) -> None:
+    """A set of made-up episodes: per episode T actions [7], wanted and executed alike, and T + 1 pictures [H, W, 3]."""
+    from envs.demonstrations import DemoFolder, Demonstration
+
+    made, episodes = DemoFolder(folder, recipe, {"control_mode": "none"}), []
+    made.begin()
+    for number, (steps, pictures) in enumerate(zip(actions, images)):
+        demo = Demonstration(number, 100 + number, f"put {number}", success=True)
+        demo.images, demo.actions, demo.expert_actions, demo.rewards = pictures, steps, steps, [0.0] * len(steps)
+        episodes.append(demo)
+    made.write_part(episodes)
+    made.finish()

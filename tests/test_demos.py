@@ -11,13 +11,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import write_demos
 
 import collect_demos
-
 from envs import is_held_out, make_envs
 from envs.demonstrations import (
     IMAGES,
-    DemoFolder,
     Demonstration,
     Demos,
     Recipe,
@@ -170,19 +169,11 @@ def test_statistics_by_hand():
 
 
 def small_set(folder: Path, recipe: Recipe, lengths: list[int], filter_idle: bool) -> Demos:
-    """Made-up episodes; x of the label is 0.1 * episode + 0.001 * step, every second step is idle."""
+    """x of a label is 0.1 * episode + 0.001 * step, every second step is idle; pictures count 10 * episode + step."""
     recipe.filter_idle = filter_idle
-    made = DemoFolder(folder, recipe, {"control_mode": "none"})
-    made.begin()
-    episodes = []
-    for number, length in enumerate(lengths):
-        demo = Demonstration(number, 100 + number, f"put {number}", success=True)
-        demo.images = [np.full((4, 5, 3), 10 * number + t, np.uint8) for t in range(length + 1)]
-        demo.actions = [action(0.1 * number + 0.001 * t, turn=0.1 * (t % 2)) for t in range(length)]
-        demo.expert_actions, demo.rewards = demo.actions, [0.0] * length
-        episodes.append(demo)
-    made.write_part(episodes)
-    made.finish()
+    actions = [[action(0.1 * n + 0.001 * t, turn=0.1 * (t % 2)) for t in range(T)] for n, T in enumerate(lengths)]
+    images = [[np.full((4, 5, 3), 10 * n + t, np.uint8) for t in range(T + 1)] for n, T in enumerate(lengths)]
+    write_demos(folder, recipe, actions, images)
     return Demos(folder)
 
 

@@ -104,6 +104,7 @@ class Logger:
 
     Args:
         start_iteration, start_step: 0 for a new run; on resume, lines of later iterations are moved to *.lost.jsonl.
+        step_name: what global_step counts.
     """
 
     def __init__(
@@ -114,7 +115,9 @@ class Logger:
         start_iteration: int = 0,
         start_step: int = 0,
         backends: tuple[str, ...] = ("tensorboard",),
+        step_name: str = "env steps",
     ):
+        self.step_name = step_name
         self.run_dir, self.enabled, self.start_iteration = run_dir, enabled, start_iteration
         self.seconds: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}  # not yet in a line of metrics.jsonl
@@ -232,13 +235,13 @@ class Logger:
         before, after = evaluations[0], evaluations[-1]
         print(f"run folder  {self.run_dir}")
         print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'))}")
-        print(f"plot        {plot_progress(self.run_dir)}")
+        print(f"plot        {plot_progress(self.run_dir, self.step_name)}")
         for name, line in (("before", before), ("after", after)):
             success, episodes = line["eval/success_once"], line["eval/num_episodes"]
             low, high = wilson_interval(success, episodes)
             print(
                 f"{name:11} success {success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes, "
-                f"return {line['eval/return']:.3f}, after {line['global_step']} env steps",
+                f"return {line['eval/return']:.3f}, after {line['global_step']} {self.step_name}",
                 flush=True,
             )
 
@@ -270,8 +273,8 @@ def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, floa
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def plot_progress(run_dir: Path) -> Path:
-    """metrics.jsonl and evaluations.jsonl -> progress.png: success and return against env steps."""
+def plot_progress(run_dir: Path, step_name: str = "env steps") -> Path:
+    """metrics.jsonl and evaluations.jsonl -> progress.png: success and return against env steps, or what is counted."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, name, label in zip(axes, ("success_once", "return"), ("success rate", "return")):
@@ -286,7 +289,7 @@ def plot_progress(run_dir: Path) -> Path:
                 style,
                 label=legend,
             )
-        axis.set_xlabel("env steps")
+        axis.set_xlabel(step_name)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.02)

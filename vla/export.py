@@ -1,0 +1,57 @@
+"""A finished policy in a folder of its own, with a card that says where it comes from.
+
+The folder has the published layout (pretrained.py) with an adapter merged in: a whole model, the start of another run.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+
+from vla.distributed import barrier, rank
+from vla.logger import read_lines, wilson_interval
+from vla.pretrained import save_policy
+from vla.stages import whole_state_dict
+
+
+def export_policy(engine: deepspeed.DeepSpeedEngine, run_dir: Path, folder: Path) -> None:
+    """Write `folder` whole or not at all. All ranks together; the run's logs are complete before."""
+    weights = whole_state_dict(engine, keep=rank() == 0)
+    if rank() == 0:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_policy(engine.module, weights, partial, merge_lora=True)
+        (partial / "README.md").write_text(card(run_dir, folder.name))
+        if folder.is_dir():  # an empty one
+            folder.rmdir()
+        os.replace(partial, folder)
+    barrier()
+
+
+def card(run_dir: Path, name: str) -> str:
+    """What the run folder says of itself, as Markdown."""
+    description = json.loads(sorted(run_dir.glob("run_from_iteration_*.json"))[0].read_text())
+    flags, lines = description["args"], read_lines(run_dir / "metrics.jsonl")
+    evaluation = read_lines(run_dir / "evaluations.jsonl")[-1]
+    success, episodes = evaluation["eval/success_once"], evaluation["eval/num_episodes"]
+    low, high = wilson_interval(success, episodes)
+    minutes = {name: sum(line[f"time/{name}"] for line in lines) / 60 for name in ("update", "eval")}
+    changed = " (with uncommitted changes)" if description["uncommitted_changes"] else ""
+    facts = {
+        "made by": f"`{description['command']}`",
+        "commit": description["commit"] + changed,
+        "seed": flags["seed"],
+        "demonstrations": f"{flags['demos']}, {description['sizes']['num_samples']} steps",
+        "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
+        "minutes": f"{minutes['update']:.1f} of updates, {minutes['eval']:.1f} of evaluation, "
+        f"{description['num_ranks']} ranks on {description['device']}, {description['started']}",
+        "token accuracy, L1": f"{lines[-1]['train/token_accuracy']:.3f}, {lines[-1]['train/action_l1']:.4f}",
+        "success": f"{success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes of {flags['env_id']}, "
+        f"temperature {flags['eval_temperature']}, {flags['sim_freq']} Hz physics, "
+        f"{flags['image_size'][0]} x {flags['image_size'][1]} pixels, {flags['max_episode_steps']} steps",
+        "statistics": f"`--unnorm_key {flags['unnorm_key']}`",
+    }
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    return f"# {name}\n\nCloned from scripted demonstrations; a start for PPO and GRPO.\n\n| | |\n|---|---|\n{rows}\n"
