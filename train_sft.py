@@ -113,7 +113,9 @@ class CloneBatch(NamedTuple):
     weights: torch.Tensor  # [B, C]: 0 past the end of an episode
 
 
-def learning_rate_at(update: int, num_updates: int, learning_rate: float, schedule: str, warmup_updates: int) -> float:
+def learning_rate_at(
+    update: int, *, num_updates: int, learning_rate: float, schedule: str, warmup_updates: int
+) -> float:
     """The rate of update 0 .. num_updates - 1: rises linearly, then stays or falls along half a cosine."""
     if update < warmup_updates:
         return learning_rate * (update + 1) / (warmup_updates + 1)
