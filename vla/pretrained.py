@@ -74,27 +74,27 @@ BRIDGE_ORIG = {
 }  # fmt: skip
 
 TINY_VOCAB_END = 768  # 512 text ids, then 256 action ids
-# about 1.3 M parameters: 96 x 96 pixels, 36 patches
+# about 1 M parameters: 64 x 64 pixels, 64 patches
 TINY_OPENVLA = {
     "model_type": "openvla",
     "architectures": ["OpenVLAForActionPrediction"],
     "arch_specifier": "no-align+fused-gelu-mlp",
     "use_fused_vision_backbone": True,
-    "image_sizes": [96, 96],
+    "image_sizes": [64, 64],
     "image_resize_strategy": "resize-naive",
     "n_action_bins": NUM_BINS,
     "pad_to_multiple_of": 64,
     "pad_token_id": TINY_VOCAB_END,
     "vision_dims": [
-        {"embed_dim": 64, "depth": 3, "num_heads": 4, "patch_size": 16},
-        {"embed_dim": 72, "depth": 3, "num_heads": 4, "patch_size": 16},
+        {"embed_dim": 64, "depth": 3, "num_heads": 4, "patch_size": 8},
+        {"embed_dim": 72, "depth": 3, "num_heads": 4, "patch_size": 8},
     ],
     "text_config": {
         "model_type": "llama",
         "vocab_size": TINY_VOCAB_END + 64,
         "initializer_range": 0.1,
         "hidden_size": 96,
-        "intermediate_size": 256,
+        "intermediate_size": 384,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -102,6 +102,8 @@ TINY_OPENVLA = {
     },
     "norm_stats": {"bridge_orig": BRIDGE_ORIG},
 }
+# of the builtin wooden table; colours that are not about zero and one learn three times slower
+TINY_MEAN, TINY_STD = [0.55, 0.45, 0.32], [0.1, 0.1, 0.1]
 TINY_PRESETS = {
     "openvla-tiny": TINY_OPENVLA,
     "openvla-oft-tiny": {**TINY_OPENVLA, "chunk_size": PUBLISHED_CHUNK_SIZE},
@@ -456,15 +458,14 @@ def begin_with_bos() -> processors.TemplateProcessing:
 
 def tiny_side_files() -> dict[str, bytes]:
     """The small files of a tiny preset, as a published folder has them."""
-    (dino_mean, dino_std), (siglip_mean, siglip_std) = VisionBackbone.NORMALIZATION
     contents = {
         "preprocessor_config.json": {
             "image_processor_type": "PrismaticImageProcessor",
             "image_resize_strategy": "resize-naive",
             "input_sizes": [[3, *TINY_OPENVLA["image_sizes"]]] * 2,
             "interpolations": ["bicubic", "bicubic"],
-            "means": [dino_mean, siglip_mean],
-            "stds": [dino_std, siglip_std],
+            "means": [TINY_MEAN] * 2,
+            "stds": [TINY_STD] * 2,
             "use_fused_vision_backbone": True,
         },
         "generation_config.json": {"bos_token_id": BOS_ID, "eos_token_id": 2, "pad_token_id": TINY_VOCAB_END},
