@@ -34,7 +34,7 @@ from vla.export import export_policy
 from vla.logger import Averages, Logger, describe_run, due
 from vla.policy import PolicyInputs, VLAPolicy
 from vla.pretrained import load_policy
-from vla.stages import make_rollout_copy, rollout_stage, update_stage
+from vla.stages import make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
 MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
 
@@ -277,7 +277,8 @@ def main(args: Args) -> None:
             save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
 
     if args.export_dir:
-        export_policy(engine, run_dir, Path(args.export_dir))
+        weights = whole_state_dict(engine, keep=rank() == 0)
+        export_policy(engine.module, weights, run_dir, Path(args.export_dir))
     for opened in (logger, eval_envs):
         opened.close()
 

@@ -299,7 +299,7 @@ def test_published_adapter_computes_what_peft_computes(base, published_adapter):
     policy = load_policy(str(base), lora_path=str(published_adapter)).eval()
     peft_model = PeftModel.from_pretrained(load_policy(str(base)).model, str(published_adapter)).eval()
     names = dict(policy.model.named_parameters())
-    assert names["vision_backbone.featurizer.patch_embed.proj.lora_A.default.weight"].shape == (4, 3, 16, 16)
+    assert names["vision_backbone.featurizer.patch_embed.proj.lora_A.default.weight"].shape == (4, 3, 8, 8)
     inputs, tokens = policy.preprocess(observation(2)), torch.full((2, 7), 600)
     with torch.no_grad():
         ours, theirs = (model(*inputs, tokens=tokens)[0] for model in (policy.model, peft_model))
@@ -389,7 +389,7 @@ def test_frozen_towers_run_once(path, model_type, monkeypatch):
         tokens, logprobs, values = policy.act(inputs, 1.0)
         cached = policy.with_features(inputs)
         assert cached.features.shape[1:] == policy.feature_shape()
-        buffer = RolloutBuffer(1, 2, policy.chunk_size, (96, 96), 30, feature_shape=policy.feature_shape())
+        buffer = RolloutBuffer(1, 2, policy.chunk_size, policy.image_size, 30, feature_shape=policy.feature_shape())
         chunk = torch.zeros(2, policy.chunk_size)
         buffer.add_decision(0, slice(0, 2), cached, tokens, logprobs, values)
         mb = buffer.micro_batch(torch.arange(2), *[chunk[None]] * 3, torch.device("cpu"))

@@ -72,13 +72,20 @@ def shared_pieces(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "one, other", [("train_ppo", "train_grpo"), ("train_ppo", "evaluate"), ("train_grpo", "evaluate")]
+    "one, other",
+    [
+        ("train_ppo", "train_grpo"),
+        ("train_ppo", "evaluate"),
+        ("train_grpo", "evaluate"),
+        ("train_ppo", "train_sft"),
+        ("train_sft", "evaluate"),
+    ],
 )
 def test_same_name_same_text(one, other):
     """What stands in two scripts under one name is the same: a fix in one has to be made in the other."""
     ours, theirs = shared_pieces(ROOT / f"{one}.py"), shared_pieces(ROOT / f"{other}.py")
     both = ours.keys() & theirs.keys()
-    assert {"Args.num_envs", "Args.protocol"} <= both
+    assert {"Args.seed", "Args.protocol"} <= both
     other_meaning = {"Args.temperature", "Args.resume"} if other == "evaluate" else set()  # several; a switch
     for name in both - other_meaning:
         assert ours[name] == theirs[name], f"{name} differs between {one}.py and {other}.py"
@@ -102,9 +109,11 @@ def test_every_python_file_stands_in_readme():
 
 def test_every_command_in_readme_exists():
     """make targets are in the Makefile, scripts exist, and every flag that stands in README is a flag."""
+    import collect_demos
     import evaluate
     import train_grpo
-    from train_ppo import Args
+    import train_ppo
+    import train_sft
 
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make (\w+)", README, re.M):
@@ -114,7 +123,8 @@ def test_every_command_in_readme_exists():
     others = {"num_gpus", "gpu_memory", "help", "renderer", "download", "nodes"}  # of launchers and of doctor.py
     others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
     for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):
-        known = any(flag in script.__dataclass_fields__ for script in (Args, train_grpo.Args, evaluate.Args))
+        scripts = (train_ppo, train_grpo, train_sft, collect_demos, evaluate)
+        known = any(flag in script.Args.__dataclass_fields__ for script in scripts)
         assert known or flag in others, f"README names --{flag}"
 
 

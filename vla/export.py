@@ -8,21 +8,24 @@ import os
 import shutil
 from pathlib import Path
 
-import deepspeed
+import torch
 
 from vla.distributed import barrier, rank
 from vla.logger import read_lines, wilson_interval
+from vla.policy import VLAPolicy
 from vla.pretrained import save_policy
-from vla.stages import whole_state_dict
 
 
-def export_policy(engine: deepspeed.DeepSpeedEngine, run_dir: Path, folder: Path) -> None:
-    """Write `folder` whole or not at all. All ranks together; the run's logs are complete before."""
-    weights = whole_state_dict(engine, keep=rank() == 0)
+def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path) -> None:
+    """Write `folder` whole or not at all. All ranks together, after the run's last line of metrics.
+
+    Args:
+        weights: stages.whole_state_dict() on rank 0; what other ranks give is not read.
+    """
     if rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_policy(engine.module, weights, partial, merge_lora=True)
+        save_policy(policy, weights, partial, merge_lora=True)
         (partial / "README.md").write_text(card(run_dir, folder.name))
         if folder.is_dir():  # an empty one
             folder.rmdir()
