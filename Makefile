@@ -9,7 +9,7 @@ ARGS ?=
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint clean
+.PHONY: setup train warmup test lint clean
 
 setup: .venv/.ready
 
@@ -19,6 +19,13 @@ setup: .venv/.ready
 
 train: setup
 	deepspeed --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
+
+# the tiny policies that the quickstarts start from, made anew: demonstrations, cloning, a card with each
+warmup: setup
+	python collect_demos.py --config yaml/demos_tiny.yaml
+	for model in openvlaoft openvla; do \
+		deepspeed --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
+	done
 
 test: setup
 	python -m pytest -q tests $(ARGS)

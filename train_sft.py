@@ -30,7 +30,7 @@ from vla.cli import check_at_least, parse_args, pick
 from vla.distributed import UserError, checked, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
-from vla.export import export_policy
+from vla.export import check_export_dir, export_policy
 from vla.logger import Averages, Logger, describe_run, due
 from vla.policy import PolicyInputs, VLAPolicy
 from vla.pretrained import load_policy
@@ -53,7 +53,9 @@ class Args:
     eval_freq: int = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
     # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
-    export_dir: str | None = None  # new folder for the final policy alone, an adapter merged in, with a card
+    export_dir: str | None = (
+        None  # folder for the final policy with a card, an adapter merged in; replaces an older one
+    )
 
     # ---- model
     model_path: str = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
@@ -184,8 +186,8 @@ def check_sizes(
         raise UserError(f"--num_updates {num_updates} is not a multiple of --updates_per_iteration")
     if batch_size % world_size():
         raise UserError(f"--batch_size {batch_size} is not divisible by {world_size()} ranks")
-    if export_dir and Path(export_dir).exists() and (not Path(export_dir).is_dir() or any(Path(export_dir).iterdir())):
-        raise UserError(f"--export_dir {export_dir} exists already: remove it or name another folder")
+    if export_dir:
+        check_export_dir(Path(export_dir))
 
 
 def read_batch(

@@ -123,12 +123,12 @@ def test_labels_come_back_from_their_tokens(demos):
 
 
 def test_a_policy_learns_what_it_is_shown(demos):
-    """Thirty updates on four frames: the loss falls by half and the greedy actions come close."""
+    """Sixty updates on four frames: the loss falls by half and the greedy actions come close."""
     policy, recorded = policy_for(demos), Demos(demos)
     batch = train_sft.read_batch(recorded, policy, torch.tensor([0, 8, 16, 24]), None, torch.device("cpu"))
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
     measured = []
-    for _ in range(30):
+    for _ in range(60):
         losses, predicted = policy.clone(batch.inputs, batch.tokens)
         decoded = policy.action_tokens.decode(predicted).float()
         loss, metrics = clone_loss(losses, predicted, batch, decoded, float(batch.weights.sum()))
@@ -183,6 +183,7 @@ def test_colours_by_hand():
         (dict(num_updates=5), "--num_updates 5 is not a multiple"),
         (dict(batch_size=33), "has 32 steps, fewer than --batch_size 33"),
         (dict(label_sigma=-1.0), "--label_sigma -1.0 must be at least 0"),
+        (dict(export_dir=str(ROOT / "tests")), "tests holds something else than a policy"),
     ],
 )
 def test_bad_input_is_one_sentence(demos, tmp_path, flags, sentence):

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import torch
 
-from vla.distributed import barrier, rank
+from vla.distributed import UserError, barrier, rank
 from vla.logger import read_lines, wilson_interval
 from vla.policy import VLAPolicy
 from vla.pretrained import save_policy
 
 
+def check_export_dir(folder: Path) -> None:
+    """Raises UserError where something else than an exported policy would be overwritten."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())):
+        raise UserError(f"--export_dir {folder} holds something else than a policy: name another folder")
+
+
 def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path) -> None:
-    """Write `folder` whole or not at all. All ranks together, after the run's last line of metrics.
+    """Write `folder` whole or not at all; an older policy in it goes. All ranks together, after the last metrics.
 
     Args:
         weights: stages.whole_state_dict() on rank 0; what other ranks give is not read.
@@ -27,9 +33,10 @@ def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: 
         shutil.rmtree(partial, ignore_errors=True)
         save_policy(policy, weights, partial, merge_lora=True)
         (partial / "README.md").write_text(card(run_dir, folder.name))
-        if folder.is_dir():  # an empty one
-            folder.rmdir()
+        if folder.is_dir():
+            os.replace(folder, partial.with_suffix(".old"))
         os.replace(partial, folder)
+        shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
     barrier()
 
 
