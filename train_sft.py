@@ -33,8 +33,9 @@ from vla.evaluation import evaluate
 from vla.export import check_export_dir, export_policy
 from vla.logger import Averages, Logger, describe_run, due
 from vla.policy import PolicyInputs, VLAPolicy
+from vla.preemption import Preemption
 from vla.pretrained import load_policy
-from vla.stages import make_rollout_copy, rollout_stage, update_stage, whole_state_dict
+from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
 MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
 
@@ -103,6 +104,7 @@ class Args:
     micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
     local_rank: int = -1  # set by the launcher
 
 
@@ -211,7 +213,7 @@ def main(args: Args) -> None:
         check_sizes(**pick(args, check_sizes))
         default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
-        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype)
+        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         demos = Demos(Path(args.demos))
         demos.check_world(**pick(args, demos.check_world))
         if len(demos) < args.batch_size:
@@ -226,8 +228,9 @@ def main(args: Args) -> None:
         eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, num_env_workers=workers))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
-    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config))
+    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
+    hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
     num_iterations = args.num_updates // args.updates_per_iteration
     local_batch_size = args.batch_size // world_size()
@@ -238,11 +241,12 @@ def main(args: Args) -> None:
             start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, 0, 0)
         logger = Logger(run_dir, rank() == 0, num_iterations, start_iteration, num_seen, backends=args.logger_backends)
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), sizes, world_size()))
 
     def run_evaluation(iteration: int) -> None:
         """The held-out episodes, with whole weights; rank 0 films its first batch."""
-        with logger.timer("eval"), rollout_stage(engine, rollout_copy) as actor:
+        with logger.timer("eval"), rollout_stage(hand_over) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
         logger.write_evaluation(iteration, num_seen, means)
@@ -251,9 +255,10 @@ def main(args: Args) -> None:
         run_evaluation(0)
 
     for iteration in range(start_iteration, num_iterations):
+        preemption.mark(iteration, num_seen, [])
         # ------------------------------------------------------------------ update: ranks in lock-step
         averages = Averages()
-        with logger.timer("update"), update_stage(engine):
+        with logger.timer("update"), update_stage(hand_over):
             for update in range(iteration * args.updates_per_iteration, (iteration + 1) * args.updates_per_iteration):
                 rate = learning_rate_at(update, **pick(args, learning_rate_at))
                 engine.optimizer.param_groups[0]["lr"] = rate
@@ -268,12 +273,14 @@ def main(args: Args) -> None:
                     loss, metrics = clone_loss(losses, predicted, batch, decoded, total)
                     guard.see(backward(engine, loss, last=number == len(parts)), batch, loss)
                     averages.add(metrics)
+                preemption.leave_if_asked()
         num_seen += args.updates_per_iteration * args.batch_size
 
         # ------------------------------------------------------------------ log, evaluate, save
         if due(iteration, args.eval_freq, num_iterations):
             run_evaluation(iteration + 1)
-        metrics = averages.reduce(count=args.updates_per_iteration) | guard.take() | {"train/actor/lr": rate}
+        metrics = averages.reduce(count=args.updates_per_iteration) | guard.take() | hand_over.take_metrics()
+        metrics["train/actor/lr"] = rate
         logger.write(iteration + 1, num_seen, metrics, [], 0)
         if due(iteration, args.save_freq, num_iterations):
             save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)

@@ -5,6 +5,7 @@ The folder has the published layout (pretrained.py) with an adapter merged in: a
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def card(run_dir: Path, name: str) -> str:
     minutes = {name: sum(line[f"time/{name}"] for line in lines) / 60 for name in ("update", "eval")}
     changed = " (with uncommitted changes)" if description["uncommitted_changes"] else ""
     facts = {
-        "made by": f"`{description['command']}`",
+        "made by": f"`{re.sub(r' --local_rank=[0-9]+', '', description['command'])}`",
         "commit": description["commit"] + changed,
         "seed": flags["seed"],
         "demonstrations": f"{flags['demos']}, {description['sizes']['num_samples']} steps",
