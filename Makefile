@@ -1,5 +1,5 @@
 # Every target sets up what it needs; the second time that costs nothing.
-PRESET ?= yaml/quickstart_ppo_openvla.yaml
+PRESET ?= yaml/quickstart_ppo_openvlaoft.yaml
 # as many ranks as the preset says; on GPUs at most one per GPU
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 WANTED := $(shell sed -n 's/^\# ranks: *//p' $(PRESET))

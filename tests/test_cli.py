@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import collect_demos
 import train_grpo
+import train_sft
 import yaml
 from train_ppo import Args
 from vla.cli import check_flags, derive_sizes, mapping_to_flags, parse_args, pick
@@ -21,7 +23,9 @@ def parse(*argv: str) -> Args:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_every_preset_parses(preset):
-    args = parse_args(train_grpo.Args if "_grpo_" in preset.name else Args, ["--config", str(preset)], "test")
+    of_script = {"sft": train_sft.Args, "demos": collect_demos.Args}
+    args_class = train_grpo.Args if "_grpo_" in preset.name else of_script.get(preset.name.split("_")[0], Args)
+    args = parse_args(args_class, ["--config", str(preset)], "test")
     for key, value in yaml.safe_load(preset.read_text()).items():
         assert getattr(args, key) == (tuple(value) if isinstance(value, list) else value), key
 

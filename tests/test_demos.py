@@ -230,10 +230,11 @@ def test_broken_sets_are_one_sentence(tmp_path, recipe):
     (without / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match=r"has no dataset_statistics\.json"):
         Demos(without)
+    world = dict(env_id=ENV_ID, asset_pack="builtin", protocol="rl4vla", image_size=(5, 4), sim_freq=100)
     with pytest.raises(ValueError, match=r"was made with sim_freq=100, this run has 500"):
-        Demos(tmp_path / "set").check_world(env_id=ENV_ID, image_size=(5, 4), sim_freq=500)
+        Demos(tmp_path / "set").check_world(**world | {"sim_freq": 500})
     with pytest.raises(ValueError, match="was made with env_id="):
-        Demos(tmp_path / "set").check_world(env_id="PutOnPlateInScene25Main-v3")
+        Demos(tmp_path / "set").check_world(**world | {"env_id": "PutOnPlateInScene25Main-v3"})
 
 
 def test_tries_do_not_depend_on_how_many_envs_make_them(recipe):

@@ -203,7 +203,7 @@ def train(demos: Path, *flags: str, ranks: int = 1, preset: str = PRESETS[1]) ->
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
     command = [launcher, "--num_gpus", str(ranks), "--master_port", port, "train_sft.py", "--config", preset]
-    command += ["--demos", str(demos), *SMALL, *flags]
+    command += ["--demos", str(demos), "--export_dir", str(demos.parent / "warm"), *SMALL, *flags]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
