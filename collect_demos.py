@@ -1,6 +1,6 @@
 """Demonstrations by the scripted expert, in ManiSkill's trajectory format: HDF5, JSON, action statistics.
 
-    python collect_demos.py --config yaml/demos_tiny.yaml --output demos/tiny          # 500 in half a minute
+    python collect_demos.py --config yaml/demos_tiny.yaml --output demos/tiny          # 1,000 in a minute
     python collect_demos.py --env_id PutOnPlateInScene25Main-v3 --num_demos 140 --output demos/main
     python -m mani_skill.trajectory.replay_trajectory --traj_path demos/tiny/trajectory.h5
 

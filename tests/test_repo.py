@@ -121,6 +121,7 @@ def test_every_command_in_readme_exists():
     for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \d+)* (\w+\.py)", README):
         assert (ROOT / script).exists(), script
     others = {"num_gpus", "gpu_memory", "help", "renderer", "download", "nodes"}  # of launchers and of doctor.py
+    others |= {"traj_path"}  # of ManiSkill's replay
     others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
     for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):
         scripts = (train_ppo, train_grpo, train_sft, collect_demos, evaluate)
