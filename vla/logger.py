@@ -290,6 +290,7 @@ def plot_progress(run_dir: Path, step_name: str = "env steps") -> Path:
                 label=legend,
             )
         axis.set_xlabel(step_name)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.02)
