@@ -17,13 +17,22 @@ sys.path.insert(0, str(ROOT))
 
 
 def micro_preset() -> str:
-    """The name of a tiny preset for tests alone: one layer and two blocks per tower, so few collectives per forward."""
+    """The name of a tiny preset for tests alone: one layer and two blocks per tower, so few collectives per forward.
+
+    36 patches of 16 pixels, a language model of width 128: of its own, whatever the presets that learn look like.
+    """
     from vla.pretrained import TINY_OPENVLA, TINY_PRESETS
 
     TINY_PRESETS["openvla-micro"] = {
         **TINY_OPENVLA,
-        "vision_dims": [{**dims, "depth": 2} for dims in TINY_OPENVLA["vision_dims"]],
-        "text_config": {**TINY_OPENVLA["text_config"], "num_hidden_layers": 1},
+        "image_sizes": [96, 96],
+        "vision_dims": [{**dims, "depth": 2, "patch_size": 16} for dims in TINY_OPENVLA["vision_dims"]],
+        "text_config": {
+            **TINY_OPENVLA["text_config"],
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 1,
+        },
     }
     return "openvla-micro"
 

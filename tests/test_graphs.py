@@ -122,7 +122,7 @@ def test_what_is_recorded_never_waits_for_the_host(path, model_type):
     """On the meta device there are no values to wait for."""
     chunk_size = 8 if model_type == "openvla_oft" else 1
     model = build_model(model_type, TINY_OPENVLA, chunk_size, chunk_size > 1, on_meta=True).to("meta").eval()
-    images = torch.empty(2, 96, 96, 3, dtype=torch.uint8, device="meta")
+    images = torch.empty(2, *TINY_OPENVLA["image_sizes"], 3, dtype=torch.uint8, device="meta")
     ids, mask = torch.empty(2, 30, dtype=torch.long, device="meta"), torch.empty(2, 30, dtype=torch.bool, device="meta")
     asked = []
 
@@ -132,7 +132,7 @@ def test_what_is_recorded_never_waits_for_the_host(path, model_type):
 
     with torch.no_grad(), OnDevice():
         hidden = model.generate(images, ids, mask, num_tokens=7 * chunk_size, choose=choose)
-    assert hidden.shape == (2, 128)
+    assert hidden.shape == (2, TINY_OPENVLA["text_config"]["hidden_size"])
     assert asked == ([(0, (2, 56, 832))] if chunk_size > 1 else [(index, (2, 1, 832)) for index in range(7)])
     with pytest.raises(AssertionError, match="_local_scalar_dense"), OnDevice():
         int(torch.ones(1))
