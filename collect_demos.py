@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from envs import make_envs
 from envs.demonstrations import PART_SIZE, DemoFolder, Recipe, attempts, check_expert_knows
+from envs.registration import CONTROL_MODE
 from vla.cli import check_at_least, parse_args
 from vla.distributed import UserError, checked, run_main
 
@@ -62,8 +63,8 @@ def main(args: Args) -> None:
             **world | {"image_size": list(args.image_size)},
         )  # fmt: skip
         replay = dict(
-            obs_mode="rgb+segmentation", control_mode="arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",
-            sim_backend="physx_cpu", render_backend="cpu", asset_dir=args.asset_dir,
+            obs_mode="rgb+segmentation", control_mode=CONTROL_MODE, sim_backend="physx_cpu", render_backend="cpu",
+            asset_dir=args.asset_dir,
         )  # fmt: skip
         folder = DemoFolder(Path(args.output), recipe, world | replay)
         envs = make_envs(

@@ -311,7 +311,7 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
-    surrogate, regularizers = pick(args, clipped_surrogate), pick(args, regularization)
+    loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
     start_iteration, global_step, iterations_without_signal = 0, 0, 0
@@ -396,7 +396,7 @@ def main(args: Args) -> None:
                         mb = buffer.micro_batch(index, advantages, advantages, weights, device)
                         new = engine(mb.inputs, args.temperature, tokens=mb.tokens, fan_sigma=fan_sigma)
                         guard.compare(new.logprobs, mb.old_logprobs)
-                        loss, metrics = grpo_loss(new, mb, total, surrogate=surrogate, regularizers=regularizers)
+                        loss, metrics = grpo_loss(new, mb, total, **loss_flags)
                         guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)
                     preemption.leave_if_asked()

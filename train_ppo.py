@@ -274,7 +274,9 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
-    surrogate, regularizers = pick(args, clipped_surrogate), pick(args, regularization)
+    loss_flags = pick(
+        args, ppo_loss, surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization)
+    )  # fmt: skip
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
     start_iteration, global_step = 0, 0
@@ -365,8 +367,7 @@ def main(args: Args) -> None:
                         new = engine(mb.inputs, args.temperature, tokens=mb.tokens, fan_sigma=fan_sigma)
                         guard.compare(new.logprobs, mb.old_logprobs)
                         loss, metrics = ppo_loss(
-                            new, mb, total, surrogate=surrogate, regularizers=regularizers,
-                            policy_coef=0.0 if warming_up else 1.0, **pick(args, ppo_loss),
+                            new, mb, total, policy_coef=0.0 if warming_up else 1.0, **loss_flags
                         )  # fmt: skip
                         guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -129,12 +130,16 @@ def learning_rate_at(
     return learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+@lru_cache(maxsize=1)  # asked for once per update
+def order_of_pass(number: int, num_samples: int, seed: int) -> torch.Tensor:
+    """The order of one pass over the data, int64 [num_samples]."""
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+
+
 def batch_indices(update: int, num_samples: int, batch_size: int, seed: int) -> torch.Tensor:
     """The samples of one update, int64 [batch_size]: every pass over the data is shuffled anew, a rest is left out."""
-    per_pass = num_samples // batch_size
-    number, position = divmod(update, per_pass)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    return torch.randperm(num_samples, generator=generator)[position * batch_size : (position + 1) * batch_size]
+    number, position = divmod(update, num_samples // batch_size)
+    return order_of_pass(number, num_samples, seed)[position * batch_size : (position + 1) * batch_size]
 
 
 def clone_loss(
@@ -232,6 +237,7 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
+    schedule = pick(args, learning_rate_at)
     num_iterations = args.num_updates // args.updates_per_iteration
     local_batch_size = args.batch_size // world_size()
     mine = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
@@ -260,7 +266,7 @@ def main(args: Args) -> None:
         averages = Averages()
         with logger.timer("update"), update_stage(hand_over):
             for update in range(iteration * args.updates_per_iteration, (iteration + 1) * args.updates_per_iteration):
-                rate = learning_rate_at(update, **pick(args, learning_rate_at))
+                rate = learning_rate_at(update, **schedule)
                 engine.optimizer.param_groups[0]["lr"] = rate
                 index = batch_indices(update, len(demos), args.batch_size, args.seed)
                 draws = augmentation.draw(args.batch_size, torch.Generator().manual_seed(args.seed + 7919 * update))

@@ -28,9 +28,10 @@ import numpy as np
 
 from envs import episodes, variants
 from envs.expert import Expert
+from envs.registration import CAMERA
 from envs.vector import ACTION_LIMITS, VectorEnv
 
-IMAGES = "obs/sensor_data/3rd_view_camera/rgb"
+IMAGES = f"obs/sensor_data/{CAMERA}/rgb"
 PART_SIZE = 50  # episodes
 # a step is idle that moves less than this (m), turns less than this (rad) and leaves the gripper: RL4VLA's filter
 IDLE_TRANSLATION, IDLE_ROTATION = 0.01, 0.06

@@ -43,11 +43,9 @@ from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, shaders, variants
 from envs.kinematics import added_pose
-from envs.registration import MAX_EPISODE_STEPS
+from envs.registration import CAMERA, CONTROL_MODE, MAX_EPISODE_STEPS
 
 CONTROL_FREQ = 5  # Hz
-CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
-CAMERA = "3rd_view_camera"
 START_QPOS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)
 BASE_POSE = sapien.Pose(list(assets.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # yaw of 180 degrees
 PARKED_POSE = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])  # out of the way while objects settle

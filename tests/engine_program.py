@@ -194,10 +194,14 @@ def memory(micro_batch_size: int = 2, **settings) -> dict:
     mb = hand_over.engine.module.with_features(mb) if zero_stage_of(engine) < 3 else mb
     with update_stage(hand_over):
         measured["update_resident"] = bytes_alive(hand_over.host.values()) - before
-        with LiveBytes(tensors_alive()) as count:
-            new = engine(mb, 1.0, tokens=tokens[:micro_batch_size])
-            backward(engine, new.values.sum() + new.logprobs.sum() + new.entropy.sum(), last=True)
-        measured["update_peak"] = measured["update_resident"] + count.peak
+        peaks = []  # when ZeRO-3 lets go of gathered layers is a matter of timing: the largest of several is the peak
+        for _ in range(6):
+            with LiveBytes(tensors_alive()) as count:
+                new = engine(mb, 1.0, tokens=tokens[:micro_batch_size])
+                backward(engine, new.values.sum() + new.logprobs.sum() + new.entropy.sum(), last=True)
+            peaks.append(count.peak)
+            del new
+        measured["update_peak"] = measured["update_resident"] + max(peaks)
     return measured
 
 
