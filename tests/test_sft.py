@@ -42,8 +42,9 @@ def demos(tmp_path_factory) -> Path:
         [np.array([*rng.uniform(-0.05, 0.05, 3), 0, 0, 0.1 * n, t % 2], np.float32) for t in range(8)] for n in range(4)
     ]
     images = [[np.full((24, 32, 3), 60 * n + 5 * t, np.uint8) for t in range(9)] for n in range(4)]
-    write_demos(tmp_path_factory.mktemp("demos") / "set", recipe, actions, images)
-    return tmp_path_factory.getbasetemp() / "demos0" / "set"
+    folder = tmp_path_factory.mktemp("demos") / "set"
+    write_demos(folder, recipe, actions, images)
+    return folder
 
 
 def policy_for(demos: Path, model_type: str = "openvla_oft", chunk_size: int = 4):
