@@ -27,8 +27,9 @@ warmup: setup
 		deepspeed --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
 	done
 
+# two processes; tests of one file share what they set up, so a file stays in one of them
 test: setup
-	python -m pytest -q tests $(ARGS)
+	python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	ruff check . && ruff format --check .

@@ -95,7 +95,8 @@ class Args:
     # ---- env
     num_envs: int = 16  # parallel envs over all ranks
     num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    worker_timeout: float = 300.0  # seconds after which a worker that gives no answer is replaced, like a dead one
+    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
+    worker_timeout: float = 300.0
     instruction: str | None = None  # what the policy is told in an env that is not of the family
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
     asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)

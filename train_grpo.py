@@ -89,7 +89,8 @@ class Args:
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
     max_episode_steps: int = 80  # an episode is cut after this many actions
     num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    worker_timeout: float = 300.0  # seconds after which a worker that gives no answer is replaced, like a dead one
+    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
+    worker_timeout: float = 300.0
     pipeline_stages: Literal[1, 2] = 1  # 2: one half of the envs is simulated while the policy acts on the other
 
     # ---- rollout

@@ -86,7 +86,8 @@ class Args:
     auto_reset: bool = True  # start the next episode as soon as one ends; else all reset when an iteration starts
     ignore_terminations: bool = False  # do not end an episode on success
     num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    worker_timeout: float = 300.0  # seconds after which a worker that gives no answer is replaced, like a dead one
+    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
+    worker_timeout: float = 300.0
     pipeline_stages: Literal[1, 2] = 1  # 2: one half of the envs is simulated while the policy acts on the other
 
     # ---- rollout

@@ -68,7 +68,8 @@ def make_envs(
         num_env_workers: 0 = in this process; W = W worker processes sharing the envs. With sim_backend "physx_cuda"
             the number of processes that settle start states (0 is 1), about one per 32 envs.
         pipeline_stages: 2 = two half-batches with workers of their own, for step_async and step_wait (VectorEnv).
-        worker_timeout: seconds after which a worker that gives no answer is replaced, like one that died.
+        worker_timeout: seconds after which a worker that gives no answer is replaced, like one that died. Envs in this
+            process: all stacks go to stderr and the process ends with exit code 1.
         sim_backend: "physx_cpu": one scene per env, bit for bit repeatable; "physx_cuda": all envs in one batch on the
             GPU, physics and pictures, repeatable only in its start states (`envs/batched.py`), for the family alone;
             "auto": the second where there is a CUDA device and nothing speaks against it.

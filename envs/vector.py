@@ -67,7 +67,9 @@ class VectorEnv:
         for lower, upper in self._bounds:
             place = (self._spec, lower, upper - lower)
             self._groups.append(
-                WorkerGroup(*place, worker_timeout) if in_workers else LocalGroup(*place, max(1, num_env_workers))
+                WorkerGroup(*place, worker_timeout)
+                if in_workers
+                else LocalGroup(*place, worker_timeout, max(1, num_env_workers))
             )
         if in_workers:
             for group in self._groups:

@@ -5,7 +5,8 @@ pair and writes images into an unlinked memory file: it ends when the parent end
 stays in /dev/shm. It runs `EnvGroup`, the same code that runs in this process with num_env_workers=0.
 
 A worker that dies, raises or hangs is replaced. Its episodes are given up (the next step reports them as dropped);
-three losses without a successful step between them end the run with what the last one said.
+three losses without a successful step between them end the run with what the last one said. A simulator that hangs in
+this process can not be replaced: the process writes all stacks to stderr and ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,25 +45,40 @@ def _image_arrays(buffer, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.nda
     return both[0], both[1]
 
 
+@contextlib.contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """All stacks and exit code 1 if the block takes longer. faulthandler's timer needs no lock of the interpreter, so a
+    simulator that holds it is found too."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 class LocalGroup:
     """A group in this process, with a worker's interface. What it raises goes straight to the caller."""
 
     num_restarts = 0
 
-    def __init__(self, spec: EnvSpec, offset: int, count: int, num_settlers: int = 1):
-        """num_settlers: processes that settle start states, for a batch on the GPU alone."""
+    def __init__(self, spec: EnvSpec, offset: int, count: int, timeout: float, num_settlers: int = 1):
+        """timeout: seconds a call may take. num_settlers: processes that settle start states, for a batch on the GPU
+        alone."""
+        self._timeout = timeout
         self.images, self.final_images = _image_arrays(
             bytearray(2 * count * int(np.prod(spec.image_shape))), count, spec
         )
-        if spec.sim_backend == "physx_cuda":
-            from envs.batched_group import open_batch
+        with watched(max(timeout, START_SECONDS)):
+            if spec.sim_backend == "physx_cuda":
+                from envs.batched_group import open_batch
 
-            self._group = open_batch(spec, offset, self.images, self.final_images, num_settlers)
-        else:
-            self._group = EnvGroup(spec, offset, self.images, self.final_images)
+                self._group = open_batch(spec, offset, self.images, self.final_images, num_settlers)
+            else:
+                self._group = EnvGroup(spec, offset, self.images, self.final_images)
 
     def start(self, method: str, *args) -> None:
-        self._result = getattr(self._group, method)(*args)
+        with watched(self._timeout):
+            self._result = getattr(self._group, method)(*args)
 
     def finish(self):
         return self._result

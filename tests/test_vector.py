@@ -256,6 +256,27 @@ def fault(tmp_path, monkeypatch) -> Path:
     return path
 
 
+HANGS_HERE = """
+import ctypes
+from envs.workers import LocalGroup
+
+class Hangs:
+    def step(self):
+        ctypes.PyDLL(None).sleep(60)  # the interpreter's lock is held: no thread of Python's could do anything
+
+group = LocalGroup.__new__(LocalGroup)
+group._group, group._timeout = Hangs(), 1.0
+group.start("step")
+"""
+
+
+def test_a_hang_in_this_process_ends_it_with_its_stack():
+    begin = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", HANGS_HERE], cwd=ROOT, capture_output=True, text=True, timeout=55)
+    assert run.returncode == 1 and time.monotonic() - begin < 50
+    assert "Timeout" in run.stderr and "in step" in run.stderr and "in start" in run.stderr
+
+
 def test_hangs_raises_and_three_losses_in_a_row(fault):
     still = np.zeros((2, 3, 7), np.float32)
     with make(2, num_env_workers=1, max_episode_steps=3, worker_timeout=60) as envs:

@@ -66,11 +66,22 @@ def latest_checkpoint(run_dir: Path) -> Path:
     raise UserError(f"--resume {run_dir}: there is no complete checkpoint in {run_dir}/checkpoints; start a new run")
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError where neither the folder nor the first of its parents that exists can be written."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"the run folder {folder} can not be written: {place} is no folder, or not yours to write to; "
+            "choose another --run_dir or mend its permissions"
+        )
+
+
 def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint to go on from (None for a new run, whose folder the logger makes).
 
     Raises:
-        UserError: the folder of a new run exists, or there is nothing to resume; the same on every rank.
+        UserError: the folder of a new run exists, there is nothing to resume, or it can not be written; the same on
+            every rank.
     """
     if resume:
         if run_dir and Path(run_dir) != Path(resume):
@@ -80,6 +91,7 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
         if rank() == 0:
             try:
                 found = latest_checkpoint(Path(resume))
+                check_writable(Path(resume))
             except UserError as failure:
                 error = str(failure)
         if said := agree(error):
@@ -90,6 +102,7 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
         raise UserError(
             f"--run_dir {folder} exists already: pass --resume {folder} to go on with it, or another --run_dir"
         )
+    check_writable(folder)
     return folder, None
 
 

@@ -95,8 +95,10 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent and (grandparent is None or parent_of(parent) == grandparent):
             time.sleep(POLL_SECONDS)
-        faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -1,11 +1,13 @@
-"""What a run leaves behind: TensorBoard, metrics.jsonl, a progress bar, a plot, and a description of itself.
+"""What a run leaves behind: TensorBoard, metrics.jsonl, progress.log, a plot, and a description of itself.
 
 metrics.jsonl has one JSON object per iteration: keys are the TensorBoard tags, plus `iteration` and `global_step`
 (env steps over all ranks). `eval/*` in a line is the evaluation made since the line before; `eval/global_step` says
 after how many env steps. All evaluations, that of the starting policy included, are also in evaluations.jsonl.
+progress.log has one line per iteration for people; where nobody watches a terminal, it stands in for the progress bar.
 """
 
 import contextlib
+import datetime
 import importlib
 import importlib.util
 import json
@@ -24,7 +26,7 @@ from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vla.distributed import all_gather_lists, all_reduce_sum, world_size
+from vla.distributed import UserError, all_gather_lists, all_reduce_sum, world_size
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
@@ -118,7 +120,8 @@ class Logger:
         step_name: str = "env steps",
     ):
         self.step_name = step_name
-        self.run_dir, self.enabled, self.start_iteration = run_dir, enabled, start_iteration
+        self.run_dir, self.enabled = run_dir, enabled
+        self.start_iteration, self.num_iterations = start_iteration, num_iterations
         self.seconds: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}  # not yet in a line of metrics.jsonl
         self.iteration_start = time.perf_counter()
@@ -132,7 +135,13 @@ class Logger:
             self._set_aside_lines_after(start_iteration, name)
         purge_step = start_step + 1 if start_iteration else None
         self.backends = [open_backend(name, run_dir, purge_step) for name in backends]
-        self.bar = tqdm(total=num_iterations, initial=start_iteration, desc="training", unit="it", dynamic_ncols=True)
+        if start_iteration == 0:  # an evaluation of the starting policy stands in the first iteration's line
+            for line in read_lines(run_dir / "evaluations.jsonl"):
+                self.evaluation = {tag: value for tag, value in line.items() if tag.startswith("eval/")}
+                self.evaluation["eval/global_step"] = line["global_step"]
+        self.bar = tqdm(
+            total=num_iterations, initial=start_iteration, desc="training", unit="it", dynamic_ncols=True, disable=None
+        )
 
     def _set_aside_lines_after(self, iteration: int, name: str) -> None:
         """An interrupted run may have logged past its last checkpoint: those iterations are about to be run again."""
@@ -203,6 +212,14 @@ class Logger:
         self.seconds, self.iteration_start = {}, now
         if not self.enabled:
             return
+        try:
+            self._write(iteration, global_step, metrics, episodes, times)
+        except OSError as failure:
+            raise UserError(
+                f"{self.run_dir} could not be written ({failure}): mend that, then --resume goes on"
+            ) from failure
+
+    def _write(self, iteration: int, global_step: int, metrics: dict, episodes: list[dict], times: dict) -> None:
         env = {
             f"env/{name}": sum(e[name] for e in episodes) / len(episodes) for name in (episodes[0] if episodes else ())
         }
@@ -212,8 +229,23 @@ class Logger:
         self.evaluation = {}
         shown = {"success": env.get("env/success_once"), "return": env.get("env/return")}
         shown = {name: "-" if value is None else f"{value:.3f}" for name, value in shown.items()}
-        self.bar.set_postfix(shown | {"steps/s": f"{times['time/env_steps_per_second']:.0f}"}, refresh=False)
+        shown["steps/s"] = f"{times['time/env_steps_per_second']:.0f}"
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        self._progress(iteration, global_step, shown, times["time/iteration"])
+
+    def _progress(self, iteration: int, global_step: int, shown: dict[str, str], seconds: float) -> None:
+        """A line of progress.log: "<time>  iteration 3/400  61,440 env steps  success 0.41  ...  about 1:02 left"."""
+        left = datetime.timedelta(seconds=round(seconds * (self.num_iterations - iteration)))
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
+        line = (
+            f"{time.strftime('%F %T')}  iteration {iteration}/{self.num_iterations}  {global_step:,} {self.step_name}"
+        )
+        line += f"  {values}  {seconds:.1f} s  about {left} left"
+        with (self.run_dir / "progress.log").open("a") as file:
+            file.write(line + "\n")
+        if self.bar.disable:
+            print(line, flush=True)
 
     def _append(self, name: str, line: dict) -> None:
         with (self.run_dir / f"{name}.jsonl").open("a") as file:
@@ -263,7 +295,7 @@ def rows(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, float]:

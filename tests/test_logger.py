@@ -1,0 +1,29 @@
+"""What the logger keeps when a run is broken off or its disk is full."""
+
+import pytest
+
+from vla.distributed import UserError
+from vla.logger import Logger, read_lines
+
+
+def test_a_full_disk_while_logging_ends_in_a_sentence(tmp_path):
+    logger = Logger(tmp_path / "run", True, 2)
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    with logger.timer("rollout"):
+        pass
+    with pytest.raises(UserError, match=r"No space left on device.*--resume"):
+        logger.write(1, 10, {}, [], 10)
+
+
+def test_an_evaluation_before_a_preempted_first_iteration_is_not_lost(tmp_path):
+    logger = Logger(tmp_path, True, 2)
+    logger.write_evaluation(0, 0, {"success_once": 0.25})
+    resumed = Logger(tmp_path, True, 2)
+    for iteration in (1, 2):
+        with resumed.timer("rollout"):
+            pass
+        resumed.write(iteration, 10 * iteration, {"train/loss": 1.0}, [], 10)
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert first["eval/success_once"] == 0.25 and first["eval/global_step"] == 0 and "eval/success_once" not in second
+    shown = (tmp_path / "progress.log").read_text().splitlines()
+    assert len(shown) == 2 and "iteration 2/2" in shown[1] and "20 env steps" in shown[1]
