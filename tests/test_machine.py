@@ -137,9 +137,7 @@ def test_same_seed_twice_is_identical_on_two_ranks_and_another_seed_is_not(two_r
     assert metrics(tmp_path / "other")[0]["train/loss"] != metrics(four_iterations)[0]["train/loss"]
 
 
-@pytest.mark.parametrize(
-    "stage, ranks, micro_batch_size", [(0, 1, 1), (0, 2, 8), (2, 2, 1), (3, 2, 2)]
-)
+@pytest.mark.parametrize("stage, ranks, micro_batch_size", [(0, 1, 1), (0, 2, 8), (2, 2, 1), (3, 2, 2)])
 def test_zero_stage_ranks_and_micro_batch_change_nothing(four_iterations, tmp_path, stage, ranks, micro_batch_size):
     """The first losses are those of ZeRO-3 on one rank with micro batch 8, to 1e-4."""
     train(
