@@ -36,6 +36,8 @@ class Args:
     filter_idle: bool = True  # leave steps out of training that hardly move, as RL4VLA's warm-up data does
     max_translation: float = 0.025  # metres per step; within bridge_orig's statistics
     max_rotation: float = 0.2  # radians per step
+    # the expert acts on where the arm is, which a picture shows, not on where it was sent: for policies of one frame
+    measured_pose: bool = False
     env_id: str = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # bodies made by code, or the published meshes and photographs
@@ -60,7 +62,7 @@ def main(args: Args) -> None:
         recipe = Recipe(
             args.env_id, max_episode_steps=args.max_episode_steps, seed=args.seed, action_noise=args.action_noise,
             filter_idle=args.filter_idle, max_translation=args.max_translation, max_rotation=args.max_rotation,
-            **world | {"image_size": list(args.image_size)},
+            measured_pose=args.measured_pose, **world | {"image_size": list(args.image_size)},
         )  # fmt: skip
         replay = dict(
             obs_mode="rgb+segmentation", control_mode=CONTROL_MODE, sim_backend="physx_cpu", render_backend="cpu",

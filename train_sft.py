@@ -245,7 +245,9 @@ def main(args: Args) -> None:
     with checked():
         if checkpoint:
             start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, 0, 0)
-        logger = Logger(run_dir, rank() == 0, num_iterations, start_iteration, num_seen, backends=args.logger_backends)
+        logger = Logger(
+            run_dir, rank() == 0, num_iterations, start_iteration, num_seen, args.logger_backends, "decisions"
+        )  # fmt: skip
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), sizes, world_size()))

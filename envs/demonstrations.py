@@ -54,6 +54,7 @@ class Recipe:
     filter_idle: bool
     max_translation: float  # m per step
     max_rotation: float  # rad per step
+    measured_pose: bool = False  # the expert acts on where the arm is, as a picture shows it
 
 
 @dataclass
@@ -76,8 +77,9 @@ class Attempt:
     def __init__(self, number: int, recipe: Recipe, total: int):
         episode_id = variants.train_episode_id(total, recipe.seed, 0, number)
         self.expert = Expert(
-            recipe.max_translation, recipe.max_rotation, close_steps=1, patience=1, slack=2.5 * recipe.action_noise
-        )
+            recipe.max_translation, recipe.max_rotation, close_steps=1, patience=1, slack=2.5 * recipe.action_noise,
+            measured=recipe.measured_pose,
+        )  # fmt: skip
         self.noise, self.noise_std = np.random.default_rng((recipe.seed, number)), recipe.action_noise
         self.demo = Demonstration(number, episode_id, "")
 

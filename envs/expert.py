@@ -4,7 +4,9 @@
     actions = np.stack([expert(state) for expert, state in zip(experts, envs.describe())])[:, None]  # [N, 1, 7]
 
 No planner: straight lines between a few poses, at most `max_translation` metres and `max_rotation` radians per step.
-The controller adds deltas to the pose it was last commanded to, so the expert keeps that pose, not the measured one.
+The controller adds deltas to the pose it was last commanded to, so the expert keeps that pose, not the measured one,
+which lags behind by up to 3 cm. A picture shows the measured one: demonstrations for a policy that sees one frame are
+made with measured=True.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ GRIP_WIDTH = 0.051  # the widest thing that fits between open fingers
 TABLE_HEIGHT = 0.8695
 CLEARANCE = 0.004  # kept to table and bar
 OPEN, CLOSE = 1.0, 0.0  # the env opens above 0.5
+# measured=True: the share of what is missing that a step asks for, since the arm is still on its way to what was asked
+# before (of 120 tries 0.5, 0.7 and 1 all succeed in 0.98, in 25, 21 and 21 steps; 1 swings over)
+GAIN = 0.7
 
 
 def rotation_matrix(q) -> np.ndarray:
@@ -41,19 +46,24 @@ class Expert:
         close_steps: int = 2,
         patience: int = 6,
         slack: float = 0.0,
+        measured: bool = False,
     ):
         """close_steps: how long the fingers close before they lift. patience: how many steps it waits at most for the
-        arm, which lags behind. slack: metres by which a goal may be missed besides, where actions are noisy."""
+        arm, which lags behind. slack: metres by which a goal may be missed besides, where actions are noisy. measured:
+        act on where the arm is, not on where it was sent."""
         self.max_translation, self.max_rotation = max_translation, max_rotation
         self.close_steps, self.patience, self.slack = close_steps, patience, slack
+        self.measured, self.gain = measured, GAIN if measured else 1.0
         self.phase = None  # the method that knows what to do now
 
     def __call__(self, state: dict) -> np.ndarray:
         """state: one entry of `VectorEnv.describe()`. Returns an action, float32 [7], robot units."""
-        if state["elapsed_steps"] == 0 or self.phase is None:
+        begins = state["elapsed_steps"] == 0 or self.phase is None
+        if begins or self.measured:
             self.commanded = np.asarray(state["tcp_pose"][:3])
             tool = rotation_matrix(state["tcp_pose"][3:])
             self.finger_angle = np.arctan2(tool[1, 1], tool[0, 1])
+        if begins:
             self.seen_xy = np.asarray(state["object_pose"][:2])
             self.phase = self._hover
         goal, gripper = self.phase(state)
@@ -169,11 +179,11 @@ class Expert:
 
     def _toward(self, goal: np.ndarray, gripper: float) -> np.ndarray:
         """One bounded step. The root frame is yawed by 180 degrees: root x, y = -(world x, y)."""
-        delta = goal - self.commanded
+        delta = self.gain * (goal - self.commanded)
         delta *= min(1.0, self.max_translation / max(np.linalg.norm(delta), 1e-9))
-        turn = (
-            float(np.clip(self.yaw_left, -self.max_rotation, self.max_rotation)) if self.phase == self._hover else 0.0
-        )
+        turn = 0.0
+        if self.phase == self._hover:
+            turn = float(np.clip(self.gain * self.yaw_left, -self.max_rotation, self.max_rotation))
         self.commanded = self.commanded + delta
         self.finger_angle += turn
         return np.array([-delta[0], -delta[1], delta[2], 0.0, 0.0, turn, gripper], np.float32)

@@ -24,8 +24,8 @@ from vla.engine import DTYPES, backward, build_engine, read_deepspeed_config, ze
 from vla.memory_plan import LiveBytes  # noqa: E402
 from vla.policy import PolicyInputs  # noqa: E402
 from vla.pretrained import load_policy  # noqa: E402
-from vla.shards import Snapshot, local_shards  # noqa: E402
-from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage  # noqa: E402
+from vla.shards import Snapshot, local_buffers, local_shards  # noqa: E402
+from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage  # noqa: E402
 
 BATCH = 4  # samples over all ranks and micro batches
 
@@ -133,7 +133,11 @@ def losses(uneven: bool = False, **settings) -> dict:
     """uneven: rank 1 makes three forwards in a rollout where rank 0 makes one."""
     engine, hand_over = made(**settings)
     lines = trained(engine, hand_over, 0, 2, forwards=3 if uneven and rank() else 1)
-    return {"losses": lines, "memory": hand_over.take_metrics()}
+    movable = 0
+    if zero_stage_of(engine) == 3:  # what offload "stage" takes off a GPU in the rollout, gradients not counted
+        movable = sum(buffer.nbytes for buffer in local_buffers(engine))
+        movable += sum(p.ds_tensor.nbytes for p in engine.module.parameters() if not p.requires_grad)
+    return {"losses": lines, "memory": hand_over.take_metrics(), "movable_gib": movable / GIB}
 
 
 def broken_rollout(**settings) -> dict:

@@ -24,6 +24,7 @@ from envs.demonstrations import (
     attempts,
     idle_steps,
 )
+from envs.expert import Expert
 from vla.distributed import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,24 @@ def small_set(folder: Path, recipe: Recipe, lengths: list[int], filter_idle: boo
 @pytest.fixture
 def recipe() -> Recipe:
     return Recipe(ENV_ID, "train", "builtin", "rl4vla", [5, 4], 100, 40, 0, 0.0, False, 0.05, 0.4)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_with_a_measured_pose_the_expert_acts_on_what_can_be_seen(measured):
+    """What it believes it has asked for counts without, and nothing but the state with it."""
+    one, other = (Expert(0.05, 0.4, close_steps=1, patience=1, slack=0.01, measured=measured) for _ in range(2))
+    equal, success = [], 0.0
+    with make_envs(ENV_ID, 1, image_size=(16, 16), sim_freq=100, max_episode_steps=40, auto_reset=False) as envs:
+        envs.reset([700])
+        while not success and envs.describe()[0]["elapsed_steps"] < 39:
+            (state,) = envs.describe()
+            action = one(state)
+            equal.append(bool(np.array_equal(action, other(state))))
+            other.drift(np.array([0.01, 0.0, 0.0]))
+            infos = envs.step(action[None, None])[4]
+            success = float(infos["episode"]["success_once"].sum())
+    assert success and len(equal) > 10
+    assert all(equal) if measured else not all(equal)
 
 
 def test_chunks_stay_inside_their_episode(tmp_path, recipe):

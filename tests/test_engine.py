@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import micro_preset
 
 from vla.checkpoint import FORMAT, damage, latest_checkpoint
@@ -31,10 +32,11 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def on_ranks(world: int, scenarios: list[tuple[str, dict]]) -> list[dict]:
+def on_ranks(world: int, scenarios: list[tuple[str, dict]], accelerator: str = "cpu") -> list[dict]:
     """Run scenarios of engine_program.py on so many ranks of one process group; what each printed."""
     command = [sys.executable, "tests/engine_program.py", json.dumps(scenarios)]
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared["DS_ACCELERATOR"] = accelerator
     ranks = []
     for number in range(world):
         environment = os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
@@ -161,6 +163,16 @@ def test_offload_and_uneven_forwards_change_nothing(two_ranks):
             gib[f"memory/host_{s}_peak_gib"] >= gib[f"memory/host_{s}_resident_gib"] - 0.05
             for s in ("rollout", "update")
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"dtype": "bfloat16"}, BF16_LORA])
+def test_on_a_gpu_offload_frees_what_it_moves_and_changes_no_loss(settings):
+    kept, moved = on_ranks(1, [("losses", {**settings, "offload": how}) for how in ("none", "stage")], "cuda")
+    assert kept["losses"] == moved["losses"]
+    freed = kept["memory"]["memory/rollout_resident_gib"] - moved["memory"]["memory/rollout_resident_gib"]
+    assert freed >= 0.99 * moved["movable_gib"] > 0
 
 
 @pytest.mark.slow
