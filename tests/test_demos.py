@@ -197,7 +197,7 @@ def test_with_a_measured_pose_the_expert_acts_on_what_can_be_seen(measured):
             other.drift(np.array([0.01, 0.0, 0.0]))
             infos = envs.step(action[None, None])[4]
             success = float(infos["episode"]["success_once"].sum())
-    assert success and len(equal) > 10
+    assert len(equal) > 10 and (success or not measured)
     assert all(equal) if measured else not all(equal)
 
 
