@@ -56,6 +56,16 @@ def test_no_module_receives_args(path):
             assert "args" not in {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}, node.name
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_is_long(path):
+    """60 lines without what is said of them; `main` is read top to bottom."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name != "main":
+            said = node.body[0] if ast.get_docstring(node) else None
+            length = node.end_lineno - node.lineno + 1 - (said.end_lineno - said.lineno + 1 if said else 0)
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
 def shared_pieces(path: Path) -> dict[str, str]:
     """Text of every top-level function, and of every Args field with its comment (defaults may differ)."""
     lines, pieces = path.read_text().splitlines(), {}
@@ -121,6 +131,7 @@ def test_every_command_in_readme_exists():
     for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \d+)* (\w+\.py)", README):
         assert (ROOT / script).exists(), script
     others = {"num_gpus", "gpu_memory", "help", "renderer", "download", "nodes"}  # of launchers and of doctor.py
+    others |= {"hostfile", "no_ssh", "node_rank", "master_addr"}  # of deepspeed
     others |= {"traj_path"}  # of ManiSkill's replay
     others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
     for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):

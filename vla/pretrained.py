@@ -180,14 +180,11 @@ def load_policy(
     tiny = path in TINY_PRESETS and not folder.is_dir()
     adapter_folder = find_adapter(folder, lora_path)
     config, side_files = (TINY_PRESETS[path], tiny_side_files()) if tiny else read_folder(folder)
-    if norm_stats:
-        known = json.loads(side_files.get("dataset_statistics.json", "{}"))
-        side_files = {**side_files, "dataset_statistics.json": json.dumps({**known, **norm_stats}, indent=2).encode()}
+    side_files = with_statistics(side_files, norm_stats)
     chunk_size = pick_chunk_size(model_type, chunk_size, config, path)
     tokenizer = read_tokenizer(side_files)
-    action_tokens = ActionTokens(
-        action_vocab_end(config, tokenizer, path), action_stats(config, side_files, unnorm_key, path)
-    )
+    stats = action_stats(config, side_files, unnorm_key, path)
+    action_tokens = ActionTokens(action_vocab_end(config, tokenizer, path), stats)
     if model_type == "openvla_oft":
         oft_stop_token = oft_stop_token or config.get("oft_stop_token", False)
         config = {**config, "chunk_size": chunk_size, "oft_stop_token": oft_stop_token}
@@ -196,14 +193,8 @@ def load_policy(
     with torch.random.fork_rng(devices=[]):  # the same weights on every rank, and torch's own generator is left alone
         torch.manual_seed(seed)
         model = build_model(model_type, config, chunk_size, oft_stop_token, on_meta=not tiny)
-        if tiny:
-            model.init_weights()
-        else:
-            stream_weights(model, base_folder, dtype, device)
-        critic = None
-        if value_head is not False:
-            critic = ValueHead(model.hidden_size, chunk_size)
-            load_critic(critic, value_head, (adapter_folder, folder))
+        fill_weights(model, base_folder, dtype, device)
+        critic = make_critic(model.hidden_size, chunk_size, value_head, (adapter_folder, folder))
         model, adapter_config = with_adapter(
             model, adapter_folder, lora_rank, lora_alpha, lora_scope, merge_lora, base_folder
         )
@@ -215,18 +206,11 @@ def load_policy(
     if model_type == "openvla_oft":
         model.check_bidirectional()
     policy = VLAPolicy(
-        model,
-        critic,
-        action_tokens,
-        tokenizer,
-        image_size=(config["image_sizes"][0],) * 2,
-        pad_token_id=action_tokens.vocab_end,
-        max_prompt_length=max_prompt_length,
-        chunk_size=chunk_size,
-        image_resize=image_resize,
+        model, critic, action_tokens, tokenizer, image_size=(config["image_sizes"][0],) * 2,
+        pad_token_id=action_tokens.vocab_end, max_prompt_length=max_prompt_length, chunk_size=chunk_size,
+        image_resize=image_resize, cuda_graphs=cuda_graphs,
         caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
-        cuda_graphs=cuda_graphs,
-    )
+    )  # fmt: skip
     policy.files = PolicyFiles(config, side_files, adapter_config)
     return policy.to(device)
 
@@ -241,6 +225,14 @@ def check_choices(model_type: str, lora_path: str | None, image_resize: str, lor
         raise ValueError(f"--image_resize {image_resize!r} is unknown: there are tensor, pil")
     if lora_scope not in ("all", "llm"):
         raise ValueError(f"--lora_scope {lora_scope!r} is unknown: there are all, llm")
+
+
+def with_statistics(side_files: dict[str, bytes], norm_stats: dict | None) -> dict[str, bytes]:
+    """norm_stats added to dataset_statistics.json, which is merged over config.json's."""
+    if not norm_stats:
+        return side_files
+    known = json.loads(side_files.get("dataset_statistics.json", "{}"))
+    return {**side_files, "dataset_statistics.json": json.dumps({**known, **norm_stats}, indent=2).encode()}
 
 
 def build_model(model_type: str, config: dict, chunk_size: int, stop_token: bool, on_meta: bool) -> OpenVLA:
@@ -400,6 +392,14 @@ def check_keys(expected: dict[str, tuple], found: dict[str, tuple], what: str) -
             raise ValueError(f"{what} has {name} of shape {tuple(found[name])}, config.json implies {tuple(shape)}")
 
 
+def fill_weights(model: OpenVLA, folder: Path | None, dtype: torch.dtype, device: torch.device | str) -> None:
+    """From a folder, or random ones."""
+    if folder is None:
+        model.init_weights()
+    else:
+        stream_weights(model, folder, dtype, device)
+
+
 def stream_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Fill a model built on meta from a folder's shards, tensor by tensor. All headers are compared first."""
     paths, found = shard_paths(folder), {}
@@ -414,6 +414,17 @@ def stream_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: t
                 # a copy: the mapped pages go with the file, which a later save may replace
                 value = shard.get_tensor(key).to(device=device, dtype=dtype, copy=True)
                 model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+
+
+def make_critic(
+    hidden_size: int, chunk_size: int, wanted: bool | str | None, folders: tuple[Path | None, ...]
+) -> ValueHead | None:
+    """load_policy's value_head: False is none; else one output per action, read from where it lies or fresh."""
+    if wanted is False:
+        return None
+    critic = ValueHead(hidden_size, chunk_size)
+    load_critic(critic, wanted, folders)
+    return critic
 
 
 def load_critic(critic: ValueHead, wanted: bool | str | None, folders: tuple[Path | None, ...]) -> None:
