@@ -1,7 +1,7 @@
 """Which start states an env id has, whether it is of the PutOnPlateInScene25 family or any other of ManiSkill's.
 
 A family's ids are those of `envs/variants.py`. For another env an episode id is the seed of ManiSkill's reset. One rule
-holds out one id in sixteen for evaluation in both. Pure Python: importing this imports no simulator.
+holds out one id in eight for evaluation in both. Pure Python: importing this imports no simulator.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ receptacle, it comes after the first. Main-v3 train has 16 objects x 1 receptacl
 
 `protocol="rlinf"` decodes as RLinf (arXiv 2510.06710) does; what differs in all is listed in `envs/put_on_plate.py`.
 
-One id in sixteen is held out: training streams never give it, evaluation gives nothing else. All streams are functions
+One id in eight is held out: training streams never give it, evaluation gives nothing else. All streams are functions
 of their arguments alone, so any number of ranks and workers sees the same episodes.
 """
 
@@ -25,7 +25,7 @@ OBJ_SETS = ("train", "test", "all")
 PROTOCOLS = ("rl4vla", "rlinf")
 ASSET_PACKS = ("builtin", "bridge")
 MASK64 = (1 << 64) - 1
-HELD_OUT_SHARE = 16  # one id in sixteen
+HELD_OUT_SHARE = 8  # one id in eight
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ def train_episode_id(total: int, seed: int, env_index: int, counter: int) -> int
     for episode_id in _draws((seed, env_index, counter), total):
         if not is_held_out(episode_id):
             return episode_id
-    raise AssertionError("unreachable: fifteen ids in sixteen are for training")
+    raise AssertionError("unreachable: seven ids in eight are for training")
 
 
 def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
