@@ -9,7 +9,7 @@ ARGS ?=
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train warmup test lint clean
+.PHONY: setup train warmup results reproduce test lint clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,16 @@ warmup: setup
 	for model in openvlaoft openvla; do \
 		deepspeed --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
 	done
+
+# RESULTS.md from the runs that are kept in results/
+results: setup
+	python benchmarks/learning.py draw
+
+# every run in RESULTS.md anew, its warm-up first: hours
+reproduce: setup
+	$(MAKE) warmup
+	python benchmarks/learning.py run --again
+	python benchmarks/learning.py draw
 
 # two processes; tests of one file share what they set up, so a file stays in one of them
 test: setup

@@ -1,0 +1,208 @@
+"""Learning curves: run them, and draw them from what is kept in results/.
+
+    python benchmarks/learning.py run                     every curve and seed of results/curves.yaml that is not there
+    python benchmarks/learning.py run --only ppo_openvlaoft --seeds 0 1
+    python benchmarks/learning.py draw                    RESULTS.md and docs/learning.png from results/**
+
+A run is one `deepspeed` command on two CPU ranks, then evaluate.py on 256 held-out episodes with the policy it began
+with and the one it ended with, sampled and greedy. What is kept of it is what the run folder says of itself.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vla.logger import read_lines, wilson_interval  # noqa: E402
+
+RESULTS = ROOT / "results"
+RANKS = 2
+TEMPERATURES = (1.0, 0.0)
+NUM_EPISODES = 256
+# of a run's flags, those that evaluate.py needs for a policy that is no run folder
+EVAL_FLAGS = (
+    "model_type", "unnorm_key", "dtype", "max_prompt_length", "asset_pack", "sim_freq", "max_episode_steps",
+)  # fmt: skip
+BEGIN, END = "<!-- drawn by benchmarks/learning.py -->", "<!-- end of what is drawn -->"
+
+
+def curves() -> dict[str, dict]:
+    return yaml.safe_load((RESULTS / "curves.yaml").read_text())
+
+
+def command_of(curve: dict, seed: int) -> list[str]:
+    """What a reader types for one curve and seed."""
+    words = ["deepspeed", "--num_gpus", str(RANKS), curve["script"], "--config", curve["config"]]
+    words += [word for name, value in curve["flags"].items() for word in (f"--{name}", str(value))]
+    return [*words, "--seed", str(seed)]
+
+
+def execute(command: list[str]) -> None:
+    """In the repository, on CPU ranks; raises SystemExit with what failed."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    print(" ".join(command), flush=True)
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+
+
+# ---------------------------------------------------------------------- run
+def evaluated(checkpoint: str, flags: dict, output: Path) -> dict[str, dict]:
+    """Success of a policy on the held-out episodes, by temperature."""
+    setting = f"{flags['env_id'].removeprefix('PutOnPlateInScene25')}:{flags['obj_set']}"
+    command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", setting]
+    command += ["--num_episodes", str(NUM_EPISODES), "--temperature", *map(str, TEMPERATURES), "--film_failures", "0"]
+    command += ["--no-ignore_terminations", "--output", str(output), "--image_size", *map(str, flags["image_size"])]
+    command += [word for name in EVAL_FLAGS for word in (f"--{name}", str(flags[name]))]
+    execute(command)
+    results = json.loads((output / "results.json").read_text())
+    tables = {str(TEMPERATURES[0]): results["settings"]}
+    tables |= {temperature: other["settings"] for temperature, other in results["other_temperatures"].items()}
+    kept = ("episodes", "success_once", "wilson_95", "return", "episode_ids")
+    return {
+        temperature: {name: table[setting][name] for name in kept}
+        | {"successes": [episode["success_once"] for episode in table[setting]["outcomes"]]}
+        for temperature, table in tables.items()
+    }
+
+
+def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
+    """Runs what is not kept yet, or all of it; an older run goes when the new one is whole."""
+    for name, curve in curves().items():
+        for seed in curve["seeds"]:
+            kept = RESULTS / name / f"seed_{seed}"
+            if (only and name not in only) or (seeds and seed not in seeds) or (kept.is_dir() and not again):
+                continue
+            with tempfile.TemporaryDirectory() as temporary:
+                run_dir, new = Path(temporary) / "run", Path(temporary) / "kept"
+                execute([*command_of(curve, seed), "--run_dir", str(run_dir)])
+                flags = json.loads((run_dir / "args.json").read_text())
+                new.mkdir()
+                for moment, checkpoint in (("before", flags["model_path"]), ("after", str(run_dir))):
+                    success = evaluated(checkpoint, flags, Path(temporary) / moment)
+                    (new / f"{moment}.json").write_text(json.dumps(success) + "\n")
+                for file in ("metrics.jsonl", "evaluations.jsonl", "args.json", "run_from_iteration_000000.json"):
+                    shutil.copy(run_dir / file, new / file)
+                kept.parent.mkdir(exist_ok=True)
+                shutil.rmtree(kept, ignore_errors=True)
+                shutil.move(new, kept)
+
+
+# ---------------------------------------------------------------------- draw
+def read_run(folder: Path) -> dict:
+    """Of one seed: steps, minutes and success of its evaluations; success before and after by temperature."""
+    metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
+    minutes = [0.0]  # of rollouts and updates, after each iteration
+    for line in metrics:
+        minutes.append(minutes[-1] + (line["time/rollout"] + line["time/update"]) / 60)
+    return {
+        "steps": [line["global_step"] for line in evaluations],
+        "minutes": [minutes[line["iteration"]] for line in evaluations],
+        "success": [line["eval/success_once"] for line in evaluations],
+        **{moment: json.loads((folder / f"{moment}.json").read_text()) for moment in ("before", "after")},
+    }
+
+
+def all_runs() -> dict[str, dict[int, dict]]:
+    """Curve -> seed -> read_run(); what has not been run is left out."""
+    found = {}
+    for name in curves():
+        folders = sorted((RESULTS / name).glob("seed_*"))
+        if folders:
+            found[name] = {int(folder.name.removeprefix("seed_")): read_run(folder) for folder in folders}
+    return found
+
+
+def rate(success: dict) -> str:
+    low, high = success["wilson_95"]
+    return f"{success['success_once']:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def tables(runs: dict[str, dict[int, dict]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = [
+        "| curve | seed | env steps | minutes | before, T = 1 | after, T = 1 | before, greedy | after, greedy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds in runs.items():
+        for seed, of in seeds.items():
+            cells = [curves()[name]["title"], seed, f"{of['steps'][-1]:,}", f"{of['minutes'][-1]:.1f}"]
+            cells += [rate(of[moment][str(t)]) for t in TEMPERATURES for moment in ("before", "after")]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        gains = [of["after"]["1.0"]["success_once"] - of["before"]["1.0"]["success_once"] for of in seeds.values()]
+        pooled = [sum(of[moment]["1.0"]["success_once"] for of in seeds.values()) for moment in ("before", "after")]
+        count = len(seeds) * NUM_EPISODES
+        cells = [f"{total / len(seeds):.3f}" for total in pooled]
+        low, high = wilson_interval(pooled[1] / len(seeds), count)
+        lines.append(
+            f"| **{curves()[name]['title']}** | all {len(seeds)} | | | {cells[0]} | **{cells[1]}** [{low:.2f}, "
+            f"{high:.2f}], gain {min(gains):+.3f} to {max(gains):+.3f} | | |"
+        )
+    lines += ["", "```bash"]
+    lines += [
+        f"{' '.join(command_of(curves()[name], min(seeds)))}    # seeds {list(seeds)}" for name, seeds in runs.items()
+    ]
+    return [*lines, "```"]
+
+
+def figure(runs: dict[str, dict[int, dict]], path: Path) -> None:
+    """Mean over seeds and the band from the lowest to the highest, against env steps and against minutes."""
+    matplotlib.use("Agg")
+    drawing, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for name, seeds in runs.items():
+        of, points = list(seeds.values()), min(len(run["success"]) for run in seeds.values())
+        columns = [[run["success"][k] for run in of] for k in range(points)]
+        for axis, by in zip(axes, ("steps", "minutes")):
+            x = [sum(run[by][k] for run in of) / len(of) for k in range(points)]
+            (line,) = axis.plot(
+                x, [sum(c) / len(c) for c in columns], label=f"{curves()[name]['title']}, {len(of)} seeds"
+            )
+            axis.fill_between(
+                x, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
+            )
+    for axis, label in zip(axes, ("env steps", "minutes on two CPU cores, evaluations left out")):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(-0.02, 1.02)
+    axes[0].set_ylabel(f"success on {NUM_EPISODES} held-out episodes")
+    axes[0].legend()
+    drawing.savefig(path, dpi=120)
+    plt.close(drawing)
+
+
+def draw() -> None:
+    """Replace the drawn part of RESULTS.md; what people wrote around it stays."""
+    runs = all_runs()
+    if not runs:
+        raise SystemExit("error: results/ holds no run yet: python benchmarks/learning.py run")
+    figure(runs, ROOT / "docs" / "learning.png")
+    page = ROOT / "RESULTS.md"
+    head, _, rest = page.read_text().partition(BEGIN)
+    drawn = "\n".join([BEGIN, "", *tables(runs), "", END])
+    page.write_text(head + drawn + rest.partition(END)[2])
+    print(f"{page} and docs/learning.png: {sum(map(len, runs.values()))} runs of {len(runs)} curves")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("--only", nargs="+", choices=list(curves()), help="curves")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--again", action="store_true", help="also what is there")
+    given = parser.parse_args()
+    if given.what == "run":
+        run(given.only, given.seeds, given.again)
+    else:
+        draw()

@@ -1,0 +1,59 @@
+"""RESULTS.md is drawn from what is kept of runs, and says what stands there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import learning
+
+
+def keep_run(folder: Path, before: float, after: float) -> None:
+    """A run of two iterations of half a minute each, evaluated at the start and the end."""
+    folder.mkdir(parents=True)
+    lines = [{"iteration": i, "time/rollout": 20.0, "time/update": 10.0} for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ends = [(0, 0, before), (2, 5000, after)]
+    lines = [{"iteration": i, "global_step": step, "eval/success_once": rate} for i, step, rate in ends]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for moment, rate in (("before", before), ("after", after)):
+        success = {"success_once": rate, "wilson_95": [rate - 0.06, rate + 0.06], "episodes": 256}
+        (folder / f"{moment}.json").write_text(json.dumps({"1.0": success, "0.0": success}))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    monkeypatch.setattr(learning, "RESULTS", tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    curve = "{title: PPO, script: train_ppo.py, config: c.yaml, flags: {num_iterations: 2}, seeds: [0, 1]}"
+    (tmp_path / "results" / "curves.yaml").write_text(f"ppo: {curve}\nnever_run: {curve}\n")
+    (tmp_path / "RESULTS.md").write_text(f"written above\n{learning.BEGIN}\nold\n{learning.END}\nwritten below\n")
+    return tmp_path
+
+
+def test_the_page_is_drawn_from_what_is_kept(place):
+    keep_run(place / "results" / "ppo" / "seed_0", 0.25, 0.75)
+    keep_run(place / "results" / "ppo" / "seed_1", 0.25, 0.85)
+    learning.draw()
+    page = (place / "RESULTS.md").read_text()
+    assert page.startswith("written above\n") and page.endswith("written below\n") and "old" not in page
+    assert "| PPO | 1 | 5,000 | 1.0 | 0.250 [0.19, 0.31] | 0.850 [0.79, 0.91] |" in page
+    assert "| 0.250 | **0.800** [0.76, 0.83], gain +0.500 to +0.600 |" in page
+    assert "--config c.yaml --num_iterations 2 --seed 0    # seeds [0, 1]" in page
+    assert (place / "docs" / "learning.png").stat().st_size > 5000
+    learning.draw()
+    assert (place / "RESULTS.md").read_text() == page
+
+
+def test_nothing_to_draw_is_one_sentence(place):
+    with pytest.raises(SystemExit, match="holds no run yet"):
+        learning.draw()
+
+
+def test_curves_name_what_exists():
+    root = Path(__file__).resolve().parent.parent
+    for curve in learning.curves().values():
+        assert (root / curve["script"]).is_file() and (root / curve["config"]).is_file()
+        assert ("grpo" in curve["script"]) == ("grpo" in curve["config"])
