@@ -9,6 +9,7 @@ import gc
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from vla.distributed import UserError, all_reduce_sum, rank, setup_distributed, 
 from vla.engine import DTYPES, backward, build_engine, read_deepspeed_config, zero_stage  # noqa: E402
 from vla.memory_plan import LiveBytes  # noqa: E402
 from vla.policy import PolicyInputs  # noqa: E402
+from vla.preemption import Preemption  # noqa: E402
 from vla.pretrained import load_policy  # noqa: E402
 from vla.shards import Snapshot, local_buffers, local_shards  # noqa: E402
 from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage  # noqa: E402
@@ -165,6 +167,16 @@ def full_disk(folder: str) -> dict:
         said = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {"said": said, "left": sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())}
+
+
+def stale_stop(folder: str) -> dict:
+    """A killed run left its file `stop`; rank 0, which removes it, is late."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "stop").touch()
+    if rank() == 0:
+        time.sleep(1.0)
+    preemption = Preemption(None, Path(folder), keep=1)
+    return {"asked": float(all_reduce_sum(torch.tensor(float(preemption.asked))))}
 
 
 def tensors_alive() -> list[torch.Tensor]:

@@ -92,7 +92,7 @@ def two_ranks(tmp_path_factory) -> tuple[Path, dict]:
     scenarios += [("losses", settings) for settings in OFFLOAD] + [("broken_rollout", {"offload": "stage"})]
     scenarios += [("undo", settings) for settings in UNDONE] + [("memory", settings) for settings in MEASURED]
     scenarios += [("coverage", {"config": f"zero{stage}"}) for stage in (0, 2, 3)]
-    scenarios += [("full_disk", {"folder": str(folder / "full")})]
+    scenarios += [("full_disk", {"folder": str(folder / "full")}), ("stale_stop", {"folder": str(folder / "stale")})]
     results: dict[str, list] = {}
     for (name, _), result in zip(scenarios, on_ranks(2, scenarios)):
         results.setdefault(name, []).append(result)
@@ -192,6 +192,11 @@ def test_a_disk_that_one_rank_finds_full_ends_all_ranks_and_spoils_nothing(two_r
     assert "rank 1: " in result["said"] and "--resume" in result["said"]
     assert result["left"] == ["iteration_000001"]  # the one before, and no half-written one
     assert damage(two_ranks[0] / "full" / "checkpoints" / "iteration_000001") is None
+
+
+@pytest.mark.slow
+def test_a_stop_file_of_a_killed_run_stops_no_rank_of_the_next(two_ranks):
+    assert two_ranks[1]["stale_stop"] == [{"asked": 0.0}]
 
 
 # ---------------------------------------------------------------------- memory plan

@@ -31,7 +31,7 @@ from typing import TypeVar
 import torch
 
 from vla.checkpoint import checkpoint_dir, damage, save_checkpoint
-from vla.distributed import REQUEUE, agree, all_reduce_max, print0, rank
+from vla.distributed import REQUEUE, agree, all_reduce_max, barrier, print0, rank
 from vla.engine import Engine
 from vla.shards import Snapshot
 
@@ -39,7 +39,8 @@ Item = TypeVar("Item")
 
 
 class Preemption:
-    """Watches for signals from when it is made; a signal before that (nothing has been trained yet) ends the process.
+    """Watches for signals from when it is made, by all ranks together; a signal before that ends the process, since
+    nothing has been trained yet.
 
     Args:
         keep: of save_checkpoint().
@@ -53,6 +54,7 @@ class Preemption:
         self.start = Snapshot()
         if rank() == 0:
             self.stop_file.unlink(missing_ok=True)  # of a run that was killed
+        barrier()  # nobody looks before it is gone
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
