@@ -266,7 +266,8 @@ def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) ->
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
-    group = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    group = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    # LOCAL_SIZE as DeepSpeed's launcher sets it: with it its shared memory is used
     group |= {"MASTER_PORT": port, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(num_ranks)]
@@ -293,11 +294,11 @@ def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) ->
 def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
     """Exit codes, once all are through, time is up, or one has failed and the others had a second to say why."""
     deadline = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.returncode for process in processes):
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+        if any(codes):
             deadline = min(deadline, time.monotonic() + 1.0)
         time.sleep(0.1)
-    return [process.poll() for process in processes]
+    return codes
 
 
 # ---------------------------------------------------------------------- what there is room for, and what lies there
