@@ -1,7 +1,10 @@
-"""Can this machine render, compile and train? One row per part: what is there, and what mends it. Exit code 0 if all is
-well.
+"""Can this machine render, compile, launch and train? One row per part: what is there, and the command that mends it.
 
-python doctor.py               every row
+    ok      as it should be
+    note    works without; the row says what it would take
+    MEND    does not work as it is; any such row makes the exit code 1
+
+python doctor.py               every row; the first time DeepSpeed compiles its op for CPUs meanwhile, a minute or two
 python doctor.py --renderer    only the renderer (what `make setup` asks)
 python doctor.py --download    fetch the published meshes and photographs (asset_pack bridge) into ManiSkill's asset
                                folder or --asset_dir DIR; what was interrupted goes on where it stopped.
@@ -12,17 +15,33 @@ python doctor.py --config FILE --num_gpus 8 --gpu_memory 80
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
+import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import time
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-RENDER_SECONDS = 120
+ROOT = Path(__file__).resolve().parent
+SHARED_MEMORY = Path("/dev/shm")
+GIB, MIB = 2**30, 2**20
+RENDER_SECONDS, LAUNCH_SECONDS, PROBE_SECONDS = 120, 600, 120  # a first launch compiles for a minute or two
+STALE_SECONDS = 600  # a lock this old was left by a compiler that was killed
+CPU_RANK_BYTES = 66 * MIB  # DeepSpeed's all-reduce buffer of one CPU rank (0.19.8, ops/csrc/cpu/comm/shm.cpp)
+LITTLE_DISK, ENOUGH_DISK = 1 * GIB, 20 * GIB
 RENDER_ONE_FRAME = """
 import sapien
 scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device("cpu"))])
@@ -37,57 +56,340 @@ camera.take_picture()
 center = camera.get_picture("Color")[16, 16, :3]
 assert center.min() > 0.1, f"the frame is black: {center}"
 """
+# _get_build_directory: where torch 2.13 puts what DeepSpeed compiles; it makes the folder, or says why it can not
+ASK_TORCH = """
+import json, torch
+from torch.utils.cpp_extension import _get_build_directory
+places = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+gpus = [torch.cuda.get_device_properties(place) for place in places]
+try:
+    ops, why = _get_build_directory("deepspeed_shm_comm", False), None
+except OSError as error:
+    ops, why = error.filename, error.strerror
+print(json.dumps({
+    "version": torch.__version__, "cuda": torch.version.cuda, "gpus": [[g.name, g.total_memory] for g in gpus],
+    "ops": ops, "why": why,
+}))
+"""
+ONE_RANK = """
+import torch
+from vla.distributed import all_reduce_sum, rank, setup_distributed
+setup_distributed(0)
+print("sum", int(all_reduce_sum(torch.tensor(rank() + 1.0))), torch.distributed.get_backend(), flush=True)
+torch.distributed.destroy_process_group()
+"""
+SETUP = "run `make setup`"
 MESA = "run `make setup` as root (Debian 12: apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1)"
 
 
-def check_python() -> tuple[bool, str]:
+class Finding(NamedTuple):
+    """One row: ok, note or MEND; what was found; what mends it, or what it would take."""
+
+    state: str
+    found: str
+    remedy: str = ""
+
+
+def ok(found: str) -> Finding:
+    return Finding("ok", found)
+
+
+def note(found: str, remedy: str) -> Finding:
+    return Finding("note", found, remedy)
+
+
+def mend(found: str, remedy: str) -> Finding:
+    return Finding("MEND", found, remedy)
+
+
+# ---------------------------------------------------------------------- what is installed
+def check_python() -> Finding:
+    version = sys.version.split()[0]
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return False, f"Python {sys.version.split()[0]}: the pinned packages need 3.11 or 3.12; install one"
-    return True, f"Python {sys.version.split()[0]}"
+        return mend(f"Python {version}: the pinned packages need 3.11 or 3.12", "install one, then `make setup`")
+    return ok(f"Python {version}")
 
 
-def check_packages() -> tuple[bool, str]:
+def check_packages() -> Finding:
     """Installed versions against the pins of requirements.txt; torch's local part (+cpu, +cu130) does not matter."""
-    lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
     wrong = []
-    for name, pinned in (line.split("==") for line in lines if "==" in line):
+    for name, pinned in pins().items():
         try:
             found = importlib.metadata.version(name).split("+")[0]
         except importlib.metadata.PackageNotFoundError:
             found = "missing"
         if found != pinned:
             wrong.append(f"{name} is {found}, pinned {pinned}")
-    if wrong:
-        return False, f"{'; '.join(wrong)}: run `make setup`"
-    return True, "as pinned in requirements.txt"
+    return mend("; ".join(wrong), SETUP) if wrong else ok("as pinned in requirements.txt")
 
 
-def check_compiler() -> tuple[bool, str]:
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+@functools.cache
+def torch_facts() -> dict:
+    """What torch says of itself and its GPUs, asked in a process of its own: a broken driver may abort or hang."""
+    run = subprocess.run(
+        [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=PROBE_SECONDS, cwd=ROOT
+    )
+    if run.returncode:
+        raise RuntimeError(f"torch does not start: {last_line(run.stderr, run.returncode)}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@functools.cache
+def driver_facts() -> dict | None:
+    """NVIDIA's driver: its version, the newest CUDA it runs, names of its GPUs. None where there is no GPU."""
+    try:
+        run, listed = (
+            subprocess.run(["nvidia-smi", *flags], capture_output=True, text=True, timeout=PROBE_SECONDS)
+            for flags in ([], ["--query-gpu=name", "--format=csv,noheader"])
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if run.returncode or listed.returncode or not listed.stdout.strip():
+        return None
+    version, cuda = (re.search(rf"{what} Version:\s*([\d.]+)", run.stdout) for what in ("Driver", "CUDA"))
+    return {
+        "version": version[1] if version else "?",
+        "cuda": cuda[1] if cuda else "?",
+        "gpus": listed.stdout.strip().splitlines(),
+    }
+
+
+def check_torch() -> Finding:
+    facts, driver = torch_facts(), driver_facts()
+    version, cores = f"torch {facts['version']}", len(os.sched_getaffinity(0))
+    if facts["gpus"]:
+        kinds = Counter(f"{name} ({memory / GIB:.0f} GiB)" for name, memory in facts["gpus"])
+        gpus = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        runs = f"driver {driver['version']} runs CUDA up to {driver['cuda']}" if driver else "no nvidia-smi to ask"
+        return ok(f"{version} for CUDA {facts['cuda']}, {runs}: {gpus}")
+    if driver is None:
+        return ok(f"{version}, no GPU, {cores} CPU cores")
+    there = f"nvidia-smi shows {len(driver['gpus'])} x {driver['gpus'][0]}"
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return note(f"{version}, {cores} CPU cores; {there}", "left alone because DS_ACCELERATOR is cpu: unset it")
+    pinned = version.split("+")[0].replace(" ", "==")
+    if facts["cuda"] is None:
+        command = f"{sys.executable} -m pip install --force-reinstall {pinned}"
+        return mend(f"{there}, but {version} is built for CPUs alone", f"run `{command}` (PyPI's build has CUDA)")
+    found = f"{there}, but {version} for CUDA {facts['cuda']} finds none; driver {driver['version']} runs CUDA up to "
+    older = driver["cuda"] != "?" and float(driver["cuda"]) < float(facts["cuda"])
+    index = f"https://download.pytorch.org/whl/cu{driver['cuda'].replace('.', '')}"
+    remedy = f"install a newer driver, or `pip install {pinned} --index-url {index}` if there is such a build"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return mend(
+        found + driver["cuda"], remedy if older else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or restart"
+    )
+
+
+def check_compiler() -> Finding:
     """Without CUDA, DeepSpeed compiles a communication op when it first starts: it needs g++, ninja and Python's
     headers."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing = [name for name in ("g++", "ninja") if shutil.which(name, path=path) is None]
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python.h (python3-dev)")
+    if missing and torch_facts()["gpus"]:
+        return note(f"there is no {', '.join(missing)}", "only CPU ranks need it: `make setup` as root installs it")
     if missing:
-        return False, f"DeepSpeed needs {', '.join(missing)} on a CPU: run `make setup` as root, or install them"
-    return True, "g++, ninja and Python headers"
+        return mend(f"DeepSpeed needs {', '.join(missing)} on a CPU", "run `make setup` as root, or install them")
+    return ok("g++, ninja and Python headers")
 
 
-def check_renderer() -> tuple[bool, str]:
+def check_ops() -> Finding:
+    """Where DeepSpeed keeps what it compiles: writable, not locked by a compiler that was killed, compiled already."""
+    facts = torch_facts()
+    if facts["why"] or not os.access(facts["ops"], os.W_OK | os.X_OK):
+        why = facts["why"] or "not yours to write to"
+        remedy = "run `export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions`, or name another folder of yours"
+        return mend(f"DeepSpeed can not keep compiled ops in {facts['ops']} ({why})", remedy)
+    folder = Path(facts["ops"])
+    if (folder / "lock").exists():
+        age = time.time() - (folder / "lock").stat().st_mtime
+        if age > STALE_SECONDS:
+            found = f"a compiler that was killed left {folder / 'lock'}, {age / 60:.0f} minutes ago: every start waits"
+            return mend(found, f"run `rm {folder / 'lock'}`")
+        return note(f"another process is compiling in {folder}", "wait for it")
+    if facts["gpus"]:
+        return ok(f"{folder.parent} can be written; on GPUs nothing has to be compiled")
+    if not (folder / f"{folder.name}.so").exists():
+        return note(f"the op for CPU ranks is not compiled in {folder}", "the first start does it, a minute or two")
+    return ok(f"the op for CPU ranks is compiled, in {folder}")
+
+
+# ---------------------------------------------------------------------- what works
+def check_renderer() -> Finding:
     """Render one frame in a subprocess with a time limit: a broken driver may raise, abort or hang."""
     command = [sys.executable, "-c", RENDER_ONE_FRAME]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=RENDER_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return False, f"SAPIEN's renderer gave no frame within {RENDER_SECONDS} s: {MESA}"
+        return mend(f"SAPIEN's renderer gave no frame within {RENDER_SECONDS} s", MESA)
     if run.returncode == 0:
-        return True, "SAPIEN rendered a frame"
-    last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-    return False, f"SAPIEN finds no Vulkan device that it accepts ({last}): {MESA}"
+        return ok("SAPIEN rendered a frame")
+    return mend(f"SAPIEN finds no Vulkan device that it accepts ({last_line(run.stderr, run.returncode)})", MESA)
 
 
-CHECKS = {"python": check_python, "packages": check_packages, "compiler": check_compiler, "renderer": check_renderer}
+def last_line(output: str, returncode: int) -> str:
+    """What a process said last, or how it ended."""
+    if returncode < 0:
+        return f"ended by {signal.Signals(-returncode).name}"
+    return (output.strip().splitlines() or [f"exit code {returncode}"])[-1]
+
+
+def check_launch() -> Finding:
+    """Start two ranks (one per GPU where there are GPUs) that join a group and add up one number."""
+    gpus = len(torch_facts()["gpus"])
+    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if gpus else "cpu")
+    num_ranks = 2 if accelerator == "cpu" else min(2, gpus)
+    began = time.monotonic()
+    ranks = run_ranks(ONE_RANK, num_ranks, accelerator, LAUNCH_SECONDS)
+    answers = [re.search(r"^sum (\d+) (\w+)$", output, re.M) for _, output in ranks]
+    for number, (returncode, output) in enumerate(ranks):
+        if returncode:
+            found = f"rank {number} of {num_ranks} failed: {last_line(output, returncode)}"
+            remedy = "mend what stands above first; where no address is found, run `export GLOO_SOCKET_IFNAME=lo`"
+            return mend(found, remedy)
+    if not all(answer and int(answer[1]) == sum(range(num_ranks + 1)) for answer in answers):
+        found = f"{num_ranks} ranks did not add up a number within {LAUNCH_SECONDS} s"
+        return mend(found, "run `export GLOO_SOCKET_IFNAME=lo` (on GPUs NCCL_SOCKET_IFNAME) and try again")
+    seconds = time.monotonic() - began
+    return ok(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {answers[0][2]} added up a number, in {seconds:.0f} s")
+
+
+def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) -> list[tuple[int | None, str]]:
+    """Exit code and output of every rank. The first failure ends the others; None: it had to be ended."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    # LOCAL_SIZE as DeepSpeed's launcher sets it: without it no shared memory is touched
+    group = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": port, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(num_ranks)]
+        processes = []
+        for number, output in enumerate(outputs):
+            environment = {**os.environ, **group, "RANK": str(number), "LOCAL_RANK": str(number)}
+            command = [sys.executable, "-c", program]
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+            )
+        returncodes = wait_for_all(processes, seconds)
+        for process in processes:
+            process.kill()
+            process.wait()
+        for left in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            left.unlink(missing_ok=True)
+        for output in outputs:
+            output.seek(0)
+        return [(returncode, output.read()) for returncode, output in zip(returncodes, outputs)]
+
+
+def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
+    """Exit codes, once all are through, time is up, or one has failed and the others had a second to say why."""
+    deadline = time.monotonic() + seconds
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + 1.0)
+        time.sleep(0.1)
+    return codes
+
+
+# ---------------------------------------------------------------------- what there is room for, and what lies there
+def check_shm() -> Finding:
+    """Shared memory: every CPU rank's all-reduce buffer is there, and NCCL's where GPUs can not reach each other.
+
+    Without room ranks may still start and the launch row be well: with 64 MB DeepSpeed's own all-reduce (0.19.8) ends
+    in SIGSEGV, as does a rank that finds nothing left.
+    """
+    try:
+        place = os.statvfs(SHARED_MEMORY)
+    except OSError as error:
+        return mend(
+            f"{SHARED_MEMORY}: {error.strerror}", "run the container with `--shm-size=2g`, or mount a tmpfs there"
+        )
+    total, free = place.f_blocks * place.f_frsize, place.f_bavail * place.f_frsize
+    size = f"{free / MIB:.0f} of {total / MIB:.0f} MiB free in {SHARED_MEMORY}"
+    if free < 2 * CPU_RANK_BYTES <= total:
+        return mend(
+            f"{size}; a CPU rank takes {CPU_RANK_BYTES // MIB}", f"delete what dead runs left: `ls -l {SHARED_MEMORY}`"
+        )
+    if free < 2 * CPU_RANK_BYTES:
+        remedy = "run the container with `--shm-size=2g`, or as root `mount -o remount,size=2g /dev/shm`"
+        return mend(f"{size}, two CPU ranks take {2 * CPU_RANK_BYTES // MIB} (Docker's default is 64)", remedy)
+    return ok(f"{size}, room for {free // CPU_RANK_BYTES} CPU ranks" if free < GIB else size)
+
+
+def check_disk() -> Finding:
+    """Where run folders go by default; what a checkpoint takes is said where it may not fit."""
+    runs = ROOT / "runs"
+    place = runs if runs.exists() else ROOT
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return mend(f"{runs} can not be written", f"run `chmod u+rwx {place}`, or give scripts --run_dir elsewhere")
+    free = shutil.disk_usage(place).free
+    found = f"{free / GIB:.1f} GiB free for {runs}"
+    if free < LITTLE_DISK:
+        return mend(found, "make room, or give scripts --run_dir on another disk")
+    if free < ENOUGH_DISK:
+        return note(found, "enough for the tiny models; a checkpoint takes 14 bytes per trained parameter")
+    return ok(found)
+
+
+def check_assets() -> Finding:
+    """The builtin pack is made by code; the published one is optional."""
+    from envs.bridge_assets import Layout
+
+    layout = Layout(None)
+    missing = layout.missing()
+    if not missing:
+        return ok(f"builtin is made by code; bridge is in {layout.carrot.parent}")
+    found = f"builtin is made by code; bridge lacks {len(missing)} files ({missing[0]}, ...)"
+    return note(found, "for --asset_pack bridge run `python doctor.py --download`")
+
+
+def check_checkpoints() -> Finding:
+    """Every folder in checkpoints/ that holds weights has a config and opens; cut-off files are told by their size."""
+    from vla.pretrained import open_shard, shard_paths
+
+    place = ROOT / "checkpoints"
+    folders = sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else []
+    if not folders:
+        return mend(f"{place} is empty: `make train` starts from a policy in it", "run `git checkout -- checkpoints`")
+    for folder in folders:
+        adapter = (folder / "adapter_config.json").exists()
+        try:
+            paths = [folder / "adapter_model.safetensors"] if adapter else shard_paths(folder)
+            for path in (folder / ("adapter_config.json" if adapter else "config.json"), *paths):
+                if path.suffix == ".json":
+                    json.loads(path.read_text())
+                else:
+                    with open_shard(path) as shard:
+                        shard.keys()
+        except (OSError, ValueError) as error:  # JSON that is none is a ValueError
+            again = "run `git checkout -- checkpoints` for the tiny ones, download others again, or delete the folder"
+            return mend(f"{folder}: {error}", again)
+    return ok(f"{len(folders)} in {place}: {', '.join(folder.name for folder in folders)}")
+
+
+CHECKS = {
+    "python": check_python, "packages": check_packages, "torch": check_torch, "compiler": check_compiler,
+    "ops": check_ops, "renderer": check_renderer, "shm": check_shm, "launch": check_launch, "disk": check_disk,
+    "assets": check_assets, "checkpoints": check_checkpoints,
+}  # fmt: skip
+
+
+def examine(name: str) -> Finding:
+    """A row, also where the check itself breaks: without its packages this machine has worse to mend."""
+    try:
+        return CHECKS[name]()
+    except Exception as error:
+        return mend(f"could not be looked at ({type(error).__name__}: {error})", SETUP)
 
 
 def download(asset_dir: str | None, mirror: str | None) -> int:
@@ -145,12 +447,12 @@ def main(argv: list[str]) -> int:
         return download(flags.asset_dir, flags.mirror)
     if flags.asset_dir or flags.mirror:
         parser.error("--asset_dir and --mirror belong to --download")
-    failed = 0
+    to_mend = 0
     for name in ["renderer"] if flags.renderer else CHECKS:
-        ok, sentence = CHECKS[name]()
-        failed += not ok
-        print(f"{'ok' if ok else 'MEND':4}  {name:9} {sentence}", flush=True)
-    return 1 if failed else 0
+        state, found, remedy = examine(name)
+        to_mend += state == "MEND"
+        print(f"{state:4}  {name:11} {found}{': ' * bool(remedy)}{remedy}", flush=True)
+    return 1 if to_mend else 0
 
 
 if __name__ == "__main__":

@@ -59,4 +59,5 @@ command -v g++ >/dev/null || missing+=(g++)
 if ! .venv/bin/python doctor.py --renderer >/dev/null; then
   apt_install "SAPIEN finds no Vulkan device that it accepts" mesa-vulkan-drivers libvulkan1 libgl1 libglib2.0-0
 fi
+say "what this machine can do; the first time, DeepSpeed compiles its op for CPU ranks meanwhile"
 .venv/bin/python doctor.py

@@ -13,6 +13,7 @@ import imageio.v3 as iio
 import pytest
 from safetensors.torch import load_file
 
+import doctor
 from vla.checkpoint import open_run
 from vla.distributed import UserError
 
@@ -291,4 +292,8 @@ def test_unknown_yaml_key_and_missing_config(tmp_path):
 def test_doctor_finds_this_machine_well():
     run = subprocess.run([sys.executable, "doctor.py"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
-    assert [line.split()[0] for line in run.stdout.splitlines()] == ["ok"] * 4
+    rows = {line.split()[1]: line.split()[0] for line in run.stdout.splitlines()}
+    assert list(rows) == list(doctor.CHECKS) and set(rows.values()) <= {"ok", "note"}
+    optional = {"assets", "ops", "disk"}  # the published pack; compiled at the first start; room for large models
+    assert all(state == "ok" for name, state in rows.items() if name not in optional), run.stdout
+    assert "2 ranks on gloo added up a number" in run.stdout

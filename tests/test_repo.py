@@ -140,6 +140,45 @@ def test_every_command_in_readme_exists():
         assert known or flag in others, f"README names --{flag}"
 
 
+LINK = re.compile(r"\[([\w/]+\.py):(\d+)\]\(([\w/]+\.py)#L(\d+)\): `([^`]+)`")
+
+
+def lines_with(fragment: str, path: str) -> list[int]:
+    """Numbers of the lines that hold a piece of code, from 1."""
+    return [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if fragment in line]
+
+
+def test_every_linked_line_holds_what_is_said_of_it():
+    """`[file.py:12](file.py#L12): `code`` in README: the code stands on that line or the next, and nowhere else."""
+    links = LINK.findall(README)
+    assert len(links) == len(re.findall(r"#L\d", README)) >= 20
+    for path, number, target, anchor, fragment in links:
+        assert (path, number) == (target, anchor), f"README's link {path}:{number} leads to {target}:{anchor}"
+        found = lines_with(fragment, path)
+        assert len(found) == 1, f"{path} has `{fragment}`, which README links, on lines {found or 'none'}"
+        assert found[0] - int(number) in (0, 1), (
+            f"README links {path}:{number} for `{fragment}`, which is on line {found[0]}: "
+            "`python tests/test_repo.py` puts the numbers right"
+        )
+
+
+def test_numbers_in_readme_are_put_right():
+    wrong = re.sub(r":(\d+)\]\((.*?)#L\d+\)", r":7](\2#L9)", README)
+    assert wrong != README and with_right_numbers(wrong) == with_right_numbers(README)
+
+
+def with_right_numbers(text: str) -> str:
+    """README with every link to a line leading to where its code stands now."""
+
+    def right(link: re.Match) -> str:
+        path, fragment = link[1], link[5]
+        found = lines_with(fragment, path)
+        number = found[0] if len(found) == 1 else int(link[2])  # none, or several: for the test to say
+        return f"[{path}:{number}]({path}#L{number}): `{fragment}`"
+
+    return LINK.sub(right, text)
+
+
 def test_ci_runs_readmes_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "```bash\nmake train" in README
 
@@ -171,3 +210,7 @@ def test_every_third_party_import_is_pinned():
             assert of_module.get(package, package).lower() in pinned, (
                 f"{path.name} imports {package}, which is not pinned"
             )
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_right_numbers(README))

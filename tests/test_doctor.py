@@ -1,0 +1,234 @@
+"""Every row of doctor.py: what it says of a machine that is well, and of one that is not."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import doctor
+
+WARMUP = Path(__file__).resolve().parent.parent / "checkpoints" / "openvla-oft-tiny-warmup"
+DRIVER = {"version": "535.183", "cuda": "12.2", "gpus": ["NVIDIA H100"] * 8}
+
+
+@pytest.fixture
+def torch_says(monkeypatch):
+    """A machine whose torch and driver say what the test wants; by default this one's kind: CPUs alone."""
+
+    def say(driver: dict | None = None, **facts) -> None:
+        known = {"version": "2.13.0+cpu", "cuda": None, "gpus": [], "ops": "/nowhere", "why": None} | facts
+        monkeypatch.setattr(doctor, "torch_facts", lambda: known)
+        monkeypatch.setattr(doctor, "driver_facts", lambda: driver)
+
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    return say
+
+
+def test_python_and_packages(monkeypatch):
+    assert doctor.check_python().state == "ok" == doctor.check_packages().state
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    assert doctor.check_python().state == "MEND"
+    versions = {**doctor.pins(), "torch": "2.13.0+cu130", "peft": "0.1"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    row = doctor.check_packages()
+    assert row.state == "MEND" and row.found == f"peft is 0.1, pinned {doctor.pins()['peft']}"
+    assert "make setup" in row.remedy
+
+
+def test_torch_without_a_gpu(torch_says):
+    torch_says()
+    row = doctor.check_torch()
+    assert row.state == "ok" and "no GPU" in row.found and "CPU core" in row.found
+
+
+def test_torch_with_gpus_names_them(torch_says):
+    torch_says(DRIVER, version="2.13.0+cu126", cuda="12.2", gpus=[["NVIDIA H100", 80 * 2**30]] * 8)
+    row = doctor.check_torch()
+    assert row.state == "ok" and "8 x NVIDIA H100 (80 GiB)" in row.found and "driver 535.183" in row.found
+
+
+def test_torch_for_cpus_beside_gpus(torch_says, monkeypatch):
+    torch_says(DRIVER)
+    row = doctor.check_torch()
+    assert row.state == "MEND" and "built for CPUs alone" in row.found
+    assert "-m pip install --force-reinstall torch==2.13.0`" in row.remedy
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # somebody wants it so
+    assert doctor.check_torch().state == "note"
+
+
+def test_torch_newer_than_the_driver(torch_says, monkeypatch):
+    torch_says(DRIVER, version="2.13.0+cu130", cuda="13.0")
+    row = doctor.check_torch()
+    assert row.state == "MEND" and "for CUDA 13.0 finds none" in row.found and "up to 12.2" in row.found
+    assert "newer driver" in row.remedy and "whl/cu122" in row.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    torch_says(DRIVER | {"cuda": "13.0"}, version="2.13.0+cu130", cuda="13.0")
+    assert "CUDA_VISIBLE_DEVICES is ''" in doctor.check_torch().remedy
+
+
+def test_what_nvidia_smi_prints(monkeypatch):
+    answers = {
+        (): "| NVIDIA-SMI 535.183.01    Driver Version: 535.183.01   CUDA Version: 12.2     |",
+        ("--query-gpu=name", "--format=csv,noheader"): "NVIDIA H100 80GB HBM3\nNVIDIA H100 80GB HBM3\n",
+    }
+
+    def run(command, **options):
+        return SimpleNamespace(returncode=0, stdout=answers[tuple(command[1:])])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    doctor.driver_facts.cache_clear()
+    facts = doctor.driver_facts()
+    doctor.driver_facts.cache_clear()
+    assert facts == {"version": "535.183.01", "cuda": "12.2", "gpus": ["NVIDIA H100 80GB HBM3"] * 2}
+
+
+def test_compiler(torch_says, monkeypatch):
+    torch_says()
+    assert doctor.check_compiler().state == "ok"
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
+    row = doctor.check_compiler()
+    assert row.state == "MEND" and "g++, ninja" in row.found
+    torch_says(gpus=[["NVIDIA H100", 80 * 2**30]])
+    assert doctor.check_compiler().state == "note"
+
+
+def test_ops_folder(torch_says, tmp_path):
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
+    torch_says(ops=str(folder))
+    assert doctor.check_ops().state == "note"  # compiled at the first start
+    (folder / "lock").touch()
+    row = doctor.check_ops()
+    assert row.state == "note" and "compiling" in row.found
+    long_ago = time.time() - 2 * doctor.STALE_SECONDS
+    os.utime(folder / "lock", (long_ago, long_ago))
+    row = doctor.check_ops()
+    assert row.state == "MEND" and row.remedy == f"run `rm {folder / 'lock'}`"
+    (folder / "lock").unlink()
+    (folder / "deepspeed_shm_comm.so").touch()
+    assert doctor.check_ops().state == "ok"
+
+
+def test_ops_folder_that_can_not_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "ops"))
+    doctor.torch_facts.cache_clear()
+    row = doctor.check_ops()
+    doctor.torch_facts.cache_clear()
+    assert row.state == "MEND" and "Not a directory" in row.found and "export TORCH_EXTENSIONS_DIR=" in row.remedy
+
+
+def test_renderer_that_aborts(monkeypatch):
+    monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import os; os.abort()")
+    row = doctor.check_renderer()
+    assert row.state == "MEND" and "SIGABRT" in row.found and "mesa-vulkan-drivers" in row.remedy
+    monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "RENDER_SECONDS", 1)
+    assert "no frame within 1 s" in doctor.check_renderer().found
+
+
+@pytest.mark.parametrize(
+    "free, total, state, remedy",
+    [(64, 64, "MEND", "--shm-size"), (100, 8000, "MEND", "delete"), (200, 200, "ok", ""), (8000, 8000, "ok", "")],
+)
+def test_shared_memory(monkeypatch, free, total, state, remedy):
+    mib = SimpleNamespace(f_frsize=2**20, f_blocks=total, f_bavail=free)
+    monkeypatch.setattr(os, "statvfs", lambda path: mib)
+    row = doctor.check_shm()
+    assert row.state == state and remedy in row.remedy
+
+
+def test_no_shared_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path / "none")
+    assert doctor.check_shm().state == "MEND"
+
+
+@pytest.mark.parametrize(
+    "program, found",
+    [
+        ("raise OSError('no address')", r"rank \d of 2 failed: OSError: no address"),
+        # the other one waits, as for a group that never becomes whole: it is the first failure that counts
+        ("import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(60)", "rank 1 of 2 failed: exit"),
+        ("import time; time.sleep(60)", "2 ranks did not add up a number within 1 s"),
+        ("print('sum 2 gloo')", "2 ranks did not add up"),  # each for itself
+    ],
+)
+def test_launch_that_fails(torch_says, monkeypatch, program, found):
+    torch_says()
+    monkeypatch.setattr(doctor, "ONE_RANK", program)
+    monkeypatch.setattr(doctor, "LAUNCH_SECONDS", 1 if "1 s" in found else 60)
+    began = time.monotonic()
+    row = doctor.check_launch()
+    assert row.state == "MEND" and re.match(found, row.found), row
+    assert "GLOO_SOCKET_IFNAME" in row.remedy and time.monotonic() - began < 50
+
+
+def test_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    for free, state in ((0.5, "MEND"), (5, "note"), (50, "ok")):
+        space = SimpleNamespace(free=free * 2**30)
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, space=space: space)
+        row = doctor.check_disk()
+        assert row.state == state and str(tmp_path / "runs") in row.found
+    (tmp_path / "runs").touch()  # a file, not a folder
+    row = doctor.check_disk()
+    assert row.state == "MEND" and "can not be written" in row.found
+
+
+def test_assets_are_optional(monkeypatch, tmp_path):
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    row = doctor.check_assets()
+    assert row.state == "note" and "builtin is made by code" in row.found and "doctor.py --download" in row.remedy
+
+
+@pytest.fixture
+def checkpoint(monkeypatch, tmp_path) -> Path:
+    """A whole checkpoint in a root of its own."""
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    return Path(shutil.copytree(WARMUP, tmp_path / "checkpoints" / "policy"))
+
+
+def test_checkpoints_that_are_whole(checkpoint):
+    row = doctor.check_checkpoints()
+    assert row.state == "ok" and "policy" in row.found
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kept", [None, 1000])
+def test_checkpoints_that_are_not(checkpoint, name, kept):
+    file = checkpoint / name
+    content = file.read_bytes()[:kept]
+    file.unlink()
+    if kept:
+        file.write_bytes(content)
+    row = doctor.check_checkpoints()
+    assert row.state == "MEND" and str(checkpoint) in row.found and "git checkout -- checkpoints" in row.remedy
+
+
+def test_no_checkpoint(checkpoint):
+    shutil.rmtree(checkpoint)
+    assert doctor.check_checkpoints().state == "MEND"
+
+
+def test_a_check_that_breaks_is_a_row(monkeypatch, capsys):
+    def broken():
+        raise ImportError("no module named torch")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"assets": broken, "python": doctor.check_python})
+    assert doctor.main([]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("MEND  assets") and "no module named torch" in first and "make setup" in first
+    assert second.startswith("ok    python")
+
+
+def test_notes_are_not_to_be_mended(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "CHECKS", {"assets": lambda: doctor.note("bridge is not here", "run x")})
+    assert doctor.main([]) == 0
+    assert capsys.readouterr().out == "note  assets      bridge is not here: run x\n"
