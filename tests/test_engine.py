@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import micro_preset
 
+from vla import distributed
 from vla.checkpoint import FORMAT, damage, latest_checkpoint
 from vla.distributed import REQUEUE, UserError
 from vla.engine import read_deepspeed_config
@@ -257,6 +259,32 @@ def test_doctor_prints_the_plan_of_a_preset():
     run = subprocess.run([*command, "--offload", "stage", "--deepspeed_config", "ds_configs/zero2.json"], cwd=ROOT,
                          capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 2 and run.stderr.startswith("error: --offload stage needs ZeRO-3")
+
+
+# ---------------------------------------------------------------------- launchers that end first
+@pytest.mark.parametrize(
+    "parents, first_command, ended",
+    [
+        ({"me": 1}, b"/sbin/init", True),  # the launcher's helper was killed while this rank was importing
+        ({"me": 50, 50: 1}, b"/sbin/init", True),  # `deepspeed` was
+        ({"me": 50, 50: 1}, b"tini\0--\0deepspeed\0train_ppo.py", False),  # a container's first process
+        ({"me": 50, 50: 40}, b"/sbin/init", False),
+    ],
+)
+def test_a_rank_that_finds_its_launcher_gone_ends(monkeypatch, parents, first_command, ended):
+    commands = {1: first_command, 50: b"python\0-m\0deepspeed.launcher.launch", 40: b"deepspeed"}
+    watches = []
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    monkeypatch.setattr(distributed.os, "getppid", lambda: parents["me"])
+    monkeypatch.setattr(distributed, "parent_of", parents.get)
+    monkeypatch.setattr(distributed, "command_of", commands.get)
+    monkeypatch.setattr(distributed.threading, "Thread", lambda **kwargs: watches.append(1) or Mock())
+    if ended:
+        with pytest.raises(UserError, match="has ended meanwhile"):
+            distributed.end_with_launcher()
+    else:
+        distributed.end_with_launcher()
+        assert watches == [1]
 
 
 # ---------------------------------------------------------------------- settings that do not go together

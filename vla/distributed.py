@@ -77,20 +77,30 @@ def parent_of(process: int) -> int | None:
         return None
 
 
+def command_of(process: int) -> bytes:
+    """Its command line; empty where it has ended or there is no /proc."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def end_with_launcher() -> None:
     """Start a thread that sends this rank SIGTERM when its launcher ends.
 
     `deepspeed` (0.19.8) dies of SIGTERM at once and leaves its ranks running, and so does its helper of kill -9.
     Ranks under torchrun are watched too; those that nothing launched are left alone, as are srun's, which kills all.
+
+    Raises:
+        UserError: it has ended already, while this rank was importing.
     """
     parent = os.getppid()
-    try:
-        between = LAUNCHER in Path(f"/proc/{parent}/cmdline").read_bytes()
-    except OSError:  # no /proc: not Linux
-        return
-    if not between and "TORCHELASTIC_RUN_ID" not in os.environ:
+    between = LAUNCHER in command_of(parent)
+    if not between and not {"CROSS_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():  # set by the two launchers
         return
     grandparent = parent_of(parent) if between else None
+    if 1 in (parent, grandparent) and not any(name in command_of(1) for name in (b"deepspeed", b"torch")):
+        raise UserError("the launcher that started this rank has ended meanwhile: start it again")
 
     def watch() -> None:
         while os.getppid() == parent and (grandparent is None or parent_of(parent) == grandparent):
