@@ -49,7 +49,8 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
         "seed": flags["seed"],
         "num_ranks": num_ranks,
         "commit": git("rev-parse", "HEAD") or "not a git checkout",
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        # `make warmup` writes two policies, one after the other
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", ".", ":(exclude)checkpoints")),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
