@@ -63,6 +63,11 @@ def train(
     return run
 
 
+def shared_memory_of(port: str) -> list[Path]:
+    """What DeepSpeed's CPU ranks left of their buffers, 64 MB each, in memory."""
+    return list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+
+
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -74,8 +79,9 @@ def without_time(lines: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def four_iterations(tmp_path_factory) -> Path:
     """One rank, four iterations in one go; a checkpoint after each."""
-    run_dir = tmp_path_factory.mktemp("runs") / "four"
-    train("--run_dir", str(run_dir), "--num_iterations", "4")
+    run_dir, port = tmp_path_factory.mktemp("runs") / "four", free_port()
+    train("--run_dir", str(run_dir), "--num_iterations", "4", port=port)
+    assert not shared_memory_of(port)
     return run_dir
 
 
@@ -84,7 +90,7 @@ def two_ranks(tmp_path_factory) -> tuple[Path, str]:
     """Two ranks, ZeRO-3, one worker process each."""
     run_dir, port = tmp_path_factory.mktemp("runs") / "two_ranks", free_port()
     run = train("--run_dir", str(run_dir), "--num_iterations", "2", "--num_env_workers", "1", ranks=2, port=port)
-    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))  # 64 MB per rank, in memory
+    assert not shared_memory_of(port)
     return run_dir, run.stdout
 
 

@@ -3,6 +3,7 @@
 The scripts run under `deepspeed`, under torchrun, and as plain `python` (one rank).
 """
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -105,6 +106,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent and (grandparent is None or parent_of(parent) == grandparent):
             time.sleep(POLL_SECONDS)
+        shared_memory().unlink(missing_ok=True)  # it may not have come to that yet
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         faulthandler.dump_traceback(file=sys.__stderr__)
@@ -151,16 +153,25 @@ def setup_distributed(seed: int) -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def shared_memory() -> Path:
+    """Where DeepSpeed keeps this CPU rank's all-reduce buffer, 64 MB (0.19.8, ops/csrc/cpu/comm/shm.cpp)."""
+    address, port, number = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    return Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{number}")
+
+
 def unlink_shared_memory() -> None:
     """Take the name off DeepSpeed's shared memory: all ranks have opened it, and nobody would ever remove it.
 
-    On CPUs every rank's all-reduce buffer is a file of 64 MB in /dev/shm (0.19.8, ops/csrc/cpu/comm/shm.cpp), which
-    outlives the run. Without a name it goes with the last rank, also when ranks are killed.
+    Without a name it goes with the last rank, also when ranks are killed. Names that are older than a start can take
+    are those of ranks that were killed just before this.
     """
-    if get_accelerator().device_name() == "cpu" and world_size() > 1:
+    if get_accelerator().device_name() == "cpu":  # one rank under the launcher has a buffer too
         barrier()
-        place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
-        Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
+        shared_memory().unlink(missing_ok=True)
+        for stale in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
+            with contextlib.suppress(OSError):  # another rank is faster
+                if time.time() - stale.stat().st_mtime > ORPHAN_SECONDS:
+                    stale.unlink()
 
 
 def rank() -> int:
