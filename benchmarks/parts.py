@@ -198,7 +198,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
             executed += int(infos["valid"].sum()) * (t > 0)
     rollout = {"part": "rollout", "num_envs": N, "decisions": T - 1, "steps_per_decision": executed / (T - 1) / N}
     rollout |= {f"{name}_s": slowest(watch.per(name, T - 1)) for name in ("act", "step", "rest", "value")}
-    return [flags_of_model(args) | rollout, env_entry(args, watch)]
+    return [flags_of_model(args) | rollout, flags_of_model(args) | env_entry(args, watch)]
 
 
 def flags_of_model(args) -> dict:

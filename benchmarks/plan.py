@@ -59,14 +59,16 @@ class Inputs:
         self.entries = [entry | {"file": file["name"]} for file in files for entry in file["measured"]]
         self.used: dict[str, str] = {}
 
-    def find(self, part: str, ranks: int | None = None, **wanted) -> dict | None:
-        """The first entry that is as wanted; one of as many ranks before others."""
+    def find(self, part: str, prefer: dict | None = None, **wanted) -> dict | None:
+        """The first entry that is as wanted; of several, the one that agrees in what is preferred, first things
+        first."""
         fitting = [
             entry
             for entry in self.entries
             if entry["part"] == part and all(entry.get(name) == value for name, value in wanted.items())
         ]
-        return min(fitting, key=lambda entry: entry["ranks"] != ranks, default=None)
+        liked = prefer or {}
+        return min(fitting, key=lambda entry: [entry.get(name) != value for name, value in liked.items()], default=None)
 
     def note(self, what: str, how: str) -> None:
         self.used.setdefault(what, how)
@@ -107,11 +109,16 @@ class EnvCosts:
         return chunk_size * (self.step + self.resets_per_step * (self.reset + self.picture)) + self.picture
 
 
-def env_costs(inputs: Inputs, flags: dict, ranks: int, render: str) -> EnvCosts:
-    """As measured for this env at this rate and size, or scaled from another by physics rate and pixels."""
+def env_costs(inputs: Inputs, flags: dict, busy: int, render: str) -> EnvCosts:
+    """As measured for this env at this rate and size, or scaled from another by physics rate and pixels.
+
+    Args:
+        busy: processes that simulate at the same time on the whole machine, which share caches and cores' clocks.
+    """
     size, rate = list(flags["image_size"]), flags["sim_freq"]
-    same = {"image_size": size, "sim_freq": rate, "render": "cpu"}
-    found = inputs.find("env", ranks, **same, env_id=flags["env_id"]) or inputs.find("env", ranks, **same)
+    # another policy touches other things, and contacts are half of what a step costs
+    prefer = {"env_id": flags["env_id"], "model_path": name_of(flags), "chunk_size": flags["chunk_size"], "ranks": busy}
+    found = inputs.find("env", prefer, image_size=size, sim_freq=rate, render="cpu")
     faster, smaller = 1.0, 1.0
     if found:
         inputs.measured("env", found)
@@ -121,7 +128,7 @@ def env_costs(inputs: Inputs, flags: dict, ranks: int, render: str) -> EnvCosts:
             )
             inputs.note("env, other scene", f"assumed: {how}")
     else:
-        found = inputs.find("env", ranks)
+        found = inputs.find("env", prefer, render="cpu")
         if found is None:
             raise UserError("no results file has an env's stages: add one of `make bench`")
         faster = rate / found["sim_freq"]
@@ -151,6 +158,11 @@ def transport_seconds(inputs: Inputs, flags: dict, envs: int) -> float:
     return found["seconds"] * pixels * envs / found["num_envs"]
 
 
+def at_once(flags: dict, ranks: int, cores: float) -> int:
+    """Processes that simulate at the same time."""
+    return ranks * max(1, min(flags["num_env_workers"], int(cores)))
+
+
 def simulate_seconds(costs: EnvCosts, flags: dict, envs: int, workers: int, cores: float, transport: float) -> float:
     """A decision of `envs` envs of one rank: in its own process, or shared out among workers."""
     one = costs.decision(flags["chunk_size"])
@@ -167,7 +179,7 @@ def name_of(flags: dict) -> str:
 
 def model_entry(inputs: Inputs, part: str, flags: dict, ranks: int) -> dict | None:
     same = {"model_path": name_of(flags), "model_type": flags["model_type"], "chunk_size": flags["chunk_size"]}
-    return inputs.find(part, ranks, **same)
+    return inputs.find(part, {"ranks": ranks}, **same)
 
 
 def act_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int, assumed: Assumed) -> float:
@@ -246,7 +258,7 @@ def predict(inputs: Inputs, flags: dict, ranks: int, cores: float, assumed: Assu
     envs, decisions = flags["num_envs"] // ranks, flags["num_steps"] // flags["chunk_size"]
     talk = communication(inputs, flags, stage, ranks, assumed)
     engine = model_entry(inputs, "engine", flags, ranks) or {"step_seconds": 0.0, "between_seconds": 0.0}
-    costs = env_costs(inputs, flags, ranks, render)
+    costs = env_costs(inputs, flags, at_once(flags, ranks, cores), render)
     rollout = decisions * decision_seconds(inputs, flags, costs, envs, ranks, cores, assumed)
     rollout += act_seconds(inputs, flags, envs, ranks, assumed)  # the value of the frame after the last decision
     rollout += engine["between_seconds"] + talk["iteration"]
@@ -266,11 +278,11 @@ def decision_seconds(
     if flags["pipeline_stages"] == 1:
         acting = act_seconds(inputs, flags, envs, ranks, assumed) + rest_seconds(inputs, flags, envs, ranks)
         return acting + simulate_seconds(costs, flags, envs, workers, cores, transport)
-    half = envs / 2
-    acting = act_seconds(inputs, flags, half, ranks, assumed) + rest_seconds(inputs, flags, half, ranks)
+    half, busy = envs / 2, at_once(flags, ranks, cores)  # it acts while others simulate, which slows both
+    acting = act_seconds(inputs, flags, half, busy, assumed) + rest_seconds(inputs, flags, half, busy)
     simulating = simulate_seconds(costs, flags, math.ceil(half), workers // 2, cores, transport / 2)
-    busy = (2 * acting + envs * costs.decision(flags["chunk_size"])) / cores  # no core does two things at once
-    return max(2 * acting, acting + simulating, busy)
+    work = 2 * acting + envs * costs.decision(flags["chunk_size"])
+    return max(2 * acting, acting + simulating, work / cores)  # no core does two things at once
 
 
 # ---------------------------------------------------------------------- what is printed

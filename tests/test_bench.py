@@ -111,6 +111,21 @@ def test_another_rate_and_size_are_scaled_and_said():
     assert inputs.used["env"].startswith("assumed")
 
 
+def test_the_env_of_the_same_policy_and_as_many_processes_is_preferred():
+    """Others were measured with contacts of their own; two workers at once as two ranks at once."""
+    others = [
+        {**MEASURED[0], "physics_s": 0.002, "model_path": MODEL["model_path"], "chunk_size": 4},
+        {**MEASURED[0], "physics_s": 0.003, "model_path": MODEL["model_path"], "chunk_size": 4, "ranks": 2},
+        {**MEASURED[0], "physics_s": 0.004, "model_path": "openvla-oft-tiny", "chunk_size": 8},
+    ]
+    before = predicted()["rollout"]
+    for words, slower in (((), 0.001), (("--num_env_workers", "1"), 0.001), (("--num_env_workers", "2"), 0.002)):
+        more = predicted(*words, measured=tuple(others))["rollout"] - predicted(*words)["rollout"]
+        at_once = 2 if words[1:] == ("2",) else 1
+        assert more == pytest.approx(2 * 4 / at_once * 4 * slower), words
+    assert predicted(measured=(others[2],))["rollout"] == pytest.approx(before)
+
+
 def test_arithmetic_is_counted():
     """28 more tokens in two layers of width 96 (MLP 384), head of 832: two per weight, and attention's growth."""
     few, many = (
