@@ -40,7 +40,7 @@ TARGET = 0.7  # of a quickstart iteration: env stepping + act + update, measured
 EPISODE_STEPS = 80  # of the published task
 PIXEL_BYTES = 30  # of a picture: colour and segmentation written and read (2 x 12), table read, result written (2 x 3)
 
-SHORT = {"num_steps": 64, "num_iterations": 3}  # decisions as in the preset, fewer of them
+SHORT = {"num_steps": 64, "num_iterations": 4}  # decisions as in the preset, fewer of them
 UNTRAINED = {"unnorm_key": "bridge_orig"}
 CHUNK_1 = {"model_type": "openvla", "model_path": "openvla-tiny", "chunk_size": 1, **UNTRAINED}  # token by token
 CHUNK_8 = {"model_path": "openvla-oft-tiny", "chunk_size": 8, **UNTRAINED}
@@ -137,7 +137,8 @@ def to_words(flags: dict) -> list[str]:
 
 
 def environment_of(accelerator: str = "cpu", **more: str) -> dict:
-    return os.environ | {"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", **more}
+    ours = {"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | ours | more
 
 
 def measure_parts(ranks: int, what: tuple[str, ...], flags: dict, seconds: float, accelerator: str = "cpu") -> list:

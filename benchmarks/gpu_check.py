@@ -3,7 +3,6 @@
     python benchmarks/gpu_check.py                      # everything, about half an hour; to benchmarks/results/
     python benchmarks/gpu_check.py --only graphs offload
     python benchmarks/gpu_check.py --preset 100m        # a card too small for 7B
-    CUDA_VISIBLE_DEVICES=1 python benchmarks/gpu_check.py
 
 Nothing is downloaded and nothing has to be there but the repository: weights are random, assets are made by code. Every
 part is a process of its own with a time limit; one that fails is a line "not done" with its reason, and the others go
@@ -53,7 +52,7 @@ Found = tuple[list[dict], list[Row]]
 
 def run(words: list[str], seconds: float, accelerator: str = "cuda") -> str:
     """What a Python program of ours printed. RuntimeError as bench.run_group's."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment = bench.environment_of(accelerator, **alone, MASTER_PORT=bench.free_port())
     return bench.run_group([[sys.executable, *words]], [environment], seconds)
 
@@ -209,6 +208,7 @@ def part_zero3(flags: argparse.Namespace) -> dict:
         with rollout_stage(hand_over) as actor:
             tokens, old_logprobs, _ = actor.act(inputs, 1.0)
             old_logprobs = old_logprobs.clone()
+            tokens.cpu()  # waits for the card
         acted = time.perf_counter()
         with update_stage(hand_over):
             new = engine(inputs, 1.0, tokens=tokens)

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flops
-from vla.cli import parse_args
+from vla.cli import derive_sizes, parse_args, pick
 from vla.distributed import UserError
 from vla.engine import read_deepspeed_config, zero_stage
 
@@ -172,6 +172,10 @@ def simulate_seconds(costs: EnvCosts, flags: dict, envs: int, workers: int, core
 
 
 # ---------------------------------------------------------------------- the model
+def at_peak(assumed: Assumed) -> str:
+    return f"{assumed.utilisation:.0%} of {assumed.peak / 1e12:.0f} TFLOP/s and of {assumed.memory / 1e12:.2f} TB/s"
+
+
 def name_of(flags: dict) -> str:
     """The model's name in results files: its path, or for one that is not here what stands for the published size."""
     return flags["model_path"] if flops.is_known(flags["model_path"]) else MODEL_7B
@@ -190,7 +194,7 @@ def act_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int, assumed: A
         slope = max(0.0, (more - less) / (many - few)) if many > few else more / many
         return max(0.0, more - slope * many) + slope * envs
     policy = flops.meta_policy_of(flags)
-    inputs.note("act", f"assumed: counted arithmetic at {assumed.utilisation:.0%} of peak, further tokens at memory's")
+    inputs.note("act", f"assumed: counted arithmetic, weights read per token, at {at_peak(assumed)}")
     arithmetic = envs * flops.act_flops(policy) / assumed.peak
     reading = flops.num_bytes(policy) / assumed.memory
     return (max(arithmetic, reading) + (flops.passes(policy) - 1) * reading) / assumed.utilisation
@@ -223,7 +227,7 @@ def micro_batch_seconds(inputs: Inputs, flags: dict, decisions: float, ranks: in
         inputs.measured("DeepSpeed", engine)
         return max(0.0, engine["seconds"] - engine["micro_batch_size"] * per_decision) + decisions * per_decision
     policy = flops.meta_policy_of(flags)
-    inputs.note("update", f"assumed: counted arithmetic at {assumed.utilisation:.0%} of peak; DeepSpeed: free")
+    inputs.note("update", f"assumed: counted arithmetic at {at_peak(assumed)}; DeepSpeed: free")
     counted = flops.update_flops(policy, flags["gradient_checkpointing"])
     return decisions * counted / assumed.peak / assumed.utilisation
 
@@ -252,20 +256,18 @@ def predict(inputs: Inputs, flags: dict, ranks: int, cores: float, assumed: Assu
     Args:
         flags: of the script. cores: of one rank.
     """
-    if flags["num_envs"] % ranks:
-        raise UserError(f"--num_envs {flags['num_envs']} is not divisible by {ranks} GPUs: use another --num_gpus")
+    sizes = derive_sizes(**pick(argparse.Namespace(**flags), derive_sizes, rank=0, world_size=ranks))
+    envs, decisions = sizes.local_num_envs, sizes.num_chunks
     stage = zero_stage(read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"]))
-    envs, decisions = flags["num_envs"] // ranks, flags["num_steps"] // flags["chunk_size"]
     talk = communication(inputs, flags, stage, ranks, assumed)
     engine = model_entry(inputs, "engine", flags, ranks) or {"step_seconds": 0.0, "between_seconds": 0.0}
     costs = env_costs(inputs, flags, at_once(flags, ranks, cores), render)
     rollout = decisions * decision_seconds(inputs, flags, costs, envs, ranks, cores, assumed)
     rollout += act_seconds(inputs, flags, envs, ranks, assumed)  # the value of the frame after the last decision
     rollout += engine["between_seconds"] + talk["iteration"]
-    share = envs * decisions / flags["num_minibatches"]  # decisions of one rank per optimizer step
-    micro_batches = math.ceil(share / flags["micro_batch_size"])
-    one = micro_batch_seconds(inputs, flags, share / micro_batches, ranks, assumed) + talk["micro batch"]
-    step = micro_batches * one + engine["step_seconds"] + talk["step"]
+    share = envs * decisions / flags["num_minibatches"] / sizes.micro_batches  # decisions of one micro batch
+    one = micro_batch_seconds(inputs, flags, share, ranks, assumed) + talk["micro batch"]
+    step = sizes.micro_batches * one + engine["step_seconds"] + talk["step"]
     update = flags["update_epochs"] * flags["num_minibatches"] * step
     return {"rollout": rollout, "update": update, "iteration": rollout + update}
 
@@ -304,6 +306,14 @@ def check(files: list[dict], assumed: Assumed) -> tuple[list[str], bool]:
     return (lines if len(lines) > 2 else ["no iteration was measured in these files: nothing to check"]), fits
 
 
+def assumed_of(files: list[dict], options: argparse.Namespace) -> Assumed:
+    """--peak and --memory, or what gpu_check.py measured of its card, or an H200's."""
+    card = Inputs(files).find("limits", device="cuda") or {}
+    peak = options.peak * 1e12 if options.peak else card.get("matrix_flops_per_s", 989e12)
+    memory = options.memory * 1e12 if options.memory else card.get("memory_bytes_per_s", 4.8e12)
+    return Assumed(peak, memory, options.bandwidth * 1e9, options.utilisation)
+
+
 def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> list[str]:
     """One line per number of GPUs, and where the inputs come from."""
     script = "train_grpo" if "grpo" in Path(options.config).name else "train_ppo"  # whose defaults hold
@@ -335,7 +345,7 @@ def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> li
 def main(options: argparse.Namespace) -> int:
     try:
         files = read_results(options.results)
-        assumed = Assumed(options.peak * 1e12, options.memory * 1e12, options.bandwidth * 1e9, options.utilisation)
+        assumed = assumed_of(files, options)
         lines, fits = check(files, assumed)
         if options.config:
             lines += ["", *plan(files, options, assumed)]
@@ -357,8 +367,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cores", type=float, default=16, help="CPU cores per GPU")
     parser.add_argument("--env_steps", type=int, default=1_000_000)
     parser.add_argument("--render", default="cpu", help="sapien_cuda: pictures as gpu_check.py measured them")
-    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU (H100, H200: bf16 without sparsity)")
-    parser.add_argument("--memory", type=float, default=4.8, help="TB/s of a GPU's memory (H200)")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of a GPU; default: as measured by gpu_check.py, else 989")
+    parser.add_argument("--memory", type=float, help="TB/s of a GPU's memory; default: as measured, else 4.8 (H200)")
     parser.add_argument("--bandwidth", type=float, default=50, help="GB/s between GPUs, per GPU (one 400 Gb/s port)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of peak that the model reaches")
     options, more = parser.parse_known_args(argv)

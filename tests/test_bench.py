@@ -98,7 +98,7 @@ def test_a_model_that_was_not_measured_costs_its_arithmetic():
     policy = flops.meta_policy_of(flags)
     seconds = plan.micro_batch_seconds(inputs, flags, 3, 1, ASSUMED)
     assert seconds == pytest.approx(3 * flops.update_flops(policy, False) / 1e12 / 0.5)
-    assert inputs.used["update"].startswith("assumed: counted arithmetic at 50%")
+    assert inputs.used["update"].startswith("assumed: counted arithmetic at 50% of 1 TFLOP/s")
     few, many = (plan.act_seconds(inputs, flags, envs, 1, ASSUMED) for envs in (1, 1000))
     assert many == pytest.approx(1000 * flops.act_flops(policy) / 1e12 / 0.5)
     assert few == pytest.approx(max(flops.act_flops(policy) / 1e12, flops.num_bytes(policy) / 1e11) / 0.5)
@@ -162,7 +162,7 @@ def test_a_plan_names_its_inputs_and_the_published_rate(tmp_path, capsys):
     path.write_text("{}")
     assert plan.main(plan.parse([str(path)])) == 2
     assert "is not a results file" in capsys.readouterr().err
-    with pytest.raises(UserError, match="not divisible by 3 GPUs"):
+    with pytest.raises(UserError, match="not divisible by 3 ranks"):
         predicted(ranks=3)
 
 
@@ -265,3 +265,7 @@ def test_gpu_checks_models_are_read_by_the_plan():
     assert plan.act_seconds(inputs, flags, 32, 1, ASSUMED) == pytest.approx(4.0)  # 128 actions in 2 s, twice the envs
     assert plan.micro_batch_seconds(inputs, flags, 8, 1, ASSUMED) == pytest.approx(1.0)
     assert all(how.startswith("measured: card.json") for how in inputs.used.values())
+    limits = {"part": "limits", "device": "cuda", "ranks": 1, "matrix_flops_per_s": 5e14, "memory_bytes_per_s": 2e12}
+    options = plan.parse(["--bandwidth", "7"])
+    assert plan.assumed_of([file], options) == plan.Assumed(989e12, 4.8e12, 7e9, 0.4)
+    assert plan.assumed_of([{**file, "measured": [limits]}], options) == plan.Assumed(5e14, 2e12, 7e9, 0.4)
