@@ -332,7 +332,9 @@ def main(flags: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", default="yaml/quickstart_ppo_openvlaoft.yaml", help="a preset of train_ppo.py")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
     parser.add_argument("--repeats", type=int, default=5)

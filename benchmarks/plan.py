@@ -1,7 +1,7 @@
 """Hours and GPU-hours of a run before it is started, from measured parts; and how well that fits what was measured.
 
     python benchmarks/plan.py                                  # the newest results: predicted against measured
-    python benchmarks/plan.py FILE FILE --config yaml/maniskill_ppo_openvla.yaml --num_gpus 1 8 64 256
+    python benchmarks/plan.py --results CARD.json HOST.json --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 64
     python benchmarks/plan.py --config yaml/maniskill_ppo_openvlaoft.yaml --num_gpus 8 --num_env_workers 8
 
 Files are those of benchmarks/bench.py and benchmarks/gpu_check.py; what several hold is taken from the first. Exit code
@@ -37,6 +37,7 @@ MODEL_7B = "openvla-7b"  # what benchmarks/gpu_check.py calls random weights of 
 # env steps/s on 8 H200: a third party's run of RLinf (the AWS example of RLinf on EKS), 128 envs x 160 steps per
 # iteration of about 145 s and 230 s; derived from its plots (shared/reference/field.md, 3.1)
 PUBLISHED = {"openvla": 141, "openvla_oft": 89}
+PUBLISHED_TASK = ("train_ppo", "PutOnPlateInScene25Main-v3", 500)  # script, env, physics steps per second
 PUBLISHED_SOURCE = (
     "a third party's run of RLinf on 8 H200 (AWS example of RLinf on EKS): 20,480 env steps in 145 / 230 s"
 )
@@ -83,7 +84,7 @@ def read_results(paths: list[Path]) -> list[dict]:
     if not paths:
         paths = sorted(RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime)[-1:]
     if not paths:
-        raise UserError(f"there are no results in {RESULTS}: run `make bench`, or name a file of it")
+        raise UserError(f"there are no results in {RESULTS}: run `make bench`, or name a file of it with --results")
     found = []
     for path in paths:
         try:
@@ -322,7 +323,7 @@ def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> li
     envs_per_gpu = max(
         1, flags["num_envs"] // int(preset_ranks[0].split(":")[1]) if preset_ranks else flags["num_envs"]
     )
-    inputs = Inputs(files)
+    inputs, task = Inputs(files), (script, flags["env_id"], flags["sim_freq"])
     lines = ["| GPUs | envs | workers per GPU | rollout | update | env steps/s | hours | GPU-hours | published |"]
     lines.append("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for ranks in options.num_gpus:
@@ -331,7 +332,7 @@ def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> li
         seconds = predict(inputs, here, ranks, options.cores, assumed, options.render)
         rate = here["num_envs"] * here["num_steps"] / seconds["iteration"]
         hours = options.env_steps / rate / 3600
-        known = PUBLISHED[flags["model_type"]] if ranks == 8 and script == "train_ppo" else ""
+        known = PUBLISHED[flags["model_type"]] if ranks == 8 and task == PUBLISHED_TASK else ""
         lines.append(
             f"| {ranks} | {here['num_envs']} | {here['num_env_workers']} | {seconds['rollout']:.1f} s | "
             f"{seconds['update']:.1f} s | {rate:.1f} | {hours:.2f} | {hours * ranks:.1f} | {known} |"
@@ -359,8 +360,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="default: the newest of benchmarks/results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--results", nargs="+", type=Path, default=[], help="default: newest of benchmarks/results")
     parser.add_argument("--config", help="a preset; flags of its script may follow")
     parser.add_argument("--num_gpus", type=int, nargs="+", default=[1, 8, 16, 64, 256])
     parser.add_argument("--num_envs", type=int, help="over all GPUs; default: as many per GPU as in the preset")

@@ -146,21 +146,38 @@ def test_exit_code_says_whether_predictions_hold(tmp_path, capsys, seconds, code
     iteration = {"part": "iteration", "ranks": 1, "flags": script_flags(), "iteration_s": seconds}
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results(iteration)))
-    assert plan.main(plan.parse([str(path)])) == code
+    assert plan.main(plan.parse(["--results", str(path)])) == code
     assert f"{0.56 / seconds - 1:+.0%}" in capsys.readouterr().out
 
 
 def test_a_plan_names_its_inputs_and_the_published_rate(tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results()))
-    words = [str(path), "--config", CONFIG, "--num_gpus", "2", "8", "--env_steps", "1000", *SMALL, "--num_envs", "16"]
-    assert plan.main(plan.parse(words)) == 0
+    words = [
+        "--results",
+        str(path),
+        "--config",
+        CONFIG,
+        "--num_gpus",
+        "2",
+        "8",
+        "--env_steps",
+        "1000",
+        "--num_envs",
+        "16",
+    ]
+    more = [*SMALL[2:], "--env_id", "PutOnPlateInScene25Main-v3", "--sim_freq", "500"]
+    options = plan.parse([*words, *more])
+    assert options.more == more  # the script's flags, values and all
+    assert plan.main(options) == 0
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("| 8 |"))
     assert line.split("|")[2].strip() == "16" and line.endswith("| 89 |")
     assert "- act: measured: results.json, 1 ranks" in printed and "- communication: assumed" in printed
+    assert plan.main(plan.parse([*words, *SMALL[2:]])) == 0
+    assert "| 89 |" not in capsys.readouterr().out  # another task
     path.write_text("{}")
-    assert plan.main(plan.parse([str(path)])) == 2
+    assert plan.main(plan.parse(["--results", str(path)])) == 2
     assert "is not a results file" in capsys.readouterr().err
     with pytest.raises(UserError, match="not divisible by 3 ranks"):
         predicted(ranks=3)
