@@ -209,15 +209,20 @@ def meta_inputs(policy: VLAPolicy, batch: int) -> tuple[PolicyInputs, torch.Tens
         return inputs, torch.empty(batch, policy.chunk_size, ACTION_DIM, dtype=torch.int64)
 
 
+def set_checkpointing(policy: VLAPolicy, on: bool) -> None:
+    """Recompute activations in the backward pass, or keep them."""
+    if on:
+        policy.model.enable_gradient_checkpointing()
+        return
+    policy.model.language_model.activation_checkpointing_disable()
+    for tower in (policy.model.vision_backbone.featurizer, policy.model.vision_backbone.fused_featurizer):
+        tower.gradient_checkpointing = False
+
+
 @cache
 def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool) -> int:
     """The most that one decision's forward and backward keep alive besides weights and their gradients."""
-    if gradient_checkpointing:
-        policy.model.enable_gradient_checkpointing()
-    else:
-        policy.model.language_model.activation_checkpointing_disable()
-        for tower in (policy.model.vision_backbone.featurizer, policy.model.vision_backbone.fused_featurizer):
-            tower.gradient_checkpointing = False
+    set_checkpointing(policy, gradient_checkpointing)
     inputs, tokens = meta_inputs(policy, 1)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     hooks = [

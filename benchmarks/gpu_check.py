@@ -1,0 +1,347 @@
+"""One command for a machine with an NVIDIA card: is everything right there that CPUs can not test, and how fast is it.
+
+    python benchmarks/gpu_check.py                      # everything, about half an hour; to benchmarks/results/
+    python benchmarks/gpu_check.py --only graphs offload
+    python benchmarks/gpu_check.py --preset 100m        # a card too small for 7B
+
+Nothing is downloaded and nothing has to be there but the repository: weights are random, assets are made by code. Every
+part is a process of its own with a time limit; one that fails is a line "not done" with its reason, and the others go
+on. Exit code 2 without a card, 1 where a part failed.
+
+    card           matrix peak and memory bandwidth of one card, measured
+    graphs         captured CUDA graphs give what the same kernels give one by one, bit for bit
+    offload        losses with and without --offload stage are equal bit for bit, and memory is freed
+    openvla, openvla_oft    act with and without graphs, a LoRA update, on random weights of the preset
+    zero3          the preset under ZeRO-3 on one card, rollout and update in turns, beside what doctor.py plans
+    quickstart     the real script on the card
+    render         pictures on the card, physics on the CPU; and how far they are from the CPU's
+    batch          physics and pictures of all envs in one batch on the card
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import bench
+from benchmarks.bench import Row
+from benchmarks.model import PRESETS, random_inputs, random_policy
+from envs.variants import train_episode_id
+from vla.distributed import rank, setup_distributed
+from vla.engine import backward, build_engine, read_deepspeed_config
+from vla.logger import describe_run
+from vla.memory_plan import Recipe, make_plan
+from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage
+
+NO_CARD = (
+    "error: torch sees no NVIDIA card here (torch.cuda.is_available() is False): run this on a machine that has one; "
+    "benchmarks/bench.py measures CPUs"
+)
+MAIN = "PutOnPlateInScene25Main-v3"
+OFFLOAD = ({"lora_rank": 4}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "lora_rank": 4})
+ENV_STEPS = 48
+Found = tuple[list[dict], list[Row]]
+
+
+def run(words: list[str], seconds: float, accelerator: str = "cuda") -> str:
+    """What a Python program of ours printed. RuntimeError as bench.run_group's."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = bench.environment_of(accelerator, **alone, MASTER_PORT=bench.free_port())
+    return bench.run_group([[sys.executable, *words]], [environment], seconds)
+
+
+def itself(part: str, flags: argparse.Namespace, seconds: float, *words: str) -> dict:
+    """A part that is computed below, in a process of its own."""
+    command = ["benchmarks/gpu_check.py", "--part", part, "--preset", flags.preset, *words]
+    return json.loads(re.search(r"^RESULT (.*)$", run(command, seconds), re.M).group(1))
+
+
+# ---------------------------------------------------------------------- parts, seen from here
+def card(flags: argparse.Namespace, seconds: float) -> Found:
+    found = bench.measure_parts(1, ("limits",), {"dtype": "bfloat16"}, seconds, "cuda")
+    return found, bench.limit_rows(found)
+
+
+def graphs(flags: argparse.Namespace, seconds: float) -> Found:
+    """tests/test_graphs.py; a test that was skipped has shown nothing."""
+    said = run(["-m", "pytest", "-q", "-m", "gpu", "tests/test_graphs.py"], seconds).splitlines()[-1]
+    if "skipped" in said or "passed" not in said:
+        raise RuntimeError(f"the tests did not run: {said}")
+    return [], [Row("graphs equal eager", said, 1, "yes")]
+
+
+def offload(flags: argparse.Namespace, seconds: float) -> Found:
+    """tests/engine_program.py, on one rank."""
+    measured, rows = [], []
+    for settings in OFFLOAD:
+        scenarios = [["losses", {**settings, "offload": how}] for how in ("none", "stage")]
+        printed = run(["tests/engine_program.py", json.dumps(scenarios)], seconds / len(OFFLOAD))
+        kept, moved = (json.loads(line) for line in re.findall(r"^RESULT (.*)$", printed, re.M))
+        setting = ", ".join(f"{name} {value}" for name, value in settings.items())
+        if kept["losses"] != moved["losses"]:
+            raise RuntimeError(f"{setting}: --offload stage changes losses, {kept['losses']} and {moved['losses']}")
+        resident = [one["memory"]["memory/rollout_resident_gib"] for one in (kept, moved)]
+        if resident[0] - resident[1] < 0.99 * moved["movable_gib"]:
+            raise RuntimeError(
+                f"{setting}: {moved['movable_gib']} GiB should be freed, {resident[0] - resident[1]} are"
+            )
+        measured.append({"part": "offload", "ranks": 1, "settings": settings, "kept": kept, "moved": moved})
+        peaks = [1024 * one["memory"]["memory/rollout_peak_gib"] for one in (kept, moved)]
+        rows += [
+            Row("offload, losses equal", setting, 1, "yes"),
+            Row("offload, rollout peak", setting, peaks[1], "MiB", f"{peaks[0]:.1f} MiB without", peaks[1] / peaks[0]),
+        ]
+    return measured, rows
+
+
+def model(model_type: str) -> Callable[[argparse.Namespace, float], Found]:
+    def measured_model(flags: argparse.Namespace, seconds: float) -> Found:
+        words = ["--preset", flags.preset, "--model_type", model_type, "--device", "cuda", "--dtype", "bfloat16"]
+        words += ["--batch", str(flags.batch), "--repeats", "3", "--update", "--gradient_checkpointing"]
+        one = json.loads(run(["benchmarks/model.py", *words], seconds).splitlines()[-1])
+        return model_entries(one, flags.preset, model_type), model_rows(one, f"{flags.preset}, {model_type}")
+
+    return measured_model
+
+
+def model_entries(one: dict, preset: str, model_type: str) -> list[dict]:
+    """What benchmarks/model.py printed, as benchmarks/plan.py reads it."""
+    chunk_size, batch = 8 if model_type == "openvla_oft" else 1, one["batch"]
+    same = {"ranks": 1, "model_path": preset, "model_type": model_type, "chunk_size": chunk_size, "printed": one}
+    acting = [[batch, batch * chunk_size / one["act_actions_per_s"]]]
+    return [
+        {**same, "part": "act", "points": acting},
+        {
+            **same, "part": "update", "micro_batch_size": batch, "seconds": batch / one["update_samples_per_s"],
+            "step_seconds": 0.0, "gradient_checkpointing": True,
+        },
+    ]  # fmt: skip
+
+
+def model_rows(one: dict, setting: str) -> list[Row]:
+    acting, eager, plain = (one[f"{name}_actions_per_s"] for name in ("act", "act_without_graphs", "plain"))
+    updating, share = one["update_samples_per_s"], one["share_of_matrix_peak"]
+    return [
+        Row("act", setting, acting, "actions/s"),
+        Row("act, memory", setting, one["act_peak_gib"], "GiB"),
+        Row("act without graphs", setting, eager, "actions/s", "act", eager / acting),
+        Row("act, one sample at a time", setting, plain, "actions/s", "act", plain / acting),
+        Row("LoRA update", setting, updating, "decisions/s", "matrix peak", share),
+        Row("LoRA update, memory", setting, one["update_peak_gib"], "GiB"),
+    ]
+
+
+def zero3(flags: argparse.Namespace, seconds: float) -> Found:
+    measured, rows = [], []
+    for how in ("stage", "none"):
+        one = itself("zero3", flags, seconds / 2, "--batch", str(flags.batch), "--offload", how)
+        measured.append({"part": "zero3", "ranks": 1, "preset": flags.preset, "offload": how, **one})
+        setting = f"{flags.preset}, LoRA, offload {how}, {flags.batch} decisions"
+        for stage in ("rollout", "update"):
+            rows.append(Row(f"ZeRO-3 {stage}", setting, one[f"{stage}_s"], "s"))
+            peak, planned = one[f"{stage}_peak_gib"], one.get(f"{stage}_planned_gib")
+            planned_row = ("doctor.py's plan", peak / planned) if planned else ()
+            rows.append(Row(f"ZeRO-3 {stage}, memory", setting, peak, "GiB", *planned_row))
+    return measured, rows
+
+
+def quickstart(flags: argparse.Namespace, seconds: float) -> Found:
+    short = {**bench.SHORT, "dtype": "bfloat16", "offload": "stage"}
+    one = bench.measure_iterations(1, short, seconds, "cuda")
+    one["part"] = "iteration on a card"  # plan.py has no parts to check it with
+    rate = one["env_steps"] / one["iteration_s"]
+    return [one], [Row("quickstart iteration", "ZeRO-3, offload stage, bfloat16", rate, "env steps/s")]
+
+
+def render(flags: argparse.Namespace, seconds: float) -> Found:
+    one = itself("render", flags, seconds)
+    setting = "640 x 480, physics on the CPU, 500 Hz"
+    whole = one["physics_s"] + one["task_s"] + one["picture_s"]
+    rows = [
+        Row("env step, rendered on the card", setting, 1 / whole, "env steps/s"),
+        Row("render on the card", setting, 1 / one["picture_s"], "env steps/s", "env step", one["picture_s"] / whole),
+        Row("picture against the CPU's", setting, one["difference"], "of 255, mean"),
+    ]
+    return [one], rows
+
+
+def batch(flags: argparse.Namespace, seconds: float) -> Found:
+    one = itself("batch", flags, seconds, "--num_envs", str(flags.num_envs))
+    setting = f"{flags.num_envs} envs, 640 x 480, 500 Hz, physx_cuda"
+    return [one], [Row("env steps in one batch", setting, one["env_steps_per_s"], "env steps/s")]
+
+
+PARTS: dict[str, tuple[Callable[[argparse.Namespace, float], Found], int]] = {  # and its time limit, seconds
+    "card": (card, 180),
+    "graphs": (graphs, 600),
+    "offload": (offload, 900),
+    "openvla": (model("openvla"), 900),
+    "openvla_oft": (model("openvla_oft"), 900),
+    "zero3": (zero3, 1200),
+    "quickstart": (quickstart, 600),
+    "render": (render, 300),
+    "batch": (batch, 600),
+}
+
+
+# ---------------------------------------------------------------------- parts, in their own process
+def part_zero3(flags: argparse.Namespace) -> dict:
+    """A LoRA policy of random weights under ZeRO-3: rollout and update in turns, the first turn left out."""
+    device = setup_distributed(0)
+    config = read_deepspeed_config("ds_configs/zero3.json", "bfloat16", flags.offload)
+    policy = random_policy(flags.preset, "openvla", device.type, torch.bfloat16, 32, "all")
+    policy.model.enable_gradient_checkpointing()
+    rollout_copy = make_rollout_copy(policy, 3, flags.offload)
+    rates = dict(learning_rate=1e-6, value_learning_rate=1e-6, weight_decay=0.0, max_grad_norm=1.0)
+    engine = build_engine(policy, config, micro_batch_size=flags.batch, **rates)
+    hand_over, seconds = HandOver(engine, rollout_copy, flags.offload), {"rollout": 0.0, "update": 0.0}
+    inputs = random_inputs(policy, flags.batch, device.type)
+    for turn in range(3):
+        began = time.perf_counter()
+        with rollout_stage(hand_over) as actor:
+            tokens, old_logprobs, _ = actor.act(inputs, 1.0)
+            old_logprobs = old_logprobs.clone()
+            tokens.cpu()  # waits for the card
+        acted = time.perf_counter()
+        with update_stage(hand_over):
+            new = engine(inputs, 1.0, tokens=tokens)
+            loss = (new.logprobs - old_logprobs).exp().mean() + new.values.pow(2).mean()
+            norm = backward(engine, loss, last=True)
+        if turn:
+            seconds["rollout"] += (acted - began) / 2
+            seconds["update"] += (time.perf_counter() - acted) / 2
+    memory = hand_over.take_metrics()
+    result = {f"{name}_s": value for name, value in seconds.items()} | {"gradient_norm": norm}
+    result |= {f"{stage}_peak_gib": memory[f"memory/{stage}_peak_gib"] for stage in seconds}
+    return result | (planned_gib(flags) if flags.preset == "openvla-7b" else {})
+
+
+def planned_gib(flags: argparse.Namespace) -> dict[str, float]:
+    """doctor.py's peaks for the same run of openvla-7b, without what torch does not allocate."""
+    recipe = Recipe(
+        model_path="openvla-7b", model_type="openvla", chunk_size=1, lora_rank=32, lora_scope="all", dtype="bfloat16",
+        critic=True, max_prompt_length=30, gradient_checkpointing=True, micro_batch_size=flags.batch,
+        num_envs=flags.batch, num_eval_envs=1, num_steps=1, num_env_workers=0, offload=flags.offload, zero_stage=3,
+        cpu_adam=False,
+    )  # fmt: skip
+    plan = make_plan(recipe, 1)
+    system = sum(size for name, size in plan.rollout.items() if name.endswith("(assumed)"))
+    return {f"{stage}_planned_gib": (plan.peak(stage) - system) / GIB for stage in ("rollout", "update")}
+
+
+def part_render(flags: argparse.Namespace) -> dict:
+    """One env, expert actions: pictures by the card, and by the CPU in the same states."""
+    from benchmarks.env import expert_actions
+    from benchmarks.parts import Stopwatch, instrumented
+    from envs import num_start_states, variants
+    from envs.put_on_plate import build
+
+    total, watch, differences = num_start_states(MAIN, "train"), Stopwatch(), []
+    env, other = build(MAIN, render_backend=flags.render_backend), build(MAIN)
+    device = str(env.backend.render_device)
+    if flags.render_backend != "sapien_cpu" and "cuda" not in device.lower():
+        raise RuntimeError(f"SAPIEN fell back to the render device {device}: no Vulkan driver for the card")
+    for number in range(2):
+        start = variants.decode(MAIN, "train", train_episode_id(total, 0, number, 0))
+        env.start_episode(start)
+        actions = expert_actions(env)[: ENV_STEPS // 2]
+        other.start_episode(start)
+        env.start_episode(start)
+        for step, action in enumerate(actions):
+            with instrumented(watch):
+                env.advance(action)
+                picture = env.render_image()
+            other.advance(action)
+            if step % 8 == 0:
+                difference = picture.astype(float) - other.render_image().astype(float)
+                differences.append(float(abs(difference).mean()))
+    steps = watch.calls["advance"]
+    physics = watch.per("physics", steps)
+    return {
+        "part": "env", "ranks": 1, "env_id": MAIN, "image_size": [640, 480], "sim_freq": 500, "asset_pack": "builtin",
+        "max_episode_steps": 80, "render": flags.render_backend, "device": device, "physics_s": physics,
+        "task_s": watch.per("advance", steps) - physics, "picture_s": watch.per("picture", watch.calls["picture"]),
+        "reset_s": 0.0, "resets_per_step": 0.0, "steps": steps, "difference": sum(differences) / len(differences),
+    }  # fmt: skip
+
+
+def part_batch(flags: argparse.Namespace) -> dict:
+    """The arm held still, which a batch in lock-step does not care about."""
+    from envs import make_envs
+
+    actions = torch.zeros(flags.num_envs, 1, 7)
+    with make_envs(MAIN, flags.num_envs, sim_backend="physx_cuda", num_env_workers=4, auto_reset=True) as envs:
+        envs.reset()
+        for _ in range(3):
+            envs.step(actions)
+        began, turns = time.perf_counter(), 20
+        for _ in range(turns):
+            envs.step(actions)
+        seconds = time.perf_counter() - began
+    return {
+        "part": "batch",
+        "ranks": 1,
+        "num_envs": flags.num_envs,
+        "env_steps_per_s": turns * flags.num_envs / seconds,
+    }
+
+
+ALONE = {"zero3": part_zero3, "render": part_render, "batch": part_batch}
+
+
+# ---------------------------------------------------------------------- the program
+def main(flags: argparse.Namespace) -> int:
+    if flags.part:
+        result = ALONE[flags.part](flags)
+        if rank() == 0:
+            print("RESULT " + json.dumps(result), flush=True)
+        return 0
+    if not torch.cuda.is_available():
+        print(NO_CARD, file=sys.stderr)
+        return 2
+    host, name = bench.machine(), torch.cuda.get_device_name()
+    description = describe_run(vars(flags) | {"seed": 0, "output": str(flags.output)}, {}, num_ranks=1)
+    measured, rows, not_done = [], [], {}
+    for part in [part for part in PARTS if part in (flags.only or PARTS)]:
+        check, seconds = PARTS[part]
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        try:
+            found, more = check(flags, seconds)
+        except Exception as failure:  # whatever goes wrong in one part, the others go on
+            not_done[part] = f"{type(failure).__name__}: {failure}".replace("|", "/").replace("\n", " ")[:300]
+            continue
+        measured, rows = measured + [{"job": part, **one} for one in found], rows + more
+    lines = [*bench.header(description, host), "", *bench.table(rows, not_done)]
+    content = {
+        "kind": "gpu_check", "description": description, "machine": host | {"card": name}, "measured": measured,
+        "not_done": not_done, "rows": [row._asdict() for row in rows],
+    }  # fmt: skip
+    print("\n".join(lines))
+    written = bench.write_results(flags.output, flags.machine or bench.machine_name(host, name), content, lines)
+    print("written: " + " ".join(map(str, written)))
+    return 1 if not_done else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts instead of all")
+    parser.add_argument("--preset", choices=PRESETS, default="openvla-7b", help="sizes of the random weights")
+    parser.add_argument("--batch", type=int, default=16, help="decisions per act and per micro batch")
+    parser.add_argument("--num_envs", type=int, default=64, help="of the batch on the card")
+    parser.add_argument("--machine", help="name in the results' file name; default: made from the card")
+    parser.add_argument("--output", type=Path, default=bench.RESULTS)
+    parser.add_argument("--part", choices=ALONE, help=argparse.SUPPRESS)
+    parser.add_argument("--offload", default="none", help=argparse.SUPPRESS)
+    parser.add_argument("--render_backend", default="sapien_cuda", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(parse()))
