@@ -102,8 +102,9 @@ class Args:
     # ---- algorithm
     gamma: float = 0.99  # discount per action
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    # which episode ends are followed by V(last frame): cut ones, or successes too (RLinf, for its published numbers)
-    bootstrap: Literal["truncation", "always"] = "truncation"
+    # which episode ends are followed by V(last frame): cut ones; successes too (RLinf, for its published numbers); or
+    # none: being late is failure, as success within max_episode_steps counts it (RL4VLA)
+    bootstrap: Literal["truncation", "always", "never"] = "truncation"
     norm_adv: bool = True  # normalise advantages, over all ranks
     # unit whose probability ratio is clipped: each token, the 7 of an action together, or a whole chunk
     logprob_level: Literal["token", "action", "chunk"] = "action"
@@ -132,6 +133,11 @@ class Args:
     deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
     offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
     local_rank: int = -1  # set by the launcher
+
+
+def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap: str) -> torch.Tensor:
+    """Which ended episodes are followed by V(last frame), bool [N]: see Args.bootstrap."""
+    return (truncations & (bootstrap != "never")) | (terminations & (bootstrap == "always"))
 
 
 def compute_gae(
@@ -319,7 +325,7 @@ def main(args: Args) -> None:
                 for part, here in enumerate(envs.parts):  # all N envs, or two halves: one is simulated while one acts
                     if t > 0:  # what came of decision t - 1
                         obs[part], rewards, terminations, truncations, infos = envs.step_wait(part)  # [N, C] [N] [N]
-                        bootstrapped = truncations | (terminations & (args.bootstrap == "always"))  # [N]
+                        bootstrapped = has_future(terminations, truncations, args.bootstrap)  # [N]
                         final_values = torch.zeros(len(bootstrapped))
                         if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
                             final_inputs = actor.prepare(infos["final_observation"], device)

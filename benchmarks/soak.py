@@ -43,7 +43,7 @@ def free_port() -> str:
 def start(ranks: int, mark: str, log: Path, **flags: object) -> subprocess.Popen:
     """`deepspeed --num_gpus RANKS train_ppo.py ...` on CPUs; what it prints goes to `log`."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
-    command += ["train_ppo.py"] + ([] if "resume" in flags else ["--config", "yaml/quickstart_ppo_openvla.yaml"])
+    command += ["train_ppo.py"] + ([] if "resume" in flags else ["--config", "tests/ppo_random_openvla.yaml"])
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: mark}
     with log.open("a") as file:

@@ -22,7 +22,7 @@ from vla.engine import read_deepspeed_config
 from vla.memory_plan import Recipe, advice, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = "yaml/quickstart_ppo_openvla.yaml"
+PRESET = "tests/ppo_random_openvla.yaml"
 SHORT = {
     "num_envs": 4, "num_steps": 16, "max_episode_steps": 8, "num_minibatches": 2, "micro_batch_size": 8,
     "num_eval_episodes": 2, "num_eval_envs": 2, "save_freq": 1, "keep_checkpoints": 0, "num_iterations": 3,
@@ -477,7 +477,7 @@ def test_ranks_end_when_their_launcher_is_terminated(tmp_path):
 def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "train_grpo.py", *flags(num_iterations=50, save_freq=0, group_size=2)]
-    command += ["--config", PRESET.replace("ppo", "grpo"), "--run_dir", str(run_dir)]
+    command += ["--config", "yaml/quickstart_grpo_openvla.yaml", "--run_dir", str(run_dir)]
     run = subprocess.Popen(command, cwd=ROOT)
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
     (run_dir / "stop").touch()

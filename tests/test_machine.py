@@ -18,7 +18,7 @@ from vla.checkpoint import open_run
 from vla.distributed import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESET = "yaml/quickstart_ppo_openvla.yaml"
+PRESET = "tests/ppo_random_openvla.yaml"
 TAGS = """train/actor/approx_kl train/actor/clip_fraction train/actor/clipped_ratio train/actor/grad_norm train/actor/lr
 train/actor/policy_loss train/critic/value_loss train/critic/value_clip_ratio train/critic/explained_variance
 train/entropy_loss train/loss rollout/advantages_max rollout/advantages_mean rollout/advantages_min rollout/rewards
@@ -182,7 +182,7 @@ def test_lora_trains_on_two_sharded_ranks_and_its_adapter_loads(tmp_path):
     assert sum(float(p.abs().sum()) for p in adapter.values()) > 0  # lora_B starts at zero
 
 
-@pytest.mark.parametrize("preset", ["ppo_openvlaoft", "grpo_openvla", "grpo_openvlaoft"])
+@pytest.mark.parametrize("preset", ["ppo_openvla", "ppo_openvlaoft", "grpo_openvla", "grpo_openvlaoft"])
 def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset):
     run_dir, script = tmp_path / "run", "train_grpo.py" if "grpo" in preset else "train_ppo.py"
     flags = ["--group_size", "2"] if "grpo" in preset else []

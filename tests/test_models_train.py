@@ -42,7 +42,7 @@ def test_oft_continues_an_adapter_on_two_sharded_ranks(tmp_path):
     command = [
         shutil.which("deepspeed", path=str(Path(sys.executable).parent)), "--num_gpus", "2",
         "--master_port", free_port(),
-        "train_ppo.py", "--config", "yaml/quickstart_ppo_openvla.yaml", "--run_dir", str(run_dir),
+        "train_ppo.py", "--config", "tests/ppo_random_openvla.yaml", "--run_dir", str(run_dir),
         "--model_type", "openvla_oft", "--model_path", base, "--lora_path", adapter,
         "--lora_scope", "llm", "--gradient_checkpointing", "--chunk_size", "4", "--num_iterations", "1",
         "--num_envs", "4", "--num_steps", "16", "--max_episode_steps", "8", "--num_minibatches", "2",

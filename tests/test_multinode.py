@@ -71,7 +71,7 @@ def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path):
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable",
         "DEEPSPEED_TIMEOUT": str(TIMEOUT_MINUTES),
     }  # fmt: skip
-    script = ["train_ppo.py", "--config", "yaml/quickstart_ppo_openvla.yaml", "--run_dir", str(run_dir)]
+    script = ["train_ppo.py", "--config", "tests/ppo_random_openvla.yaml", "--run_dir", str(run_dir)]
     script += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     launchers, logs = [], [tmp_path / f"node{number}.log" for number in range(2)]
     for number, (name, log) in enumerate(zip(nodes, logs)):

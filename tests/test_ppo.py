@@ -9,7 +9,7 @@ from conftest import split_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_ppo import compute_gae, ppo_loss
+from train_ppo import compute_gae, has_future, ppo_loss
 from vla.policy import Evaluation, PolicyInputs
 from vla.regularization import fan_kl
 from vla.rollout_buffer import MicroBatch
@@ -74,6 +74,13 @@ def test_gae_equals_brute_force(T, N, C, auto_reset, gamma, lam, seed):
         )
         assert torch.allclose(advantages[:, n], expected, atol=1e-9)
     assert torch.allclose(returns, torch.where(valid, advantages + values, 0.0))
+
+
+def test_which_ended_episodes_have_a_future():
+    """One success, one cut episode, one that goes on."""
+    terminations, truncations = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    for bootstrap, expected in (("truncation", [0, 1, 0]), ("always", [1, 1, 0]), ("never", [0, 0, 0])):
+        assert has_future(terminations, truncations, bootstrap).tolist() == expected, bootstrap
 
 
 def test_gae_by_hand():
