@@ -121,7 +121,8 @@ def grid(folder: Path, stages: list[int], all_ranks: list[int]) -> None:
 def kills(folder: Path, rounds: int, seed: int) -> None:
     """Each round starts or resumes the run, and kills something at a random time from its start to its tenth iteration.
 
-    A killed env worker ends nothing: its rank starts another, and the round ends with the next victim.
+    A killed env worker ends nothing, once all envs are made: its rank starts another, and the round ends with the next
+    victim.
     """
     choose = random.Random(seed)
     mark, run_dir, log = uuid.uuid4().hex, folder / "run", folder / "log"
@@ -140,8 +141,11 @@ def kills(folder: Path, rounds: int, seed: int) -> None:
         while True:
             alive = processes(mark)
             kind = choose.choice([kind for kind in ("launcher", "helper", "rank", "worker") if alive[kind]] or ["none"])
-            if kind == "none":
-                raise SystemExit(f"the run ended by itself, see {log}")
+            if kind == "none":  # an env worker that dies while the envs are made ends the run
+                print("       -      after the worker:", end="  ")
+                if launcher.wait() == 0:
+                    raise SystemExit(f"the run ended by itself with 0, see {log}")
+                break
             how = choose.choice([signal.SIGKILL, signal.SIGTERM]) if kind != "worker" else signal.SIGKILL
             os.kill(choose.choice(alive[kind]), how)
             killed += 1
