@@ -34,16 +34,16 @@ def nodes():
         pytest.skip("needs the command ip (iproute2)")
     names = [f"solovla{uuid.uuid4().hex[:6]}" for _ in ADDRESSES]
     try:
-        for name in names:
-            try:
+        try:
+            for name in names:
                 ip("netns", "add", name)
-            except subprocess.CalledProcessError as refused:
-                pytest.skip(f"this machine lets nobody make network namespaces: {refused.stderr.strip()}")
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for name, address in zip(names, ADDRESSES):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+            ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+            for name, address in zip(names, ADDRESSES):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+                ip("-n", name, "link", "set", "cable", "up")
+        except subprocess.CalledProcessError as refused:
+            pytest.skip(f"this machine lets nobody connect network namespaces: {refused.stderr.strip()}")
         yield names
     finally:
         for name in names:
