@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -30,7 +29,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import free_port
-from vla.logger import describe_run, read_lines
+from vla.logger import cpu_name, describe_run, read_lines
 from vla.stages import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,11 +331,9 @@ def table(rows: list[Row], not_done: dict[str, str]) -> list[str]:
 # ---------------------------------------------------------------------- the file
 def machine() -> dict:
     """What it was measured on."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*:\s*(.*)$", info, re.M)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return {
-        "cpu": model.group(1) if model else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1),
         "load_before": os.getloadavg()[0],
     }  # fmt: skip

@@ -25,7 +25,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vla.logger import read_lines, wilson_interval  # noqa: E402
+from vla.logger import read_lines  # noqa: E402
+from vla.settings import FAMILY  # noqa: E402
 
 RESULTS = ROOT / "results"
 RANKS = 2
@@ -61,7 +62,7 @@ def execute(command: list[str]) -> None:
 # ---------------------------------------------------------------------- run
 def evaluated(checkpoint: str, flags: dict, output: Path) -> dict[str, dict]:
     """Success of a policy on the held-out episodes, by temperature."""
-    setting = f"{flags['env_id'].removeprefix('PutOnPlateInScene25')}:{flags['obj_set']}"
+    setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
     command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", setting]
     command += ["--num_episodes", str(NUM_EPISODES), "--temperature", *map(str, TEMPERATURES), "--film_failures", "0"]
     command += ["--no-ignore_terminations", "--output", str(output), "--image_size", *map(str, flags["image_size"])]
@@ -80,6 +81,7 @@ def evaluated(checkpoint: str, flags: dict, output: Path) -> dict[str, dict]:
 
 def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
     """Runs what is not kept yet, or all of it; an older run goes when the new one is whole."""
+    begun_with: dict[str, dict] = {}  # what the seeds of a curve begin with is evaluated once
     for name, curve in curves().items():
         for seed in curve["seeds"]:
             kept = RESULTS / name / f"seed_{seed}"
@@ -90,8 +92,10 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
                 execute([*command_of(curve, seed), "--run_dir", str(run_dir)])
                 flags = json.loads((run_dir / "args.json").read_text())
                 new.mkdir()
-                for moment, checkpoint in (("before", flags["model_path"]), ("after", str(run_dir))):
-                    success = evaluated(checkpoint, flags, Path(temporary) / moment)
+                if name not in begun_with:
+                    begun_with[name] = evaluated(flags["model_path"], flags, Path(temporary) / "before")
+                after = evaluated(str(run_dir), flags, Path(temporary) / "after")
+                for moment, success in (("before", begun_with[name]), ("after", after)):
                     (new / f"{moment}.json").write_text(json.dumps(success) + "\n")
                 for file in ("metrics.jsonl", "evaluations.jsonl", "args.json", "run_from_iteration_000000.json"):
                     shutil.copy(run_dir / file, new / file)
@@ -111,14 +115,15 @@ def read_run(folder: Path) -> dict:
         "steps": [line["global_step"] for line in evaluations],
         "minutes": [minutes[line["iteration"]] for line in evaluations],
         "success": [line["eval/success_once"] for line in evaluations],
+        "description": json.loads((folder / "run_from_iteration_000000.json").read_text()),
         **{moment: json.loads((folder / f"{moment}.json").read_text()) for moment in ("before", "after")},
     }
 
 
-def all_runs() -> dict[str, dict[int, dict]]:
+def all_runs(specs: dict[str, dict]) -> dict[str, dict[int, dict]]:
     """Curve -> seed -> read_run(); what has not been run is left out."""
     found = {}
-    for name in curves():
+    for name in specs:
         folders = sorted((RESULTS / name).glob("seed_*"))
         if folders:
             found[name] = {int(folder.name.removeprefix("seed_")): read_run(folder) for folder in folders}
@@ -130,34 +135,37 @@ def rate(success: dict) -> str:
     return f"{success['success_once']:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def tables(runs: dict[str, dict[int, dict]]) -> list[str]:
-    """Lines of Markdown."""
+def tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
+    """Lines of Markdown. Seeds share their episodes, so what they have together is a mean and a range."""
     lines = [
-        "| curve | seed | env steps | minutes | before, T = 1 | after, T = 1 | before, greedy | after, greedy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| curve | seed | commit | env steps | minutes | T = 1, before | after | greedy, before | after |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in runs.items():
+        title = specs[name]["title"]
         for seed, of in seeds.items():
-            cells = [curves()[name]["title"], seed, f"{of['steps'][-1]:,}", f"{of['minutes'][-1]:.1f}"]
+            commit = of["description"]["commit"][:7] + " and changes" * of["description"]["uncommitted_changes"]
+            cells = [title, seed, commit, f"{of['steps'][-1]:,}", f"{of['minutes'][-1]:.1f}"]
             cells += [rate(of[moment][str(t)]) for t in TEMPERATURES for moment in ("before", "after")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-        gains = [of["after"]["1.0"]["success_once"] - of["before"]["1.0"]["success_once"] for of in seeds.values()]
-        pooled = [sum(of[moment]["1.0"]["success_once"] for of in seeds.values()) for moment in ("before", "after")]
-        count = len(seeds) * NUM_EPISODES
-        cells = [f"{total / len(seeds):.3f}" for total in pooled]
-        low, high = wilson_interval(pooled[1] / len(seeds), count)
+        ends = [[of[moment]["1.0"]["success_once"] for moment in ("before", "after")] for of in seeds.values()]
+        before, after = (sum(column) / len(ends) for column in zip(*ends))
+        gains, last = [end - start for start, end in ends], [end for _, end in ends]
         lines.append(
-            f"| **{curves()[name]['title']}** | all {len(seeds)} | | | {cells[0]} | **{cells[1]}** [{low:.2f}, "
-            f"{high:.2f}], gain {min(gains):+.3f} to {max(gains):+.3f} | | |"
+            f"| **{title}** | all {len(seeds)} | | | | {before:.3f} | **{after:.3f}** ({min(last):.3f} to "
+            f"{max(last):.3f}), gain {min(gains):+.3f} to {max(gains):+.3f} | | |"
         )
-    lines += ["", "```bash"]
+    devices = {
+        (of["description"]["device"], of["description"]["num_ranks"]) for s in runs.values() for of in s.values()
+    }
+    lines += ["", *(f"{ranks} ranks on {device}." for device, ranks in sorted(devices)), "", "```bash"]
     lines += [
-        f"{' '.join(command_of(curves()[name], min(seeds)))}    # seeds {list(seeds)}" for name, seeds in runs.items()
+        f"{' '.join(command_of(specs[name], min(seeds)))}    # seeds {list(seeds)}" for name, seeds in runs.items()
     ]
     return [*lines, "```"]
 
 
-def figure(runs: dict[str, dict[int, dict]], path: Path) -> None:
+def figure(runs: dict[str, dict[int, dict]], specs: dict[str, dict], path: Path) -> None:
     """Mean over seeds and the band from the lowest to the highest, against env steps and against minutes."""
     matplotlib.use("Agg")
     drawing, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
@@ -166,9 +174,7 @@ def figure(runs: dict[str, dict[int, dict]], path: Path) -> None:
         columns = [[run["success"][k] for run in of] for k in range(points)]
         for axis, by in zip(axes, ("steps", "minutes")):
             x = [sum(run[by][k] for run in of) / len(of) for k in range(points)]
-            (line,) = axis.plot(
-                x, [sum(c) / len(c) for c in columns], label=f"{curves()[name]['title']}, {len(of)} seeds"
-            )
+            (line,) = axis.plot(x, [sum(c) / len(c) for c in columns], label=f"{specs[name]['title']}, {len(of)} seeds")
             axis.fill_between(
                 x, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
             )
@@ -184,13 +190,14 @@ def figure(runs: dict[str, dict[int, dict]], path: Path) -> None:
 
 def draw() -> None:
     """Replace the drawn part of RESULTS.md; what people wrote around it stays."""
-    runs = all_runs()
+    specs = curves()
+    runs = all_runs(specs)
     if not runs:
         raise SystemExit("error: results/ holds no run yet: python benchmarks/learning.py run")
-    figure(runs, ROOT / "docs" / "learning.png")
+    figure(runs, specs, ROOT / "docs" / "learning.png")
     page = ROOT / "RESULTS.md"
     head, _, rest = page.read_text().partition(BEGIN)
-    drawn = "\n".join([BEGIN, "", *tables(runs), "", END])
+    drawn = "\n".join([BEGIN, "", *tables(runs, specs), "", END])
     page.write_text(head + drawn + rest.partition(END)[2])
     print(f"{page} and docs/learning.png: {sum(map(len, runs.values()))} runs of {len(runs)} curves")
 

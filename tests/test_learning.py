@@ -16,6 +16,8 @@ def keep_run(folder: Path, before: float, after: float) -> None:
     ends = [(0, 0, before), (2, 5000, after)]
     lines = [{"iteration": i, "global_step": step, "eval/success_once": rate} for i, step, rate in ends]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    description = {"commit": "abcdef0123", "uncommitted_changes": False, "device": "a CPU", "num_ranks": 2}
+    (folder / "run_from_iteration_000000.json").write_text(json.dumps(description))
     for moment, rate in (("before", before), ("after", after)):
         success = {"success_once": rate, "wilson_95": [rate - 0.06, rate + 0.06], "episodes": 256}
         (folder / f"{moment}.json").write_text(json.dumps({"1.0": success, "0.0": success}))
@@ -39,8 +41,8 @@ def test_the_page_is_drawn_from_what_is_kept(place):
     learning.draw()
     page = (place / "RESULTS.md").read_text()
     assert page.startswith("written above\n") and page.endswith("written below\n") and "old" not in page
-    assert "| PPO | 1 | 5,000 | 1.0 | 0.250 [0.19, 0.31] | 0.850 [0.79, 0.91] |" in page
-    assert "| 0.250 | **0.800** [0.76, 0.83], gain +0.500 to +0.600 |" in page
+    assert "| PPO | 1 | abcdef0 | 5,000 | 1.0 | 0.250 [0.19, 0.31] | 0.850 [0.79, 0.91] |" in page
+    assert "| 0.250 | **0.800** (0.750 to 0.850), gain +0.500 to +0.600 |" in page and "2 ranks on a CPU." in page
     assert "--config c.yaml --num_iterations 2 --seed 0    # seeds [0, 1]" in page
     assert (place / "docs" / "learning.png").stat().st_size > 5000
     learning.draw()

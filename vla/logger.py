@@ -32,7 +32,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_sk
 
 
 def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
-    """Resolved flags, derived sizes, versions, commit, machine."""
+    """Resolved flags, derived sizes, versions, commit, machine.
+
+    What a run writes into the repository itself is no uncommitted change: results/, and a cloning run's policies.
+    """
 
     def git(*command: str) -> str:
         root = Path(__file__).resolve().parent.parent
@@ -42,6 +45,7 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
             return ""
         return run.stdout.strip() if run.returncode == 0 else ""
 
+    written = ("results", "checkpoints") if "export_dir" in flags else ("results",)
     return {
         "command": " ".join(sys.argv),
         "args": flags,
@@ -49,14 +53,22 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
         "seed": flags["seed"],
         "num_ranks": num_ranks,
         "commit": git("rev-parse", "HEAD") or "not a git checkout",
-        # `make warmup` writes two policies, one after the other
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", ".", ":(exclude)checkpoints")),
+        "uncommitted_changes": bool(
+            git("status", "--porcelain", "--", ".", *(f":(exclude){name}" for name in written))
+        ),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
+
+
+def cpu_name() -> str:
+    """The processor's model where Linux says it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 class TensorBoard:
