@@ -43,8 +43,10 @@ STALE_SECONDS = 600  # a lock this old was left by a compiler that was killed
 CPU_RANK_BYTES = 66 * MIB  # DeepSpeed's all-reduce buffer of one CPU rank (0.19.8, ops/csrc/cpu/comm/shm.cpp)
 LITTLE_DISK, ENOUGH_DISK = 1 * GIB, 20 * GIB
 RENDER_ONE_FRAME = """
+import sys
 import sapien
-scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device("cpu"))])
+device = sapien.Device(sys.argv[1])  # cpu or cuda:0
+scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(device)])
 scene.set_ambient_light([0.5, 0.5, 0.5])
 box = scene.create_actor_builder()
 box.add_box_visual(half_size=[0.1, 0.1, 0.1])
@@ -79,6 +81,7 @@ print("sum", int(all_reduce_sum(torch.tensor(rank() + 1.0))), torch.distributed.
 torch.distributed.destroy_process_group()
 """
 SETUP = "run `make setup`"
+VULKAN = "install NVIDIA's Vulkan driver (libnvidia-gl; in a container NVIDIA_DRIVER_CAPABILITIES=all)"
 MESA = "run `make setup` as root (Debian 12: apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1)"
 
 
@@ -223,15 +226,28 @@ def check_ops() -> Finding:
 
 # ---------------------------------------------------------------------- what works
 def check_renderer() -> Finding:
-    """Render one frame in a subprocess with a time limit: a broken driver may raise, abort or hang."""
-    command = [sys.executable, "-c", RENDER_ONE_FRAME]
+    """One frame by the GPU, where there is one, else by the CPU: what `--render_backend auto` does."""
+    on_gpu = render_one_frame("cuda:0") if torch_facts()["gpus"] else "there is none"
+    if on_gpu is None:
+        return ok("SAPIEN rendered a frame on the GPU")
+    on_cpu = render_one_frame("cpu")
+    if on_cpu:
+        return mend(on_cpu, MESA)
+    if torch_facts()["gpus"]:
+        return note(f"SAPIEN renders on the CPU, which is slow, and on the GPU {on_gpu}", VULKAN)
+    return ok("SAPIEN rendered a frame")
+
+
+def render_one_frame(device: str) -> str | None:
+    """In a subprocess with a time limit: a broken driver may raise, abort or hang. None, or what went wrong."""
+    command = [sys.executable, "-c", RENDER_ONE_FRAME, device]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=RENDER_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return mend(f"SAPIEN's renderer gave no frame within {RENDER_SECONDS} s", MESA)
+        return f"SAPIEN's renderer gave no frame within {RENDER_SECONDS} s"
     if run.returncode == 0:
-        return ok("SAPIEN rendered a frame")
-    return mend(f"SAPIEN finds no Vulkan device that it accepts ({last_line(run.stderr, run.returncode)})", MESA)
+        return None
+    return f"SAPIEN finds no Vulkan device that it accepts ({last_line(run.stderr, run.returncode)})"
 
 
 def last_line(output: str, returncode: int) -> str:

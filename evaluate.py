@@ -105,6 +105,8 @@ class Args:
     sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
     # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
+    # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
+    render_backend: Literal["cpu", "cuda", "auto"] = "auto"
     max_episode_steps: int = 80  # an episode is cut after this many actions
     ignore_terminations: bool = True  # do not end an episode on success
 
@@ -387,6 +389,7 @@ def main(args: Args) -> None:
             envs = make_envs(
                 one.env_id, local_num_envs, obj_set=one.obj_set,
                 num_env_workers=min(args.num_env_workers, local_num_envs), worker_timeout=args.worker_timeout,
+                render_backend=args.render_backend,
                 **own_world,
             )  # fmt: skip
         with envs:

@@ -87,6 +87,8 @@ class Args:
     sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
     # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
+    # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
+    render_backend: Literal["cpu", "cuda", "auto"] = "auto"
     max_episode_steps: int = 80  # an episode is cut after this many actions
     num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
     # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends

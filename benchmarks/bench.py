@@ -344,16 +344,19 @@ def machine_name(host: dict, accelerator: str = "") -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {host['cores']} cores".lower()).strip("-")
 
 
-def write_results(folder: Path, name: str, content: dict, lines: list[str]) -> list[Path]:
-    """<date>_<name>.json and .md; never over another one."""
+def new_files(folder: Path, name: str) -> list[Path]:
+    """<date>_<name>.json and .md, which are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     stem, number = f"{time.strftime('%Y-%m-%d')}_{name}", 1
     while (folder / f"{stem}.json").exists():
         number += 1
         stem = f"{time.strftime('%Y-%m-%d')}_{name}_{number}"
-    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
     return [folder / f"{stem}.json", folder / f"{stem}.md"]
+
+
+def write_results(files: list[Path], content: dict, lines: list[str]) -> None:
+    files[0].write_text(json.dumps(content, indent=1) + "\n")
+    files[1].write_text("\n".join(lines) + "\n")
 
 
 def header(description: dict, host: dict) -> list[str]:
@@ -366,7 +369,7 @@ def header(description: dict, host: dict) -> list[str]:
         f"- versions: {versions}",
         f"- command: {description['command']}, started {description['started']}",
     ]
-    if host["load_before"] > 0.5:
+    if host["load_before"] > host["cores"] / 4:
         lines.append(f"- the machine was not idle when it began (load {host['load_before']:.1f}): do not quote this")
     return lines
 
@@ -385,8 +388,9 @@ def main(flags: argparse.Namespace) -> int:
         "rows": [row._asdict() for row in rows],
     }  # fmt: skip
     print("\n".join(lines))
-    written = write_results(flags.output, flags.machine or machine_name(host), content, lines)
-    print("written: " + " ".join(map(str, written)))
+    files = new_files(flags.output, flags.machine or machine_name(host))
+    write_results(files, content, lines)
+    print("written: " + " ".join(map(str, files)))
     return 1 if not_done else 0
 
 

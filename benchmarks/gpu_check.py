@@ -22,10 +22,12 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,7 +62,11 @@ def run(words: list[str], seconds: float, accelerator: str = "cuda") -> str:
 def itself(part: str, flags: argparse.Namespace, seconds: float, *words: str) -> dict:
     """A part that is computed below, in a process of its own."""
     command = ["benchmarks/gpu_check.py", "--part", part, "--preset", flags.preset, *words]
-    return json.loads(re.search(r"^RESULT (.*)$", run(command, seconds), re.M).group(1))
+    return result_of(run(command, seconds))
+
+
+def result_of(printed: str) -> dict:
+    return json.loads(re.search(r"^RESULT (.*)$", printed, re.M).group(1))
 
 
 # ---------------------------------------------------------------------- parts, seen from here
@@ -78,12 +84,14 @@ def graphs(flags: argparse.Namespace, seconds: float) -> Found:
 
 
 def offload(flags: argparse.Namespace, seconds: float) -> Found:
-    """tests/engine_program.py, on one rank."""
+    """tests/engine_program.py, on one rank; a process each, since cuBLAS keeps 64 MiB from its first call on."""
     measured, rows = [], []
     for settings in OFFLOAD:
         scenarios = [["losses", {**settings, "offload": how}] for how in ("none", "stage")]
-        printed = run(["tests/engine_program.py", json.dumps(scenarios)], seconds / len(OFFLOAD))
-        kept, moved = (json.loads(line) for line in re.findall(r"^RESULT (.*)$", printed, re.M))
+        kept, moved = (
+            result_of(run(["tests/engine_program.py", json.dumps([scenario])], seconds / len(OFFLOAD) / 2))
+            for scenario in scenarios
+        )
         setting = ", ".join(f"{name} {value}" for name, value in settings.items())
         if kept["losses"] != moved["losses"]:
             raise RuntimeError(f"{setting}: --offload stage changes losses, {kept['losses']} and {moved['losses']}")
@@ -104,9 +112,14 @@ def offload(flags: argparse.Namespace, seconds: float) -> Found:
 def model(model_type: str) -> Callable[[argparse.Namespace, float], Found]:
     def measured_model(flags: argparse.Namespace, seconds: float) -> Found:
         words = ["--preset", flags.preset, "--model_type", model_type, "--device", "cuda", "--dtype", "bfloat16"]
-        words += ["--batch", str(flags.batch), "--repeats", "3", "--update", "--gradient_checkpointing"]
-        one = json.loads(run(["benchmarks/model.py", *words], seconds).splitlines()[-1])
-        return model_entries(one, flags.preset, model_type), model_rows(one, f"{flags.preset}, {model_type}")
+        words += ["--batch", str(flags.batch), "--repeats", "3", "--update"]
+        one = json.loads(run(["benchmarks/model.py", *words, "--gradient_checkpointing"], seconds / 2).splitlines()[-1])
+        entries, rows = model_entries(one, flags.preset, model_type), model_rows(one, f"{flags.preset}, {model_type}")
+        if model_type == "openvla":  # where memory allows it; the other model's forward is the same
+            kept = json.loads(run(["benchmarks/model.py", *words, "--repeats", "1"], seconds / 2).splitlines()[-1])
+            entries.append({"part": "update, activations kept", "ranks": 1, "printed": kept})
+            rows += update_rows(kept, f"{flags.preset}, {model_type}, activations kept")
+        return entries, rows
 
     return measured_model
 
@@ -127,12 +140,18 @@ def model_entries(one: dict, preset: str, model_type: str) -> list[dict]:
 
 def model_rows(one: dict, setting: str) -> list[Row]:
     acting, eager, plain = (one[f"{name}_actions_per_s"] for name in ("act", "act_without_graphs", "plain"))
-    updating, share = one["update_samples_per_s"], one["share_of_matrix_peak"]
     return [
         Row("act", setting, acting, "actions/s"),
         Row("act, memory", setting, one["act_peak_gib"], "GiB"),
         Row("act without graphs", setting, eager, "actions/s", "act", eager / acting),
         Row("act, one sample at a time", setting, plain, "actions/s", "act", plain / acting),
+        *update_rows(one, setting),
+    ]
+
+
+def update_rows(one: dict, setting: str) -> list[Row]:
+    updating, share = one["update_samples_per_s"], one["share_of_matrix_peak"]
+    return [
         Row("LoRA update", setting, updating, "decisions/s", "matrix peak", share),
         Row("LoRA update, memory", setting, one["update_peak_gib"], "GiB"),
     ]
@@ -161,14 +180,22 @@ def quickstart(flags: argparse.Namespace, seconds: float) -> Found:
 
 
 def render(flags: argparse.Namespace, seconds: float) -> Found:
-    one = itself("render", flags, seconds)
+    """Two processes: SAPIEN draws on one device per process."""
     setting = "640 x 480, physics on the CPU, 500 Hz"
-    whole = one["physics_s"] + one["task_s"] + one["picture_s"]
-    rows = [
-        Row("env step, rendered on the card", setting, 1 / whole, "env steps/s"),
-        Row("render on the card", setting, 1 / one["picture_s"], "env steps/s", "env step", one["picture_s"] / whole),
-        Row("picture against the CPU's", setting, one["difference"], "of 255, mean"),
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / f"{device}.npy") for device in ("card", "cpu")]
+        one = itself("render", flags, seconds / 2, "--pictures", files[0])
+        whole = one["physics_s"] + one["task_s"] + one["picture_s"]
+        share = one["picture_s"] / whole
+        rows = [
+            Row("env step, rendered on the card", setting, 1 / whole, "env steps/s"),
+            Row("render on the card", setting, 1 / one["picture_s"], "env steps/s", "env step", share),
+        ]
+        if one["has_lavapipe"]:  # else SAPIEN's "cpu" is the card too
+            itself("render", flags, seconds / 2, "--pictures", files[1], "--render_backend", "sapien_cpu")
+            ours, theirs = (np.load(file).astype(float) for file in files)
+            one["difference"] = float(abs(ours - theirs).mean())
+            rows.append(Row("picture against the CPU's", setting, one["difference"], "of 255, mean"))
     return [one], rows
 
 
@@ -237,14 +264,16 @@ def planned_gib(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def part_render(flags: argparse.Namespace) -> dict:
-    """One env, expert actions: pictures by the card, and by the CPU in the same states."""
+    """One env, expert actions; some of its pictures go to a file."""
+    import sapien
+
     from benchmarks.env import expert_actions
     from benchmarks.parts import Stopwatch, instrumented
     from envs import num_start_states, variants
     from envs.put_on_plate import build
 
-    total, watch, differences = num_start_states(MAIN, "train"), Stopwatch(), []
-    env, other = build(MAIN, render_backend=flags.render_backend), build(MAIN)
+    total, watch, pictures = num_start_states(MAIN, "train"), Stopwatch(), []
+    env = build(MAIN, render_backend=flags.render_backend)
     device = str(env.backend.render_device)
     if flags.render_backend != "sapien_cpu" and "cuda" not in device.lower():
         raise RuntimeError(f"SAPIEN fell back to the render device {device}: no Vulkan driver for the card")
@@ -252,23 +281,22 @@ def part_render(flags: argparse.Namespace) -> dict:
         start = variants.decode(MAIN, "train", train_episode_id(total, 0, number, 0))
         env.start_episode(start)
         actions = expert_actions(env)[: ENV_STEPS // 2]
-        other.start_episode(start)
         env.start_episode(start)
         for step, action in enumerate(actions):
             with instrumented(watch):
                 env.advance(action)
                 picture = env.render_image()
-            other.advance(action)
             if step % 8 == 0:
-                difference = picture.astype(float) - other.render_image().astype(float)
-                differences.append(float(abs(difference).mean()))
+                pictures.append(picture.copy())
+    np.save(flags.pictures, np.stack(pictures))
     steps = watch.calls["advance"]
     physics = watch.per("physics", steps)
     return {
         "part": "env", "ranks": 1, "env_id": MAIN, "image_size": [640, 480], "sim_freq": 500, "asset_pack": "builtin",
         "max_episode_steps": 80, "render": flags.render_backend, "device": device, "physics_s": physics,
         "task_s": watch.per("advance", steps) - physics, "picture_s": watch.per("picture", watch.calls["picture"]),
-        "reset_s": 0.0, "resets_per_step": 0.0, "steps": steps, "difference": sum(differences) / len(differences),
+        "reset_s": 0.0, "resets_per_step": 0.0, "steps": steps,
+        "has_lavapipe": "llvmpipe" in sapien.render.get_device_summary(),
     }  # fmt: skip
 
 
@@ -308,24 +336,25 @@ def main(flags: argparse.Namespace) -> int:
         return 2
     host, name = bench.machine(), torch.cuda.get_device_name()
     description = describe_run(vars(flags) | {"seed": 0, "output": str(flags.output)}, {}, num_ranks=1)
+    files = bench.new_files(flags.output, flags.machine or bench.machine_name(host, name))
     measured, rows, not_done = [], [], {}
     for part in [part for part in PARTS if part in (flags.only or PARTS)]:
         check, seconds = PARTS[part]
         print(f"{part} ...", file=sys.stderr, flush=True)
         try:
             found, more = check(flags, seconds)
+            measured, rows = measured + [{"job": part, **one} for one in found], rows + more
         except Exception as failure:  # whatever goes wrong in one part, the others go on
             not_done[part] = f"{type(failure).__name__}: {failure}".replace("|", "/").replace("\n", " ")[:300]
-            continue
-        measured, rows = measured + [{"job": part, **one} for one in found], rows + more
-    lines = [*bench.header(description, host), "", *bench.table(rows, not_done)]
-    content = {
-        "kind": "gpu_check", "description": description, "machine": host | {"card": name}, "measured": measured,
-        "not_done": not_done, "rows": [row._asdict() for row in rows],
-    }  # fmt: skip
+        lines = [*bench.header(description, host), "", *bench.table(rows, not_done)]
+        content = {
+            "kind": "gpu_check", "description": description, "machine": host | {"card": name}, "measured": measured,
+            "not_done": not_done, "rows": [row._asdict() for row in rows],
+        }  # fmt: skip
+        # after every part: a run that is cut off keeps what it has
+        bench.write_results(files, content, lines)
     print("\n".join(lines))
-    written = bench.write_results(flags.output, flags.machine or bench.machine_name(host, name), content, lines)
-    print("written: " + " ".join(map(str, written)))
+    print("written: " + " ".join(map(str, files)))
     return 1 if not_done else 0
 
 
@@ -340,6 +369,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", choices=ALONE, help=argparse.SUPPRESS)
     parser.add_argument("--offload", default="none", help=argparse.SUPPRESS)
     parser.add_argument("--render_backend", default="sapien_cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--pictures", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -44,6 +44,7 @@ def make_envs(
     pipeline_stages: int = 1,
     worker_timeout: float = 300.0,
     sim_backend: str = "physx_cpu",
+    render_backend: str = "auto",
     auto_reset: bool = False,
     ignore_terminations: bool = False,
     protocol: str = "rl4vla",
@@ -74,6 +75,8 @@ def make_envs(
             GPU, physics and pictures, repeatable only in its start states (`envs/batched.py`), for the family alone;
             "auto": the second where there is a CUDA device and nothing speaks against it.
         auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
+        render_backend: who draws what physx_cpu simulates: "cpu" (Mesa's lavapipe), "cuda" (this process's GPU), or
+            "auto": the GPU where SAPIEN can draw on it. Both repeat; their pictures differ by rounding.
         ignore_terminations: success does not end an episode.
         protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789; "rlinf": as RLinf where it
             differs, for comparison with its table (the list is in `envs/put_on_plate.py`).
@@ -82,9 +85,11 @@ def make_envs(
     """
     from envs import group, vector
 
+    simulator = group.resolve_backend(sim_backend, env_id, pipeline_stages)
+    drawn_by = group.resolve_render_backend(render_backend, simulator)
     spec = group.EnvSpec(
         env_id, num_envs, obj_set, asset_pack, asset_dir, tuple(image_size), sim_freq, max_episode_steps, auto_reset,
         ignore_terminations, protocol, seed, first_env, instruction,
-        group.resolve_backend(sim_backend, env_id, pipeline_stages),
+        simulator, drawn_by,
     )  # fmt: skip
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)

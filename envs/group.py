@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ REPLAY_KEYS = (
     "instruction", "sim_backend",
 )  # fmt: skip
 SIM_BACKENDS = ("physx_cpu", "physx_cuda", "auto")
+RENDER_BACKENDS = ("cpu", "cuda", "auto")
 EPISODE_METRICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
 
 
@@ -42,6 +44,7 @@ class EnvSpec:
     first_env: int
     instruction: str | None = None
     sim_backend: str = "physx_cpu"  # or "physx_cuda"
+    render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: who draws what physx_cpu simulates
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -117,6 +120,34 @@ def resolve_backend(sim_backend: str, env_id: str, pipeline_stages: int) -> str:
         return sim_backend
     able = torch.cuda.is_available() and episodes.in_family(env_id) and pipeline_stages == 1
     return "physx_cuda" if able else "physx_cpu"
+
+
+def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> str:
+    """cpu, or this process's CUDA device as "cuda:0"; "auto" is the second where SAPIEN can draw on it. A batch on the
+    GPU has no choice: `batched_group.open_batch` draws it there."""
+    if render_backend not in RENDER_BACKENDS:
+        raise ValueError(f"unknown render_backend {render_backend!r}: use one of {', '.join(RENDER_BACKENDS)}.")
+    if sim_backend == "physx_cuda" or render_backend == "cpu":
+        return "cpu"
+    if render_backend == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "render_backend='cuda' needs a CUDA device, and torch sees none here: use render_backend='cpu', or run "
+            "`python doctor.py`."
+        )
+    import sapien
+
+    device = f"cuda:{torch.cuda.current_device()}"
+    try:
+        sapien.render.RenderSystem(sapien.Device(device))
+    except RuntimeError as error:
+        reason = f"SAPIEN can not draw on {device} ({error}): the machine lacks NVIDIA's Vulkan driver or hides it"
+        if render_backend == "cuda":
+            raise ValueError(f"render_backend='cuda': {reason}; run `python doctor.py`.") from error
+        warnings.warn(f"pictures are drawn by the CPU, which is slow: {reason}.", RuntimeWarning, stacklevel=3)
+        return "cpu"
+    return device
 
 
 @dataclass(frozen=True)
@@ -288,7 +319,7 @@ def _build_env(spec: EnvSpec):
     import sapien
 
     try:
-        sapien.render.RenderSystem(sapien.Device("cpu"))
+        sapien.render.RenderSystem(sapien.Device(spec.render_backend))
     except RuntimeError as error:
         raise RuntimeError(
             f"no Vulkan device can render here ({error}); to see what is missing, run `python doctor.py`"
@@ -296,7 +327,7 @@ def _build_env(spec: EnvSpec):
     if not episodes.in_family(spec.env_id):
         import envs.maniskill_task as maniskill_task
 
-        return maniskill_task.ManiSkillTask(spec.env_id, spec.instruction, spec.image_size)
+        return maniskill_task.ManiSkillTask(spec.env_id, spec.instruction, spec.image_size, spec.render_backend)
     import envs.put_on_plate as put_on_plate
 
     return put_on_plate.build(
@@ -307,4 +338,5 @@ def _build_env(spec: EnvSpec):
         image_size=spec.image_size,
         sim_freq=spec.sim_freq,
         protocol=spec.protocol,
+        render_backend=spec.render_backend,
     )

@@ -36,11 +36,11 @@ CONTROL_MODE = "pd_ee_delta_pose"
 
 
 class ManiSkillTask:
-    """One env of one scene, simulated and rendered on the CPU, one episode at a time."""
+    """One env of one scene, simulated on the CPU, one episode at a time."""
 
-    def __init__(self, env_id: str, instruction: str, image_size: tuple[int, int]):
+    def __init__(self, env_id: str, instruction: str, image_size: tuple[int, int], render_backend: str = "cpu"):
         self.env_id, self.instruction, self.image_size = env_id, instruction, image_size
-        self.env = _make(env_id, image_size)
+        self.env = _make(env_id, image_size, render_backend)
         self.episode_id: int | None = None
         self.success = False
         self._check()
@@ -124,7 +124,7 @@ class ManiSkillTask:
         self.env.close()
 
 
-def _make(env_id: str, image_size: tuple[int, int]) -> BaseEnv:
+def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> BaseEnv:
     """The env without wrappers, or one sentence that names what is missing."""
     module, _, name = env_id.rpartition(":")
     if module:
@@ -148,7 +148,7 @@ def _make(env_id: str, image_size: tuple[int, int]) -> BaseEnv:
                 control_mode=CONTROL_MODE,
                 sensor_configs={"width": width, "height": height},
                 sim_backend="physx_cpu",
-                render_backend="cpu",
+                render_backend=render_backend,
             )
     except (
         AssertionError,

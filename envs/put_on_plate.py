@@ -620,5 +620,5 @@ def make_registered(env_id: str, **kwargs) -> PutOnPlateInScene:
 
 
 def build(env_id: str, **kwargs) -> PutOnPlateInScene:
-    """One env without wrappers, simulated and rendered on the CPU (GPU rendering: pass another render_backend)."""
+    """One env without wrappers, simulated on the CPU, and rendered there unless another render_backend is passed."""
     return gym.make(env_id, sim_backend="physx_cpu", **({"render_backend": "cpu"} | kwargs)).unwrapped

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import envs as world
-from envs import variants
+from envs import group, variants
 from envs.expert import Expert
 from envs.group import EnvGroup, EnvSpec
 
@@ -764,6 +764,23 @@ def test_a_row_that_blows_up_is_dropped(explicit):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_who_draws(monkeypatch):
+    """Without a GPU the CPU does; with one that SAPIEN can not draw on too, unless it was asked for by name."""
+    with pytest.raises(ValueError, match="unknown render_backend 'gpu': use one of cpu, cuda, auto"):
+        world.make_envs(MAIN, 1, render_backend="gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert group.resolve_render_backend("auto") == "cpu"
+    with pytest.raises(ValueError, match=r"needs a CUDA device.*render_backend='cpu'"):
+        world.make_envs(MAIN, 1, render_backend="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # a device that is not there
+    with pytest.warns(RuntimeWarning, match="drawn by the CPU, which is slow: SAPIEN can not draw on cuda:3"):
+        assert group.resolve_render_backend("auto") == "cpu"
+    with pytest.raises(ValueError, match=r"render_backend='cuda': SAPIEN can not draw on cuda:3.*doctor.py"):
+        group.resolve_render_backend("cuda")
+    assert group.resolve_render_backend("cpu") == "cpu"
+
+
 def test_what_can_not_run_is_said(monkeypatch):
     with pytest.raises(ValueError, match="unknown sim_backend 'cuda': use one of physx_cpu, physx_cuda, auto"):
         world.make_envs(MAIN, 1, sim_backend="cuda")
@@ -798,7 +815,7 @@ def test_vector_env_over_a_batch(monkeypatch):
     actions = np.random.RandomState(0).randn(4, 1, 3, 7).astype(np.float32) * [0.02, 0.02, 0.02, 0.1, 0.1, 0.1, 1]
     with (
         world.make_envs(MAIN, 1, sim_backend="physx_cuda", **common) as batch,
-        world.make_envs(MAIN, 1, **common) as one,
+        world.make_envs(MAIN, 1, render_backend="cpu", **common) as one,
     ):
         torch.testing.assert_close(batch.reset()["image"], one.reset()["image"], atol=1, rtol=0)
         for t, chunk in enumerate(actions):

@@ -134,6 +134,15 @@ def test_renderer_that_aborts(monkeypatch):
     assert "no frame within 1 s" in doctor.check_renderer().found
 
 
+def test_renderer_on_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(doctor, "torch_facts", lambda: {"gpus": [["H100", 0]]})
+    monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import sys")
+    assert doctor.check_renderer() == doctor.ok("SAPIEN rendered a frame on the GPU")
+    monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import sys; assert sys.argv[1] == 'cpu'")
+    row = doctor.check_renderer()
+    assert row.state == "note" and "renders on the CPU, which is slow" in row.found and "Vulkan" in row.remedy
+
+
 @pytest.mark.parametrize(
     "free, total, state, remedy",
     [(64, 64, "MEND", "--shm-size"), (100, 8000, "MEND", "delete"), (200, 200, "ok", ""), (8000, 8000, "ok", "")],

@@ -171,7 +171,8 @@ def test_offload_and_uneven_forwards_change_nothing(two_ranks):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"dtype": "bfloat16"}, BF16_LORA])
 def test_on_a_gpu_offload_frees_what_it_moves_and_changes_no_loss(settings):
-    kept, moved = on_ranks(1, [("losses", {**settings, "offload": how}) for how in ("none", "stage")], "cuda")
+    # a process each: what cuBLAS takes at its first call, 64 MiB, would hide the difference
+    kept, moved = (on_ranks(1, [("losses", {**settings, "offload": how})], "cuda")[0] for how in ("none", "stage"))
     assert kept["losses"] == moved["losses"]
     freed = kept["memory"]["memory/rollout_resident_gib"] - moved["memory"]["memory/rollout_resident_gib"]
     assert freed >= 0.99 * moved["movable_gib"] > 0

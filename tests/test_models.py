@@ -469,3 +469,21 @@ def test_openvla_7b_key_by_key():
 def test_act_is_faster_than_a_plain_loop():
     result = benchmark("--preset", "fixture", "--repeats", "3", "--update", "--lora_scope", "llm")
     assert result["speedup"] >= 1.5 and result["update_samples_per_s"] > 0
+
+
+# ---------------------------------------------------------------------- layers with fewer passes over memory
+@pytest.mark.parametrize("alpha", [4, 6])  # scaled by 1, and by 1.5
+def test_fused_layers_compute_what_the_libraries_compute(alpha):
+    from peft.tuners.lora import Linear
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    policy = load_policy("openvla-tiny", "openvla", lora_rank=4, lora_alpha=alpha)
+    layers = {type(module).__name__: module for module in policy.model.modules()}
+    generator = torch.Generator().manual_seed(0)
+    for name, theirs in (("FusedRMSNorm", LlamaRMSNorm), ("LoraLinear", Linear)):
+        layer = layers[name]
+        for parameter in layer.parameters():
+            parameter.data.normal_(generator=generator)
+        x = torch.randn(3, 5, layers[name].weight.shape[-1], generator=generator)
+        torch.testing.assert_close(layer(x), theirs.forward(layer, x), rtol=1e-5, atol=1e-5)
+    assert not {"LlamaRMSNorm", "Linear"} & {type(m).__name__ for m in policy.model.modules() if hasattr(m, "lora_A")}

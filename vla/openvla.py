@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vla.fused import use_fused_layers
 from vla.graphs import GraphedCall, GraphStore, can_capture
 from vla.vision import TowerSpec, VisionBackbone, dinov2_spec, siglip_spec
 
@@ -123,6 +124,7 @@ class OpenVLA(nn.Module):
         text_config = {k: v for k, v in config["text_config"].items() if k not in not_sizes}
         self.vision_backbone = VisionBackbone(dinov2, siglip)
         self.language_model = LlamaForCausalLM(LlamaConfig(**text_config, attn_implementation="sdpa"))
+        use_fused_layers(self.language_model)
         self.hidden_size = self.language_model.config.hidden_size
         self.projector = Projector(dinov2.embed_dim + siglip.embed_dim, self.hidden_size)
         self.cuda_graphs = True  # record what generate() repeats, where that is possible

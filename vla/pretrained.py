@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 
 from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
+from vla.fused import use_fused_layers
 from vla.openvla import OpenVLA
 from vla.openvla_oft import OpenVLAOFT
 from vla.policy import PROMPT, VLAPolicy
@@ -598,7 +599,9 @@ def inject(model: OpenVLA, adapter_config: dict) -> OpenVLA:
         bias="none",
         **{key: adapter_config[key] for key in optional if adapter_config.get(key)},
     )
-    return inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model)
+    use_fused_layers(model)
+    return model
 
 
 def load_adapter(model: OpenVLA, folder: Path) -> None:
