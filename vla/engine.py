@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from vla.distributed import UserError, all_reduce_max
@@ -134,6 +135,8 @@ def build_engine(
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+    # ZeRO-3 gathers and frees a block at a time instead of its layers one by one, three each where there is an adapter
+    set_z3_leaf_modules(policy, ["LlamaDecoderLayer", "Block"], raise_if_not_found=False)
     return deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
 
 
