@@ -244,6 +244,8 @@ def build_model(model_type: str, config: dict, chunk_size: int, stop_token: bool
             return OpenVLA(config)
         return OpenVLAOFT(config, chunk_size * ACTION_DIM, stop_token)
 
+    # cuDNN's attention gives other bits from one call to the next (H100, torch 2.11); the other kernels take as long
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not on_meta:
         return build()
     with init_empty_weights(include_buffers=False):
