@@ -33,7 +33,7 @@ from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed
 from vla.evaluation import evaluate
 from vla.export import check_export_dir, export_policy
 from vla.logger import Averages, Logger, describe_run, due
-from vla.policy import PolicyInputs, VLAPolicy
+from vla.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
@@ -93,7 +93,9 @@ class Args:
 
     # ---- algorithm
     batch_size: int = 32  # decisions per optimizer step, over all ranks
-    label_sigma: float = 0.0  # a target token is spread over its neighbours by a Gaussian of so many bins; 0 = not
+    # a target token is spread over its neighbours by a Gaussian of so many bins, and openvla is told that it wrote one
+    # of them: told the exact one, it reads the gripper off it and fails on tokens of its own; 0 = neither
+    label_sigma: float = 0.0
     image_aug: bool = True  # random crops and colours
     learning_rate: float = 5e-4  # of the policy
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to 0 at the end
@@ -114,6 +116,7 @@ class CloneBatch(NamedTuple):
 
     inputs: PolicyInputs  # [B, ...]
     tokens: torch.Tensor  # int64 [B, C, D]: the labels as tokens
+    written: torch.Tensor  # int64 [B, C, D]: what the model is told it wrote before each token
     labels: torch.Tensor  # fp32 [B, C, D]: the labels, normalised to [-1, 1]
     weights: torch.Tensor  # [B, C]: 0 past the end of an episode
 
@@ -198,9 +201,11 @@ def check_sizes(
 
 
 def read_batch(
-    demos: Demos, policy: VLAPolicy, index: torch.Tensor, draws: torch.Tensor | None, device: torch.device
-) -> CloneBatch:
-    """Samples [B] from the file; draws [B, 6] augment their pictures, None leaves them."""
+    demos: Demos, policy: VLAPolicy, index: torch.Tensor, draws: torch.Tensor | None, device: torch.device,
+    label_sigma: float = 0.0, noise: torch.Tensor | None = None,
+) -> CloneBatch:  # fmt: skip
+    """Samples [B] from the file; draws [B, 6] augment their pictures, None leaves them. noise: uniform [B, C, D], which
+    decides what is written where label_sigma spreads the targets."""
     obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
     inputs = policy.preprocess(obs | {"task_description": [demos.instructions[i] for i in index]})
     if draws is not None:
@@ -208,7 +213,12 @@ def read_batch(
     labels, valid = (torch.from_numpy(part) for part in demos.chunks(index, policy.chunk_size))
     labels = policy.action_tokens.normalize(labels)
     tokens = policy.action_tokens.encode(labels)
-    return CloneBatch(inputs.to(device), *(part.to(device) for part in (tokens, labels.float(), valid.float())))
+    written = tokens
+    if label_sigma:
+        spread = policy.action_tokens.soft_targets(tokens, label_sigma).log()
+        written = sample_bins(spread, noise, greedy=False) + policy.action_tokens.first_id
+    parts = (tokens, written, labels.float(), valid.float())
+    return CloneBatch(inputs.to(device), *(part.to(device) for part in parts))
 
 
 def main(args: Args) -> None:
@@ -271,12 +281,17 @@ def main(args: Args) -> None:
                 rate = learning_rate_at(update, **schedule)
                 engine.optimizer.param_groups[0]["lr"] = rate
                 index = batch_indices(update, len(demos), args.batch_size, args.seed)
-                draws = augmentation.draw(args.batch_size, torch.Generator().manual_seed(args.seed + 7919 * update))
+                generator = torch.Generator().manual_seed(args.seed + 7919 * update)
+                draws = augmentation.draw(args.batch_size, generator)
+                noise = uniform_noise(args.batch_size, args.chunk_size, generator)
                 total = float(demos.chunks(index, args.chunk_size)[1].sum()) / world_size()
-                parts = list(zip(index[mine].split(args.micro_batch_size), draws[mine].split(args.micro_batch_size)))
-                for number, (part, part_draws) in enumerate(parts, 1):
-                    batch = read_batch(demos, policy, part, part_draws if args.image_aug else None, device)
-                    losses, predicted = engine(batch.inputs, tokens=batch.tokens, label_sigma=args.label_sigma)
+                parts = list(zip(*(whole[mine].split(args.micro_batch_size) for whole in (index, draws, noise))))
+                for number, (part, part_draws, part_noise) in enumerate(parts, 1):
+                    part_draws = part_draws if args.image_aug else None
+                    batch = read_batch(demos, policy, part, part_draws, device, args.label_sigma, part_noise)
+                    losses, predicted = engine(
+                        batch.inputs, tokens=batch.tokens, written=batch.written, label_sigma=args.label_sigma
+                    )  # fmt: skip
                     decoded = policy.action_tokens.decode(predicted).float().to(device)
                     loss, metrics = clone_loss(losses, predicted, batch, decoded, total)
                     guard.see(backward(engine, loss, last=number == len(parts)), batch, loss)

@@ -22,6 +22,7 @@ from envs.demonstrations import Demos, Recipe
 from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
 from vla import augmentation
 from vla.distributed import UserError
+from vla.policy import PolicyInputs, uniform_noise
 from vla.pretrained import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,25 @@ def test_hard_targets_are_the_models_own_cross_entropy(demos, model_type, chunk_
     assert torch.equal(predicted.flatten(), logits[..., ids].argmax(-1).flatten() + ids.start)
 
 
+@pytest.mark.parametrize("model_type, chunk_size", [("openvla", 1), ("openvla_oft", 4)])
+def test_openvla_reads_tokens_drawn_from_its_targets(demos, model_type, chunk_size):
+    """Spread as the targets are, for the model that reads them; the targets themselves stay exact."""
+    policy = policy_for(demos, model_type, chunk_size)
+    index, device = torch.arange(6).repeat(200), torch.device("cpu")
+    noise = uniform_noise(len(index), chunk_size, torch.Generator().manual_seed(0))
+    exact = train_sft.read_batch(Demos(demos), policy, index, None, device)
+    batch = train_sft.read_batch(Demos(demos), policy, index, None, device, label_sigma=3.0, noise=noise)
+    assert torch.equal(exact.written, exact.tokens) and torch.equal(batch.tokens, exact.tokens)
+    bins = exact.tokens - policy.action_tokens.first_id
+    inner = (bins > 15) & (bins < 240)  # where the Gaussian is whole
+    moved = (batch.written - batch.tokens)[inner].double()
+    assert inner.sum() > 1000 and abs(moved.mean()) < 0.3 and 2.7 < moved.std() < 3.3
+    few = [PolicyInputs(*(None if field is None else field[:6] for field in batch.inputs)), batch.tokens[:6], 3.0]
+    losses, told = policy.clone(*few)[0], policy.clone(*few, batch.written[:6])[0]
+    assert torch.equal(losses[..., 0], told[..., 0])  # nothing was written before the first one
+    assert torch.equal(losses, told) == (model_type == "openvla_oft")
+
+
 def test_clone_loss_by_hand():
     """Two decisions of two actions, the last one past its episode's end: three actions count."""
     losses = torch.tensor([[1.0, 2.0], [3.0, 99.0]])[..., None].expand(2, 2, 7)
@@ -104,7 +124,7 @@ def test_clone_loss_by_hand():
     predicted = tokens.clone()
     predicted[0, 0, 0] = 1  # one token of 21 is wrong
     weights = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    batch = CloneBatch(None, tokens, torch.zeros(2, 2, 7), weights)
+    batch = CloneBatch(None, tokens, tokens, torch.zeros(2, 2, 7), weights)
     loss, metrics = clone_loss(losses, predicted, batch, 0.5 * (predicted != 0).float(), 3.0)
     assert loss.item() == pytest.approx(2.0) and metrics["train/loss"].item() == pytest.approx(2.0)
     assert metrics["train/token_accuracy"].item() == pytest.approx(20 / 21)

@@ -213,14 +213,21 @@ class VLAPolicy(nn.Module):
         return self(self.preprocess(obs).to(self.device))
 
     def clone(
-        self, obs: dict | PolicyInputs, tokens: torch.Tensor, label_sigma: float = 0.0
+        self,
+        obs: dict | PolicyInputs,
+        tokens: torch.Tensor,
+        label_sigma: float = 0.0,
+        written: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Behaviour cloning of given tokens: cross entropy fp32 and the likeliest tokens int64, [N, C, D] each.
 
         Over the whole vocabulary, as OpenVLA is trained, so that code which samples from all of it writes actions too.
-        label_sigma: bins over which a target is spread (ActionTokens.soft_targets).
+        label_sigma: bins over which a target is spread (ActionTokens.soft_targets). written: int64 [N, C, D], what the
+        model is told it wrote before each token; None: the targets.
         """
-        return self(self.preprocess(obs).to(self.device), tokens=tokens.to(self.device), label_sigma=label_sigma)
+        inputs, targets = self.preprocess(obs).to(self.device), tokens.to(self.device)
+        told = targets if written is None else written.to(self.device)
+        return self(inputs, tokens=targets, label_sigma=label_sigma, written=told)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
@@ -234,16 +241,19 @@ class VLAPolicy(nn.Module):
         noise: torch.Tensor | None = None,
         fan_sigma: float | None = None,
         label_sigma: float | None = None,
+        written: torch.Tensor | None = None,
     ):
         """The one entry: with tokens it evaluates (Evaluation), with noise it acts, with neither it returns values.
 
-        fan_sigma: also compute fan_kl, with a Gaussian this wide. label_sigma: clone the tokens instead (clone()).
+        fan_sigma: also compute fan_kl, with a Gaussian this wide. label_sigma, written: clone the tokens instead
+        (clone()).
         """
         if noise is not None:
             return self._generate(inputs, temperature, noise)
         if tokens is None:
             return self._values(self.model(*inputs)[1])
-        logits, hidden = self.model(*inputs, tokens=tokens.flatten(1))  # [B, C * D, V], [B, H]
+        told = tokens if written is None else written
+        logits, hidden = self.model(*inputs, tokens=told.flatten(1))  # [B, C * D, V], [B, H]
         if label_sigma is not None:
             return self._cloning_losses(logits.view(*tokens.shape, -1), tokens, label_sigma)
         logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
