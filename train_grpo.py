@@ -30,7 +30,7 @@ from envs.video import VideoWriter
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_flags, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, setup_distributed, world_size
-from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed_config, zero_stage
+from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
 from vla.policy import Evaluation, VLAPolicy, uniform_noise
@@ -125,6 +125,8 @@ class Args:
     num_minibatches: int = 32  # optimizer steps per pass
     target_kl: float | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
     learning_rate: float = 1e-5  # of the policy
+    # of the learning rate; linear and cosine fall to 0 at the end
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
 
@@ -389,6 +391,8 @@ def main(args: Args) -> None:
         epochs = []
         # ranks have drawn unequally much noise by now, so minibatches are dealt from a generator of their own
         dealing = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        decay = decay_at(args.schedule, iteration / sizes.num_iterations)
+        engine.optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         with logger.timer("update"), update_stage(hand_over):
             for _ in range(args.update_epochs if num_decisive else 0):  # no signal: not even weight decay
                 averages = Averages()

@@ -29,7 +29,7 @@ from envs.video import VideoWriter
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_flags, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, normalize, rank, run_main, setup_distributed, world_size
-from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed_config, zero_stage
+from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
 from vla.policy import Evaluation, uniform_noise
@@ -125,6 +125,8 @@ class Args:
     critic_warmup_iterations: int = 0  # iterations in which only the critic learns, at the start
     target_kl: float | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
     learning_rate: float = 1e-4  # of the policy
+    # of the learning rate; linear and cosine fall to 0 at the end
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     value_learning_rate: float = 3e-3  # of the critic; constant
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm
@@ -363,7 +365,8 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
         warming_up = iteration < args.critic_warmup_iterations
-        engine.optimizer.param_groups[0]["lr"] = 0.0 if warming_up else args.learning_rate
+        decay = decay_at(args.schedule, iteration / sizes.num_iterations)
+        engine.optimizer.param_groups[0]["lr"] = 0.0 if warming_up else args.learning_rate * decay
         epochs = []
         with logger.timer("update"), update_stage(hand_over):
             for _ in range(args.update_epochs):

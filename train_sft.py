@@ -12,7 +12,6 @@ on any number of ranks.
     B decisions in a micro batch   C = chunk_size actions per decision   D = 7 tokens per action
 """
 
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from vla import augmentation
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_at_least, parse_args, pick
 from vla.distributed import UserError, checked, rank, run_main, setup_distributed, world_size
-from vla.engine import DTYPES, StepGuard, backward, build_engine, read_deepspeed_config, zero_stage
+from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.export import check_export_dir, export_policy
 from vla.logger import Averages, Logger, describe_run, due
@@ -98,7 +97,8 @@ class Args:
     label_sigma: float = 0.0
     image_aug: bool = True  # random crops and colours
     learning_rate: float = 5e-4  # of the policy
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine falls to 0 at the end
+    # of the learning rate; linear and cosine fall to 0 at the end
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_updates: int = 0  # over so many updates the learning rate rises to learning_rate
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 10.0  # gradients are scaled down to this norm
@@ -124,13 +124,10 @@ class CloneBatch(NamedTuple):
 def learning_rate_at(
     update: int, *, num_updates: int, learning_rate: float, schedule: str, warmup_updates: int
 ) -> float:
-    """The rate of update 0 .. num_updates - 1: rises linearly, then stays or falls along half a cosine."""
+    """The rate of update 0 .. num_updates - 1: rises linearly, then follows the schedule."""
     if update < warmup_updates:
         return learning_rate * (update + 1) / (warmup_updates + 1)
-    if schedule == "constant":
-        return learning_rate
-    progress = (update - warmup_updates) / max(num_updates - warmup_updates, 1)
-    return learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return learning_rate * decay_at(schedule, (update - warmup_updates) / max(num_updates - warmup_updates, 1))
 
 
 @lru_cache(maxsize=1)  # asked for once per update

@@ -22,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,15 +51,19 @@ PUBLISHED_ENV = {
     "num_steps": 48, "max_episode_steps": 12, "num_minibatches": 1,
 }  # fmt: skip
 ONE_MINIBATCH = {"num_minibatches": 1}
+TWO_WORKERS = {"num_env_workers": 2}
+SHORTER = {"num_steps": 32, "num_iterations": 3}
 STEPS = ("rollout", "act", "update", "engine")
 
 
 class Job(NamedTuple):
-    """One process group. what: parts that it measures; empty: it runs the script."""
+    """One process group. what: parts that it measures; empty: it runs the script. apart: the policy on one core, env
+    workers on the other."""
 
     ranks: int
     what: tuple[str, ...]
     flags: dict
+    apart: bool = False
 
 
 # by importance: the last ones are left out where time runs out
@@ -67,24 +73,30 @@ JOBS = {
     "parts_2_ranks": Job(2, ("limits", *STEPS), {"num_steps": 88, **ONE_MINIBATCH}),
     "quickstart": Job(2, (), {"num_iterations": 3}),
     "published_env": Job(1, ("env",), PUBLISHED_ENV),
+    "100m": Job(1, ("model",), {"preset": "100m", "batch": 4, "repeats": 2}),
     "1_rank": Job(1, (), SHORT),
     "2_ranks": Job(2, (), SHORT),
     "1_worker": Job(1, (), SHORT | {"num_env_workers": 1}),
-    "2_workers": Job(1, (), SHORT | {"num_env_workers": 2}),
-    "pipeline": Job(1, (), SHORT | {"num_env_workers": 2, "pipeline_stages": 2}),
+    "apart": Job(1, (), SHORT | TWO_WORKERS, apart=True),
+    "apart_pipeline": Job(1, (), SHORT | TWO_WORKERS | {"pipeline_stages": 2}, apart=True),
     "parts_chunk_8": Job(1, STEPS, {"num_steps": 88, **ONE_MINIBATCH, **CHUNK_8}),
     "chunk_8": Job(1, (), SHORT | CHUNK_8),
     "parts_chunk_1": Job(1, STEPS, {"num_steps": 44, **ONE_MINIBATCH, **CHUNK_1}),
     "chunk_1": Job(1, (), SHORT | CHUNK_1),
+    "chunk_1_apart": Job(1, (), SHORTER | CHUNK_1 | TWO_WORKERS, apart=True),
+    "chunk_1_apart_pipeline": Job(1, (), SHORTER | CHUNK_1 | TWO_WORKERS | {"pipeline_stages": 2}, apart=True),
 }
 # a row of the table: setting, job, the job that it is compared with
 SCALING = (
     ("ranks 2 against 1", "2_ranks", "1_rank"),
     ("num_env_workers 1 against 0", "1_worker", "1_rank"),
-    ("num_env_workers 2 against 0", "2_workers", "1_rank"),
-    ("pipeline_stages 2 against 1, 2 workers", "pipeline", "2_workers"),
     ("chunk_size 4 against 1 (openvla)", "1_rank", "chunk_1"),
     ("chunk_size 8 against 4", "chunk_8", "1_rank"),
+)
+# the same for rollouts alone: what the stages overlap in
+ROLLOUT_SCALING = (
+    ("pipeline_stages 2 against 1, a core each, chunk 4", "apart_pipeline", "apart"),
+    ("pipeline_stages 2 against 1, a core each, chunk 1", "chunk_1_apart_pipeline", "chunk_1_apart"),
 )
 
 
@@ -150,22 +162,59 @@ def measure_parts(ranks: int, what: tuple[str, ...], flags: dict, seconds: float
     return json.loads(re.search(r"^PARTS (.*)$", printed, re.M).group(1))
 
 
-def measure_iterations(ranks: int, flags: dict, seconds: float, accelerator: str = "cpu") -> dict:
+@contextlib.contextmanager
+def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
+    """While the block runs, processes that Python's multiprocessing starts are moved to the second core. Yields the
+    words to put before a command that is to begin on the first."""
+    cores, over = sorted(os.sched_getaffinity(0)), threading.Event()
+    if not wanted:
+        yield []
+        return
+    if len(cores) < 2:
+        raise RuntimeError("there is one core only: workers and policy can not have one each")
+
+    def move() -> None:
+        while not over.wait(0.2):
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it may be gone, or another user's
+                    if b"multiprocessing.spawn" in (process / "cmdline").read_bytes():
+                        os.sched_setaffinity(int(process.name), {cores[1]})
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        yield ["taskset", "-c", str(cores[0])]
+    finally:
+        over.set()
+        mover.join()
+
+
+def measure_iterations(
+    ranks: int, flags: dict, seconds: float, accelerator: str = "cpu", apart: bool = False
+) -> dict:  # fmt: skip
     """The script through the launcher, in a temporary run folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
+    with tempfile.TemporaryDirectory() as folder, workers_on_a_core_of_their_own(apart) as before:
+        command = [*before, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
         command += ["--master_port", free_port(), "train_ppo.py", "--config", CONFIG]
         command += to_words(CLOCKED | flags | {"run_dir": f"{folder}/run"})
         run_group([command], [environment_of(accelerator)], seconds)
         used = json.loads((Path(folder) / "run" / "args.json").read_text())
         lines = read_lines(Path(folder) / "run" / "metrics.jsonl")
-    entry = {"part": "iteration", "ranks": ranks, "iterations": len(lines) - 1, "flags": used}
+    part = "iteration on cores of their own" if apart else "iteration"  # plan.py knows of no such bound
+    entry = {"part": part, "ranks": ranks, "iterations": len(lines) - 1, "flags": used}
     evaluated = [line["time/iteration"] - line["time/eval"] for line in lines[1:]]
     entry |= {
         f"{name}_s": statistics.median(line[f"time/{name}"] for line in lines[1:]) for name in ("rollout", "update")
     }
     steps = [after["global_step"] - before["global_step"] for before, after in itertools.pairwise(lines)]
     return entry | {"iteration_s": statistics.median(evaluated), "env_steps": statistics.median(steps)}
+
+
+def measure_model(flags: dict, seconds: float) -> dict:
+    """What benchmarks/model.py says of one process with one thread: acting, and a LoRA update in fp32."""
+    command = [sys.executable, "benchmarks/model.py", "--update", *to_words(flags)]
+    printed = run_group([command], [environment_of()], seconds)
+    return {"part": "model", "ranks": 1, **json.loads(printed.splitlines()[-1])}
 
 
 def measure(names: list[str], minutes: float, say) -> tuple[list[dict], dict[str, str]]:
@@ -177,10 +226,12 @@ def measure(names: list[str], minutes: float, say) -> tuple[list[dict], dict[str
         try:
             if left < 10:
                 raise RuntimeError(f"the {minutes:g} minutes were over")
-            if job.what:
+            if job.what == ("model",):
+                found = [measure_model(job.flags, left)]
+            elif job.what:
                 found = measure_parts(job.ranks, job.what, job.flags, left)
             else:
-                found = [measure_iterations(job.ranks, job.flags, left)]
+                found = [measure_iterations(job.ranks, job.flags, left, apart=job.apart)]
             measured += [{"job": name, **one} for one in found]
         except RuntimeError as failure:
             not_done[name] = str(failure)
@@ -270,6 +321,9 @@ def model_rows(measured: list[dict]) -> list[Row]:
             bare = pick_entry(measured, "update", job=one["job"])
             share = bare["seconds"] / one["seconds"] if bare else None
             rows.append(Row(f"update, ZeRO-{one['zero_stage']}", setting, rate, "decisions/s", "bare update", share))
+    for one in (entry for entry in measured if entry["part"] == "model"):
+        setting, rate = f"{one['model_type']}, {one['preset']}, one thread", one["update_samples_per_s"]
+        rows.append(Row("LoRA update", setting, rate, "decisions/s", "matrix peak", one["share_of_matrix_peak"]))
     return rows
 
 
@@ -298,9 +352,12 @@ def iteration_rows(measured: list[dict]) -> list[Row]:
         share = sum(parts.values()) / one["iteration_s"] if parts else None
         limit = "env + act + update" if parts else ""
         rows.append(Row("iteration", setting, rates[one["job"]], "env steps/s", limit, share))
-    for setting, job, base in SCALING:
-        if job in rates and base in rates:
-            rows.append(Row("scaling", setting, rates[job] / rates[base], "times"))
+    apart = [one for one in measured if one["part"] == "iteration on cores of their own"]
+    rollouts = {one["job"]: one["env_steps"] / one["rollout_s"] for one in apart}
+    for what, pairs, rate in (("scaling", SCALING, rates), ("rollout scaling", ROLLOUT_SCALING, rollouts)):
+        for setting, job, base in pairs:
+            if job in rate and base in rate:
+                rows.append(Row(what, setting, rate[job] / rate[base], "times"))
     return rows
 
 

@@ -251,26 +251,30 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
 
 
 def update_flops(policy: VLAPolicy, inputs: PolicyInputs) -> float:
-    """Multiplications and additions of one LoRA update, without attention, adapters (2 %) and recomputation.
+    """Multiplications and additions of one LoRA update, without recomputation.
 
-    Two per weight and position forward, two more backward for gradients of activations; frozen weights get none of
-    their own. Where features are cached (towers and projector frozen) the towers are not run and the projector has no
-    backward.
+    Per position two per weight forward, two more backward for gradients of activations, and two for an adapter's own:
+    frozen weights get none. Attention: four per pair of positions and channel forward, twice that backward (arXiv
+    2104.04473, appendix). Where features are cached (towers and projector frozen) the towers are not run and the
+    projector has no backward. Without attention it is what torch's FlopCounterMode counts at the 100m preset.
     """
 
-    def weights(module: torch.nn.Module) -> int:
-        return sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
+    def linear(module: torch.nn.Module) -> float:
+        return sum((6.0 if "lora_" in name else 4.0) * p.numel() for name, p in module.named_parameters())
+
+    def block(blocks: torch.nn.Module, width: int, num: int) -> float:
+        return linear(blocks) * num + 12.0 * len(blocks) * width * num**2
 
     model, (num_patches, _) = policy.model, policy.feature_shape()
     num_tokens = policy.chunk_size * ACTION_DIM
     prompt = inputs.prompt_mask if inputs.prompt_mask.is_cpu else torch.ones_like(inputs.prompt_mask)
     num_positions = num_patches + int(prompt.sum(1).max()) + num_tokens - (policy.chunk_size == 1)
-    per_sample = 4.0 * weights(model.language_model.model.layers) * num_positions
-    per_sample += 4.0 * weights(model.language_model.lm_head) * num_tokens
-    per_sample += (2.0 if policy.caches_features else 4.0) * weights(model.projector) * num_patches
+    per_sample = block(model.language_model.model.layers, model.hidden_size, num_positions)
+    per_sample += linear(model.language_model.lm_head) * num_tokens
+    per_sample += (0.5 if policy.caches_features else 1.0) * linear(model.projector) * num_patches
     if not policy.caches_features:
         for tower in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer):
-            per_sample += 4.0 * weights(tower.blocks[:-1]) * (num_patches + tower.num_prefix_tokens)
+            per_sample += block(tower.blocks[:-1], tower.embed_dim, num_patches + tower.num_prefix_tokens)
     return per_sample * len(inputs.images)
 
 

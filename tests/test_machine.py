@@ -159,6 +159,15 @@ def test_zero_stage_ranks_and_micro_batch_change_nothing(four_iterations, tmp_pa
         assert ours["rollout/rewards"] == pytest.approx(theirs["rollout/rewards"], abs=1e-9)
 
 
+def test_a_linear_schedule_falls_towards_zero(four_iterations, tmp_path):
+    train("--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--schedule", "linear")
+    ours, constant = metrics(tmp_path / "run"), metrics(four_iterations)
+    rate = constant[0]["train/actor/lr"]
+    assert [line["train/actor/lr"] for line in ours] == [rate, rate / 2]
+    assert [line["train/actor/lr"] for line in constant] == [rate] * 4
+    assert ours[0]["train/loss"] == constant[0]["train/loss"]  # the rollouts that follow differ
+
+
 def test_half_batches_change_nothing(four_iterations, tmp_path):
     train("--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--pipeline_stages", "2")
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(four_iterations)):

@@ -22,7 +22,7 @@ FLAG_OF_KEY = {
     "gradient_accumulation_steps": "--num_minibatches and --micro_batch_size",
     "gradient_clipping": "--max_grad_norm",
     "optimizer": "--learning_rate and --value_learning_rate",
-    "scheduler": "--learning_rate",
+    "scheduler": "--schedule",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Engine = deepspeed.DeepSpeedEngine
@@ -97,6 +97,12 @@ def zero_stage(config: dict) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def decay_at(schedule: str, progress: float) -> float:
+    """What the learning rate is multiplied by at this part of a run, 0 to 1."""
+    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return shapes[schedule]
+
+
 def build_engine(
     policy: nn.Module,
     config: dict,
@@ -107,8 +113,8 @@ def build_engine(
     max_grad_norm: float,
     value_learning_rate: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. No schedule: rates are
-    constant.
+    """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. Rates are the
+    scripts' to change between iterations.
 
     Gradients are summed over micro batches and averaged over ranks by DeepSpeed; the script says which micro batch is
     a minibatch's last (their number may differ from minibatch to minibatch).
