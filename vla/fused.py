@@ -15,7 +15,7 @@ class FusedRMSNorm(LlamaRMSNorm):
     """x / rms(x) * weight in one kernel; in bfloat16 the product is rounded once instead of twice."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
 
 
 class LoraLinear(Linear):
