@@ -5,6 +5,8 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 WANTED := $(shell sed -n 's/^\# ranks: *//p' $(PRESET))
 RANKS ?= $(shell if [ $(GPUS) -gt 0 ] && [ $(GPUS) -lt $(WANTED) ]; then echo $(GPUS); else echo $(WANTED); fi)
 ARGS ?=
+# the launcher's own port is one for the whole machine
+FREE_PORT := python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
 # on a machine with GPUs, DeepSpeed finds them by itself: make train DS_ACCELERATOR=cuda
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -18,13 +20,13 @@ setup: .venv/.ready
 	touch $@
 
 train: setup
-	deepspeed --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
+	deepspeed --master_port $$($(FREE_PORT)) --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
 
 # the tiny policies that the quickstarts start from, made anew: demonstrations, cloning, a card with each
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
 	for model in openvlaoft openvla; do \
-		deepspeed --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
+		deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
 	done
 
 # RESULTS.md from the runs that are kept in results/

@@ -171,6 +171,13 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
     return folder, flags
 
 
+def check_task(run_flags: dict, settings: list[Setting]) -> None:
+    """A policy of another task would get 0 % in the 16 settings without a word."""
+    trained_on = run_flags.get("env_id")
+    if trained_on and trained_on not in VARIANTS and all(one.env_id in VARIANTS for one in settings):
+        raise UserError(f"this policy was trained on {trained_on}: give --settings {trained_on}")
+
+
 def check_complete(folder: Path, flags: dict) -> None:
     """A part that was lost in copying costs tens of points of success without a word."""
     wanted = {"value_head.safetensors": "value_learning_rate" in flags}
@@ -342,7 +349,8 @@ def main(args: Args) -> None:
         if args.policy == "checkpoint":
             if args.checkpoint is None:
                 raise UserError("--checkpoint is missing: give a run folder, a checkpoint or a published model")
-            checkpoint = find_checkpoint(args.checkpoint)[0]
+            checkpoint, run_flags = find_checkpoint(args.checkpoint)
+            check_task(run_flags, settings)
             policy = load_policy(
                 str(checkpoint), args.model_type, unnorm_key=args.unnorm_key,
                 dtype=DTYPES[args.dtype], image_resize=args.image_resize, oft_stop_token=args.oft_stop_token,
@@ -373,6 +381,10 @@ def main(args: Args) -> None:
     done = sum(len(ids[name]) - len(log.missing(name, temperature, ids[name])) for name, temperature in cells)
     progress = Progress(len(cells) * args.num_episodes, done)
     print0(f"{about['name']}: {len(settings)} settings x {args.num_episodes} episodes -> {folder}")
+    print0(
+        f"{args.unnorm_key} statistics, {args.dtype}, {args.image_size[0]} x {args.image_size[1]} pixels, "
+        f"{args.sim_freq} Hz physics, {args.max_episode_steps} steps"
+    )
     local_num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
     first = next(iter(actors))  # the temperature that is filmed
     videos: dict[str, dict[Path, dict]] = {}

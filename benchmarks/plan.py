@@ -85,7 +85,7 @@ def read_results(paths: list[Path]) -> list[dict]:
         written = sorted(RESULTS.glob("*.json"))
         paths = [path for path in written if json.loads(path.read_text()).get("kind") == "bench"][-1:]
     if not paths:
-        raise UserError(f"there are no results in {RESULTS}: run `make bench`, or name a file of it with --results")
+        raise UserError(f"no results of `make bench` are in {RESULTS}: run it, or name a file of it with --results")
     found = []
     for path in paths:
         try:

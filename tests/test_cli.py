@@ -60,10 +60,10 @@ def test_missing_or_broken_config(tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--num_envs", "lots"], r"--num-envs: .*'lots'"),
-        (["--nun_envs", "4"], r"--nun_envs.*did you mean --num-envs\?"),
-        (["--logprob_level", "word"], r"'word'.*--logprob-level.*'token', 'action'"),
-        (["--image_size", "96"], r"--image-size"),
+        (["--num_envs", "lots"], r"--num_envs: .*'lots'"),
+        (["--nun_envs", "4"], r"--nun_envs.*did you mean --num_envs\?"),
+        (["--logprob_level", "word"], r"'word'.*--logprob_level.*'token', 'action'"),
+        (["--image_size", "96"], r"--image_size"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, sentence, tmp_path):
@@ -72,9 +72,14 @@ def test_wrong_flags_are_one_sentence(flags, sentence, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_preset_of_another_script_says_so():
+    with pytest.raises(UserError, match=r"unknown key 'group_size'; it is a flag of train_grpo\.py"):
+        parse("--config", "yaml/quickstart_grpo_openvlaoft.yaml")
+
+
 def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("num_envs: lots\n")
-    with pytest.raises(UserError, match=rf"{tmp_path}/a\.yaml: .*--num-envs: .*'lots'"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/a\.yaml: .*--num_envs: .*'lots'"):
         parse("--config", str(tmp_path / "a.yaml"))
 
 
@@ -131,6 +136,8 @@ def test_sizes_that_do_not_divide(change, sentence):
         (["--kl_coef", "0.1", "--lora_rank", "0"], "--kl_coef .* give --lora_rank"),
         (["--kl_coef", "0.1", "--lora_path", "x"], "--kl_coef .* --merge_lora"),
         (["--merge_lora"], "--merge_lora has no adapter"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0 must be at least 0"),
+        (["--gamma", "1.1"], "--gamma 1.1 must lie between 0 and 1"),
     ],
 )
 def test_flags_that_make_no_sense(flags, sentence):

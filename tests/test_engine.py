@@ -353,10 +353,11 @@ def flags(**changes: int) -> list[str]:
     ]
 
 
-def deepspeed(ranks: int, *more: str, **changes: int) -> subprocess.Popen:
+def deepspeed(ranks: int, *more: str, stderr=None, start_new_session: bool = False, **changes: int) -> subprocess.Popen:
     """`deepspeed --num_gpus RANKS train_ppo.py ...`, started."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
-    return subprocess.Popen([*launcher, "train_ppo.py", *flags(**changes), *more], cwd=ROOT)
+    command = [*launcher, "train_ppo.py", *flags(**changes), *more]
+    return subprocess.Popen(command, cwd=ROOT, stderr=stderr, start_new_session=start_new_session)
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -472,6 +473,23 @@ def test_ranks_end_when_their_launcher_is_terminated(tmp_path):
     wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     assert damage(checkpoint) is None and not (run_dir / "stop").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_run(tmp_path):
+    """As a terminal sends it: to launcher, helper and ranks at once."""
+    run_dir, said = tmp_path / "run", tmp_path / "said"
+    with said.open("w") as file:
+        launcher = deepspeed(
+            1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0, stderr=file, start_new_session=True
+        )
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.wait(timeout=120)
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert damage(checkpoint) is None and not (run_dir / "stop").exists()
+    assert "Ctrl-C: the run saves itself" in said.read_text() and "[rank0]" not in said.read_text()
 
 
 @pytest.mark.slow

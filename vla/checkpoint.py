@@ -63,7 +63,9 @@ def latest_checkpoint(run_dir: Path) -> Path:
         if wrong is None:
             return folder
         print0(f"WARNING: {folder} is damaged ({wrong}) and is passed over")
-    raise UserError(f"--resume {run_dir}: there is no complete checkpoint in {run_dir}/checkpoints; start a new run")
+    raise UserError(
+        f"--resume {run_dir}: no complete checkpoint was saved there; start in another folder, or remove this one"
+    )
 
 
 def check_writable(folder: Path) -> None:
@@ -99,9 +101,8 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
         return Path(resume), all_gather_lists([found])[0]
     folder = Path(all_gather_lists([run_dir or default])[0])  # rank 0's clock names it
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"--run_dir {folder} exists already: pass --resume {folder} to go on with it, or another --run_dir"
-        )
+        go_on = f"pass --resume {folder} to go on with it" if complete_checkpoints(folder) else "remove it"
+        raise UserError(f"--run_dir {folder} exists already: {go_on}, or give another --run_dir")
     check_writable(folder)
     return folder, None
 

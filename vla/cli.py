@@ -24,6 +24,7 @@ from vla.distributed import UserError
 from vla.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(args_class: type[ArgsType], argv: list[str], description: str) -> ArgsType:
@@ -50,7 +51,7 @@ def parse_flags(args_class: type[ArgsType], flags: list[str], description: str, 
     report = io.StringIO()
     try:
         with contextlib.redirect_stderr(report):
-            return tyro.cli(args_class, args=flags, description=description)
+            return tyro.cli(args_class, args=flags, description=description, use_underscores=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -106,12 +107,22 @@ def mapping_to_flags(mapping: dict, args_class: type, source: str) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see --help for all of them."
+            if other := script_that_knows(str(name)):
+                hint = f"it is a flag of {other}: is this preset meant for that script?"
             raise UserError(f"{source}: unknown key {name!r}; {hint}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
             flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return flags
+
+
+def script_that_knows(name: str) -> str | None:
+    """Which of the scripts has this flag, by its source: importing them all for one sentence would take seconds."""
+    for script in sorted(ROOT.glob("train_*.py")):
+        if f"\n    {name}: " in script.read_text():
+            return script.name
+    return None
 
 
 def pick(flags: Any, function: Callable, **replaced: Any) -> dict:
@@ -211,12 +222,22 @@ def check_flags(
     lora_rank: int,
     lora_path: str | None,
     merge_lora: bool,
+    learning_rate: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    value_learning_rate: float = 0.0,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
     group_size: int | None = None,
 ) -> None:
     """What flags must be, taken each for itself or two together. Raises UserError for the first that is not."""
     check_at_least(1, update_epochs=update_epochs, num_eval_episodes=num_eval_episodes, num_eval_envs=num_eval_envs)
     check_at_least(0, save_freq=save_freq, eval_freq=eval_freq, keep_checkpoints=keep_checkpoints, lora_rank=lora_rank)
-    check_at_least(0, eval_temperature=eval_temperature, kl_coef=kl_coef, fan_coef=fan_coef)
+    check_at_least(0, eval_temperature=eval_temperature, kl_coef=kl_coef, fan_coef=fan_coef, weight_decay=weight_decay)
+    check_at_least(0, learning_rate=learning_rate, value_learning_rate=value_learning_rate, max_grad_norm=max_grad_norm)
+    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= value <= 1:
+            raise UserError(f"--{name} {value} must lie between 0 and 1")
     if temperature <= 0:
         raise UserError(f"--temperature {temperature} must be above 0: without chance in its actions nothing is learnt")
     if fan_sigma <= 0:

@@ -49,6 +49,10 @@ def run_main(main: Callable, parse: Callable) -> None:
             sys.stderr.flush()
             os._exit(REQUEUE)
         raise
+    except KeyboardInterrupt:  # a terminal's Ctrl-C reaches every rank, launcher and helper at once
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -136,7 +140,16 @@ def setup_distributed(seed: int) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:  # the launchers set none: ranks would fight for the cores
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here)))
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} is taken, by another run perhaps: put --master_port {int(port) + 1} behind `deepspeed`, in "
+            "front of the script's name"
+        ) from error
     unlink_shared_memory()
     random.seed(seed)
     np.random.seed(seed % 2**32)

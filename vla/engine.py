@@ -26,6 +26,7 @@ FLAG_OF_KEY = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Engine = deepspeed.DeepSpeedEngine
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
@@ -37,13 +38,13 @@ def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
     Raises:
         UserError: a missing file, a key that is a flag, or settings that do not go together.
     """
-    if not Path(path).is_file():
-        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json")))
-        raise UserError(
-            f"--deepspeed_config {path} does not exist; there are {known or 'none (run from the repository root)'}"
-        )
+    # ours lie beside the scripts, wherever those are started from
+    file = Path(path) if Path(path).is_file() else ROOT / path
+    if not file.is_file():
+        known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "ds_configs").glob("*.json")))
+        raise UserError(f"--deepspeed_config {path} does not exist; there are {known}")
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -15,6 +15,7 @@ from vla.distributed import UserError, barrier, rank
 from vla.logger import read_lines, wilson_interval
 from vla.policy import VLAPolicy
 from vla.pretrained import save_policy
+from vla.settings import FAMILY
 
 
 def check_export_dir(folder: Path) -> None:
@@ -41,6 +42,23 @@ def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: 
     barrier()
 
 
+def evaluate_command(flags: dict, name: str) -> str:
+    """What success in the card was measured with, as evaluate.py takes it: such a folder does not know its world."""
+    setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
+    words = [
+        "python evaluate.py --checkpoint",
+        f"checkpoints/{name}",
+        "--settings",
+        setting,
+        "--no-ignore_terminations",
+    ]
+    words += ["--num_episodes", flags["num_eval_episodes"], "--temperature", flags["eval_temperature"]]
+    words += ["--image_size", *flags["image_size"]]
+    for flag in ("model_type", "unnorm_key", "dtype", "sim_freq", "max_episode_steps"):
+        words += [f"--{flag}", flags[flag]]
+    return " ".join(map(str, words))
+
+
 def card(run_dir: Path, name: str) -> str:
     """What the run folder says of itself, as Markdown."""
     description = json.loads(sorted(run_dir.glob("run_from_iteration_*.json"))[0].read_text())
@@ -63,6 +81,7 @@ def card(run_dir: Path, name: str) -> str:
         f"temperature {flags['eval_temperature']}, {flags['sim_freq']} Hz physics, "
         f"{flags['image_size'][0]} x {flags['image_size'][1]} pixels, {flags['max_episode_steps']} steps",
         "statistics": f"`--unnorm_key {flags['unnorm_key']}`",
+        "evaluate": f"`{evaluate_command(flags, name)}`",
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return f"# {name}\n\nCloned from scripted demonstrations; a start for PPO and GRPO.\n\n| | |\n|---|---|\n{rows}\n"

@@ -176,6 +176,8 @@ class Logger:
             tqdm.write(
                 f"{self.run_dir}: {description['num_ranks']} ranks on {description['device']}; per rank: {sizes}"
             )
+            if self.start_iteration == 0:
+                tqdm.write(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -200,6 +202,7 @@ class Logger:
         self.evaluation = tagged | {"eval/global_step": global_step}
         if self.enabled:
             self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
+            tqdm.write(f"iteration {iteration}: success {means['success_once']:.3f} on held-out episodes")
             self._scalars(tagged, global_step)
 
     def write(
@@ -245,7 +248,7 @@ class Logger:
         shown["steps/s"] = f"{times['time/env_steps_per_second']:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        self._progress(iteration, global_step, shown, times["time/iteration"])
+        self._progress(iteration, global_step, shown, times["time/iteration"] - times["time/eval"])
 
     def _progress(self, iteration: int, global_step: int, shown: dict[str, str], seconds: float) -> None:
         """A line of progress.log: "<time>  iteration 3/400  61,440 env steps  success 0.41  ...  about 1:02 left"."""

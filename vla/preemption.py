@@ -1,10 +1,11 @@
 """A run that is asked to end saves itself and can be started again as if nothing had happened.
 
-SIGTERM (a cluster's, a launcher's), SIGUSR1 (what slurm/*.sbatch ask for ahead of the time limit) and a file called
-`stop` in the run folder (`touch runs/my_run/stop`) only raise a flag. The rank that got the signal writes the file, so
-that the others know before they meet: DeepSpeed's launcher (0.19.8) signals one rank and waits 30 s for it to end
-before it signals the next. The rollout looks at the flag after every decision, since ranks are free there; outside it
-all ranks agree after every optimizer step, so that they leave in lock-step.
+SIGTERM (a cluster's, a launcher's), SIGUSR1 (what slurm/*.sbatch ask for ahead of the time limit), Ctrl-C (once; a
+second one ends the run as it is) and a file called `stop` in the run folder (`touch runs/my_run/stop`) only raise a
+flag. The rank that got the signal writes the file, so that the others know before they meet: DeepSpeed's launcher
+(0.19.8) signals one rank and waits 30 s for it to end before it signals the next. The rollout looks at the flag after
+every decision, since ranks are free there; outside it all ranks agree after every optimizer step, so that they leave in
+lock-step.
 
 An iteration that was broken off is undone: weights, moments and env states are put back to its start, saved, and the
 run exits with code 75 (EX_TEMPFAIL of sysexits.h: start me again). `--resume` then makes the same iteration from its
@@ -23,6 +24,7 @@ start: at most one is lost, and the log of a run that was stopped is that of a r
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,11 +57,15 @@ class Preemption:
         if rank() == 0:
             self.stop_file.unlink(missing_ok=True)  # of a run that was killed
         barrier()  # nobody looks before it is gone
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if rank() == 0:  # not by print, which may be at work already
+                os.write(2, b"Ctrl-C: the run saves itself and ends; once more ends it at once\n")
         if not self.meeting:
             with contextlib.suppress(OSError):  # the others then hear of it when they meet
                 self.stop_file.touch()
