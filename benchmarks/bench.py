@@ -164,8 +164,8 @@ def measure_parts(ranks: int, what: tuple[str, ...], flags: dict, seconds: float
 
 @contextlib.contextmanager
 def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
-    """While the block runs, processes that Python's multiprocessing starts are moved to the second core. Yields the
-    words to put before a command that is to begin on the first."""
+    """While the block runs, env workers are moved to the second core. Yields the words to put before a command that is
+    to begin on the first."""
     cores, over = sorted(os.sched_getaffinity(0)), threading.Event()
     if not wanted:
         yield []
@@ -177,8 +177,9 @@ def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
         while not over.wait(0.2):
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):  # it may be gone, or another user's
-                    if b"multiprocessing.spawn" in (process / "cmdline").read_bytes():
-                        os.sched_setaffinity(int(process.name), {cores[1]})
+                    if b"worker_main" in (process / "cmdline").read_bytes():
+                        for thread in (process / "task").iterdir():
+                            os.sched_setaffinity(int(thread.name), {cores[1]})
 
     mover = threading.Thread(target=move)
     mover.start()
