@@ -132,7 +132,7 @@ def test_every_command_in_readme_exists():
         assert (ROOT / script).exists(), script
     others = {"num_gpus", "gpu_memory", "help", "renderer", "download", "nodes"}  # of launchers and of doctor.py
     others |= {"hostfile", "no_ssh", "node_rank", "master_addr"}  # of deepspeed
-    others |= {"traj_path"}  # of ManiSkill's replay
+    others |= {"traj_path", "logdir", "local"}  # of ManiSkill's replay, of tensorboard, --local-dir of hf
     others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
     for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):
         scripts = (train_ppo, train_grpo, train_sft, collect_demos, evaluate)
