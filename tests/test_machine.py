@@ -243,8 +243,12 @@ def test_num_envs_must_divide_by_ranks(tmp_path):
 
 def test_an_existing_run_folder_is_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    refused("--run_dir", str(tmp_path), sentence=f"pass --resume {tmp_path}")
+    refused("--run_dir", str(tmp_path), sentence="it holds no run, so give another --run_dir")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "args.json").write_text("{}")
+    refused("--run_dir", str(tmp_path), sentence="its run saved nothing, so remove it or give another")
+    (tmp_path / "checkpoints" / "iteration_000001").mkdir(parents=True)
+    refused("--run_dir", str(tmp_path), sentence=f"pass --resume {tmp_path}")
 
 
 def test_a_run_folder_that_can_not_be_written(tmp_path, monkeypatch):

@@ -101,8 +101,13 @@ def open_run(run_dir: str | None, resume: str | None, default: str) -> tuple[Pat
         return Path(resume), all_gather_lists([found])[0]
     folder = Path(all_gather_lists([run_dir or default])[0])  # rank 0's clock names it
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        go_on = f"pass --resume {folder} to go on with it" if complete_checkpoints(folder) else "remove it"
-        raise UserError(f"--run_dir {folder} exists already: {go_on}, or give another --run_dir")
+        if complete_checkpoints(folder):
+            remedy = f"pass --resume {folder} to go on with it, or another --run_dir"
+        elif (folder / "args.json").is_file():
+            remedy = "its run saved nothing, so remove it or give another --run_dir"
+        else:
+            remedy = "it holds no run, so give another --run_dir"
+        raise UserError(f"--run_dir {folder} exists already: {remedy}")
     check_writable(folder)
     return folder, None
 
