@@ -246,9 +246,11 @@ def test_an_existing_run_folder_is_not_touched(tmp_path):
     refused("--run_dir", str(tmp_path), sentence="it holds no run, so give another --run_dir")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "args.json").write_text("{}")
-    refused("--run_dir", str(tmp_path), sentence="its run saved nothing, so remove it or give another")
+    with pytest.raises(UserError, match="its run saved nothing, so remove it or give another"):
+        open_run(str(tmp_path), None, "")
     (tmp_path / "checkpoints" / "iteration_000001").mkdir(parents=True)
-    refused("--run_dir", str(tmp_path), sentence=f"pass --resume {tmp_path}")
+    with pytest.raises(UserError, match=f"pass --resume {tmp_path}"):
+        open_run(str(tmp_path), None, "")
 
 
 def test_a_run_folder_that_can_not_be_written(tmp_path, monkeypatch):
