@@ -39,9 +39,9 @@ reproduce: setup
 	python benchmarks/learning.py run --again
 	python benchmarks/learning.py draw
 
-# three processes, since tests also wait; those of one file share what they set up, so a file stays in one of them
+# two processes; tests of one file share what they set up, so a file stays in one of them
 test: setup
-	python -m pytest -q tests -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # one table, in a quarter of an hour; on a machine that does nothing else
 bench: setup
