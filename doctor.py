@@ -227,14 +227,15 @@ def check_ops() -> Finding:
 # ---------------------------------------------------------------------- what works
 def check_renderer() -> Finding:
     """One frame by the GPU, where there is one, else by the CPU: what `--render_backend auto` does."""
-    on_gpu = render_one_frame("cuda:0") if torch_facts()["gpus"] else "there is none"
-    if on_gpu is None:
-        return ok("SAPIEN rendered a frame on the GPU")
-    on_cpu = render_one_frame("cpu")
-    if on_cpu:
-        return mend(on_cpu, MESA)
-    if torch_facts()["gpus"]:
-        return note(f"SAPIEN renders on the CPU, which is slow, and on the GPU {on_gpu}", VULKAN)
+    has_gpu, wrong_on_gpu = bool(torch_facts()["gpus"]), None
+    if has_gpu:
+        wrong_on_gpu = render_one_frame("cuda:0")
+        if wrong_on_gpu is None:
+            return ok("SAPIEN rendered a frame on the GPU")
+    if wrong := render_one_frame("cpu"):
+        return mend(wrong, MESA)
+    if has_gpu:
+        return note(f"SAPIEN renders on the CPU alone, which is slow; on the GPU: {wrong_on_gpu}", VULKAN)
     return ok("SAPIEN rendered a frame")
 
 

@@ -381,10 +381,9 @@ def main(args: Args) -> None:
     done = sum(len(ids[name]) - len(log.missing(name, temperature, ids[name])) for name, temperature in cells)
     progress = Progress(len(cells) * args.num_episodes, done)
     print0(f"{about['name']}: {len(settings)} settings x {args.num_episodes} episodes -> {folder}")
-    print0(
-        f"{args.unnorm_key} statistics, {args.dtype}, {args.image_size[0]} x {args.image_size[1]} pixels, "
-        f"{args.sim_freq} Hz physics, {args.max_episode_steps} steps"
-    )
+    of_model = f"{args.unnorm_key} statistics, {args.dtype}, " if checkpoint else ""
+    width, height = args.image_size
+    print0(f"{of_model}{width} x {height} pixels, {args.sim_freq} Hz physics, {args.max_episode_steps} steps")
     local_num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
     first = next(iter(actors))  # the temperature that is filmed
     videos: dict[str, dict[Path, dict]] = {}
@@ -401,8 +400,7 @@ def main(args: Args) -> None:
             envs = make_envs(
                 one.env_id, local_num_envs, obj_set=one.obj_set,
                 num_env_workers=min(args.num_env_workers, local_num_envs), worker_timeout=args.worker_timeout,
-                render_backend=args.render_backend,
-                **own_world,
+                render_backend=args.render_backend, **own_world,
             )  # fmt: skip
         with envs:
             run_setting(envs, one.name, own_ids, actors, log, progress)

@@ -31,7 +31,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import free_port
-from vla.logger import cpu_name, describe_run, read_lines
+from envs.workers import WORKER_CODE
+from vla.logger import cpu_name, describe_run, read_lines, without_places
 from vla.stages import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,7 @@ ONE_MINIBATCH = {"num_minibatches": 1}
 TWO_WORKERS = {"num_env_workers": 2}
 SHORTER = {"num_steps": 32, "num_iterations": 3}
 STEPS = ("rollout", "act", "update", "engine")
+ITERATION_APART = "iteration on cores of their own"  # a part of its own: plan.py knows of no such bound
 
 
 class Job(NamedTuple):
@@ -166,7 +168,7 @@ def measure_parts(ranks: int, what: tuple[str, ...], flags: dict, seconds: float
 def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
     """While the block runs, env workers are moved to the second core. Yields the words to put before a command that is
     to begin on the first."""
-    cores, over = sorted(os.sched_getaffinity(0)), threading.Event()
+    cores, over, moved = sorted(os.sched_getaffinity(0)), threading.Event(), set()
     if not wanted:
         yield []
         return
@@ -177,7 +179,8 @@ def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
         while not over.wait(0.2):
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):  # it may be gone, or another user's
-                    if b"worker_main" in (process / "cmdline").read_bytes():
+                    if WORKER_CODE.encode() in (process / "cmdline").read_bytes():
+                        moved.add(process.name)
                         for thread in (process / "task").iterdir():
                             os.sched_setaffinity(int(thread.name), {cores[1]})
 
@@ -188,6 +191,8 @@ def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
     finally:
         over.set()
         mover.join()
+    if not moved:
+        raise RuntimeError("no env worker was found that could be moved: all of it ran on one core")
 
 
 def measure_iterations(
@@ -200,8 +205,9 @@ def measure_iterations(
         command += to_words(CLOCKED | flags | {"run_dir": f"{folder}/run"})
         run_group([command], [environment_of(accelerator)], seconds)
         used = json.loads((Path(folder) / "run" / "args.json").read_text())
+        del used["run_dir"], used["local_rank"]
         lines = read_lines(Path(folder) / "run" / "metrics.jsonl")
-    part = "iteration on cores of their own" if apart else "iteration"  # plan.py knows of no such bound
+    part = ITERATION_APART if apart else "iteration"
     entry = {"part": part, "ranks": ranks, "iterations": len(lines) - 1, "flags": used}
     evaluated = [line["time/iteration"] - line["time/eval"] for line in lines[1:]]
     entry |= {
@@ -353,7 +359,7 @@ def iteration_rows(measured: list[dict]) -> list[Row]:
         share = sum(parts.values()) / one["iteration_s"] if parts else None
         limit = "env + act + update" if parts else ""
         rows.append(Row("iteration", setting, rates[one["job"]], "env steps/s", limit, share))
-    apart = [one for one in measured if one["part"] == "iteration on cores of their own"]
+    apart = [one for one in measured if one["part"] == ITERATION_APART]
     rollouts = {one["job"]: one["env_steps"] / one["rollout_s"] for one in apart}
     for what, pairs, rate in (("scaling", SCALING, rates), ("rollout scaling", ROLLOUT_SCALING, rollouts)):
         for setting, job, base in pairs:
@@ -434,7 +440,7 @@ def header(description: dict, host: dict) -> list[str]:
 
 def main(flags: argparse.Namespace) -> int:
     host = machine()
-    description = describe_run(vars(flags) | {"seed": 0, "output": str(flags.output)}, {}, num_ranks=2)
+    description = without_places(describe_run(vars(flags) | {"seed": 0}, {}, num_ranks=2))
     names = [name for name in JOBS if name in (flags.only or JOBS)]
     began = time.monotonic()
     measured, not_done = measure(names, flags.minutes, lambda line: print(line, file=sys.stderr, flush=True))

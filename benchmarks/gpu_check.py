@@ -38,7 +38,7 @@ from benchmarks.model import PRESETS, random_inputs, random_policy
 from envs.variants import train_episode_id
 from vla.distributed import rank, setup_distributed
 from vla.engine import backward, build_engine, read_deepspeed_config
-from vla.logger import describe_run
+from vla.logger import describe_run, without_places
 from vla.memory_plan import Recipe, make_plan
 from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage
 
@@ -335,7 +335,7 @@ def main(flags: argparse.Namespace) -> int:
         print(NO_CARD, file=sys.stderr)
         return 2
     host, name = bench.machine(), torch.cuda.get_device_name()
-    description = describe_run(vars(flags) | {"seed": 0, "output": str(flags.output)}, {}, num_ranks=1)
+    description = without_places(describe_run(vars(flags) | {"seed": 0}, {}, num_ranks=1))
     files = bench.new_files(flags.output, flags.machine or bench.machine_name(host, name))
     measured, rows, not_done = [], [], {}
     for part in [part for part in PARTS if part in (flags.only or PARTS)]:

@@ -25,13 +25,14 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vla.logger import read_lines  # noqa: E402
+from vla.logger import read_lines, without_places  # noqa: E402
 from vla.settings import FAMILY  # noqa: E402
 
 RESULTS = ROOT / "results"
 RANKS = 2
 TEMPERATURES = (1.0, 0.0)
 NUM_EPISODES = 256
+DESCRIPTION = "run_from_iteration_000000.json"
 # of a run's flags, those that evaluate.py needs for a policy that is no run folder
 EVAL_FLAGS = (
     "model_type", "unnorm_key", "dtype", "max_prompt_length", "asset_pack", "sim_freq", "max_episode_steps",
@@ -97,8 +98,10 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
                 after = evaluated(str(run_dir), flags, Path(temporary) / "after")
                 for moment, success in (("before", begun_with[name]), ("after", after)):
                     (new / f"{moment}.json").write_text(json.dumps(success) + "\n")
-                for file in ("metrics.jsonl", "evaluations.jsonl", "args.json", "run_from_iteration_000000.json"):
+                for file in ("metrics.jsonl", "evaluations.jsonl"):
                     shutil.copy(run_dir / file, new / file)
+                description = without_places(json.loads((run_dir / DESCRIPTION).read_text()))
+                (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
                 kept.parent.mkdir(exist_ok=True)
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.move(new, kept)
@@ -115,7 +118,7 @@ def read_run(folder: Path) -> dict:
         "steps": [line["global_step"] for line in evaluations],
         "minutes": [minutes[line["iteration"]] for line in evaluations],
         "success": [line["eval/success_once"] for line in evaluations],
-        "description": json.loads((folder / "run_from_iteration_000000.json").read_text()),
+        "description": json.loads((folder / DESCRIPTION).read_text()),
         **{moment: json.loads((folder / f"{moment}.json").read_text()) for moment in ("before", "after")},
     }
 

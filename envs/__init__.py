@@ -74,9 +74,9 @@ def make_envs(
         sim_backend: "physx_cpu": one scene per env, bit for bit repeatable; "physx_cuda": all envs in one batch on the
             GPU, physics and pictures, repeatable only in its start states (`envs/batched.py`), for the family alone;
             "auto": the second where there is a CUDA device and nothing speaks against it.
+        render_backend: who draws what physx_cpu simulates: "cpu" (Mesa's lavapipe; where there is none, SAPIEN takes
+            the first GPU), "cuda" (this process's GPU), or "auto": the GPU where SAPIEN can draw on it.
         auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
-        render_backend: who draws what physx_cpu simulates: "cpu" (Mesa's lavapipe), "cuda" (this process's GPU), or
-            "auto": the GPU where SAPIEN can draw on it. Both repeat; their pictures differ by rounding.
         ignore_terminations: success does not end an episode.
         protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789; "rlinf": as RLinf where it
             differs, for comparison with its table (the list is in `envs/put_on_plate.py`).
@@ -89,7 +89,6 @@ def make_envs(
     drawn_by = group.resolve_render_backend(render_backend, simulator)
     spec = group.EnvSpec(
         env_id, num_envs, obj_set, asset_pack, asset_dir, tuple(image_size), sim_freq, max_episode_steps, auto_reset,
-        ignore_terminations, protocol, seed, first_env, instruction,
-        simulator, drawn_by,
+        ignore_terminations, protocol, seed, first_env, instruction, simulator, drawn_by,
     )  # fmt: skip
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)

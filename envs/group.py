@@ -129,9 +129,9 @@ def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") 
         raise ValueError(f"unknown render_backend {render_backend!r}: use one of {', '.join(RENDER_BACKENDS)}.")
     if sim_backend == "physx_cuda" or render_backend == "cpu":
         return "cpu"
-    if render_backend == "auto" and not torch.cuda.is_available():
-        return "cpu"
     if not torch.cuda.is_available():
+        if render_backend == "auto":
+            return "cpu"
         raise ValueError(
             "render_backend='cuda' needs a CUDA device, and torch sees none here: use render_backend='cpu', or run "
             "`python doctor.py`."

@@ -210,6 +210,8 @@ def test_what_can_not_be_done_is_said(tmp_path):
     with pytest.raises(RuntimeError, match="longer than the 1 s"):
         bench.run_group([sleeps], [bench.environment_of()], 1)
     assert time.monotonic() - began < 30
+    with pytest.raises(RuntimeError, match="one core"), bench.workers_on_a_core_of_their_own(True):
+        pass  # nothing starts a worker
     first = bench.new_files(tmp_path, "here")
     bench.write_results(first, {"a": 1}, ["b"])
     assert set(first).isdisjoint(bench.new_files(tmp_path, "here")) and json.loads(first[0].read_text()) == {"a": 1}

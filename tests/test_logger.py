@@ -3,7 +3,7 @@
 import pytest
 
 from vla.distributed import UserError
-from vla.logger import Logger, read_lines
+from vla.logger import Logger, read_lines, without_places
 
 
 def test_a_full_disk_while_logging_ends_in_a_sentence(tmp_path):
@@ -27,3 +27,10 @@ def test_an_evaluation_before_a_preempted_first_iteration_is_not_lost(tmp_path):
     assert first["eval/success_once"] == 0.25 and first["eval/global_step"] == 0 and "eval/success_once" not in second
     shown = (tmp_path / "progress.log").read_text().splitlines()
     assert len(shown) == 2 and "iteration 2/2" in shown[1] and "20 env steps" in shown[1]
+
+
+def test_what_is_kept_names_no_place_of_one_machine():
+    command = "train_ppo.py --local_rank=0 --config a.yaml --run_dir /tmp/x/run --output=/root/out --seed 1"
+    description = {"args": {"run_dir": "/tmp/x/run", "local_rank": 0, "seed": 1}, "command": command, "commit": "c"}
+    kept = {"args": {"seed": 1}, "command": "train_ppo.py --config a.yaml --seed 1", "commit": "c"}
+    assert without_places(description) == kept

@@ -486,4 +486,15 @@ def test_fused_layers_compute_what_the_libraries_compute(alpha):
             parameter.data.normal_(generator=generator)
         x = torch.randn(3, 5, layers[name].weight.shape[-1], generator=generator)
         torch.testing.assert_close(layer(x), theirs.forward(layer, x), rtol=1e-5, atol=1e-5)
-    assert not {"LlamaRMSNorm", "Linear"} & {type(m).__name__ for m in policy.model.modules() if hasattr(m, "lora_A")}
+    assert "LlamaRMSNorm" not in layers
+    assert Linear not in {type(module) for module in policy.model.modules() if hasattr(module, "lora_A")}
+
+
+def test_blocks_have_the_names_that_zero3_gathers_whole():
+    """A renamed class would not fail, only make every small layer be gathered by itself."""
+    from vla.engine import GATHERED_WHOLE
+
+    policy = load_policy("openvla-tiny", "openvla", lora_rank=0)
+    towers = (policy.model.vision_backbone.featurizer, policy.model.vision_backbone.fused_featurizer)
+    blocks = [*policy.model.language_model.model.layers, *towers[0].blocks, *towers[1].blocks]
+    assert {type(block).__name__ for block in blocks} == set(GATHERED_WHOLE)

@@ -51,7 +51,7 @@ def run_main(main: Callable, parse: Callable) -> None:
         raise
     except KeyboardInterrupt:  # a terminal's Ctrl-C reaches every rank, launcher and helper at once
         if int(os.environ.get("RANK", "0")) == 0:
-            print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr, flush=True)
+            print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

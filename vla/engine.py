@@ -25,6 +25,7 @@ FLAG_OF_KEY = {
     "scheduler": "--schedule",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GATHERED_WHOLE = ["LlamaDecoderLayer", "Block"]  # classes of the language model's and the towers' blocks
 Engine = deepspeed.DeepSpeedEngine
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,7 +144,7 @@ def build_engine(
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     # ZeRO-3 gathers and frees a block at a time instead of its layers one by one, three each where there is an adapter
-    set_z3_leaf_modules(policy, ["LlamaDecoderLayer", "Block"], raise_if_not_found=False)
+    set_z3_leaf_modules(policy, GATHERED_WHOLE, raise_if_not_found=False)
     return deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
 
 

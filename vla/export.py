@@ -5,14 +5,13 @@ The folder has the published layout (pretrained.py) with an adapter merged in: a
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 import torch
 
 from vla.distributed import UserError, barrier, rank
-from vla.logger import read_lines, wilson_interval
+from vla.logger import read_lines, wilson_interval, without_places
 from vla.policy import VLAPolicy
 from vla.pretrained import save_policy
 from vla.settings import FAMILY
@@ -61,7 +60,7 @@ def evaluate_command(flags: dict, name: str) -> str:
 
 def card(run_dir: Path, name: str) -> str:
     """What the run folder says of itself, as Markdown."""
-    description = json.loads(sorted(run_dir.glob("run_from_iteration_*.json"))[0].read_text())
+    description = without_places(json.loads(sorted(run_dir.glob("run_from_iteration_*.json"))[0].read_text()))
     flags, lines = description["args"], read_lines(run_dir / "metrics.jsonl")
     evaluation = read_lines(run_dir / "evaluations.jsonl")[-1]
     success, episodes = evaluation["eval/success_once"], evaluation["eval/num_episodes"]
@@ -69,7 +68,7 @@ def card(run_dir: Path, name: str) -> str:
     minutes = {name: sum(line[f"time/{name}"] for line in lines) / 60 for name in ("update", "eval")}
     changed = " (with uncommitted changes)" if description["uncommitted_changes"] else ""
     facts = {
-        "made by": f"`{re.sub(r' --local_rank=[0-9]+', '', description['command'])}`",
+        "made by": f"`{description['command']}`",
         "commit": description["commit"] + changed,
         "seed": flags["seed"],
         "demonstrations": f"{flags['demos']}, {description['sizes']['num_samples']} steps",

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,14 @@ from tqdm import tqdm
 from vla.distributed import UserError, all_gather_lists, all_reduce_sum, world_size
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
+
+
+def without_places(description: dict) -> dict:
+    """A run's description without where one machine put it: for what is kept in the repository."""
+    places = "run_dir|output|local_rank"
+    args = {name: value for name, value in description["args"].items() if name not in places.split("|")}
+    command = re.sub(rf" --(?:{places})(?:=| )\S+", "", description["command"])
+    return description | {"args": args, "command": command}
 
 
 def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
@@ -176,7 +185,7 @@ class Logger:
             tqdm.write(
                 f"{self.run_dir}: {description['num_ranks']} ranks on {description['device']}; per rank: {sizes}"
             )
-            if self.start_iteration == 0:
+            if self.start_iteration == 0 and not self.evaluation:
                 tqdm.write(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
 
     @contextlib.contextmanager

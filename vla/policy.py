@@ -225,9 +225,10 @@ class VLAPolicy(nn.Module):
         label_sigma: bins over which a target is spread (ActionTokens.soft_targets). written: int64 [N, C, D], what the
         model is told it wrote before each token; None: the targets.
         """
-        inputs, targets = self.preprocess(obs).to(self.device), tokens.to(self.device)
-        told = targets if written is None else written.to(self.device)
-        return self(inputs, tokens=targets, label_sigma=label_sigma, written=told)
+        inputs, written = self.preprocess(obs).to(self.device), tokens if written is None else written
+        return self(
+            inputs, tokens=tokens.to(self.device), label_sigma=label_sigma, written=written.to(self.device)
+        )  # fmt: skip
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
