@@ -21,6 +21,7 @@ import train_sft
 from envs.demonstrations import Demos, Recipe
 from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
 from vla import augmentation
+from vla.action_tokens import ActionTokens
 from vla.distributed import UserError
 from vla.policy import PolicyInputs, uniform_noise
 from vla.pretrained import load_policy
@@ -77,12 +78,20 @@ def test_every_pass_sees_every_sample_once_in_another_order():
 def test_soft_targets_by_hand(demos):
     """Sigma 1: neighbours get exp(-1/2), the next exp(-2), ...; at the edge what would fall beyond is shared out."""
     tokens = policy_for(demos).action_tokens
-    middle, edge = tokens.soft_targets(torch.tensor([tokens.first_id + 100, tokens.first_id]), sigma=1.0)
+    action = tokens.first_id + torch.tensor([100, 0, 50, 128, 128, 9, 255])
+    middle, edge, *_, gripper = tokens.soft_targets(action, sigma=1.0)
     total = 1 + 2 * sum(math.exp(-0.5 * k * k) for k in range(1, 20))
     assert middle[100].item() == pytest.approx(1 / total) and middle[102].item() == pytest.approx(math.exp(-2) / total)
     assert edge[1].item() / edge[0].item() == pytest.approx(math.exp(-0.5)) and edge.sum().item() == pytest.approx(1)
-    hard = tokens.soft_targets(torch.tensor([tokens.first_id + 7]), sigma=0.0)
-    assert hard.argmax().item() == 7 and hard.sum().item() == 1.0
+    assert gripper[255].item() == 1.0  # open or shut: no scale
+    assert torch.equal(tokens.soft_targets(action, sigma=0.0), F.one_hot(action - tokens.first_id, 256).float())
+
+
+def test_what_never_moves_is_not_spread():
+    """A dimension whose quantiles are one value, and one outside the mask, keep their token."""
+    stats = {"q01": [-1.0, 0.0] + [-1.0] * 5, "q99": [1.0, 0.0] + [1.0] * 5, "mask": [True] * 6 + [False]}
+    targets = ActionTokens(32000, stats).soft_targets(torch.full((2, 7), 31800), sigma=3.0)
+    assert (targets.amax(-1) == 1).tolist() == [[False, True, False, False, False, False, True]] * 2
 
 
 @pytest.mark.parametrize("model_type, chunk_size", [("openvla", 1), ("openvla_oft", 4)])
@@ -108,7 +117,10 @@ def test_openvla_reads_tokens_drawn_from_its_targets(demos, model_type, chunk_si
     batch = train_sft.read_batch(Demos(demos), policy, index, None, device, label_sigma=3.0, noise=noise)
     assert torch.equal(exact.written, exact.tokens) and torch.equal(batch.tokens, exact.tokens)
     bins = exact.tokens - policy.action_tokens.first_id
-    inner = (bins > 15) & (bins < 240)  # where the Gaussian is whole
+    tokens = policy.action_tokens
+    spread = tokens.mask & (tokens.q99 > tokens.q01)
+    assert torch.equal(batch.written[..., ~spread], exact.tokens[..., ~spread])
+    inner = (bins > 15) & (bins < 240) & spread  # where the Gaussian is whole
     moved = (batch.written - batch.tokens)[inner].double()
     assert inner.sum() > 1000 and abs(moved.mean()) < 0.3 and 2.7 < moved.std() < 3.3
     few = [PolicyInputs(*(None if field is None else field[:6] for field in batch.inputs)), batch.tokens[:6], 3.0]

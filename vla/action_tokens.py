@@ -45,11 +45,19 @@ class ActionTokens:
 
     def soft_targets(self, tokens: torch.Tensor, sigma: float) -> torch.Tensor:
         """tokens int64 [..., 7] -> what cloning aims at, fp32 [..., 7, 256]: all on the token, or spread over its
-        neighbours by a Gaussian of `sigma` bins, since a bin beside the right one is nearly as good."""
+        neighbours by a Gaussian of `sigma` bins, since a bin beside the right one is nearly as good.
+
+        Only where bins are a scale: a dimension outside the mask (the gripper, open or shut) and one that never moves
+        (q01 = q99) keep the token. Spread, they would be sampled at random to no effect, and reinforcement learning
+        would take the draws for decisions: 3 of 7 tokens of pure noise in its gradient.
+        """
         distance = torch.arange(NUM_BINS, device=tokens.device) - (tokens - self.first_id)[..., None]
+        hard = (distance == 0).float()
         if not sigma:
-            return (distance == 0).float()
-        return torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
+            return hard
+        soft = torch.softmax(-0.5 * (distance / sigma) ** 2, dim=-1)
+        is_scale = (self.mask & (self.q99 > self.q01)).to(tokens.device)  # [7]
+        return torch.where(is_scale[:, None], soft, hard)
 
     def unnormalize(self, normalized: torch.Tensor) -> torch.Tensor:
         """[-1, 1] -> robot units (metres, radians, raw gripper), [..., 7]. Dimensions outside the mask stay as they
