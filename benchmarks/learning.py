@@ -26,13 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from vla.logger import read_lines, without_places  # noqa: E402
+from vla.results import COLUMNS, by_temperature  # noqa: E402
 from vla.settings import FAMILY  # noqa: E402
 
 RESULTS = ROOT / "results"
 RANKS = 2
 TEMPERATURES = (1.0, 0.0)
 NUM_EPISODES = 256
-DESCRIPTION = "run_from_iteration_000000.json"
+DESCRIPTION = "run_from_iteration_000000"
 # of a run's flags, those that evaluate.py needs for a policy that is no run folder
 EVAL_FLAGS = (
     "model_type", "unnorm_key", "dtype", "max_prompt_length", "asset_pack", "sim_freq", "max_episode_steps",
@@ -61,28 +62,40 @@ def execute(command: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------- run
-def evaluated(checkpoint: str, flags: dict, output: Path) -> dict[str, dict]:
-    """Success of a policy on the held-out episodes, by temperature."""
-    setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
-    command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", setting]
-    command += ["--num_episodes", str(NUM_EPISODES), "--temperature", *map(str, TEMPERATURES), "--film_failures", "0"]
+def evaluated(
+    checkpoint: str, flags: dict, output: Path, settings: str, num_episodes: int, temperatures: tuple[float, ...]
+) -> dict:
+    """results.json of a policy on held-out episodes, in the world that it was trained in."""
+    command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", settings]
+    command += ["--num_episodes", str(num_episodes), "--temperature", *map(str, temperatures), "--film_failures", "0"]
     command += ["--no-ignore_terminations", "--output", str(output), "--image_size", *map(str, flags["image_size"])]
     command += [word for name in EVAL_FLAGS for word in (f"--{name}", str(flags[name]))]
     execute(command)
-    results = json.loads((output / "results.json").read_text())
-    tables = {str(TEMPERATURES[0]): results["settings"]}
-    tables |= {temperature: other["settings"] for temperature, other in results["other_temperatures"].items()}
+    return json.loads((output / "results.json").read_text())
+
+
+def success_of(checkpoint: str, flags: dict, output: Path, num_episodes: int | None) -> dict[str, dict]:
+    """File of a kept run -> success by temperature and, with num_episodes, of the 16 settings at T = 1."""
+    setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
+    results = evaluated(checkpoint, flags, output / "training", setting, NUM_EPISODES, TEMPERATURES)
     kept = ("episodes", "success_once", "wilson_95", "return", "episode_ids")
-    return {
-        temperature: {name: table[setting][name] for name in kept}
-        | {"successes": [episode["success_once"] for episode in table[setting]["outcomes"]]}
-        for temperature, table in tables.items()
+    found = {
+        "": {
+            str(temperature): {name: part["settings"][setting][name] for name in kept}
+            | {"successes": [episode["success_once"] for episode in part["settings"][setting]["outcomes"]]}
+            for temperature, part in by_temperature(results)
+        }
     }
+    if num_episodes:
+        table = evaluated(checkpoint, flags, output / "settings", "all", num_episodes, (1.0,))
+        rows = {name: {key: row[key] for key in kept[:3]} for name, row in table["settings"].items()}
+        found["_settings"] = {"settings": rows, "means": table["means"]}
+    return found
 
 
 def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
     """Runs what is not kept yet, or all of it; an older run goes when the new one is whole."""
-    begun_with: dict[str, dict] = {}  # what the seeds of a curve begin with is evaluated once
+    begun_with: dict[str, dict] = {}  # by curve: what its seeds begin with is evaluated once
     for name, curve in curves().items():
         for seed in curve["seeds"]:
             kept = RESULTS / name / f"seed_{seed}"
@@ -93,15 +106,17 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
                 execute([*command_of(curve, seed), "--run_dir", str(run_dir)])
                 flags = json.loads((run_dir / "args.json").read_text())
                 new.mkdir()
+                each = curve.get("episodes_per_setting")
                 if name not in begun_with:
-                    begun_with[name] = evaluated(flags["model_path"], flags, Path(temporary) / "before")
-                after = evaluated(str(run_dir), flags, Path(temporary) / "after")
-                for moment, success in (("before", begun_with[name]), ("after", after)):
-                    (new / f"{moment}.json").write_text(json.dumps(success) + "\n")
+                    begun_with[name] = success_of(flags["model_path"], flags, Path(temporary) / "before", each)
+                after = success_of(str(run_dir), flags, Path(temporary) / "after", each)
+                for moment, found in (("before", begun_with[name]), ("after", after)):
+                    for file, success in found.items():
+                        (new / f"{moment}{file}.json").write_text(json.dumps(success) + "\n")
                 for file in ("metrics.jsonl", "evaluations.jsonl"):
                     shutil.copy(run_dir / file, new / file)
-                description = without_places(json.loads((run_dir / DESCRIPTION).read_text()))
-                (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+                description = without_places(json.loads((run_dir / f"{DESCRIPTION}.json").read_text()))
+                (new / f"{DESCRIPTION}.json").write_text(json.dumps(description, indent=2) + "\n")
                 kept.parent.mkdir(exist_ok=True)
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.move(new, kept)
@@ -118,8 +133,7 @@ def read_run(folder: Path) -> dict:
         "steps": [line["global_step"] for line in evaluations],
         "minutes": [minutes[line["iteration"]] for line in evaluations],
         "success": [line["eval/success_once"] for line in evaluations],
-        "description": json.loads((folder / DESCRIPTION).read_text()),
-        **{moment: json.loads((folder / f"{moment}.json").read_text()) for moment in ("before", "after")},
+        **{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")},
     }
 
 
@@ -147,7 +161,7 @@ def tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str
     for name, seeds in runs.items():
         title = specs[name]["title"]
         for seed, of in seeds.items():
-            commit = of["description"]["commit"][:7] + " and changes" * of["description"]["uncommitted_changes"]
+            commit = of[DESCRIPTION]["commit"][:7] + " and changes" * of[DESCRIPTION]["uncommitted_changes"]
             cells = [title, seed, commit, f"{of['steps'][-1]:,}", f"{of['minutes'][-1]:.1f}"]
             cells += [rate(of[moment][str(t)]) for t in TEMPERATURES for moment in ("before", "after")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -158,14 +172,35 @@ def tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str
             f"| **{title}** | all {len(seeds)} | | | | {before:.3f} | **{after:.3f}** ({min(last):.3f} to "
             f"{max(last):.3f}), gain {min(gains):+.3f} to {max(gains):+.3f} | | |"
         )
-    devices = {
-        (of["description"]["device"], of["description"]["num_ranks"]) for s in runs.values() for of in s.values()
-    }
+    devices = {(of[DESCRIPTION]["device"], of[DESCRIPTION]["num_ranks"]) for s in runs.values() for of in s.values()}
     lines += ["", *(f"{ranks} ranks on {device}." for device, ranks in sorted(devices)), "", "```bash"]
     lines += [
         f"{' '.join(command_of(specs[name], min(seeds)))}    # seeds {list(seeds)}" for name, seeds in runs.items()
     ]
     return [*lines, "```"]
+
+
+def settings_tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
+    """Lines of Markdown: the 16 settings before and after, for the curves that ran them."""
+    lines: list[str] = []
+    for name, seeds in runs.items():
+        tables = {seed: of for seed, of in seeds.items() if "after_settings" in of}
+        if not tables:
+            continue
+        each = specs[name]["episodes_per_setting"]
+        lines += [
+            "",
+            f"{specs[name]['title']}: the 16 settings of evaluate.py, {each} held-out episodes each, T = 1.",
+            "",
+        ]
+        heads = [f"seed {seed}, {moment}" for seed in tables for moment in ("before", "after")]
+        lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+        for column, title in COLUMNS.items():
+            parts = [
+                of[f"{moment}_settings"]["means"][column] for of in tables.values() for moment in ("before", "after")
+            ]
+            lines.append(f"| {title} | " + " | ".join(map(rate, parts)) + " |")
+    return lines
 
 
 def figure(runs: dict[str, dict[int, dict]], specs: dict[str, dict], path: Path) -> None:
@@ -200,7 +235,7 @@ def draw() -> None:
     figure(runs, specs, ROOT / "docs" / "learning.png")
     page = ROOT / "RESULTS.md"
     head, _, rest = page.read_text().partition(BEGIN)
-    drawn = "\n".join([BEGIN, "", *tables(runs, specs), "", END])
+    drawn = "\n".join([BEGIN, "", *tables(runs, specs), *settings_tables(runs, specs), "", END])
     page.write_text(head + drawn + rest.partition(END)[2])
     print(f"{page} and docs/learning.png: {sum(map(len, runs.values()))} runs of {len(runs)} curves")
 

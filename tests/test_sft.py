@@ -230,13 +230,24 @@ def test_bad_input_is_one_sentence(demos, tmp_path, flags, sentence):
 
 
 # ------------------------------------------------------------------ the script
-def train(demos: Path, *flags: str, ranks: int = 1, preset: str = PRESETS[1]) -> subprocess.CompletedProcess:
+def train(demos: Path, *flags: str, ranks: int = 0, preset: str = PRESETS[1]) -> subprocess.CompletedProcess:
+    """Under the launcher with so many ranks; 0: `python train_sft.py`, one rank."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
-    command = [launcher, "--num_gpus", str(ranks), "--master_port", port, "train_sft.py", "--config", preset]
-    command += ["--demos", str(demos), "--export_dir", str(demos.parent / "warm"), *SMALL, *flags]
+    command = [launcher, "--num_gpus", str(ranks), "--master_port", port] if ranks else [sys.executable]
+    command += [
+        "train_sft.py",
+        "--config",
+        preset,
+        "--demos",
+        str(demos),
+        "--export_dir",
+        str(demos.parent / "warm"),
+        *SMALL,
+        *flags,
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

@@ -179,6 +179,9 @@ class OpenVLA(nn.Module):
         seen = prompt_mask.new_ones(patches.shape[:2])
         embeddings = torch.cat([words[:, :1], patches, words[:, 1:]], dim=1)
         mask = torch.cat([prompt_mask[:, :1], seen, prompt_mask[:, 1:]], dim=1)
+        if torch.is_grad_enabled():
+            # all below may be frozen; but ZeRO-3 frees a block's weights before its backward where no input has one
+            embeddings.requires_grad_()
         return embeddings, mask
 
     def forward(
