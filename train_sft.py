@@ -92,8 +92,9 @@ class Args:
 
     # ---- algorithm
     batch_size: int = 32  # decisions per optimizer step, over all ranks
-    # a target token is spread over its neighbours by a Gaussian of so many bins, and openvla is told that it wrote one
-    # of them: told the exact one, it reads the gripper off it and fails on tokens of its own; 0 = neither
+    # a target token is spread over its neighbours by a Gaussian of so many bins (not the gripper's, nor what never
+    # moves), and openvla is told that it wrote one of them: told the exact one, it reads the gripper off it and fails
+    # on tokens of its own; 0 = neither
     label_sigma: float = 0.0
     image_aug: bool = True  # random crops and colours
     learning_rate: float = 5e-4  # of the policy
