@@ -23,7 +23,17 @@ from vla.distributed import UserError
 from vla.episode_log import EpisodeLog
 from vla.logger import wilson_interval
 from vla.pretrained import load_policy
-from vla.results import assemble, compare, comparison_table, group_means, holm, mcnemar, published_means
+from vla.results import (
+    assemble,
+    compare,
+    comparison_table,
+    group_means,
+    holm,
+    markdown,
+    mcnemar,
+    means_table,
+    published_means,
+)
 from vla.settings import FAMILY, GROUP_OF, GROUPS, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +191,15 @@ def test_comparison_pairs_by_episode():
         compare(first, fake_results("c", {1: 1.0}, sim_freq=100))
     with pytest.raises(ValueError, match="in common"):
         compare(first, fake_results("d", {99: 1.0}))
+
+
+def test_means_that_no_row_has_are_left_out():
+    one = fake_results("a", {1: 1.0, 2: 0.0})  # one setting of seven: no group is whole
+    assert means_table(one, {}) == []
+    header, ours, published = means_table(one, {"base": PUBLISHED["rlinf-ppo-oft"]})
+    assert len(header) == 7 and ours[1:] == ["not run"] * 6 and "not run" not in published
+    about = dict.fromkeys(("command", "num_ranks", "device", "commit", "started"), "x")
+    assert "not run" not in markdown(one | about, {}) and "Carrot-v1:test" in markdown(one | about, {})
 
 
 def test_compare_writes_table_and_plot(tmp_path, capsys):

@@ -190,6 +190,7 @@ def page(results: dict, published: dict[str, dict], folder: Path) -> str:
     figures = "\n".join(video_figure(name, video, folder) for name, own in videos.items() for video in own)
     films = f'<h2>Videos</h2>\n<p class="note">{html.escape(temperature_name(results["temperature"]))}, replayed from '
     films += f'the recorded actions, in real time</p>\n<div class="videos">{figures}</div>'
+    means = means_table(results, published)
     made = (
         f"{results['command']} on {results['num_ranks']} ranks of {results['device']}, commit {results['commit']}"
         f"{' with uncommitted changes' if results['uncommitted_changes'] else ''}, {results['started']}"
@@ -199,8 +200,7 @@ def page(results: dict, published: dict[str, dict], folder: Path) -> str:
 <body>
 <h1>{html.escape(results["name"])}</h1>
 <p class="headline">{html.escape(headline(results))}</p>
-<h2>Means</h2>
-{html_table(means_table(results, published), "means")}
+{"<h2>Means</h2>" + html_table(means, "means") if means else ""}
 <p class="note">Brackets are 95 % Wilson intervals. A mean counts every setting alike.</p><ul class="note">{notes}</ul>
 <h2>Settings</h2>
 <img alt="success per setting" src="{data_url(folder / "results.png", "image/png")}">

@@ -115,14 +115,19 @@ def temperature_name(temperature: float) -> str:
 
 
 def means_table(results: dict, published: dict[str, dict]) -> list[list[str]]:
-    """Header and rows of the table in the published column order; published rows below ours."""
-    table = [["success_once, percent", *COLUMNS.values()]]
+    """Header and rows of the table in the published column order; published rows below ours.
+
+    A column that no row has is left out; [] where that is all of them: some settings were run, and no whole group.
+    """
     rows = {f"{results['name']}, {temperature_name(t)}": part["means"] for t, part in by_temperature(results)}
     rows |= {row["name"]: published_means(row) for row in published.values()}
+    columns = [column for column in COLUMNS if any(means[column] for means in rows.values())]
+    if not columns:
+        return []
+    table = [["success_once, percent", *(COLUMNS[column] for column in columns)]]
     for name, means in rows.items():
-        cells = [
-            "not run" if mean is None else percent(mean["success_once"], mean["wilson_95"]) for mean in means.values()
-        ]
+        found = [means[column] for column in columns]
+        cells = ["not run" if mean is None else percent(mean["success_once"], mean["wilson_95"]) for mean in found]
         table.append([name, *cells])
     return table
 
@@ -151,6 +156,8 @@ def settings_table(results: dict) -> list[list[str]]:
 
 
 def markdown_table(table: list[list[str]]) -> str:
+    if not table:
+        return ""
     header, *rows = table
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
