@@ -226,14 +226,13 @@ def clipped_surrogate(
 
 def ppo_loss(
     new: Evaluation, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict,
-    value_clip: float | None, huber_delta: float, vf_coef: float, policy_coef: float = 1.0,
+    value_clip: float | None, huber_delta: float, vf_coef: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """clipped_surrogate + regularization + clipped Huber value loss.
 
     Args:
         new: logprobs, entropy [B, C, D] and values [B, C] of the policy as it is now. total_weight: as for
-            clipped_surrogate. surrogate, regularizers: the flags of these two. policy_coef: 0 while only the critic
-            learns.
+            clipped_surrogate. surrogate, regularizers: the flags of these two.
 
     Returns:
         loss and metrics, scalars, whose sums over micro batches, averaged over ranks, are means over executed actions.
@@ -252,7 +251,7 @@ def ppo_loss(
         errors = torch.maximum(errors, F.huber_loss(limited, mb.returns, reduction="none", delta=huber_delta))
         value_clipped = change.abs() > value_clip
     value_loss = mean(errors)
-    loss = policy_coef * (policy_loss + penalty) + vf_coef * value_loss
+    loss = policy_loss + penalty + vf_coef * value_loss
     metrics |= penalties | {
         "train/loss": loss,
         "train/critic/value_loss": value_loss,
@@ -364,9 +363,10 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
-        warming_up = iteration < args.critic_warmup_iterations
-        decay = decay_at(args.schedule, iteration / sizes.num_iterations)
-        engine.optimizer.param_groups[0]["lr"] = 0.0 if warming_up else args.learning_rate * decay
+        rate = args.learning_rate * decay_at(args.schedule, iteration / sizes.num_iterations)
+        # while only the critic learns the policy stands still, but Adam's moments get to know its gradient: scaled by
+        # the value loss alone, its first steps would be too long
+        engine.optimizer.param_groups[0]["lr"] = 0.0 if iteration < args.critic_warmup_iterations else rate
         epochs = []
         with logger.timer("update"), update_stage(hand_over):
             for _ in range(args.update_epochs):
@@ -378,9 +378,7 @@ def main(args: Args) -> None:
                         mb = buffer.micro_batch(index, advantages, returns, weights, device)
                         new = engine(mb.inputs, args.temperature, tokens=mb.tokens, fan_sigma=fan_sigma)
                         guard.compare(new.logprobs, mb.old_logprobs)
-                        loss, metrics = ppo_loss(
-                            new, mb, total, policy_coef=0.0 if warming_up else 1.0, **loss_flags
-                        )  # fmt: skip
+                        loss, metrics = ppo_loss(new, mb, total, **loss_flags)
                         guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)
                     preemption.leave_if_asked()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import doctor
 from vla.checkpoint import open_run
+from vla.cli import read_yaml
 from vla.distributed import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,6 +197,17 @@ def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset):
         for tag in TAGS:
             if "grpo" not in preset or not tag.startswith("train/critic"):
                 assert math.isfinite(line[tag]), tag
+    if "grpo" not in preset:  # in these two the critic alone learns
+        begun, *ended = (
+            load_file(folder / "model.safetensors")
+            for folder in (
+                ROOT / read_yaml(ROOT / f"yaml/quickstart_{preset}.yaml")["model_path"],
+                *(run_dir / "checkpoints" / f"iteration_{i:06d}" / "policy" for i in (1, 2)),
+            )
+        )
+        assert all((begun[name] == policy[name]).all() for policy in ended for name in begun)
+        critics = [load_file(run_dir / f"checkpoints/iteration_{i:06d}/policy/value_head.safetensors") for i in (1, 2)]
+        assert any((critics[0][name] != critics[1][name]).any() for name in critics[0])
     if "grpo" in preset and lines[-1]["rollout/effective_samples"] == 0:
         assert "no weight was changed" in run.stdout + run.stderr
         start, end = (
