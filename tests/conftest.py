@@ -66,6 +66,13 @@ def grpo_loss_of(new_logprobs, entropy, mb, total_weight, **flags):
     return grpo_loss(Evaluation(new_logprobs, entropy, None), mb, total_weight, **split_flags(flags))
 
 
+def one_rank_environment() -> dict[str, str]:
+    """For a script that is started without a launcher: what a test left in this process names no group to join."""
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in places}
+    return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
 def observation(num: int, seed: int = 0) -> dict:
     """What an env of the tiny presets might return: prompts of three lengths."""
     import torch  # reads OMP_NUM_THREADS when it is imported

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import Page, find_chromium
+from conftest import one_rank_environment
 from test_machine import free_port, train
 
 import evaluate
@@ -288,7 +289,10 @@ def run(*flags: str, ranks: int | None = None, check: bool = True) -> subprocess
     """`python evaluate.py ...`, or under the launcher with so many ranks."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port()] if ranks else [sys.executable]
-    done = subprocess.run([*command, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, "evaluate.py", *flags], cwd=ROOT, env=one_rank_environment(), capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+from conftest import one_rank_environment
 from safetensors.torch import load_file
 
 import doctor
@@ -56,7 +57,7 @@ def train(
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     command = [launcher, "--num_gpus", str(ranks), "--master_port", port or free_port()] if ranks else [sys.executable]
     command += [script, "--config", preset]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
+    environment = one_rank_environment() | (env or {})
     run = subprocess.run(
         [*command, *SMALL, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )

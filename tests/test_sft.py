@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import socket
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_demos
+from conftest import one_rank_environment, write_demos
 from safetensors.torch import load_file
 
 import train_sft
@@ -248,8 +247,7 @@ def train(demos: Path, *flags: str, ranks: int = 0, preset: str = PRESETS[1]) ->
         *SMALL,
         *flags,
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, cwd=ROOT, env=one_rank_environment(), capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run
 
