@@ -30,7 +30,7 @@ def test_an_evaluation_before_a_preempted_first_iteration_is_not_lost(tmp_path):
 
 
 def test_what_is_kept_names_no_place_of_one_machine():
-    command = "train_ppo.py --local_rank=0 --config a.yaml --run_dir /tmp/x/run --output=/root/out --seed 1"
-    description = {"args": {"run_dir": "/tmp/x/run", "local_rank": 0, "seed": 1}, "command": command, "commit": "c"}
+    command = "train_ppo.py --local_rank=0 --config a.yaml --run_dir somewhere/run --output=somewhere/out --seed 1"
+    description = {"args": {"run_dir": "somewhere/run", "local_rank": 0, "seed": 1}, "command": command, "commit": "c"}
     kept = {"args": {"seed": 1}, "command": "train_ppo.py --config a.yaml --seed 1", "commit": "c"}
     assert without_places(description) == kept
