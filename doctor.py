@@ -430,9 +430,10 @@ def memory_plan(config: str, num_gpus: int, gpu_memory: float, more_flags: list[
     try:
         flags = vars(parse_args(importlib.import_module(script).Args, ["--config", config, *more_flags], ""))
         settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
-        shared = {field.name: flags[field.name] for field in dataclasses.fields(Recipe) if field.name in flags}
+        known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
         recipe = Recipe(
-            **shared, critic=script == "train_ppo", zero_stage=zero_stage(settings),
+            **{name: flags[name] for name in known}, critic=flags.get("critic") == "hidden",
+            zero_stage=zero_stage(settings),
             cpu_adam="offload_optimizer" in settings.get("zero_optimization", {}),
         )  # fmt: skip
         print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory)))

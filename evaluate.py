@@ -180,7 +180,8 @@ def check_task(run_flags: dict, settings: list[Setting]) -> None:
 
 def check_complete(folder: Path, flags: dict) -> None:
     """A part that was lost in copying costs tens of points of success without a word."""
-    wanted = {"value_head.safetensors": "value_learning_rate" in flags}
+    has_critic = "value_learning_rate" in flags and flags.get("critic", "hidden") == "hidden"
+    wanted = {"value_head.safetensors": has_critic}
     adapter = {name: (folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")}
     continued = flags.get("lora_path") is not None and not flags.get("merge_lora", False)
     trained_adapter = flags.get("lora_rank", 0) > 0 or continued

@@ -26,18 +26,19 @@ import torch.nn.functional as F
 
 from envs import eval_episode_ids, make_envs
 from envs.video import VideoWriter
-from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
+from vla.checkpoint import load_checkpoint, load_critic, open_run, save_checkpoint
 from vla.cli import check_flags, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, normalize, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
-from vla.policy import Evaluation, uniform_noise
+from vla.policy import Evaluation, VLAPolicy, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.regularization import regularization
 from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatches
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.state_critic import StateCritic
 
 
 @dataclass
@@ -102,6 +103,9 @@ class Args:
     num_eval_envs: int = 16  # envs that evaluation runs at once, over all ranks
 
     # ---- algorithm
+    # what the critic reads: the language model's hidden state as published, or the simulator's state (state_critic.py)
+    critic: Literal["hidden", "state"] = "hidden"
+    critic_epochs: int = 10  # passes over a rollout of the critic that reads the simulator's state
     gamma: float = 0.99  # discount per action
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     # which episode ends are followed by V(last frame): cut ones; successes too (RLinf, for its published numbers); or
@@ -115,7 +119,7 @@ class Args:
     dual_clip: float | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
     value_clip: float | None = 0.2  # largest counted change of a value from its rollout value; None = no limit
     huber_delta: float = 10.0  # value errors above it count linearly
-    vf_coef: float = 1.0  # weight of the value loss
+    vf_coef: float = 1.0  # weight of the value loss in the model's gradient; --critic state has a loss of its own
     ent_coef: float = 0.0  # weight of the entropy bonus
     kl_coef: float = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
     fan_coef: float = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
@@ -228,7 +232,7 @@ def ppo_loss(
     new: Evaluation, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict,
     value_clip: float | None, huber_delta: float, vf_coef: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """clipped_surrogate + regularization + clipped Huber value loss.
+    """clipped_surrogate + regularization + clipped Huber value loss (the last where vf_coef is not 0).
 
     Args:
         new: logprobs, entropy [B, C, D] and values [B, C] of the policy as it is now. total_weight: as for
@@ -243,6 +247,10 @@ def ppo_loss(
 
     policy_loss, metrics = clipped_surrogate(new.logprobs, mb, total_weight, **surrogate)
     penalty, penalties = regularization(new, mb, total_weight, **regularizers)
+    loss = policy_loss + penalty
+    metrics |= penalties | {"train/loss": loss}
+    if not vf_coef:
+        return loss, {name: value.detach() for name, value in metrics.items()}
     change = new.values - mb.old_values
     errors = F.huber_loss(new.values, mb.returns, reduction="none", delta=huber_delta)
     value_clipped = torch.zeros_like(change, dtype=torch.bool)
@@ -251,8 +259,8 @@ def ppo_loss(
         errors = torch.maximum(errors, F.huber_loss(limited, mb.returns, reduction="none", delta=huber_delta))
         value_clipped = change.abs() > value_clip
     value_loss = mean(errors)
-    loss = policy_loss + penalty + vf_coef * value_loss
-    metrics |= penalties | {
+    loss = loss + vf_coef * value_loss
+    metrics |= {
         "train/loss": loss,
         "train/critic/value_loss": value_loss,
         "train/critic/value_clip_ratio": mean(value_clipped.float()),
@@ -270,10 +278,10 @@ def main(args: Args) -> None:
         default_dir = f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
-        policy = load_policy(
-            args.model_path, args.model_type, **pick(args, load_policy, dtype=DTYPES[args.dtype], device=device)
-        )
-        envs = make_envs(args.env_id, N, **pick(args, make_envs, first_env=first_env))
+        privileged = args.critic == "state"
+        model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
+        policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
+        envs = make_envs(args.env_id, N, **pick(args, make_envs, first_env=first_env, privileged=privileged))
         num_eval_envs = max(1, args.num_eval_envs // world_size())
         one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1)
         one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
@@ -287,6 +295,8 @@ def main(args: Args) -> None:
     loss_flags = pick(
         args, ppo_loss, surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization)
     )  # fmt: skip
+    if privileged:
+        loss_flags["vf_coef"] = 0.0
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
     start_iteration, global_step = 0, 0
@@ -298,11 +308,21 @@ def main(args: Args) -> None:
             obs = envs.split(envs.reset())
         for part in obs:
             policy.preprocess(part)  # instructions that do not fit the prompt end the run here
+        critic = None
+        if privileged:
+            state_size = obs[0]["state"].shape[1]
+            critic = StateCritic(T, N, args.chunk_size, state_size, device, args.seed, **pick(args, StateCritic))
+            if checkpoint:
+                load_critic(critic, checkpoint)
         logger = Logger(
             run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
         )
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints)
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints, critic)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
+
+    def value_of(actor: VLAPolicy, obs: dict) -> torch.Tensor:
+        """V of observations, fp32 [N]: where an episode was cut, and where the rollout ends."""
+        return critic(obs["state"]) if critic else actor.value(actor.prepare(obs, device))[:, 0].float().cpu()
 
     def run_evaluation(iteration: int) -> None:
         """The held-out episodes, with whole weights; rank 0 films its first batch."""
@@ -331,8 +351,7 @@ def main(args: Args) -> None:
                         bootstrapped = has_future(terminations, truncations, args.bootstrap)  # [N]
                         final_values = torch.zeros(len(bootstrapped))
                         if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
-                            final_inputs = actor.prepare(infos["final_observation"], device)
-                            final_values[infos["ended"]] = actor.value(final_inputs)[:, 0].float().cpu()
+                            final_values[infos["ended"]] = value_of(actor, infos["final_observation"])
                         dropped = infos["dropped"]  # [N], lost with a worker: cut before this decision, at its V
                         final_values = final_values * bootstrapped
                         final_values[dropped] = buffer.values[t - 1, here, 0][dropped]
@@ -341,12 +360,16 @@ def main(args: Args) -> None:
                             dones=terminations | truncations | dropped,
                         )  # fmt: skip
                         episodes += rows(infos["episode"])
-                    inputs = actor.prepare(obs[part], device)
+                        if critic:
+                            buffer.values[t - 1, here] = critic.store(t - 1, here, infos["states"])
                     if t == T:
-                        next_values[here] = actor.value(inputs)[:, 0].cpu()
+                        next_values[here] = value_of(actor, obs[part])
                         continue
+                    inputs = actor.prepare(obs[part], device)
                     tokens, logprobs, values = actor.act(inputs, args.temperature, noise[here])  # [N, C, D] x 2, [N, C]
                     envs.step_async(actor.decode(tokens), part)
+                    if critic:  # what it makes of the states within the chunk follows with the outcome
+                        values = critic(obs[part]["state"])[:, None].expand_as(values)
                     reference = actor.reference_logprobs(inputs, tokens, args.temperature) if args.kl_coef else None
                     buffer.add_decision(t, here, inputs, tokens, logprobs, values, reference)
         preemption.leave_if_asked()
@@ -386,15 +409,20 @@ def main(args: Args) -> None:
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
 
+        value_metrics = critic.fit(returns, buffer.valid, generator) if critic else {}
+
         # ------------------------------------------------------------------ log, evaluate, save
         if due(iteration, args.eval_freq, sizes.num_iterations):
             run_evaluation(iteration + 1)
         metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
+        metrics |= value_metrics
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["train/critic/explained_variance"] = buffer.explained_variance(returns)
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps)
         if due(iteration, args.save_freq, sizes.num_iterations):
-            save_checkpoint(engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints)
+            save_checkpoint(
+                engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints, critic
+            )  # fmt: skip
 
     for opened in (logger, envs, eval_envs):
         opened.close()

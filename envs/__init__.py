@@ -51,6 +51,7 @@ def make_envs(
     seed: int = 0,
     first_env: int = 0,
     instruction: str | None = None,
+    privileged: bool = False,
 ) -> VectorEnv:
     """Make `num_envs` envs of one id: one of the PutOnPlateInScene25 family, or any other ManiSkill env.
 
@@ -82,6 +83,8 @@ def make_envs(
             differs, for comparison with its table (the list is in `envs/put_on_plate.py`).
         seed, first_env: env i follows training stream (seed, first_env + i); first_env is this rank's offset.
         instruction: what the policy is told in an env that is not of the family.
+        privileged: observations also hold `state`, float32 [N, S], what the simulator knows (`privileged_state` of
+            `envs/put_on_plate.py` and `envs/maniskill_task.py`) and how much of the episode is over; for critics.
     """
     from envs import group, vector
 
@@ -90,5 +93,6 @@ def make_envs(
     spec = group.EnvSpec(
         env_id, num_envs, obj_set, asset_pack, asset_dir, tuple(image_size), sim_freq, max_episode_steps, auto_reset,
         ignore_terminations, protocol, seed, first_env, instruction, simulator, drawn_by,
+        privileged,
     )  # fmt: skip
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)

@@ -312,6 +312,16 @@ class BatchedPutOnPlate(PutOnPlateScene):
             picture, seen, self._textures, self._texture, self._texture_weight, self.variant.texture_on
         )
 
+    def privileged_states(self) -> torch.Tensor:
+        """Of every row what `PutOnPlateInScene.privileged_state` gives: float32 [N, 45]."""
+        bodies = self._bodies.read()[self._row[:, None], self._chosen, :7]  # [N, 2, 7]
+        latches = self.latches
+        flags = (self.grasped, latches.grasped_once, latches.streak_once, latches.streak.clamp(max=rules.GRASP_STREAK))
+        return rules.privileged_state(
+            self.agent.robot.links_map["ee_gripper_link"].pose.raw_pose, self.agent.robot.get_qpos(),
+            bodies[:, 0], bodies[:, 1], self._half_sizes, torch.stack([flag.float() for flag in flags], dim=1),
+        )  # fmt: skip
+
     def describe(self) -> list[dict]:
         """The live state of every row, plain data as `PutOnPlateInScene.describe` gives it."""
         links, states = self.agent.robot.links_map, self._bodies.read()[..., :7].tolist()

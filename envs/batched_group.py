@@ -46,11 +46,11 @@ class BatchedGroup:
 
     # ----------------------------------------------------------------------------------------------------- episodes
 
-    def reset(self, episode_ids: list[int | None], chosen: list[int]) -> list[str]:
+    def reset(self, episode_ids: list[int | None], chosen: list[int]) -> dict:
         """As EnvGroup's."""
         self._begin(chosen, episode_ids)
         self._show(chosen)
-        return self.instructions()
+        return self.seen()
 
     def _begin(self, chosen: list[int], episode_ids: list[int | None]) -> None:
         """Episodes in some rows; None takes the next of a row's own training stream."""
@@ -83,20 +83,31 @@ class BatchedGroup:
             pictures = self.world.render_images()
             self.images[chosen] = pictures[rows.to(pictures.device)].cpu().numpy()
 
-    def instructions(self) -> list[str]:
-        return self.world.instructions
+    def seen(self) -> dict:
+        """As EnvGroup's."""
+        said = {"instructions": self.world.instructions}
+        return said | {"state": self._states()} if self.spec.privileged else said
+
+    def _states(self) -> np.ndarray:
+        """What the simulator knows and how much of the episode is over, float32 [N, S]."""
+        progress = (self.lengths / self.spec.max_episode_steps).astype(np.float32)
+        return np.concatenate([self.world.privileged_states().cpu().numpy(), progress[:, None]], axis=1)
 
     # ----------------------------------------------------------------------------------------------------- steps
 
     def step(self, actions: np.ndarray) -> dict:
         """As EnvGroup's; actions float32 [N, C, 7]."""
         out = empty_result(*actions.shape[:2])
+        if self.spec.privileged:
+            out["states"] = np.repeat(self._states()[:, None], actions.shape[1], axis=1)
         began = self.running.copy()
         shown = np.zeros(len(began), bool)  # pictures taken when an episode ended in the midst of the chunk
         for j in range(actions.shape[1]):
             active = self.running.copy()
             if not active.any():
                 break
+            if self.spec.privileged and j > 0:
+                out["states"][active, j] = self._states()[active]
             out["rewards"][:, j], out["valid"][:, j] = self._execute(actions[:, j], active), active
             broken = active & ~self._finite()
             self._losses[active & ~broken] = 0
@@ -108,8 +119,7 @@ class BatchedGroup:
         self._show(np.flatnonzero(began & ~shown & ~out["dropped"]))
         self._finish(began & ~self.running & ~out["dropped"], out)
         self._replace(np.flatnonzero(out["dropped"]))
-        out["instructions"] = self.instructions()
-        return out
+        return out | self.seen()
 
     def _execute(self, actions: np.ndarray, active: np.ndarray) -> np.ndarray:
         """One control step of the active rows, actions [N, 7]; the others hold still. Returns rewards [N]."""
@@ -143,9 +153,10 @@ class BatchedGroup:
         """Report episodes that ended in this chunk; with auto_reset, begin the next ones."""
         out["terminations"][:] = ended & self.success & (not self.spec.ignore_terminations)
         out["truncations"][:] = ended & ~out["terminations"]
-        rows, texts = np.flatnonzero(ended), self.instructions()
+        rows, texts = np.flatnonzero(ended), self.world.instructions
+        states = self._states() if self.spec.privileged and len(rows) else [None] * len(ended)
         columns = (self.success_once, self.success, self.returns, self.lengths, self.returns / self.lengths.clip(1))
-        out["ended"] = [(int(i), tuple(float(column[i]) for column in columns), texts[i]) for i in rows]
+        out["ended"] = [(int(i), tuple(float(column[i]) for column in columns), texts[i], states[i]) for i in rows]
         self.final_images[rows] = self.images[rows]
         if self.spec.auto_reset:
             self._begin(rows.tolist(), [None] * len(rows))
@@ -182,11 +193,14 @@ class BatchedGroup:
             for i, episode_id in enumerate(self.episode_ids)
         ]
 
-    def load_state_dict(self, states: list[dict]) -> list[str]:
-        """Begin each episode again and replay what was executed; a shorter one begins later, so all end together."""
+    def load_state_dict(self, states: list[dict]) -> dict:
+        """Begin each episode again and replay what was executed; a shorter one begins later, so all end together.
+
+        Returns `seen()`, once there is something to see.
+        """
         self.counters[:] = [state["counter"] for state in states]
         if states[0]["episode_id"] is None:
-            return []
+            return {}
         lengths = np.array([len(state["actions"]) for state in states])
         longest = int(lengths.max())
         replayed = np.zeros((longest, len(states), ACTION_DIM), np.float32)
@@ -200,7 +214,7 @@ class BatchedGroup:
                 self._execute(replayed[t], lengths >= longest - t)
         self.explicit[:] = [state["explicit"] for state in states]
         self._show(np.arange(len(states)))
-        return self.instructions()
+        return self.seen()
 
     def close(self) -> None:
         self.settlers.close()

@@ -45,6 +45,7 @@ class EnvSpec:
     instruction: str | None = None
     sim_backend: str = "physx_cpu"  # or "physx_cuda"
     render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: who draws what physx_cpu simulates
+    privileged: bool = False  # observations also hold the simulator's state
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -196,6 +197,11 @@ class EnvSlot:
         self.running = not (terminated or truncated)
         return reward, terminated, truncated
 
+    def state(self) -> np.ndarray:
+        """What the simulator knows and how much of the episode is over, float32 [S]."""
+        progress = len(self.actions) / self.spec.max_episode_steps
+        return np.append(self.env.privileged_state(), np.float32(progress))
+
     def position(self) -> Position:
         return Position(self.counter, self.episode_id, self.explicit, self.running)
 
@@ -219,15 +225,17 @@ class EnvGroup:
         self.spec, self.offset, self.images, self.final_images = spec, offset, images, final_images
         self.slots = [EnvSlot(_build_env(spec), spec, spec.first_env + offset + i) for i in range(len(images))]
 
-    def reset(self, episode_ids: list[int | None], chosen: list[int]) -> list[str]:
-        """Start an episode in the chosen envs; None takes the next of an env's own stream. Returns all instructions."""
+    def reset(self, episode_ids: list[int | None], chosen: list[int]) -> dict:
+        """Start an episode in the chosen envs; None takes the next of an env's own stream. Returns `seen()`."""
         for i, episode_id in zip(chosen, episode_ids):
             self.slots[i].begin(episode_id)
             self.images[i] = self.slots[i].env.render_image()
-        return self.instructions()
+        return self.seen()
 
-    def instructions(self) -> list[str]:
-        return [slot.env.instruction for slot in self.slots]
+    def seen(self) -> dict:
+        """What belongs to an observation besides `images`: all instructions and, where asked for, states [count, S]."""
+        said = {"instructions": [slot.env.instruction for slot in self.slots]}
+        return said | {"state": np.stack([slot.state() for slot in self.slots])} if self.spec.privileged else said
 
     def positions(self) -> list[Position]:
         return [slot.position() for slot in self.slots]
@@ -235,14 +243,17 @@ class EnvGroup:
     def step(self, actions: np.ndarray) -> dict:
         """actions float32 [count, C, 7]. Each env runs its chunk until it ends; only last frames are rendered."""
         out = empty_result(*actions.shape[:2])
+        if self.spec.privileged:
+            out["states"] = np.stack([np.repeat(slot.state()[None], actions.shape[1], axis=0) for slot in self.slots])
         for i, slot in enumerate(self.slots):
             if slot.running:
                 self._run_chunk(i, slot, actions[i], out)
-        out["instructions"] = self.instructions()
-        return out
+        return out | self.seen()
 
     def _run_chunk(self, i: int, slot: EnvSlot, actions: np.ndarray, out: dict) -> None:
         for j, action in enumerate(actions):
+            if self.spec.privileged and j > 0:
+                out["states"][i, j] = slot.state()
             out["rewards"][i, j], out["terminations"][i], out["truncations"][i] = slot.execute(action)
             out["valid"][i, j] = True
             if not slot.running:
@@ -250,17 +261,18 @@ class EnvGroup:
         self.images[i] = slot.env.render_image()
         if slot.running:
             return
-        out["ended"].append((i, slot.metrics(), slot.env.instruction))
+        out["ended"].append((i, slot.metrics(), slot.env.instruction, slot.state() if self.spec.privileged else None))
         self.final_images[i] = self.images[i]
         if self.spec.auto_reset:
             slot.begin(None)
             self.images[i] = slot.env.render_image()
 
-    def take_over(self, positions: list[Position], begin: bool) -> list[str]:
+    def take_over(self, positions: list[Position], begin: bool) -> dict:
         """Stand in for a group that is gone. With `begin`, each episode that was under way is given up.
 
         An env then starts the next episode of its stream, or the same one again where the caller had given its id. An
-        env that rested goes on resting, and `images` still holds its last picture. Returns instructions.
+        env that rested goes on resting, and `images` still holds its last picture. Returns `seen()`, once there is
+        something to see.
         """
         for i, (slot, position) in enumerate(zip(self.slots, positions)):
             slot.counter = position.counter
@@ -271,7 +283,7 @@ class EnvGroup:
             slot.explicit, slot.running = position.explicit, position.running
             if slot.running:
                 self.images[i] = slot.env.render_image()
-        return self.instructions() if begin and positions[0].episode_id is not None else []
+        return self.seen() if begin and positions[0].episode_id is not None else {}
 
     def describe(self) -> list[dict]:
         return [slot.env.describe() | {"elapsed_steps": len(slot.actions)} for slot in self.slots]
@@ -283,8 +295,11 @@ class EnvGroup:
             for slot in self.slots
         ]
 
-    def load_state_dict(self, states: list[dict]) -> list[str]:
-        """Begin each episode again and replay what was executed: the simulator is a function of that, bit for bit."""
+    def load_state_dict(self, states: list[dict]) -> dict:
+        """Begin each episode again and replay what was executed: the simulator is a function of that, bit for bit.
+
+        Returns `seen()`, once there is something to see.
+        """
         for i, (slot, state) in enumerate(zip(self.slots, states)):
             slot.counter = state["counter"]
             if state["episode_id"] is None:
@@ -294,7 +309,7 @@ class EnvGroup:
             for action in state["actions"]:
                 slot.execute(action)
             self.images[i] = slot.env.render_image()
-        return self.instructions() if states[0]["episode_id"] is not None else []
+        return self.seen() if states[0]["episode_id"] is not None else {}
 
     def close(self) -> None:
         for slot in self.slots:
@@ -310,7 +325,7 @@ def empty_result(count: int, chunk_size: int) -> dict:
         "terminations": np.zeros(count, bool),
         "truncations": np.zeros(count, bool),
         "dropped": np.zeros(count, bool),
-        "ended": [],  # (index within the group, metrics, instruction)
+        "ended": [],  # (index within the group, metrics, instruction, last state or None)
     }
 
 

@@ -109,6 +109,11 @@ class ManiSkillTask:
         camera.capture()
         return camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"][0].numpy()
 
+    def privileged_state(self) -> np.ndarray:
+        """ManiSkill's own state of everything, joints, tool pose in the base frame and success, float32 [S - 1]."""
+        parts = (self.env.get_state(), self.env.agent.robot.get_qpos(), self._arm.ee_pose_at_base.raw_pose)
+        return np.concatenate([*(part[0].numpy() for part in parts), [self.success]]).astype(np.float32)
+
     def describe(self) -> dict:
         """The live state, plain data; tcp_pose is p, q (wxyz) in the base frame, `state` is ManiSkill's get_state()."""
         return {

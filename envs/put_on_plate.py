@@ -503,6 +503,20 @@ class PutOnPlateInScene(PutOnPlateScene):
     # what is going on
     # -----------------------------------------------------------------------------------------------------------------
 
+    def privileged_state(self) -> np.ndarray:
+        """What a critic may know and a policy may not, float32 [45]; poses are p, q (wxyz) in the world frame.
+
+        Poses of tool, object and receptacle; joints; half sizes of object and receptacle; object from tool, receptacle
+        from object; grasped now, ever, for long, and for how many steps.
+        """
+        tool, obj, receptacle = self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose
+        flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, GRASP_STREAK))
+        parts = (
+            tool.p, tool.q, obj.p, obj.q, receptacle.p, receptacle.q, self._robot.qpos, self._object_half,
+            self._receptacle_half, obj.p - tool.p, receptacle.p - obj.p, flags,
+        )  # fmt: skip
+        return np.concatenate(parts, dtype=np.float32, casting="unsafe")
+
     def describe(self) -> dict:
         """The live state, plain data; poses are p, q (wxyz) in the world frame."""
 

@@ -62,6 +62,18 @@ class Latches:
         return rewards
 
 
+def privileged_state(
+    tool: torch.Tensor, qpos: torch.Tensor, obj: torch.Tensor, receptacle: torch.Tensor, half_sizes: torch.Tensor,
+    flags: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """`PutOnPlateInScene.privileged_state` of N rows, float32 [N, 45].
+
+    tool, obj, receptacle: poses [N, 7]; qpos [N, 8]; half_sizes [N, 2, 3]; flags [N, 4].
+    """
+    from_each_other = (obj[:, :3] - tool[:, :3], receptacle[:, :3] - obj[:, :3])
+    return torch.cat([tool, obj, receptacle, qpos, half_sizes.flatten(1), *from_each_other, flags], dim=1).float()
+
+
 def pressed_open(opening: torch.Tensor, force: torch.Tensor) -> torch.Tensor:
     """Whether fingers are pushed outwards hard enough: bool [N].
 

@@ -133,9 +133,9 @@ class VectorEnv:
         for lower, upper in self._bounds:
             rows = [i for i in range(lower, upper) if i in wanted]
             per_group.append(([wanted[i] for i in rows], [i - lower for i in rows]))
-        instructions = self._call("reset", per_group)
+        seen = self._call("reset", per_group)
         self._started = True
-        return self._observation(range(len(self._groups)), instructions)
+        return self._observation(range(len(self._groups)), seen)
 
     def step(self, actions) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
         """Execute a chunk of C actions in every env that is running: step_async on all envs, then step_wait.
@@ -143,6 +143,7 @@ class VectorEnv:
         Args: actions float [N, C, 7], torch or numpy, robot units: metres, Euler angles (rad), gripper (> 0.5 opens).
         Returns: obs after the chunk; rewards float32 [N, C]; terminations, truncations bool [N] (events of this call);
             infos: valid bool [N, C], ended int64 [M], final_observation (of those M envs), episode (dict of fp32 [M]),
+            states float32 [N, C, S] before each action where `privileged` was asked for,
             dropped bool [N]: this env's episode was lost with its worker and counts for nothing; obs shows the first
             frame of the next one (of the same one again where reset() was given ids).
         """
@@ -188,29 +189,38 @@ class VectorEnv:
             torch.from_numpy(np.concatenate([result[key] for result in results]))
             for key in ("rewards", "valid", "terminations", "truncations", "dropped")
         )
-        obs = self._observation(chosen, [result["instructions"] for result in results])
         infos = {"valid": valid, "dropped": dropped} | self._ended(chosen, results)
-        return obs, rewards, terminations, truncations, infos
+        if self._spec.privileged:
+            infos["states"] = torch.from_numpy(np.concatenate([result["states"] for result in results]))
+        return self._observation(chosen, results), rewards, terminations, truncations, infos
 
-    def _observation(self, chosen: range, instructions: list[list[str]]) -> dict:
+    def _observation(self, chosen: range, seen: list[dict]) -> dict:
         images = np.concatenate([self._groups[k].images for k in chosen])  # [N, H, W, 3], a copy
-        return {"image": torch.from_numpy(images), "task_description": [text for part in instructions for text in part]}
+        texts = [text for part in seen for text in part["instructions"]]
+        obs = {"image": torch.from_numpy(images), "task_description": texts}
+        if self._spec.privileged:
+            obs["state"] = torch.from_numpy(np.concatenate([part["state"] for part in seen]))
+        return obs
 
     def _ended(self, chosen: range, results: list[dict]) -> dict:
         """What infos says about the M envs whose episode ended in this call."""
-        indices, metrics, texts = [], [], []
+        indices, metrics, texts, states = [], [], [], []
         images = np.empty((sum(len(result["ended"]) for result in results), *self._spec.image_shape), np.uint8)
         first = self._bounds[chosen[0]][0]
         for k, result in zip(chosen, results):
-            for i, values, text in result["ended"]:
+            for i, values, text, state in result["ended"]:
                 images[len(indices)] = self._groups[k].final_images[i]
                 indices.append(self._bounds[k][0] - first + i)
                 metrics.append(values)
                 texts.append(text)
+                states.append(state)
         columns = torch.tensor(metrics, dtype=torch.float32).reshape(len(indices), len(EPISODE_METRICS)).unbind(dim=1)
+        final_observation = {"image": torch.from_numpy(images), "task_description": texts}
+        if self._spec.privileged:
+            final_observation["state"] = torch.from_numpy(np.stack(states)) if states else None
         return {
             "ended": torch.tensor(indices, dtype=torch.int64),
-            "final_observation": {"image": torch.from_numpy(images), "task_description": texts},
+            "final_observation": final_observation,
             "episode": dict(zip(EPISODE_METRICS, columns)),
         }
 
@@ -268,9 +278,9 @@ class VectorEnv:
                     f"this state was saved with {key}={saved!r}, these envs have {value!r}: "
                     "make envs with the saved value."
                 )
-        instructions = self._call("load_state_dict", self._split(state))
+        seen = self._call("load_state_dict", self._split(state))
         self._started = state[0]["episode_id"] is not None
-        return self._observation(range(len(self._groups)), instructions) if self._started else None
+        return self._observation(range(len(self._groups)), seen) if self._started else None
 
     def close(self) -> None:
         """End all workers; safe to call twice."""

@@ -192,7 +192,7 @@ class WorkerGroup:
                 self._spawn()
                 self._receive(starting=True)
                 self._send("take_over", (before, begin))
-                self._instructions = self._receive(starting=True)
+                self._seen = self._receive(starting=True)
             except WorkerLost as again:
                 loss = again
                 continue
@@ -203,7 +203,10 @@ class WorkerGroup:
         """A step's result for episodes that were lost before or in it."""
         dropped, self._dropped = self._dropped, None
         chunk_size = self._pending[1][0].shape[1]
-        return empty_result(self.count, chunk_size) | {"dropped": dropped, "instructions": self._instructions}
+        result = empty_result(self.count, chunk_size) | self._seen | {"dropped": dropped}
+        if self._spec.privileged:
+            result["states"] = np.repeat(self._seen["state"][:, None], chunk_size, axis=1)
+        return result
 
     # ----------------------------------------------------------------------------------------------------- messages
 

@@ -4,6 +4,7 @@
         policy/        the published layout (pretrained.py): what evaluation and other code bases load
         optimizer/     one file per rank: fp32 weights and Adam's moments, see shards.py
         envs.pt        where every env stood: stream position, episode, actions so far; knows nothing of ranks
+        critic.pt      the critic beside the engine, where there is one (state_critic.py)
         state.json     iteration, global_step, what is trained, size of every file above; written last
 
 Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside its
@@ -26,6 +27,7 @@ from vla.distributed import UserError, agree, all_gather_lists, print0, rank, wo
 from vla.pretrained import save_policy, saves_adapter_alone
 from vla.shards import load_shards, save_shards
 from vla.stages import whole_state_dict
+from vla.state_critic import StateCritic
 
 FORMAT = 2  # of state.json and optimizer/
 
@@ -169,11 +171,13 @@ def save_checkpoint(
     global_step: int,
     env_states: list[dict],
     keep: int,
+    critic: StateCritic | None = None,
 ) -> Path:
     """Write one checkpoint and delete all but the newest `keep` (0 = keep all). All ranks together.
 
     Args:
         env_states: one entry per env of this rank.
+        critic: beside the engine, the same on every rank.
 
     Raises:
         UserError: the disk is full or the folder can not be written; earlier checkpoints are as they were.
@@ -189,6 +193,8 @@ def save_checkpoint(
             (partial / "optimizer").mkdir(parents=True)
             save_policy(engine.module, weights, partial / "policy")
             torch.save(env_states, partial / "envs.pt")
+            if critic is not None:
+                torch.save(critic.state_dict(), partial / "critic.pt")
     with written_by_all(partial, str(final)):
         save_shards(engine, partial / "optimizer")
     state = {"iteration": iteration, "global_step": global_step, "trained": trained_shapes(engine)}
@@ -221,3 +227,10 @@ def load_checkpoint(
         raise UserError(f"{folder} holds {len(env_states)} envs, this run has {num_envs}: pass the same --num_envs")
     load_shards(engine, folder / "optimizer")
     return state["iteration"], state["global_step"], env_states[first_env : first_env + local_num_envs]
+
+
+def load_critic(critic: StateCritic, folder: Path) -> None:
+    """Restore the critic beside the engine. Raises UserError where the checkpoint has none."""
+    if not (folder / "critic.pt").is_file():
+        raise UserError(f"{folder} was written without --critic state: leave it out, or start a new run")
+    critic.load_state_dict(torch.load(folder / "critic.pt", map_location="cpu"))

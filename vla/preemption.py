@@ -36,6 +36,7 @@ from vla.checkpoint import checkpoint_dir, damage, save_checkpoint
 from vla.distributed import REQUEUE, agree, all_reduce_max, barrier, print0, rank
 from vla.engine import Engine
 from vla.shards import Snapshot
+from vla.state_critic import StateCritic
 
 Item = TypeVar("Item")
 
@@ -46,10 +47,11 @@ class Preemption:
 
     Args:
         keep: of save_checkpoint().
+        critic: beside the engine; it is to be fitted behind the last look at `asked`, so it is never undone.
     """
 
-    def __init__(self, engine: Engine, run_dir: Path, keep: int):
-        self.engine, self.run_dir, self.keep = engine, run_dir, keep
+    def __init__(self, engine: Engine, run_dir: Path, keep: int, critic: StateCritic | None = None):
+        self.engine, self.run_dir, self.keep, self.critic = engine, run_dir, keep, critic
         self.stop_file = run_dir / "stop"
         self.signal: str | None = None  # what this rank got; it may come twice
         self.meeting = False  # the other ranks hear of it anyway
@@ -97,7 +99,7 @@ class Preemption:
         if agree(damage(folder) if rank() == 0 else None):  # there is none yet, or no whole one
             self.start.restore(self.engine)
             save_checkpoint(
-                self.engine, self.run_dir, self.iteration, self.global_step, self.env_states, self.keep
+                self.engine, self.run_dir, self.iteration, self.global_step, self.env_states, self.keep, self.critic
             )  # fmt: skip
         if rank() == 0:
             self.stop_file.unlink(missing_ok=True)
