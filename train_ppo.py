@@ -409,7 +409,8 @@ def main(args: Args) -> None:
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
 
-        value_metrics = critic.fit(returns, buffer.valid, generator) if critic else {}
+        with logger.timer("update"):
+            value_metrics = critic.fit(returns, buffer.valid, generator) if critic else {}
 
         # ------------------------------------------------------------------ log, evaluate, save
         if due(iteration, args.eval_freq, sizes.num_iterations):

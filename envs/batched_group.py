@@ -100,7 +100,7 @@ class BatchedGroup:
         out = empty_result(*actions.shape[:2])
         if self.spec.privileged:
             out["states"] = np.repeat(self._states()[:, None], actions.shape[1], axis=1)
-        began = self.running.copy()
+        began, last = self.running.copy(), [None] * len(self.running)  # last: states in which episodes ended
         shown = np.zeros(len(began), bool)  # pictures taken when an episode ended in the midst of the chunk
         for j in range(actions.shape[1]):
             active = self.running.copy()
@@ -113,11 +113,15 @@ class BatchedGroup:
             self._losses[active & ~broken] = 0
             self._drop(broken, out)
             ended = active & ~self.running & ~broken
+            if self.spec.privileged and ended.any():
+                states = self._states()
+                for i in np.flatnonzero(ended):
+                    last[i] = states[i]
             if ended.any() and self.running.any() and j + 1 < actions.shape[1]:
                 self._show(np.flatnonzero(ended))
                 shown |= ended
         self._show(np.flatnonzero(began & ~shown & ~out["dropped"]))
-        self._finish(began & ~self.running & ~out["dropped"], out)
+        self._finish(began & ~self.running & ~out["dropped"], last, out)
         self._replace(np.flatnonzero(out["dropped"]))
         return out | self.seen()
 
@@ -149,14 +153,13 @@ class BatchedGroup:
         out["rewards"][broken], out["valid"][broken] = 0.0, False
         self.running[broken] = False
 
-    def _finish(self, ended: np.ndarray, out: dict) -> None:
-        """Report episodes that ended in this chunk; with auto_reset, begin the next ones."""
+    def _finish(self, ended: np.ndarray, last: list, out: dict) -> None:
+        """Report episodes that ended in this chunk, `last` their last states; with auto_reset, begin the next ones."""
         out["terminations"][:] = ended & self.success & (not self.spec.ignore_terminations)
         out["truncations"][:] = ended & ~out["terminations"]
         rows, texts = np.flatnonzero(ended), self.world.instructions
-        states = self._states() if self.spec.privileged and len(rows) else [None] * len(ended)
         columns = (self.success_once, self.success, self.returns, self.lengths, self.returns / self.lengths.clip(1))
-        out["ended"] = [(int(i), tuple(float(column[i]) for column in columns), texts[i], states[i]) for i in rows]
+        out["ended"] = [(int(i), tuple(float(column[i]) for column in columns), texts[i], last[i]) for i in rows]
         self.final_images[rows] = self.images[rows]
         if self.spec.auto_reset:
             self._begin(rows.tolist(), [None] * len(rows))

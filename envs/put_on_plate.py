@@ -506,8 +506,8 @@ class PutOnPlateInScene(PutOnPlateScene):
     def privileged_state(self) -> np.ndarray:
         """What a critic may know and a policy may not, float32 [45]; poses are p, q (wxyz) in the world frame.
 
-        Poses of tool, object and receptacle; joints; half sizes of object and receptacle; object from tool, receptacle
-        from object; grasped now, ever, for long, and for how many steps.
+        Poses of tool, object and receptacle (3 x 7); joints (8); half sizes of object and receptacle (6); object from
+        tool, receptacle from object (6); grasped now, ever, for long, and for how many steps (4).
         """
         tool, obj, receptacle = self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose
         flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, GRASP_STREAK))

@@ -259,6 +259,7 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
         start = variants.decode(env_id, obj_set, episode_id, protocol)
         batch.start_episodes([0], [start], [settled_state(one, start)])
         assert batch.describe()[0] == one.describe() and batch.instructions == [one.instruction]
+        np.testing.assert_allclose(batch.privileged_states()[0].numpy(), one.privileged_state(), atol=1e-6)
         assert np.abs(batch.render_images()[0].numpy().astype(int) - one.render_image()).max() <= 1
         expert, success = Expert(), False
         for step in range(40):
@@ -268,6 +269,9 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
             (reward, success), (rewards, successes) = one.advance(action), batch.advance(action)
             assert reward == pytest.approx(rewards.item(), abs=1e-9) and success == successes.item()
             assert (one.grasped, one.streak_once) == (batch.grasped.item(), batch.latches.streak_once.item())
+            known = batch.privileged_states()[0].numpy(), one.privileged_state()
+            np.testing.assert_array_equal(known[0][-4:], known[1][-4:])  # the latches
+            np.testing.assert_allclose(known[0][29:41], known[1][29:41], atol=1e-2)  # sizes, and where from each other
             ours, theirs = batch.describe()[0], one.describe()
             for key in poses:
                 if ours[key] is not None:
@@ -583,6 +587,9 @@ class Toy:
     def render_image(self) -> np.ndarray:
         return np.full((2, 3, 3), self.state % 256, np.uint8)
 
+    def privileged_state(self) -> np.ndarray:
+        return np.array([self.state, self.success], np.float32)
+
     def describe(self) -> dict:
         return {"episode_id": self.start.episode_id, "state": self.state}
 
@@ -613,6 +620,9 @@ class ToyRows:
     def render_images(self):
         self.pictures += 1
         return torch.from_numpy(np.stack([toy.render_image() for toy in self.toys]))
+
+    def privileged_states(self):
+        return torch.from_numpy(np.stack([toy.privileged_state() for toy in self.toys]))
 
     def describe(self):
         return [toy.describe() for toy in self.toys]
@@ -646,7 +656,7 @@ def both_groups(count: int, **changes):
     from envs.batched_group import BatchedGroup
 
     spec = EnvSpec(MAIN, count, "train", "builtin", None, (3, 2), 100, 5, False, False, "rl4vla", 3, 10)
-    spec = dataclasses.replace(spec, **changes)
+    spec = dataclasses.replace(spec, privileged=True, **changes)
     images = [np.zeros((count, 2, 3, 3), np.uint8) for _ in range(4)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("envs.group._build_env", lambda spec: Toy())
@@ -657,16 +667,25 @@ def both_groups(count: int, **changes):
 def assert_same_step(group, batch, actions) -> None:
     want, got = group.step(actions), batch.step(actions)
     assert want.keys() == got.keys()
+    executed = want["valid"]  # of an env at rest nobody asks for the state
+    np.testing.assert_array_equal(want.pop("states")[executed], got.pop("states")[executed])
+    assert_same_seen(group, {key: want.pop(key) for key in ("state", "instructions")}, got)
     for key, value in want.items():
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, got[key], err_msg=key)
-    assert [(i, text) for i, _, text in want["ended"]] == [(i, text) for i, _, text in got["ended"]]
-    for (_, ours, _), (_, theirs, _) in zip(want["ended"], got["ended"]):
+    assert [(i, text) for i, _, text, _ in want["ended"]] == [(i, text) for i, _, text, _ in got["ended"]]
+    for (_, ours, _, our_state), (_, theirs, _, their_state) in zip(want["ended"], got["ended"]):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
-    assert want["instructions"] == got["instructions"]
+        np.testing.assert_array_equal(our_state, their_state)
     np.testing.assert_array_equal(group.images, batch.images)
-    for i, _, _ in want["ended"]:
+    for i, *_ in want["ended"]:
         np.testing.assert_array_equal(group.final_images[i], batch.final_images[i])
+
+
+def assert_same_seen(group, want: dict, got: dict) -> None:
+    running = [slot.running for slot in group.slots]
+    assert want["instructions"] == got["instructions"]
+    np.testing.assert_array_equal(want["state"][running], got["state"][running])
 
 
 @settings(max_examples=40, deadline=None)
@@ -679,7 +698,7 @@ def test_batch_bookkeeping_equals_one_after_the_other(seed, count, chunk_size, a
     changes = dict(auto_reset=auto_reset, ignore_terminations=ignore_terminations)
     group, batch = both_groups(count, **changes)
     everyone = list(range(count))
-    assert group.reset([None] * count, everyone) == batch.reset([None] * count, everyone)
+    assert_same_seen(group, *(each.reset([None] * count, everyone) for each in (group, batch)))
     for t in range(8):
         assert_same_step(group, batch, random.uniform(-1, 1, (count, chunk_size, 7)).astype(np.float32))
         running = [slot.running for slot in group.slots]
@@ -690,14 +709,14 @@ def test_batch_bookkeeping_equals_one_after_the_other(seed, count, chunk_size, a
         if t == 3:
             chosen = sorted(random.choice(count, random.randint(1, count + 1), replace=False).tolist())
             ids = [None if random.rand() < 0.5 else int(random.randint(800_000)) for _ in chosen]
-            assert group.reset(ids, chosen) == batch.reset(ids, chosen)
+            assert_same_seen(group, *(each.reset(ids, chosen) for each in (group, batch)))
             np.testing.assert_array_equal(group.images, batch.images)
     states = group.state_dict()
     for ours, theirs in zip(states, batch.state_dict()):
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(np.ravel(ours[key]), np.ravel(theirs[key])) for key in ours)
     later, replayed = both_groups(count, **changes)
-    assert later.load_state_dict(states) == replayed.load_state_dict(states)
+    assert_same_seen(later, later.load_state_dict(states), replayed.load_state_dict(states))
     np.testing.assert_array_equal(later.images, replayed.images)
     for _ in range(3):
         assert_same_step(later, replayed, random.uniform(-1, 1, (count, chunk_size, 7)).astype(np.float32))

@@ -212,7 +212,7 @@ def test_half_batches_in_this_process_and_calls_in_the_wrong_order():
 def test_workers_equal_in_process_and_a_killed_one_is_replaced():
     actions = busy_actions(3, 12, seed=3)
     chunks = [actions[:, t : t + 4] for t in range(0, 12, 4)] + [actions[:, 4:6]]
-    kwargs = dict(auto_reset=True, max_episode_steps=6, seed=2)
+    kwargs = dict(auto_reset=True, max_episode_steps=6, seed=2, privileged=True)
     with make(3, **kwargs) as envs:
         total = envs.num_start_states
         start, undisturbed = envs.reset(), [envs.step(chunk) for chunk in chunks]

@@ -44,7 +44,7 @@ class StateCritic:
             self.net = nn.Sequential(
                 nn.Linear(state_size, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)
             ).to(device)
-        nn.init.zeros_(self.net[-1].weight)  # it begins at V = 0
+        nn.init.zeros_(self.net[-1].weight)  # it begins with one V for all states, its bias
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=value_learning_rate, weight_decay=0.01)
         # count, mean and sum of squared differences from it, of every state so far: float64 [S]
         self.count, self.mean, self.squares = 0, *torch.zeros(2, state_size, dtype=torch.float64)
