@@ -45,11 +45,18 @@ def curves() -> dict[str, dict]:
     return yaml.safe_load((RESULTS / "curves.yaml").read_text())
 
 
-def command_of(curve: dict, seed: int) -> list[str]:
-    """What a reader types for one curve and seed."""
-    words = ["deepspeed", "--num_gpus", str(RANKS), curve["script"], "--config", curve["config"]]
-    words += [word for name, value in curve["flags"].items() for word in (f"--{name}", str(value))]
-    return [*words, "--seed", str(seed)]
+def words_of(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def commands_of(curve: dict, seed: int, run_dir: str | None = None) -> list[list[str]]:
+    """What a reader types for one curve and seed: a run and, for each entry of the curve's `then`, the same run resumed
+    with other flags."""
+    begin = ["deepspeed", "--num_gpus", str(RANKS), curve["script"]]
+    place = run_dir or ("runs/my_run" if "then" in curve else None)
+    first = [*begin, "--config", curve["config"], *words_of(curve["flags"]), "--seed", str(seed)]
+    first += ["--run_dir", place] if place else []
+    return [first, *([*begin, "--resume", place, *words_of(flags)] for flags in curve.get("then", []))]
 
 
 def execute(command: list[str]) -> None:
@@ -69,7 +76,7 @@ def evaluated(
     command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", settings]
     command += ["--num_episodes", str(num_episodes), "--temperature", *map(str, temperatures), "--film_failures", "0"]
     command += ["--no-ignore_terminations", "--output", str(output), "--image_size", *map(str, flags["image_size"])]
-    command += [word for name in EVAL_FLAGS for word in (f"--{name}", str(flags[name]))]
+    command += words_of({name: flags[name] for name in EVAL_FLAGS})
     execute(command)
     return json.loads((output / "results.json").read_text())
 
@@ -103,7 +110,8 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
                 continue
             with tempfile.TemporaryDirectory() as temporary:
                 run_dir, new = Path(temporary) / "run", Path(temporary) / "kept"
-                execute([*command_of(curve, seed), "--run_dir", str(run_dir)])
+                for command in commands_of(curve, seed, str(run_dir)):
+                    execute(command)
                 flags = json.loads((run_dir / "args.json").read_text())
                 new.mkdir()
                 each = curve.get("episodes_per_setting")
@@ -115,8 +123,9 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
                         (new / f"{moment}{file}.json").write_text(json.dumps(success) + "\n")
                 for file in ("metrics.jsonl", "evaluations.jsonl"):
                     shutil.copy(run_dir / file, new / file)
-                description = without_places(json.loads((run_dir / f"{DESCRIPTION}.json").read_text()))
-                (new / f"{DESCRIPTION}.json").write_text(json.dumps(description, indent=2) + "\n")
+                for path in run_dir.glob("run_from_iteration_*.json"):
+                    description = without_places(json.loads(path.read_text()))
+                    (new / path.name).write_text(json.dumps(description, indent=2) + "\n")
                 kept.parent.mkdir(exist_ok=True)
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.move(new, kept)
@@ -174,9 +183,9 @@ def tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str
         )
     devices = {(of[DESCRIPTION]["device"], of[DESCRIPTION]["num_ranks"]) for s in runs.values() for of in s.values()}
     lines += ["", *(f"{ranks} ranks on {device}." for device, ranks in sorted(devices)), "", "```bash"]
-    lines += [
-        f"{' '.join(command_of(specs[name], min(seeds)))}    # seeds {list(seeds)}" for name, seeds in runs.items()
-    ]
+    for name, seeds in runs.items():
+        first, *rest = [" ".join(command) for command in commands_of(specs[name], min(seeds))]
+        lines += [f"{first}    # seeds {list(seeds)}", *rest]
     return [*lines, "```"]
 
 

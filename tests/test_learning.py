@@ -67,6 +67,18 @@ def test_the_16_settings_are_drawn_where_they_were_run(place):
     assert "| mean of the 15 out-of-distribution settings | 0.250 [0.21, 0.29] | 0.500 [0.46, 0.54] |" in page
 
 
+def test_a_curve_may_go_on_with_other_flags(place):
+    keep_run(place / "results" / "ppo" / "seed_0", 0.25, 0.75)
+    curves = place / "results" / "curves.yaml"
+    curves.write_text(curves.read_text().replace("seeds: [0, 1]", "then: [{num_iterations: 3}], seeds: [0, 1]"))
+    learning.draw()
+    page = (place / "RESULTS.md").read_text()
+    assert "--num_iterations 2 --seed 0 --run_dir runs/my_run    # seeds [0]\n" in page
+    assert "\ndeepspeed --num_gpus 2 train_ppo.py --resume runs/my_run --num_iterations 3\n```" in page
+    first, second = learning.commands_of(learning.curves()["ppo"], 1, "/there")
+    assert first[-2:] == ["--run_dir", "/there"] and second[4:6] == ["--resume", "/there"]
+
+
 def test_nothing_to_draw_is_one_sentence(place):
     with pytest.raises(SystemExit, match="holds no run yet"):
         learning.draw()
