@@ -67,9 +67,10 @@ class Args:
     oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
     lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
     merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
-    lora_rank: int = 32  # rank of a fresh adapter; 0 trains all weights
+    lora_rank: int = 32  # rank of a fresh adapter; 0 trains the weights themselves
     lora_alpha: int = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
-    # all: every linear layer (RLinf); llm: the language model's, and pictures pass the frozen towers once per rollout
+    # what is trained, by an adapter or (rank 0) whole. all: every linear layer (RLinf); llm: the language model's alone,
+    # and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
     max_prompt_length: int = 30  # prompts are padded to this many tokens
     chunk_size: int = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8

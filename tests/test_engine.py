@@ -75,6 +75,8 @@ OFFLOAD = [  # llm: what the first block reads needs no gradient
     {"lora_rank": 4, "lora_scope": "llm", "offload": "stage", "uneven": True},
     {"dtype": "bfloat16", "threshold": 100_000, "offload": "none", "uneven": True},
     {"dtype": "bfloat16", "threshold": 100_000, "offload": "stage"},
+    {"lora_scope": "llm", "offload": "none"},
+    {"lora_scope": "llm", "offload": "stage"},
 ]
 UNDONE = [{"config": "zero0"}, {"config": "zero2", **BF16_LORA}, {"config": "zero3", **BF16_LORA}]
 MEASURED = [
@@ -154,7 +156,7 @@ def test_adam_on_the_cpu_makes_the_same_steps(two_ranks):
 def test_offload_and_uneven_forwards_change_nothing(two_ranks):
     """Rank 1 makes three forwards where rank 0 makes one, and nothing waits."""
     runs = two_ranks[1]["losses"]
-    for first in (0, 2):
+    for first in range(0, len(OFFLOAD), 2):
         assert runs[first]["losses"] == runs[first + 1]["losses"]
     plain = dict(zip(WRITTEN, two_ranks[1]["save"]))["zero3"]
     assert two_ranks[1]["broken_rollout"][0]["losses"] == plain["losses"][:2]  # an exception leaves no trace

@@ -374,14 +374,13 @@ def test_adapter_refusals(base, published_adapter, tmp_path):
         load_policy("openvla-tiny", lora_path=str(published_adapter))
     with pytest.raises(ValueError, match="merge_lora"):
         load_policy(str(base), merge_lora=True)
-    with pytest.raises(ValueError, match="lora_rank"):
-        load_policy(str(base), lora_scope="llm")
 
 
 # ------------------------------------------------------------------ frozen towers
+@pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("path, model_type", [("openvla-tiny", "openvla"), ("openvla-oft-tiny", "openvla_oft")])
-def test_frozen_towers_run_once(path, model_type, monkeypatch):
-    policy = load_policy(path, model_type, lora_rank=4, lora_scope="llm").eval()
+def test_frozen_towers_run_once(path, model_type, lora_rank, monkeypatch):
+    policy = load_policy(path, model_type, lora_rank=lora_rank, lora_scope="llm").eval()
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trainable and all(name.startswith(("model.language_model.", "value_head.")) for name in trainable)
     inputs = policy.preprocess(observation(2))

@@ -167,8 +167,8 @@ def load_policy(
         image_resize: "tensor" (RLinf) or "pil" (upstream's evaluation).
         chunk_size: actions per decision; None: what the folder says, else 1 (openvla) or 8 (openvla_oft).
         oft_stop_token: end OFT's sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not.
-        lora_rank: of a fresh adapter where the folder has none; 0 trains all weights that a forward reads.
-        lora_scope: "all" (RLinf's targets), or "llm": vision towers and projector stay frozen.
+        lora_rank: of a fresh adapter where the folder has none; 0 trains the weights themselves.
+        lora_scope: "all" (RLinf's targets), or "llm": vision towers and projector stay frozen, without adapter too.
         merge_lora: add the loaded adapter into the weights; lora_rank then puts a fresh one on top.
         cuda_graphs: on a GPU act() launches recorded graphs (graphs.py).
         device: where weights are read to, tensor by tensor.
@@ -555,8 +555,6 @@ def with_adapter(
             return model, {**adapter_config, "base_model_name_or_path": str(base_folder.resolve()) if apart else None}
         merge_adapter(model)
     if not rank:
-        if scope != "all" and folder is None:
-            raise ValueError(f"--lora_scope {scope} needs an adapter: give --lora_rank")
         return model, None
     adapter_config = {
         "peft_type": "LORA",
