@@ -71,7 +71,7 @@ class Args:
     merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
     lora_rank: int = 0  # rank of a fresh adapter; 0 trains the weights themselves
     lora_alpha: int = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
-    # what is trained, by an adapter or (rank 0) whole. all: every linear layer (RLinf); llm: the language model's alone,
+    # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
     # and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
     max_prompt_length: int = 30  # prompts are padded to this many tokens
