@@ -725,7 +725,7 @@ def test_batch_bookkeeping_equals_one_after_the_other(seed, count, chunk_size, a
 def test_replay_of_what_was_not_begun():
     _, batch = both_groups(2)
     state = batch.state_dict()
-    assert state[0]["episode_id"] is None and batch.load_state_dict(state) == []
+    assert state[0]["episode_id"] is None and batch.load_state_dict(state) == {}
 
 
 def test_a_chunk_costs_one_picture_of_all_rows():

@@ -133,7 +133,8 @@ def test_arithmetic_is_counted():
         for chunk_size in (4, 8)
     )
     weights = 2 * (4 * 96 * 96 + 3 * 96 * 384) + 832 * 96
-    short, long = 64 + 30 + 28, 64 + 30 + 56
+    prompt = script_flags()["max_prompt_length"]
+    short, long = 64 + prompt + 28, 64 + prompt + 56
     expected = 28 * 2 * weights + 2 * 2 * 2 * 96 * (long**2 - short**2)
     assert flops.act_flops(many) - flops.act_flops(few) == pytest.approx(expected, rel=1e-3)
     forward_backward = flops.update_flops(few, False)
