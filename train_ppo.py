@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from envs import eval_episode_ids, make_envs
 from envs.video import VideoWriter
-from vla.checkpoint import load_checkpoint, load_critic, open_run, save_checkpoint
+from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_flags, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, normalize, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
@@ -314,7 +314,7 @@ def main(args: Args) -> None:
             state_size = obs[0]["state"].shape[1]
             critic = StateCritic(T, N, args.chunk_size, state_size, device, args.seed, **pick(args, StateCritic))
             if checkpoint:
-                load_critic(critic, checkpoint)
+                critic.load_state_dict(torch.load(checkpoint / "critic.pt", map_location="cpu"))
         logger = Logger(
             run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
         )
@@ -417,9 +417,8 @@ def main(args: Args) -> None:
         if due(iteration, args.eval_freq, sizes.num_iterations):
             run_evaluation(iteration + 1)
         metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
-        metrics |= value_metrics
+        metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
-        metrics["train/critic/explained_variance"] = buffer.explained_variance(returns)
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps)
         if due(iteration, args.save_freq, sizes.num_iterations):
             save_checkpoint(

@@ -221,9 +221,8 @@ def figure(runs: dict[str, dict[int, dict]], specs: dict[str, dict], path: Path)
         columns = [[run["success"][k] for run in of] for k in range(points)]
         for axis, by in zip(axes, ("steps", "minutes")):
             x = [sum(run[by][k] for run in of) / len(of) for k in range(points)]
-            (line,) = axis.plot(
-                x, [sum(c) / len(c) for c in columns], label=f"{specs[name]['title']}, seeds {list(seeds)}"
-            )
+            label = f"{specs[name]['title']}, {len(of)} seed{'s' * (len(of) > 1)}"
+            (line,) = axis.plot(x, [sum(c) / len(c) for c in columns], label=label)
             axis.fill_between(
                 x, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
             )
@@ -232,7 +231,7 @@ def figure(runs: dict[str, dict[int, dict]], specs: dict[str, dict], path: Path)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.02)
     axes[0].set_ylabel(f"success on {NUM_EPISODES} held-out episodes")
-    axes[0].legend(loc="lower right")
+    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     drawing.savefig(path, dpi=120)
     plt.close(drawing)
 

@@ -92,7 +92,6 @@ def make_envs(
     drawn_by = group.resolve_render_backend(render_backend, simulator)
     spec = group.EnvSpec(
         env_id, num_envs, obj_set, asset_pack, asset_dir, tuple(image_size), sim_freq, max_episode_steps, auto_reset,
-        ignore_terminations, protocol, seed, first_env, instruction, simulator, drawn_by,
-        privileged,
+        ignore_terminations, protocol, seed, first_env, instruction, simulator, drawn_by, privileged,
     )  # fmt: skip
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)

@@ -217,7 +217,7 @@ class VectorEnv:
         columns = torch.tensor(metrics, dtype=torch.float32).reshape(len(indices), len(EPISODE_METRICS)).unbind(dim=1)
         final_observation = {"image": torch.from_numpy(images), "task_description": texts}
         if self._spec.privileged:
-            final_observation["state"] = torch.from_numpy(np.stack(states)) if states else None
+            final_observation["state"] = torch.from_numpy(np.stack(states) if states else results[0]["state"][:0])
         return {
             "ended": torch.tensor(indices, dtype=torch.int64),
             "final_observation": final_observation,

@@ -126,6 +126,7 @@ def test_sizes_that_do_not_divide(change, sentence):
     "flags, sentence",
     [
         (["--update_epochs", "0"], "--update_epochs 0 must be at least 1"),
+        (["--critic_epochs", "0"], "--critic_epochs 0 must be at least 1"),
         (["--eval_freq", "-1"], "--eval_freq -1 must be at least 0"),
         (["--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["--clip_ratio_low", "0.3"], "--clip_ratio_low 0.3 and --clip_ratio_high 0.2 are out of order"),

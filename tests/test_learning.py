@@ -37,6 +37,14 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def drawn_with(place: Path, entry: str) -> str:
+    """The page, after the curves got one more entry."""
+    curves = place / "results" / "curves.yaml"
+    curves.write_text(curves.read_text().replace("seeds: [0, 1]", f"seeds: [0, 1], {entry}"))
+    learning.draw()
+    return (place / "RESULTS.md").read_text()
+
+
 def test_the_page_is_drawn_from_what_is_kept(place):
     keep_run(place / "results" / "ppo" / "seed_0", 0.25, 0.75)
     keep_run(place / "results" / "ppo" / "seed_1", 0.25, 0.85)
@@ -59,20 +67,14 @@ def test_the_16_settings_are_drawn_where_they_were_run(place):
     for moment, share in (("before", 0.25), ("after", 0.5)):
         means = group_means(dict.fromkeys(GROUP_OF, (share, 32)))
         (folder / f"{moment}_settings.json").write_text(json.dumps({"settings": {}, "means": means}))
-    curves = place / "results" / "curves.yaml"
-    curves.write_text(curves.read_text().replace("seeds: [0, 1]", "seeds: [0, 1], episodes_per_setting: 32"))
-    learning.draw()
-    page = (place / "RESULTS.md").read_text()
+    page = drawn_with(place, "episodes_per_setting: 32")
     assert "PPO: the 16 settings of evaluate.py, 32 held-out episodes each" in page
     assert "| mean of the 15 out-of-distribution settings | 0.250 [0.21, 0.29] | 0.500 [0.46, 0.54] |" in page
 
 
 def test_a_curve_may_go_on_with_other_flags(place):
     keep_run(place / "results" / "ppo" / "seed_0", 0.25, 0.75)
-    curves = place / "results" / "curves.yaml"
-    curves.write_text(curves.read_text().replace("seeds: [0, 1]", "then: [{num_iterations: 3}], seeds: [0, 1]"))
-    learning.draw()
-    page = (place / "RESULTS.md").read_text()
+    page = drawn_with(place, "then: [{num_iterations: 3}]")
     assert "--num_iterations 2 --seed 0 --run_dir runs/my_run    # seeds [0]\n" in page
     assert "\ndeepspeed --num_gpus 2 train_ppo.py --resume runs/my_run --num_iterations 3\n```" in page
     first, second = learning.commands_of(learning.curves()["ppo"], 1, "/there")

@@ -328,6 +328,7 @@ def test_resume_refusals(tmp_path):
 
 def test_resume_with_other_weights_trained(four_iterations):
     refused("--resume", str(four_iterations), "--num_iterations", "5", "--lora_rank", "4", sentence="--lora_rank")
+    refused("--resume", str(four_iterations), "--num_iterations", "5", "--critic", "state", sentence="and --critic")
 
 
 def test_unknown_yaml_key_and_missing_config(tmp_path):

@@ -219,7 +219,8 @@ def load_checkpoint(
     state = json.loads((folder / "state.json").read_text())
     if state["trained"] != trained_shapes(engine):
         raise UserError(
-            f"{folder} was written with other weights trained: pass the same --model_path, --lora_rank and --lora_scope"
+            f"{folder} was written with other weights trained: pass the same --model_path, --lora_rank, "
+            "--lora_scope and --critic"
         )
     env_states = torch.load(folder / "envs.pt", weights_only=False)
     num_envs = local_num_envs * world_size()
@@ -227,10 +228,3 @@ def load_checkpoint(
         raise UserError(f"{folder} holds {len(env_states)} envs, this run has {num_envs}: pass the same --num_envs")
     load_shards(engine, folder / "optimizer")
     return state["iteration"], state["global_step"], env_states[first_env : first_env + local_num_envs]
-
-
-def load_critic(critic: StateCritic, folder: Path) -> None:
-    """Restore the critic beside the engine. Raises UserError where the checkpoint has none."""
-    if not (folder / "critic.pt").is_file():
-        raise UserError(f"{folder} was written without --critic state: leave it out, or start a new run")
-    critic.load_state_dict(torch.load(folder / "critic.pt", map_location="cpu"))

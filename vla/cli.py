@@ -228,10 +228,12 @@ def check_flags(
     value_learning_rate: float = 0.0,
     gamma: float = 1.0,
     gae_lambda: float = 1.0,
+    critic_epochs: int = 1,
     group_size: int | None = None,
 ) -> None:
     """What flags must be, taken each for itself or two together. Raises UserError for the first that is not."""
-    check_at_least(1, update_epochs=update_epochs, num_eval_episodes=num_eval_episodes, num_eval_envs=num_eval_envs)
+    check_at_least(1, update_epochs=update_epochs, critic_epochs=critic_epochs)
+    check_at_least(1, num_eval_episodes=num_eval_episodes, num_eval_envs=num_eval_envs)
     check_at_least(0, save_freq=save_freq, eval_freq=eval_freq, keep_checkpoints=keep_checkpoints, lora_rank=lora_rank)
     check_at_least(0, eval_temperature=eval_temperature, kl_coef=kl_coef, fan_coef=fan_coef, weight_decay=weight_decay)
     check_at_least(0, learning_rate=learning_rate, value_learning_rate=value_learning_rate, max_grad_norm=max_grad_norm)

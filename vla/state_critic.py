@@ -2,8 +2,9 @@
 
 In simulation the critic may know what the policy has to find out from a picture: poses, grasps, how much time is left
 ("asymmetric actor critic", arXiv 1710.06542; time in the critic's input: arXiv 1712.00378). A baseline may depend on
-anything but the action it judges, so the policy gradient stays unbiased, and less of its variance is left. It also
-sees the state before each action of a chunk, where the language model's hidden state is known once per chunk.
+anything but the action it judges: it adds no bias to the policy gradient and takes variance away (below lambda 1 a
+wrong V biases the gradient, as any critic's does). It also sees the state before each action of a chunk, where the
+language model's hidden state is known once per chunk.
 
 It is a small network beside the engine: every rank has the whole of it and fits it to all ranks' experience in the
 same order, so ranks stay alike without a reduction, and their number decides nothing. It is needed for training alone;
