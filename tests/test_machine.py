@@ -185,17 +185,27 @@ def test_lora_trains_on_two_sharded_ranks_and_its_adapter_loads(tmp_path):
     assert sum(float(p.abs().sum()) for p in adapter.values()) > 0  # lora_B starts at zero
 
 
-@pytest.mark.parametrize("preset", ["ppo_openvla", "ppo_openvlaoft", "grpo_openvla", "grpo_openvlaoft"])
-def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset):
+@pytest.mark.parametrize(
+    ("preset", "flags"),
+    [
+        ("ppo_openvla", []),
+        ("ppo_openvla", ["--critic", "hidden", "--value_learning_rate", "3e-3"]),
+        ("ppo_openvlaoft", []),
+        ("grpo_openvla", ["--group_size", "2"]),
+        ("grpo_openvlaoft", ["--group_size", "2"]),
+    ],
+)
+def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset, flags):
+    """And PPO's with the critic of the published recipes, which no quickstart has."""
     run_dir, script = tmp_path / "run", "train_grpo.py" if "grpo" in preset else "train_ppo.py"
-    flags = ["--group_size", "2"] if "grpo" in preset else []
     run = train(
         "--run_dir", str(run_dir), "--num_iterations", "2", *flags, ranks=2, script=script,
         preset=f"yaml/quickstart_{preset}.yaml",
     )  # fmt: skip
     lines = metrics(run_dir)
     assert len(lines) == 2
-    lacking = ("train/critic/value_clip_ratio",)  # a critic beside the engine has no clipped update
+    # a critic beside the engine has no clipped update
+    lacking = () if "hidden" in flags else ("train/critic/value_clip_ratio",)
     for line in lines:
         for tag in TAGS:
             if "grpo" not in preset or not tag.startswith("train/critic"):
@@ -210,7 +220,8 @@ def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset):
         )
         assert all((begun[name] == policy[name]).all() for policy in ended for name in begun)
         folders = [run_dir / f"checkpoints/iteration_{i:06d}" for i in (1, 2)]
-        if (folders[0] / "critic.pt").is_file():  # it reads the simulator's state
+        assert (folders[0] / "critic.pt").is_file() == ("hidden" not in flags)
+        if "hidden" not in flags:  # it reads the simulator's state
             critics = [torch.load(folder / "critic.pt")["net"] for folder in folders]
             assert not (folders[0] / "policy" / "value_head.safetensors").is_file()
         else:
