@@ -25,7 +25,8 @@ train: setup
 # the tiny policies that the quickstarts start from, made anew: demonstrations, cloning, a card with each
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
-	for model in openvlaoft openvla; do \
+	python collect_demos.py --config yaml/demos_tiny_main.yaml
+	for model in openvlaoft openvla openvlaoft_main; do \
 		deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
 	done
 
