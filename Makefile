@@ -22,7 +22,7 @@ setup: .venv/.ready
 train: setup
 	deepspeed --master_port $$($(FREE_PORT)) --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
 
-# the tiny policies that the quickstarts start from, made anew: demonstrations, cloning, a card with each
+# the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
