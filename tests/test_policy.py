@@ -1,6 +1,7 @@
 """The model against the published code's outputs, and against itself: rollout and update must agree."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -172,6 +173,16 @@ def test_save_load_save_is_bit_identical(tmp_path, lora_rank):
     obs = observation(2)
     with torch.no_grad():
         assert torch.equal(policy.eval().act(obs, 0.0)[0], loaded.eval().act(obs, 0.0)[0])
+
+
+def test_saved_weights_can_be_read_by_whoever_may_read_new_files(tmp_path):
+    policy, old = load_policy("openvla-tiny"), os.umask(0o027)
+    try:
+        save_policy(policy, policy.state_dict(), tmp_path / "policy")
+    finally:
+        os.umask(old)
+    rights = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "policy").iterdir()}
+    assert rights["model.safetensors"] == rights["value_head.safetensors"] == rights["config.json"] == "0o640", rights
 
 
 def test_lora_trains_the_adapter_and_the_critic_alone():

@@ -16,6 +16,7 @@ of success without a word otherwise.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -671,6 +672,15 @@ def merge_state(model: OpenVLA, state: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 # ---------------------------------------------------------------------- saving
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """save_file() with the rights that any new file gets: what safetensors 0.8.0 writes its owner alone may read, and a
+    policy in a shared folder is for others, too."""
+    save_file(tensors, path, metadata=metadata)
+    hidden = os.umask(0)  # it is read by setting it
+    os.umask(hidden)
+    path.chmod(0o666 & ~hidden)
+
+
 def saves_adapter_alone(policy: VLAPolicy) -> bool:
     """The weights under the adapter are unchanged and lie in a folder of their own, so they need not be written."""
     return (
@@ -700,13 +710,13 @@ def save_policy(
         save_weights(merge_state(policy.model, model), folder)
     else:
         adapter = {published_name(name): value for name, value in model.items() if ".lora_" in name}
-        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
         if not saves_adapter_alone(policy):
             base = {k.replace(".base_layer.", "."): v for k, v in model.items() if ".lora_" not in k}
             save_weights(base, folder)
     if critic:
-        save_file(critic, folder / "value_head.safetensors")
+        save_tensors(critic, folder / "value_head.safetensors")
     (folder / "config.json").write_text(json.dumps(policy.files.config, indent=2))
     for name, content in policy.files.side_files.items():
         (folder / name).write_bytes(content)
@@ -722,12 +732,12 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_bytes
         shards[-1][name] = value
         size += value.nbytes
     if len(shards) == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total_size = sum(value.nbytes for value in weights.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vla.distributed import UserError, rank
 from vla.engine import Engine
+from vla.pretrained import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -141,7 +141,7 @@ def save_shards(engine: Engine, folder: Path) -> None:
         f"{shard.name}/{key}": tensor.to("cpu", copy=True) for shard in shards for key, tensor in shard.tensors.items()
     }
     index = {shard.name: [shard.start, float(shard.state["step"])] for shard in shards}
-    save_file(tensors, shard_file(folder, rank()), metadata={"index": json.dumps(index)})
+    save_tensors(tensors, shard_file(folder, rank()), metadata={"index": json.dumps(index)})
 
 
 class Piece(NamedTuple):
