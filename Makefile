@@ -29,6 +29,9 @@ warmup: setup
 	for model in openvlaoft openvla openvlaoft_main; do \
 		deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
 	done
+	# 16 objects take longer: once more over the same demonstrations, from where the first cloning ended
+	deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_openvlaoft_main.yaml \
+		--model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates 6000 $(ARGS)
 
 # RESULTS.md from the runs that are kept in results/
 results: setup
