@@ -22,14 +22,14 @@ setup: .venv/.ready
 train: setup
 	deepspeed --master_port $$($(FREE_PORT)) --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
 
-# the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each
+# the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each;
+# 16 objects take longer, so theirs is cloned once more over the same demonstrations, from where the first cloning ended
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
 	for model in openvlaoft openvla openvlaoft_main; do \
 		deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
 	done
-	# 16 objects take longer: once more over the same demonstrations, from where the first cloning ended
 	deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_openvlaoft_main.yaml \
 		--model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates 6000 $(ARGS)
 

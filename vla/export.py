@@ -75,7 +75,8 @@ def card(run_dir: Path, name: str) -> str:
         "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
         "minutes": f"{minutes['update']:.1f} of updates, {minutes['eval']:.1f} of evaluation, "
         f"{description['num_ranks']} ranks on {description['device']}, {description['started']}",
-        "token accuracy, L1": f"{lines[-1]['train/token_accuracy']:.3f}, {lines[-1]['train/action_l1']:.4f}",
+        "token accuracy, L1 in training": f"{lines[-1]['train/token_accuracy']:.3f}, "
+        f"{lines[-1]['train/action_l1']:.4f}",
         "success": f"{success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes of {flags['env_id']}, "
         f"temperature {flags['eval_temperature']}, {flags['sim_freq']} Hz physics, "
         f"{flags['image_size'][0]} x {flags['image_size'][1]} pixels, {flags['max_episode_steps']} steps",
