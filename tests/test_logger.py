@@ -34,3 +34,6 @@ def test_what_is_kept_names_no_place_of_one_machine():
     description = {"args": {"run_dir": "somewhere/run", "local_rank": 0, "seed": 1}, "command": command, "commit": "c"}
     kept = {"args": {"seed": 1}, "command": "train_ppo.py --config a.yaml --seed 1", "commit": "c"}
     assert without_places(description) == kept
+    description = {"args": {"resume": "/tmp/a/run", "seed": 1}, "command": "train_ppo.py --resume /tmp/a/run --seed 1"}
+    kept = {"args": {"resume": "runs/my_run", "seed": 1}, "command": "train_ppo.py --resume runs/my_run --seed 1"}
+    assert without_places(description) == kept

@@ -59,22 +59,24 @@ def evaluate_command(flags: dict, name: str) -> str:
 
 
 def card(run_dir: Path, name: str) -> str:
-    """What the run folder says of itself, as Markdown."""
-    description = without_places(json.loads(sorted(run_dir.glob("run_from_iteration_*.json"))[0].read_text()))
+    """What the run folder says of itself, as Markdown; of a run that was resumed, with what it was resumed."""
+    paths = sorted(run_dir.glob("run_from_iteration_*.json"))
+    descriptions = [without_places(json.loads(path.read_text())) for path in paths]
+    description = descriptions[-1]
     flags, lines = description["args"], read_lines(run_dir / "metrics.jsonl")
     evaluation = read_lines(run_dir / "evaluations.jsonl")[-1]
     success, episodes = evaluation["eval/success_once"], evaluation["eval/num_episodes"]
     low, high = wilson_interval(success, episodes)
     minutes = {name: sum(line[f"time/{name}"] for line in lines) / 60 for name in ("update", "eval")}
-    changed = " (with uncommitted changes)" if description["uncommitted_changes"] else ""
+    commits = [d["commit"] + " (with uncommitted changes)" * d["uncommitted_changes"] for d in descriptions]
     facts = {
-        "made by": f"`{description['command']}`",
-        "commit": description["commit"] + changed,
+        "made by": ", then ".join(f"`{d['command']}`" for d in descriptions),
+        "commit": ", then ".join(dict.fromkeys(commits)),
         "seed": flags["seed"],
         "demonstrations": f"{flags['demos']}, {description['sizes']['num_samples']} steps",
         "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
         "minutes": f"{minutes['update']:.1f} of updates, {minutes['eval']:.1f} of evaluation, "
-        f"{description['num_ranks']} ranks on {description['device']}, {description['started']}",
+        f"{description['num_ranks']} ranks on {description['device']}, {descriptions[0]['started']}",
         "token accuracy, L1 in training": f"{lines[-1]['train/token_accuracy']:.3f}, "
         f"{lines[-1]['train/action_l1']:.4f}",
         "success": f"{success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes of {flags['env_id']}, "

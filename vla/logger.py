@@ -33,10 +33,14 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_sk
 
 
 def without_places(description: dict) -> dict:
-    """A run's description without where one machine put it: for what is kept in the repository."""
-    places = "run_dir|output|local_rank"
+    """A run's description without where one machine put it: for what is kept in the repository. What was resumed is
+    called runs/my_run, as in README."""
+    places, resumed = "run_dir|output|local_rank", "runs/my_run"
     args = {name: value for name, value in description["args"].items() if name not in places.split("|")}
+    if isinstance(args.get("resume"), str):
+        args["resume"] = resumed
     command = re.sub(rf" --(?:{places})(?:=| )\S+", "", description["command"])
+    command = re.sub(r" --resume(=| )(?!-)\S+", rf" --resume\1{resumed}", command)
     return description | {"args": args, "command": command}
 
 
