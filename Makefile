@@ -23,15 +23,18 @@ train: setup
 	deepspeed --master_port $$($(FREE_PORT)) --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
 
 # the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each;
-# 16 objects take longer, so theirs is cloned once more over the same demonstrations, from where the first cloning ended
+# 16 objects take longer, so theirs is cloned twice more from where it ended, the last time over more demonstrations
+CLONE = deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml
+AGAIN := --model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
+	$(call CLONE,openvlaoft) $(ARGS)
+	$(call CLONE,openvla) $(ARGS)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
-	for model in openvlaoft openvla openvlaoft_main; do \
-		deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$$model.yaml $(ARGS) || exit 1; \
-	done
-	deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_openvlaoft_main.yaml \
-		--model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates 6000 $(ARGS)
+	$(call CLONE,openvlaoft_main) $(ARGS)
+	$(call CLONE,openvlaoft_main) $(AGAIN) 6000 $(ARGS)
+	python collect_demos.py --config yaml/demos_tiny_main.yaml --num_demos 5000
+	$(call CLONE,openvlaoft_main) $(AGAIN) 7000 $(ARGS)
 
 # RESULTS.md from the runs that are kept in results/
 results: setup
