@@ -202,13 +202,14 @@ def settings_tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) ->
             f"{specs[name]['title']}: the 16 settings of evaluate.py, {each} held-out episodes each, T = 1.",
             "",
         ]
-        heads = [f"seed {seed}, {moment}" for seed in tables for moment in ("before", "after")]
-        lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+        starts = [of["before_settings"]["means"] for of in tables.values()]
+        parts = {f"seed {seed}, before": start for seed, start in zip(tables, starts)}
+        if starts.count(starts[0]) == len(starts):  # what all seeds begin with, once
+            parts = {"before": starts[0]}
+        parts |= {f"seed {seed}, after": of["after_settings"]["means"] for seed, of in tables.items()}
+        lines += ["| | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
         for column, title in COLUMNS.items():
-            parts = [
-                of[f"{moment}_settings"]["means"][column] for of in tables.values() for moment in ("before", "after")
-            ]
-            lines.append(f"| {title} | " + " | ".join(map(rate, parts)) + " |")
+            lines.append(f"| {title} | " + " | ".join(rate(means[column]) for means in parts.values()) + " |")
     return lines
 
 

@@ -25,6 +25,13 @@ def keep_run(folder: Path, before: float, after: float) -> None:
         (folder / f"{moment}.json").write_text(json.dumps({"1.0": success, "0.0": success}))
 
 
+def keep_settings(folder: Path, before: float, after: float) -> None:
+    """That share of 32 episodes in each of the 16 settings."""
+    for moment, share in (("before", before), ("after", after)):
+        means = group_means(dict.fromkeys(GROUP_OF, (share, 32)))
+        (folder / f"{moment}_settings.json").write_text(json.dumps({"settings": {}, "means": means}))
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(learning, "ROOT", tmp_path)
@@ -64,12 +71,16 @@ def test_the_16_settings_are_drawn_where_they_were_run(place):
     keep_run(folder, 0.25, 0.75)
     learning.draw()
     assert "16 settings" not in (place / "RESULTS.md").read_text()
-    for moment, share in (("before", 0.25), ("after", 0.5)):
-        means = group_means(dict.fromkeys(GROUP_OF, (share, 32)))
-        (folder / f"{moment}_settings.json").write_text(json.dumps({"settings": {}, "means": means}))
+    keep_settings(folder, 0.25, 0.5)
     page = drawn_with(place, "episodes_per_setting: 32")
     assert "PPO: the 16 settings of evaluate.py, 32 held-out episodes each" in page
     assert "| mean of the 15 out-of-distribution settings | 0.250 [0.21, 0.29] | 0.500 [0.46, 0.54] |" in page
+    other = place / "results" / "ppo" / "seed_1"
+    keep_run(other, 0.25, 0.75)
+    for start, heads in ((0.25, "before"), (0.75, "seed 0, before | seed 1, before")):
+        keep_settings(other, start, 0.5)
+        learning.draw()
+        assert f"| | {heads} | seed 0, after | seed 1, after |\n" in (place / "RESULTS.md").read_text()
 
 
 def test_a_curve_may_go_on_with_other_flags(place):
