@@ -19,8 +19,9 @@ from tqdm import tqdm
 from envs import make_envs
 from envs.demonstrations import PART_SIZE, DemoFolder, Recipe, attempts, check_expert_knows
 from envs.registration import CONTROL_MODE
+from schemas import UserError
 from vla.cli import check_at_least, parse_args
-from vla.distributed import UserError, checked, run_main
+from vla.distributed import checked, run_main
 
 ENVS_PER_WORKER = 8
 HOPELESS = 64  # tries without one success

@@ -421,8 +421,8 @@ def download(asset_dir: str | None, mirror: str | None) -> int:
 
 
 def memory_plan(config: str, num_gpus: int, gpu_memory: float, more_flags: list[str]) -> int:
+    from schemas import UserError
     from vla.cli import parse_args
-    from vla.distributed import UserError
     from vla.engine import read_deepspeed_config, zero_stage
     from vla.memory_plan import Recipe, advice, make_plan, table
 

@@ -24,10 +24,11 @@ import torch
 from envs import eval_episode_ids, make_envs
 from envs.demonstrations import Demos
 from envs.video import VideoWriter
+from schemas import UserError
 from vla import augmentation
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_at_least, parse_args, pick
-from vla.distributed import UserError, checked, rank, run_main, setup_distributed, world_size
+from vla.distributed import checked, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.export import check_export_dir, export_policy

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(ROOT.glob("*.py"))
-MODULES = sorted([*ROOT.glob("vla/*.py"), *ROOT.glob("envs/*.py"), *SCRIPTS])
+MODULES = sorted([*ROOT.glob("vla/*.py"), *ROOT.glob("envs/*.py"), *ROOT.glob("schemas/*.py"), *SCRIPTS])
 
 # package -> where it may be imported; anything not named here may be imported anywhere
 CONFINED = {
@@ -18,6 +18,7 @@ CONFINED = {
     "peft": {"vla/fused.py", "vla/pretrained.py"},
     "tyro": {"vla/cli.py"},
     "yaml": {"vla/cli.py"},
+    "pydantic": {f"schemas/{path.name}" for path in ROOT.glob("schemas/*.py")},
 }
 
 
@@ -38,6 +39,8 @@ def test_imports_point_one_way(path):
     packages = {module.split(".")[0] for module in modules}
     if name.startswith("envs/"):
         assert "vla" not in packages and "deepspeed" not in packages
+    if name.startswith("schemas/"):
+        assert not packages & {"vla", "envs", "torch"}
     if name.startswith("vla/"):
         assert not packages & {"envs", "mani_skill", "sapien"}
     if not name.startswith("envs/") or name == "envs/__init__.py":
@@ -200,7 +203,7 @@ def test_every_third_party_import_is_pinned():
     pinned = {
         line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
-    own = {"vla", "envs", "benchmarks", *(script.stem for script in [*SCRIPTS, *ROOT.glob("tests/*.py")])}
+    own = {"vla", "envs", "schemas", "benchmarks", *(script.stem for script in [*SCRIPTS, *ROOT.glob("tests/*.py")])}
     of_module = {"yaml": "pyyaml", "PIL": "pillow"}
     for path in [*MODULES, *ROOT.glob("tests/*.py")]:
         for module in imported(path):

@@ -23,7 +23,8 @@ import deepspeed
 import torch
 from safetensors import SafetensorError
 
-from vla.distributed import UserError, agree, all_gather_lists, print0, rank, world_size
+from schemas import UserError
+from vla.distributed import agree, all_gather_lists, print0, rank, world_size
 from vla.pretrained import save_policy, saves_adapter_alone
 from vla.shards import load_shards, save_shards
 from vla.stages import whole_state_dict

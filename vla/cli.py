@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import tyro
 
 import yaml
-from vla.distributed import UserError
+from schemas import UserError
 from vla.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from schemas import UserError
+
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -30,10 +32,6 @@ REQUEUE = 75  # exit code: asked to end, everything is saved, start it again wit
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
 ORPHAN_SECONDS = 600.0  # an orphan has as long to save itself; it may hang in a collective with a rank that died
-
-
-class UserError(Exception):
-    """Wrong input: its text is one sentence that names the thing and the remedy."""
 
 
 def run_main(main: Callable, parse: Callable) -> None:
@@ -70,7 +68,7 @@ class checked:
         return None
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (ValueError, OSError, RuntimeError)):
+        if isinstance(error, (ValueError, OSError, RuntimeError)) and not isinstance(error, UserError):
             raise UserError(str(error)) from error
 
 

@@ -14,7 +14,8 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-from vla.distributed import UserError, all_reduce_max
+from schemas import UserError
+from vla.distributed import all_reduce_max
 
 FLAG_OF_KEY = {
     "train_batch_size": "--num_envs, --num_steps and --num_minibatches",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from vla.distributed import UserError, barrier, rank
+from schemas import UserError
+from vla.distributed import barrier, rank
 from vla.logger import read_lines, wilson_interval, without_places
 from vla.policy import VLAPolicy
 from vla.pretrained import save_policy

@@ -27,7 +27,8 @@ from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vla.distributed import UserError, all_gather_lists, all_reduce_sum, world_size
+from schemas import UserError
+from vla.distributed import all_gather_lists, all_reduce_sum, world_size
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 

@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from schemas import UserError
 from vla.action_tokens import ACTION_DIM, ActionTokens
-from vla.distributed import UserError
 from vla.policy import PolicyInputs, VLAPolicy
 from vla.pretrained import BRIDGE_ORIG, TINY_PRESETS, build_model, cast_parameters, freeze, with_adapter
 from vla.rollout_buffer import RolloutBuffer

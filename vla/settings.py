@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from vla.distributed import UserError
+from schemas import UserError
 
 FAMILY = "PutOnPlateInScene25"
 OBJ_SETS = ("train", "test", "all")

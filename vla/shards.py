@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vla.distributed import UserError, rank
+from schemas import UserError
+from vla.distributed import rank
 from vla.engine import Engine
 from vla.pretrained import save_tensors
 

@@ -1,0 +1,177 @@
+"""What every file and flag may hold, and the one sentence that says what is wrong with it.
+
+    schemas/flags.py           ranges of flags, as annotated types
+    schemas/runs.py            run folders and checkpoints
+    schemas/policies.py        model and adapter folders
+    schemas/evaluations.py     what evaluate.py writes and reads again
+    schemas/demonstrations.py  recorded demonstrations
+
+A schema is a pydantic model or an annotated type. This package knows neither `vla` nor `envs`, and both may import it.
+
+    state = read_json(folder / "state.json", State, remedy="copy the whole checkpoint again")
+    check_flags(args)                       # every field of a dataclass of flags against its annotation
+
+Both raise UserError. The sentence names the file and key (or the flag), what was found and what is wanted.
+"""
+
+import dataclasses
+import functools
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+MAX_JSON_BYTES = 64 * 2**20  # a larger file is refused before it is read
+MAX_SHOWN = 60  # characters of a value that a sentence quotes
+
+
+class UserError(ValueError):
+    """Wrong input: its text is one sentence that names the thing and the remedy."""
+
+
+class Schema(BaseModel):
+    """Base of the models here. Keys that a schema does not name are kept and not looked at."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------- checking
+@functools.cache
+def adapter_of(schema: Any) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+def check(schema: Any, value: Any, source: str, remedy: str = "") -> Any:
+    """A value as JSON gives it, as an object of the schema.
+
+    Args:
+        source: what holds the value, such as a file's path. It begins the sentence.
+        remedy: what the reader can do. It ends the sentence.
+
+    Raises:
+        UserError: the value does not fit. Types are taken strictly: "8" and true are no numbers.
+    """
+    try:
+        return adapter_of(schema).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise UserError(file_sentence(error, source, remedy)) from None
+
+
+def check_flags(flags: Any) -> None:
+    """Every field of a dataclass of flags against its annotation.
+
+    Raises:
+        UserError: it names the first flag that does not fit, the value found and the value wanted.
+    """
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
+    try:
+        adapter_of(type(flags)).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, value = first["loc"][0], values[first["loc"][0]]
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        raise UserError(f"--{name} {shown} must be {wanted(first)}") from None
+
+
+def file_sentence(error: ValidationError, source: str, remedy: str) -> str:
+    """pydantic's first finding about a file, as one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        said = f"{source} has no {key}"
+    elif not key:
+        said = f"{source} holds {quoted(first['input'])}, it must be {wanted(first)}"
+    else:
+        said = f"{source} has {key} {quoted(first['input'])}, it must be {wanted(first)}"
+    return f"{said}: {remedy}" if remedy else said
+
+
+def quoted(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+WANTED: dict[str, Callable[[dict], str]] = {
+    "greater_than_equal": lambda ctx: f"at least {ctx['ge']:g}",
+    "greater_than": lambda ctx: f"above {ctx['gt']:g}",
+    "less_than_equal": lambda ctx: f"at most {ctx['le']:g}",
+    "less_than": lambda ctx: f"below {ctx['lt']:g}",
+    "literal_error": lambda ctx: ctx["expected"],
+    "finite_number": lambda ctx: "a finite number",
+    "int_type": lambda ctx: "a whole number",
+    "int_parsing": lambda ctx: "a whole number",
+    "int_from_float": lambda ctx: "a whole number",
+    "float_type": lambda ctx: "a number",
+    "float_parsing": lambda ctx: "a number",
+    "bool_type": lambda ctx: "true or false",
+    "bool_parsing": lambda ctx: "true or false",
+    "string_type": lambda ctx: "a text",
+    "list_type": lambda ctx: "a list",
+    "tuple_type": lambda ctx: "a list",
+    "dict_type": lambda ctx: "an object with keys",
+    "model_type": lambda ctx: "an object with keys",
+    "model_attributes_type": lambda ctx: "an object with keys",
+    "too_short": lambda ctx: f"at least {ctx['min_length']} long",
+    "too_long": lambda ctx: f"at most {ctx['max_length']} long",
+    "string_too_short": lambda ctx: "a text that is not empty",
+}
+
+
+def wanted(finding: dict) -> str:
+    """What one of pydantic's findings asks for, in words that follow "must be"."""
+    context = finding.get("ctx", {})
+    if finding["type"] == "value_error":  # raised by a validator of ours, in such words
+        return str(context["error"])
+    if finding["type"] in WANTED:
+        return WANTED[finding["type"]](context)
+    return finding["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+
+
+# ---------------------------------------------------------------------- reading
+def require_file(path: Path, remedy: str) -> None:
+    """Raise UserError unless this is a regular file: a pipe would be waited for, a folder cannot be read."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{path} can not be read ({error.strerror}): {remedy}") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is no regular file: {remedy}")
+
+
+def read_json(path: Path, schema: Any, remedy: str) -> Any:
+    """The content of a JSON file as an object of the schema.
+
+    Raises:
+        UserError: no such file, not JSON, a key twice, or a value that the schema does not take.
+    """
+    require_file(path, remedy)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size} bytes, more than {MAX_JSON_BYTES}: {remedy}")
+    return check(schema, parse_json(path.read_bytes(), str(path), remedy), str(path), remedy)
+
+
+def parse_json(content: bytes, source: str, remedy: str) -> Any:
+    """JSON as Python objects. Raises UserError where it is none, or where an object has a key twice."""
+
+    def without_twins(pairs: list[tuple[str, Any]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twin = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{source} has the key {twin!r} twice: {remedy}")
+        return found
+
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=without_twins)
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not UTF-8 text: {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply: {remedy}") from None
+    except json.JSONDecodeError as error:
+        what = "is empty" if not content.strip() else f"is not valid JSON ({error})"
+        raise UserError(f"{source} {what}: {remedy}") from None

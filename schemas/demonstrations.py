@@ -1,0 +1,1 @@
+"""Recorded demonstrations: trajectory.json and the groups of trajectory.h5."""
