@@ -372,7 +372,8 @@ def check_assets() -> Finding:
 
 def check_checkpoints() -> Finding:
     """Every folder in checkpoints/ that holds weights has a config and opens; cut-off files are told by their size."""
-    from vla.pretrained import open_shard, shard_paths
+    from vla.pretrained import shard_paths
+    from vla.tensors import open_shard
 
     place = ROOT / "checkpoints"
     folders = sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else []

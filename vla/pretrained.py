@@ -16,7 +16,6 @@ of success without a word otherwise.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,6 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
@@ -34,6 +31,7 @@ from vla.fused import use_fused_layers
 from vla.openvla import OpenVLA
 from vla.openvla_oft import OpenVLAOFT
 from vla.policy import PROMPT, VLAPolicy
+from vla.tensors import open_shard, save_tensors
 from vla.value_head import ValueHead
 from vla.vision import VisionBackbone
 
@@ -373,16 +371,6 @@ def shard_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_shard(path: Path) -> safe_open:
-    """A mapped safetensors file. Raises ValueError where it is cut short or is no such file."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or damaged ({path.stat().st_size} bytes; {error}): download it again"
-        ) from error
-
-
 def check_keys(expected: dict[str, tuple], found: dict[str, tuple], what: str) -> None:
     """{name: shape} of the model against that of a file."""
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
@@ -672,15 +660,6 @@ def merge_state(model: OpenVLA, state: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 # ---------------------------------------------------------------------- saving
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """save_file() with the rights that any new file gets: what safetensors 0.8.0 writes its owner alone may read, and a
-    policy in a shared folder is for others, too."""
-    save_file(tensors, path, metadata=metadata)
-    hidden = os.umask(0)  # it is read by setting it
-    os.umask(hidden)
-    path.chmod(0o666 & ~hidden)
-
-
 def saves_adapter_alone(policy: VLAPolicy) -> bool:
     """The weights under the adapter are unchanged and lie in a folder of their own, so they need not be written."""
     return (

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from schemas import UserError
 from vla.distributed import rank
 from vla.engine import Engine
-from vla.pretrained import save_tensors
+from vla.tensors import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
