@@ -20,7 +20,8 @@ from envs import make_envs
 from envs.demonstrations import PART_SIZE, DemoFolder, Recipe, attempts, check_expert_knows
 from envs.registration import CONTROL_MODE
 from schemas import UserError
-from vla.cli import check_at_least, parse_args
+from schemas.flags import Count, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
+from vla.cli import parse_args
 from vla.distributed import checked, run_main
 
 ENVS_PER_WORKER = 8
@@ -29,37 +30,38 @@ HOPELESS = 64  # tries without one success
 
 @dataclass
 class Args:
-    config: str | None = None  # yaml file of flags; flags on the command line win over it
-    output: str = "demos"  # folder of the set
-    num_demos: int = 500  # successful episodes to keep
-    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
-    action_noise: float = 0.0  # metres, standard deviation per axis, added to what is executed and not to the labels
+    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
+    output: Text = "demos"  # folder of the set
+    num_demos: Count = 500  # successful episodes to keep
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    # metres, standard deviation per axis, added to what is executed and not to the labels
+    action_noise: NonNegative = 0.0
     filter_idle: bool = True  # leave steps out of training that hardly move, as RL4VLA's warm-up data does
-    max_translation: float = 0.025  # metres per step; within bridge_orig's statistics
-    max_rotation: float = 0.2  # radians per step
+    max_translation: Positive = 0.025  # metres per step; within bridge_orig's statistics
+    max_rotation: Positive = 0.2  # radians per step
     # the expert acts on where the arm is, which a picture shows, not on where it was sent: for policies of one frame
     measured_pose: bool = False
-    env_id: str = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
+    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # bodies made by code, or the published meshes and photographs
-    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # whose scene, where the two differ
-    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: int = 500  # physics steps per second, a multiple of 5; results at different rates do not compare
-    max_episode_steps: int = 80  # an episode is cut after this many actions
-    num_env_workers: int = os.cpu_count() or 1  # processes that simulate; 0 = this one
+    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: Hertz = 500  # physics steps per second, a multiple of 5; results at different rates do not compare
+    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
+    num_env_workers: Processes = os.cpu_count() or 1  # processes that simulate; 0 = this one
 
 
 def main(args: Args) -> None:
     with checked():
-        check_at_least(1, num_demos=args.num_demos)
         check_expert_knows(args.env_id)
-        if args.action_noise < 0 or min(args.max_translation, args.max_rotation) <= 0:
-            raise UserError("--action_noise must be at least 0, --max_translation and --max_rotation above 0")
         world = dict(
-            obj_set=args.obj_set, asset_pack=args.asset_pack, protocol=args.protocol, sim_freq=args.sim_freq,
+            obj_set=args.obj_set,
+            asset_pack=args.asset_pack,
+            protocol=args.protocol,
+            sim_freq=args.sim_freq,
             image_size=args.image_size,
-        )  # fmt: skip
+        )
         recipe = Recipe(
             args.env_id, max_episode_steps=args.max_episode_steps, seed=args.seed, action_noise=args.action_noise,
             filter_idle=args.filter_idle, max_translation=args.max_translation, max_rotation=args.max_rotation,

@@ -29,8 +29,24 @@ import numpy as np
 from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
 from envs.video import VideoWriter
+from schemas.flags import (
+    CountOrNone,
+    Envs,
+    Episodes,
+    EpisodeSteps,
+    Hertz,
+    LocalRank,
+    NonEmpty,
+    NonNegative,
+    Pixels,
+    Positive,
+    Processes,
+    PromptLength,
+    Seed,
+    Text,
+)
 from vla.checkpoint import complete_checkpoints
-from vla.cli import check_at_least, flag_value, mapping_to_flags, parse_flags, read_yaml
+from vla.cli import flag_value, parse_layers, resolved_input
 from vla.distributed import (
     UserError,
     all_gather_lists,
@@ -45,6 +61,7 @@ from vla.distributed import (
 from vla.engine import DTYPES
 from vla.episode_log import EpisodeLog, Progress
 from vla.evaluation import Actor, PolicyActor, outcome, replay, run_episodes
+from vla.flag_files import ROOT, Layer, read_yaml
 from vla.logger import describe_run
 from vla.pretrained import TINY_PRESETS, load_policy
 from vla.report import plot_comparison, write_report
@@ -63,55 +80,56 @@ WORLD_FLAGS = (
 @dataclass
 class Args:
     # ---- what
-    checkpoint: str | None = None  # run folder, one checkpoint of it, published layout, or a tiny preset (random)
+    checkpoint: Text | None = None  # run folder, one checkpoint of it, published layout, or a tiny preset (random)
     # who acts: the checkpoint; the scripted expert, which sees states instead of pictures; or nobody
     policy: Literal["checkpoint", "expert", "idle"] = "checkpoint"
     # all (16), groups (in_distribution, vision, semantic, execution), or env id and object set such as Carrot-v1:test
-    settings: tuple[str, ...] = ("all",)
-    num_episodes: int = 256  # held-out episodes per setting and temperature
-    temperature: tuple[float, ...] = (0.0, 0.6)  # of sampling, one table each; 0 = greedy (published tables use 0.6)
-    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    settings: NonEmpty[Text] = ("all",)
+    num_episodes: Episodes = 256  # held-out episodes per setting and temperature
+    # of sampling, one table each; 0 = greedy (published tables use 0.6)
+    temperature: NonEmpty[NonNegative] = (0.0, 0.6)
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
     # output folders of two earlier evaluations: says per setting whether they differ, and runs nothing
-    compare: tuple[str, str] | None = None
+    compare: tuple[Text, Text] | None = None
 
     # ---- results
-    output: str | None = None  # a new folder for the results (default: runs/evaluate_<time>)
+    output: Text | None = None  # a new folder for the results (default: runs/evaluate_<time>)
     resume: bool = False  # go on with the evaluation in --output; more episodes or settings may be asked for
     # published rows to show beside, from benchmarks/published.yaml, such as rlinf-ppo-openvla; or all
-    base: tuple[str, ...] = ()
-    film_episodes: tuple[int, ...] = (0,)  # which of a setting's episodes to film, at the first temperature
-    film_failures: int = 1  # how many of a setting's failed episodes to film besides
+    base: tuple[Text, ...] = ()
+    film_episodes: tuple[CountOrNone, ...] = (0,)  # which of a setting's episodes to film, at the first temperature
+    film_failures: CountOrNone = 1  # how many of a setting's failed episodes to film besides
 
     # ---- model
     # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: str = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
+    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
     image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
     oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
-    max_prompt_length: int = 30  # prompts are padded to this many tokens
+    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
+    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- env
-    num_envs: int = 16  # parallel envs over all ranks
-    num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
+    num_envs: Envs = 16  # parallel envs over all ranks
+    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
     # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
-    worker_timeout: float = 300.0
-    instruction: str | None = None  # what the policy is told in an env that is not of the family
+    worker_timeout: Positive = 300.0
+    instruction: Text | None = None  # what the policy is told in an env that is not of the family
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
     # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
     # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
-    max_episode_steps: int = 80  # an episode is cut after this many actions
+    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
     ignore_terminations: bool = True  # do not end an episode on success
 
     # ---- system
-    local_rank: int = -1  # set by the launcher
+    local_rank: LocalRank = -1  # set by the launcher
 
 
 class ExpertActor:
@@ -209,13 +227,12 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
 
 def parse(argv: list[str]) -> Args:
     """Flags that the checkpoint's run was started with, as far as they concern model and world, then argv."""
-    flags, checkpoint = [], flag_value(argv, "checkpoint")
+    layers, checkpoint = [], resolved_input("checkpoint", flag_value(argv, "checkpoint"))
     if checkpoint and not flag_value(argv, "compare"):
         saved = find_checkpoint(checkpoint)[1]
-        flags = mapping_to_flags(
-            {name: saved[name] for name in (*MODEL_FLAGS, *WORLD_FLAGS) if name in saved}, Args, checkpoint
-        )
-    return parse_flags(Args, flags + argv, "\n\n".join(__doc__.split("\n\n")[:2]), "")
+        values = {name: saved[name] for name in (*MODEL_FLAGS, *WORLD_FLAGS) if name in saved}
+        layers.append(Layer(checkpoint, values, (ROOT, *Path(checkpoint).resolve().parents)))
+    return parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
 
 
 # ---------------------------------------------------------------------- the output folder
@@ -339,10 +356,6 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         device = setup_distributed(args.seed)
-        check_at_least(1, num_episodes=args.num_episodes, num_envs=args.num_envs)
-        check_at_least(0, num_env_workers=args.num_env_workers, film_failures=args.film_failures, seed=args.seed)
-        if not args.temperature or min(args.temperature) < 0:
-            raise UserError(f"--temperature {args.temperature} must be one number or more, none below 0")
         settings = parse_settings(args.settings, VARIANTS, args.instruction)
         ids = {one.name: eval_episode_ids(one.env_id, one.obj_set, args.num_episodes) for one in settings}
         published = choose_published(args.base)

@@ -27,8 +27,30 @@ import torch
 
 from envs import eval_episode_ids, make_envs, train_episode_id
 from envs.video import VideoWriter
+from schemas.flags import (
+    AboveOne,
+    BelowOne,
+    Chunk,
+    Count,
+    CountOrNone,
+    Envs,
+    Episodes,
+    EpisodeSteps,
+    GroupSize,
+    Hertz,
+    LocalRank,
+    LoraAlpha,
+    LoraRank,
+    NonNegative,
+    Pixels,
+    Positive,
+    Processes,
+    PromptLength,
+    Seed,
+    Text,
+)
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import check_flags, derive_sizes, parse_args, pick
+from vla.cli import check_combinations, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
@@ -48,95 +70,95 @@ train/actor/clipped_ratio train/actor/dual_clip_fraction train/entropy_loss""".s
 @dataclass
 class Args:
     # ---- run
-    config: str | None = None  # yaml file of flags; flags on the command line win over it
-    run_dir: str | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
-    resume: str | None = None  # run folder to go on with: its own flags apply, later flags win
-    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
-    num_iterations: int = 400  # how many times: rollout, advantage, update
-    total_timesteps: int | None = None  # env steps over all ranks; if given, it decides num_iterations
-    save_freq: int = 40  # checkpoint every so many iterations, and at the end
-    keep_checkpoints: int = 2  # how many checkpoints stay on disk; 0 keeps all
-    eval_freq: int = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
+    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
+    run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
+    resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    num_iterations: Count = 400  # how many times: rollout, advantage, update
+    total_timesteps: Count | None = None  # env steps over all ranks; if given, it decides num_iterations
+    save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
+    keep_checkpoints: CountOrNone = 2  # how many checkpoints stay on disk; 0 keeps all
+    eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
     # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
 
     # ---- model
-    model_path: str = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
+    model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
     # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: str = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
+    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
     image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
     oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
+    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
     merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
-    lora_rank: int = 0  # rank of a fresh adapter; 0 trains the weights themselves
-    lora_alpha: int = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
+    lora_rank: LoraRank = 0  # rank of a fresh adapter; 0 trains the weights themselves
+    lora_alpha: LoraAlpha = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
     # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
     # and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: int = 30  # prompts are padded to this many tokens
+    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- env
-    env_id: str = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
-    instruction: str | None = None  # what the policy is told in an env that is not of the family
+    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    instruction: Text | None = None  # what the policy is told in an env that is not of the family
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
     # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
     # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
-    max_episode_steps: int = 80  # an episode is cut after this many actions
-    num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
+    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
+    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
     # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
-    worker_timeout: float = 300.0
+    worker_timeout: Positive = 300.0
     pipeline_stages: Literal[1, 2] = 1  # 2: one half of the envs is simulated while the policy acts on the other
 
     # ---- rollout
-    num_envs: int = 256  # parallel envs over all ranks
-    num_steps: int = 80  # actions per env and iteration
-    chunk_size: int = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
-    temperature: float = 1.0  # of sampling in the rollout; log-probabilities in the update use the same
-    eval_temperature: float = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
-    num_eval_episodes: int = 64  # held-out episodes per evaluation, the same ones every time
-    num_eval_envs: int = 16  # envs that evaluation runs at once, over all ranks
+    num_envs: Envs = 256  # parallel envs over all ranks
+    num_steps: Count = 80  # actions per env and iteration
+    chunk_size: Chunk = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
+    temperature: Positive = 1.0  # of sampling in the rollout; log-probabilities in the update use the same
+    eval_temperature: NonNegative = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
+    num_eval_episodes: Episodes = 64  # held-out episodes per evaluation, the same ones every time
+    num_eval_envs: Envs = 16  # envs that evaluation runs at once, over all ranks
 
     # ---- algorithm
-    group_size: int = 8  # episodes from one start state, compared with each other; all on one rank
+    group_size: GroupSize = 8  # episodes from one start state, compared with each other; all on one rank
     # what a return is compared with: the group's mean, or that of the other members (RLOO)
     grpo_baseline: Literal["mean", "leave_one_out"] = "mean"
     grpo_scale: Literal["std", "none"] = "std"  # divide by the group's deviation, or not (Dr. GRPO, arXiv 2503.20783)
     length_norm: bool = True  # every episode counts the same (RLinf); otherwise every action does
     dynamic_sampling: bool = False  # leave groups out whose members all score the same (DAPO, arXiv 2503.14476)
-    max_resamples: int = 0  # with dynamic_sampling: roll out up to so many more times to fill their places
+    max_resamples: CountOrNone = 0  # with dynamic_sampling: roll out up to so many more times to fill their places
     # unit whose probability ratio is clipped: each token, the 7 of an action together, or a whole chunk
     logprob_level: Literal["token", "action", "chunk"] = "token"
-    clip_ratio_low: float = 0.2  # ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]
-    clip_ratio_high: float = 0.28  # see clip_ratio_low
-    dual_clip: float | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    kl_coef: float = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
-    fan_coef: float = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
-    fan_sigma: float = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)
-    update_epochs: int = 1  # passes over a rollout
-    num_minibatches: int = 32  # optimizer steps per pass
-    target_kl: float | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
-    learning_rate: float = 1e-5  # of the policy
+    clip_ratio_low: BelowOne = 0.2  # ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]
+    clip_ratio_high: NonNegative = 0.28  # see clip_ratio_low
+    dual_clip: AboveOne | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
+    ent_coef: NonNegative = 0.0  # weight of the entropy bonus
+    kl_coef: NonNegative = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
+    fan_coef: NonNegative = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
+    fan_sigma: Positive = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)
+    update_epochs: Count = 1  # passes over a rollout
+    num_minibatches: Count = 32  # optimizer steps per pass
+    target_kl: Positive | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
+    learning_rate: NonNegative = 1e-5  # of the policy
     # of the learning rate; linear and cosine fall to 0 at the end
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    weight_decay: NonNegative = 0.01  # of AdamW
+    max_grad_norm: NonNegative = 1.0  # gradients are scaled down to this norm
 
     # ---- system
-    micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
+    micro_batch_size: Count = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    deepspeed_config: Text = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
     offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
-    local_rank: int = -1  # set by the launcher
+    local_rank: LocalRank = -1  # set by the launcher
 
 
 def clipped_surrogate(
@@ -295,26 +317,25 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         device = setup_distributed(args.seed)
-        check_flags(**pick(args, check_flags))
+        check_combinations(**pick(args, check_combinations))
         sizes = derive_sizes(**pick(args, derive_sizes, rank=rank(), world_size=world_size()))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         default_dir = f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
-        policy = load_policy(
-            args.model_path,
-            args.model_type,
-            **pick(args, load_policy, dtype=DTYPES[args.dtype], device=device, value_head=False),
-        )
-        envs = make_envs(args.env_id, N, **pick(args, make_envs))
+        model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False)
+        model_flags |= dict(norm_stats=None, cuda_graphs=True)
+        policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
+        one_per_id = dict(auto_reset=False, ignore_terminations=False, first_env=0, privileged=False)
+        envs = make_envs(args.env_id, N, **pick(args, make_envs, **one_per_id))
         num_eval_envs = max(1, args.num_eval_envs // world_size())
-        one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1)
+        one_per_id["pipeline_stages"] = 1
         one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
         eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
-    engine = build_engine(policy, ds_config, **pick(args, build_engine))
+    engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))

@@ -26,8 +26,30 @@ import torch.nn.functional as F
 
 from envs import eval_episode_ids, make_envs
 from envs.video import VideoWriter
+from schemas.flags import (
+    AboveOne,
+    BelowOne,
+    Chunk,
+    Count,
+    CountOrNone,
+    Envs,
+    Episodes,
+    EpisodeSteps,
+    Fraction,
+    Hertz,
+    LocalRank,
+    LoraAlpha,
+    LoraRank,
+    NonNegative,
+    Pixels,
+    Positive,
+    Processes,
+    PromptLength,
+    Seed,
+    Text,
+)
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import check_flags, derive_sizes, parse_args, pick
+from vla.cli import check_combinations, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, normalize, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
@@ -44,104 +66,104 @@ from vla.state_critic import StateCritic
 @dataclass
 class Args:
     # ---- run
-    config: str | None = None  # yaml file of flags; flags on the command line win over it
-    run_dir: str | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
-    resume: str | None = None  # run folder to go on with: its own flags apply, later flags win
-    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
-    num_iterations: int = 400  # how many times: rollout, advantage, update
-    total_timesteps: int | None = None  # env steps over all ranks; if given, it decides num_iterations
-    save_freq: int = 40  # checkpoint every so many iterations, and at the end
-    keep_checkpoints: int = 2  # how many checkpoints stay on disk; 0 keeps all
-    eval_freq: int = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
+    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
+    run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
+    resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    num_iterations: Count = 400  # how many times: rollout, advantage, update
+    total_timesteps: Count | None = None  # env steps over all ranks; if given, it decides num_iterations
+    save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
+    keep_checkpoints: CountOrNone = 2  # how many checkpoints stay on disk; 0 keeps all
+    eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
     # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
 
     # ---- model
-    model_path: str = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
+    model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
     # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: str = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
+    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
     image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
     oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
+    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
     merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
-    lora_rank: int = 32  # rank of a fresh adapter; 0 trains the weights themselves
-    lora_alpha: int = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
+    lora_rank: LoraRank = 32  # rank of a fresh adapter; 0 trains the weights themselves
+    lora_alpha: LoraAlpha = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
     # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
     # and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: int = 30  # prompts are padded to this many tokens
+    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- env
-    env_id: str = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
-    instruction: str | None = None  # what the policy is told in an env that is not of the family
+    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    instruction: Text | None = None  # what the policy is told in an env that is not of the family
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
     # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
     # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
-    max_episode_steps: int = 80  # an episode is cut after this many actions
+    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
     auto_reset: bool = True  # start the next episode as soon as one ends; else all reset when an iteration starts
     ignore_terminations: bool = False  # do not end an episode on success
-    num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
+    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
     # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
-    worker_timeout: float = 300.0
+    worker_timeout: Positive = 300.0
     pipeline_stages: Literal[1, 2] = 1  # 2: one half of the envs is simulated while the policy acts on the other
 
     # ---- rollout
-    num_envs: int = 128  # parallel envs over all ranks
-    num_steps: int = 160  # actions per env and iteration
-    chunk_size: int = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
-    temperature: float = 1.0  # of sampling in the rollout; log-probabilities in the update use the same
-    eval_temperature: float = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
-    num_eval_episodes: int = 64  # held-out episodes per evaluation, the same ones every time
-    num_eval_envs: int = 16  # envs that evaluation runs at once, over all ranks
+    num_envs: Envs = 128  # parallel envs over all ranks
+    num_steps: Count = 160  # actions per env and iteration
+    chunk_size: Chunk = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
+    temperature: Positive = 1.0  # of sampling in the rollout; log-probabilities in the update use the same
+    eval_temperature: NonNegative = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
+    num_eval_episodes: Episodes = 64  # held-out episodes per evaluation, the same ones every time
+    num_eval_envs: Envs = 16  # envs that evaluation runs at once, over all ranks
 
     # ---- algorithm
     # what the critic reads: the language model's hidden state as published, or the simulator's state (state_critic.py)
     critic: Literal["hidden", "state"] = "hidden"
-    critic_epochs: int = 10  # passes over a rollout of the critic that reads the simulator's state
-    gamma: float = 0.99  # discount per action
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    critic_epochs: Count = 10  # passes over a rollout of the critic that reads the simulator's state
+    gamma: Fraction = 0.99  # discount per action
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
     # which episode ends are followed by V(last frame): cut ones; successes too (RLinf, for its published numbers); or
     # none: being late is failure, as success within max_episode_steps counts it (RL4VLA)
     bootstrap: Literal["truncation", "always", "never"] = "truncation"
     norm_adv: bool = True  # normalise advantages, over all ranks
     # unit whose probability ratio is clipped: each token, the 7 of an action together, or a whole chunk
     logprob_level: Literal["token", "action", "chunk"] = "action"
-    clip_ratio_low: float = 0.2  # ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]
-    clip_ratio_high: float = 0.2  # see clip_ratio_low
-    dual_clip: float | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
-    value_clip: float | None = 0.2  # largest counted change of a value from its rollout value; None = no limit
-    huber_delta: float = 10.0  # value errors above it count linearly
-    vf_coef: float = 1.0  # weight of the value loss in the model's gradient; --critic state has a loss of its own
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    kl_coef: float = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
-    fan_coef: float = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
-    fan_sigma: float = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)
-    update_epochs: int = 1  # passes over a rollout
-    num_minibatches: int = 32  # optimizer steps per pass
-    critic_warmup_iterations: int = 0  # iterations in which only the critic learns, at the start
-    target_kl: float | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
-    learning_rate: float = 1e-4  # of the policy
+    clip_ratio_low: BelowOne = 0.2  # ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]
+    clip_ratio_high: NonNegative = 0.2  # see clip_ratio_low
+    dual_clip: AboveOne | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
+    value_clip: Positive | None = 0.2  # largest counted change of a value from its rollout value; None = no limit
+    huber_delta: Positive = 10.0  # value errors above it count linearly
+    vf_coef: NonNegative = 1.0  # weight of the value loss in the model's gradient; --critic state has a loss of its own
+    ent_coef: NonNegative = 0.0  # weight of the entropy bonus
+    kl_coef: NonNegative = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
+    fan_coef: NonNegative = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
+    fan_sigma: Positive = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)
+    update_epochs: Count = 1  # passes over a rollout
+    num_minibatches: Count = 32  # optimizer steps per pass
+    critic_warmup_iterations: CountOrNone = 0  # iterations in which only the critic learns, at the start
+    target_kl: Positive | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
+    learning_rate: NonNegative = 1e-4  # of the policy
     # of the learning rate; linear and cosine fall to 0 at the end
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    value_learning_rate: float = 3e-3  # of the critic; constant
-    weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 10.0  # gradients are scaled down to this norm
+    value_learning_rate: NonNegative = 3e-3  # of the critic; constant
+    weight_decay: NonNegative = 0.01  # of AdamW
+    max_grad_norm: NonNegative = 10.0  # gradients are scaled down to this norm
 
     # ---- system
-    micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
+    micro_batch_size: Count = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    deepspeed_config: Text = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
     offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
-    local_rank: int = -1  # set by the launcher
+    local_rank: LocalRank = -1  # set by the launcher
 
 
 def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap: str) -> torch.Tensor:
@@ -273,18 +295,19 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         device = setup_distributed(args.seed)
-        check_flags(**pick(args, check_flags))
-        sizes = derive_sizes(**pick(args, derive_sizes, rank=rank(), world_size=world_size()))
+        check_combinations(**pick(args, check_combinations))
+        sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=rank(), world_size=world_size()))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         default_dir = f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         privileged = args.critic == "state"
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
+        model_flags |= dict(norm_stats=None, cuda_graphs=True)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
         envs = make_envs(args.env_id, N, **pick(args, make_envs, first_env=first_env, privileged=privileged))
         num_eval_envs = max(1, args.num_eval_envs // world_size())
-        one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1)
+        one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
         one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
         eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)

@@ -25,9 +25,28 @@ from envs import eval_episode_ids, make_envs
 from envs.demonstrations import Demos
 from envs.video import VideoWriter
 from schemas import UserError
+from schemas.flags import (
+    Chunk,
+    Count,
+    CountOrNone,
+    Envs,
+    Episodes,
+    EpisodeSteps,
+    Hertz,
+    LocalRank,
+    LoraAlpha,
+    LoraRank,
+    NonNegative,
+    Pixels,
+    Positive,
+    Processes,
+    PromptLength,
+    Seed,
+    Text,
+)
 from vla import augmentation
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import check_at_least, parse_args, pick
+from vla.cli import parse_args, pick
 from vla.distributed import checked, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
@@ -44,74 +63,81 @@ MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut o
 @dataclass
 class Args:
     # ---- run
-    config: str | None = None  # yaml file of flags; flags on the command line win over it
-    run_dir: str | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
-    resume: str | None = None  # run folder to go on with: its own flags apply, later flags win
-    seed: int = 0  # everything random is a function of it; two runs with one seed on one machine are identical
-    num_updates: int = 2000  # optimizer steps
-    updates_per_iteration: int = 50  # optimizer steps per iteration: one line of metrics
-    save_freq: int = 40  # checkpoint every so many iterations, and at the end
-    keep_checkpoints: int = 2  # how many checkpoints stay on disk; 0 keeps all
-    eval_freq: int = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
+    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
+    run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
+    resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    num_updates: Count = 2000  # optimizer steps
+    updates_per_iteration: Count = 50  # optimizer steps per iteration: one line of metrics
+    save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
+    keep_checkpoints: CountOrNone = 2  # how many checkpoints stay on disk; 0 keeps all
+    eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
     # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
-    export_dir: str | None = (
+    export_dir: Text | None = (
         None  # folder for the final policy with a card, an adapter merged in; replaces an older one
     )
 
     # ---- model
-    model_path: str = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
+    model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
     # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: str = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
+    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
     image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
     oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: str | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
+    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
     merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
-    lora_rank: int = 32  # rank of a fresh adapter; 0 trains the weights themselves
-    lora_alpha: int = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
+    lora_rank: LoraRank = 32  # rank of a fresh adapter; 0 trains the weights themselves
+    lora_alpha: LoraAlpha = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
     # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
     # and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: int = 30  # prompts are padded to this many tokens
-    chunk_size: int = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
+    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens
+    chunk_size: Chunk = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- demonstrations, and the env that they are from
-    demos: str = "demos"  # folder that collect_demos.py made; its statistics are known by the name of its env_id
-    env_id: str = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    demos: Text = "demos"  # folder that collect_demos.py made; its statistics are known by the name of its env_id
+    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    instruction: Text | None = None  # what the policy is told in an env that is not of the family
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: str | None = None  # where the published assets are (`python doctor.py --download`)
+    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[int, int] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: int = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
-    max_episode_steps: int = 80  # an episode is cut after this many actions
-    num_env_workers: int = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    eval_temperature: float = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
-    num_eval_episodes: int = 64  # held-out episodes per evaluation, the same ones every time
-    num_eval_envs: int = 16  # envs that evaluation runs at once, over all ranks
+    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
+    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
+    # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
+    sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
+    # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
+    render_backend: Literal["cpu", "cuda", "auto"] = "auto"
+    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
+    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
+    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
+    worker_timeout: Positive = 300.0
+    eval_temperature: NonNegative = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
+    num_eval_episodes: Episodes = 64  # held-out episodes per evaluation, the same ones every time
+    num_eval_envs: Envs = 16  # envs that evaluation runs at once, over all ranks
 
     # ---- algorithm
-    batch_size: int = 32  # decisions per optimizer step, over all ranks
+    batch_size: Count = 32  # decisions per optimizer step, over all ranks
     # a target token is spread over its neighbours by a Gaussian of so many bins (not the gripper's, nor what never
     # moves), and openvla is told that it wrote one of them: told the exact one, it reads the gripper off it and fails
     # on tokens of its own; 0 = neither
-    label_sigma: float = 0.0
+    label_sigma: NonNegative = 0.0
     image_aug: bool = True  # random crops and colours
-    learning_rate: float = 5e-4  # of the policy
+    learning_rate: NonNegative = 5e-4  # of the policy
     # of the learning rate; linear and cosine fall to 0 at the end
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_updates: int = 0  # over so many updates the learning rate rises to learning_rate
-    weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 10.0  # gradients are scaled down to this norm
+    warmup_updates: CountOrNone = 0  # over so many updates the learning rate rises to learning_rate
+    weight_decay: NonNegative = 0.01  # of AdamW
+    max_grad_norm: NonNegative = 10.0  # gradients are scaled down to this norm
 
     # ---- system
-    micro_batch_size: int = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
+    micro_batch_size: Count = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    deepspeed_config: str = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
+    deepspeed_config: Text = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
     offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
-    local_rank: int = -1  # set by the launcher
+    local_rank: LocalRank = -1  # set by the launcher
 
 
 class CloneBatch(NamedTuple):
@@ -182,20 +208,13 @@ def check_labels(policy: VLAPolicy, demos: Demos, unnorm_key: str) -> None:
 
 
 def check_sizes(
-    *, num_updates: int, updates_per_iteration: int, batch_size: int, micro_batch_size: int, num_eval_episodes: int,
-    num_eval_envs: int, save_freq: int, eval_freq: int, keep_checkpoints: int, warmup_updates: int, label_sigma: float,
-    export_dir: str | None,
-) -> None:  # fmt: skip
-    """Raises UserError for the first flag that can not be."""
-    check_at_least(1, num_updates=num_updates, updates_per_iteration=updates_per_iteration, batch_size=batch_size)
-    check_at_least(1, micro_batch_size=micro_batch_size, num_eval_episodes=num_eval_episodes)
-    check_at_least(1, num_eval_envs=num_eval_envs)
-    check_at_least(0, save_freq=save_freq, eval_freq=eval_freq, keep_checkpoints=keep_checkpoints)
-    check_at_least(0, warmup_updates=warmup_updates, label_sigma=label_sigma)
+    *, num_updates: int, updates_per_iteration: int, batch_size: int, world_size: int, export_dir: str | None
+) -> None:
+    """Raises UserError for the first sizes that do not go together."""
     if num_updates % updates_per_iteration:
         raise UserError(f"--num_updates {num_updates} is not a multiple of --updates_per_iteration")
-    if batch_size % world_size():
-        raise UserError(f"--batch_size {batch_size} is not divisible by {world_size()} ranks")
+    if batch_size % world_size:
+        raise UserError(f"--batch_size {batch_size} is not divisible by {world_size} ranks")
     if export_dir:
         check_export_dir(Path(export_dir))
 
@@ -225,7 +244,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         device = setup_distributed(args.seed)
-        check_sizes(**pick(args, check_sizes))
+        check_sizes(**pick(args, check_sizes, world_size=world_size()))
         default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
@@ -234,17 +253,22 @@ def main(args: Args) -> None:
         if len(demos) < args.batch_size:
             raise UserError(f"--demos {args.demos} has {len(demos)} steps, fewer than --batch_size {args.batch_size}")
         policy = load_policy(
-            args.model_path, args.model_type, norm_stats=demos.statistics, value_head=False,
-            **pick(args, load_policy, dtype=DTYPES[args.dtype], device=device),
+            args.model_path,
+            args.model_type,
+            **pick(
+                args, load_policy, norm_stats=demos.statistics, value_head=False, dtype=DTYPES[args.dtype],
+                device=device, cuda_graphs=True,
+            ),
         )  # fmt: skip
         check_labels(policy, demos, args.unnorm_key)
         num_eval_envs = max(1, args.num_eval_envs // world_size())
-        workers = min(args.num_env_workers, num_eval_envs)
-        eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, num_env_workers=workers))
+        one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
+        one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
+        eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
-    engine = build_engine(policy, ds_config, **pick(args, build_engine))
+    engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
     schedule = pick(args, learning_rate_at)

@@ -46,6 +46,7 @@ from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
 
 PARTS = ("limits", "transport", "rollout", "act", "update", "engine", "env")
 COPIED_BYTES = 256 * 2**20  # far beyond any cache
+ONE_BATCH = dict(num_env_workers=0, pipeline_stages=1, first_env=0, privileged=False)  # in one process
 STILL = {"learning_rate": 0.0, "value_learning_rate": 0.0, "weight_decay": 0.0}  # steps that leave weights alone
 
 
@@ -125,7 +126,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict:
 
 def measure_transport(args, num_envs: int, workers: int, repeats: int) -> dict:
     """One step of envs whose episode has ended: all that is left is to carry actions there and pictures back."""
-    resting = dict(auto_reset=False, max_episode_steps=1, num_env_workers=workers, pipeline_stages=1)
+    resting = ONE_BATCH | dict(auto_reset=False, max_episode_steps=1, num_env_workers=workers)
     actions = np.zeros((num_envs, args.chunk_size, 7), np.float32)
     with make_envs(args.env_id, num_envs, **pick(args, make_envs, **resting)) as envs:
         envs.reset()
@@ -154,7 +155,7 @@ def measure_expert_env(args, num_envs: int, num_steps: int) -> list[dict]:
     """Env stages without a policy: the scripted expert acts, so that contacts are part of the work. And what resizing
     such a picture to openvla-7b's 224 pixels takes."""
     watch, experts = Stopwatch(), [Expert() for _ in range(num_envs)]
-    with make_envs(args.env_id, num_envs, **pick(args, make_envs, num_env_workers=0, pipeline_stages=1)) as envs:
+    with make_envs(args.env_id, num_envs, **pick(args, make_envs, **ONE_BATCH)) as envs:
         envs.reset()
         with instrumented(watch):
             for _ in range(max(1, num_steps // num_envs)):
@@ -169,7 +170,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
     """The script's decisions, one env batch of this rank, in one process; fills the buffer. The first is left out."""
     (T, N), generator = buffer.rewards.shape[:2], torch.Generator().manual_seed(args.seed)
     watch, everything, executed = Stopwatch(device), slice(0, N), 0
-    here = dict(num_env_workers=0, pipeline_stages=1, first_env=first_env)
+    here = ONE_BATCH | dict(first_env=first_env)
     with make_envs(args.env_id, N, **pick(args, make_envs, **here)) as envs, instrumented(watch), torch.no_grad():
         obs = envs.reset()
         for t in range(T):
@@ -295,7 +296,7 @@ def measure_engine(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device
 def measure(args, what: list[str], repeats: int) -> list[dict]:
     """All wanted parts, in the order in which they need each other."""
     device = setup_distributed(args.seed)
-    sizes = derive_sizes(**pick(args, derive_sizes, rank=rank(), world_size=world_size()))
+    sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=rank(), world_size=world_size()))
     N, found = sizes.local_num_envs, []
     if "limits" in what:
         found.append(measure_limits(device, DTYPES[args.dtype]))
@@ -305,9 +306,8 @@ def measure(args, what: list[str], repeats: int) -> list[dict]:
         found += [measure_transport(args, N, workers, 50) for workers in (0, 1)]
     if not {"rollout", "act", "update", "engine"} & set(what):
         return found
-    policy = load_policy(
-        args.model_path, args.model_type, **pick(args, load_policy, dtype=DTYPES[args.dtype], device=device)
-    )
+    here = dict(dtype=DTYPES[args.dtype], device=device, norm_stats=None, value_head=None, cuda_graphs=True)
+    policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **here))
     buffer = RolloutBuffer.of(policy, sizes.num_chunks, N)
     found += measure_rollout(args, policy.eval(), buffer, sizes.first_env, device)  # what the others work on
     mb = micro_batch_of(buffer, min(args.micro_batch_size, sizes.num_chunks * N), device)

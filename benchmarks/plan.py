@@ -258,7 +258,9 @@ def predict(inputs: Inputs, flags: dict, ranks: int, cores: float, assumed: Assu
     Args:
         flags: of the script. cores: of one rank.
     """
-    sizes = derive_sizes(**pick(argparse.Namespace(**flags), derive_sizes, rank=0, world_size=ranks))
+    sizes = derive_sizes(
+        **pick(argparse.Namespace(**{"group_size": 1} | flags), derive_sizes, rank=0, world_size=ranks)
+    )
     envs, decisions = sizes.local_num_envs, sizes.num_chunks
     stage = zero_stage(read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"]))
     talk = communication(inputs, flags, stage, ranks, assumed)

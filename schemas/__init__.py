@@ -44,12 +44,13 @@ def adapter_of(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def check(schema: Any, value: Any, source: str, remedy: str = "") -> Any:
+def check(schema: Any, value: Any, source: str, remedy: str = "", key: str = "") -> Any:
     """A value as JSON gives it, as an object of the schema.
 
     Args:
         source: what holds the value, such as a file's path. It begins the sentence.
         remedy: what the reader can do. It ends the sentence.
+        key: where in the source the value stands, if it is not all of it.
 
     Raises:
         UserError: the value does not fit. Types are taken strictly: "8" and true are no numbers.
@@ -57,7 +58,7 @@ def check(schema: Any, value: Any, source: str, remedy: str = "") -> Any:
     try:
         return adapter_of(schema).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        raise UserError(file_sentence(error, source, remedy)) from None
+        raise UserError(file_sentence(error, source, remedy, key)) from None
 
 
 def check_flags(flags: Any) -> None:
@@ -72,14 +73,14 @@ def check_flags(flags: Any) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name, value = first["loc"][0], values[first["loc"][0]]
-        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        raise UserError(f"--{name} {shown} must be {wanted(first)}") from None
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        raise UserError(f"--{name} {shown.strip() or repr(shown)} must be {wanted(first)}") from None
 
 
-def file_sentence(error: ValidationError, source: str, remedy: str) -> str:
-    """pydantic's first finding about a file, as one sentence."""
+def file_sentence(error: ValidationError, source: str, remedy: str, key: str = "") -> str:
+    """pydantic's first finding about a file, or about one key of it, as one sentence."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in ([key] if key else []) + list(first["loc"]))
     if first["type"] == "missing":
         said = f"{source} has no {key}"
     elif not key:
@@ -118,6 +119,7 @@ WANTED: dict[str, Callable[[dict], str]] = {
     "too_short": lambda ctx: f"at least {ctx['min_length']} long",
     "too_long": lambda ctx: f"at most {ctx['max_length']} long",
     "string_too_short": lambda ctx: "a text that is not empty",
+    "string_pattern_mismatch": lambda ctx: "a text without null characters",
 }
 
 

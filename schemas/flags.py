@@ -4,13 +4,37 @@ NaN and infinity fit none of them. The upper ends are far above what any machine
 would end in a lack of memory minutes later.
 """
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
+# ---- numbers
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]  # of things there is at least one of
 CountOrNone = Annotated[int, Field(ge=0, le=10**9)]  # 0 switches it off
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+LocalRank = Annotated[int, Field(ge=-1, lt=2**16)]
+
+# ---- the world
+Envs = Annotated[int, Field(ge=1, le=2**16)]  # RLinf's largest runs have some hundreds
+Episodes = Annotated[int, Field(ge=1, le=100_000)]
+Processes = Annotated[int, Field(ge=0, le=1024)]
+EpisodeSteps = Annotated[int, Field(ge=1, le=100_000)]
+Hertz = Annotated[int, Field(ge=5, le=10_000, multiple_of=5)]  # Hz; control is at 5 Hz
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+GroupSize = Annotated[int, Field(ge=2, le=2**16)]  # a group of one has nothing to be compared with
+
+# ---- the model
+LoraRank = Annotated[int, Field(ge=0, le=4096)]  # a 7B model's layers are 4096 wide: more would be no low rank
+LoraAlpha = Annotated[int, Field(ge=1, le=10**6)]
+Chunk = Annotated[int, Field(ge=1, le=128)]  # published models have 8
+PromptLength = Annotated[int, Field(ge=1, le=2048)]
+
+# ---- texts and lists: none of them is empty, as an unset variable of a shell is
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pattern=r"^[^\x00]*$")]
+Item = TypeVar("Item")
+NonEmpty = Annotated[tuple[Item, ...], Field(min_length=1)]

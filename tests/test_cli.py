@@ -9,7 +9,7 @@ import train_grpo
 import train_sft
 import yaml
 from train_ppo import Args
-from vla.cli import check_flags, derive_sizes, mapping_to_flags, parse_args, pick
+from vla.cli import check_combinations, derive_sizes, parse_args, pick
 from vla.distributed import UserError
 from vla.engine import read_deepspeed_config
 from vla.logger import Logger
@@ -79,19 +79,13 @@ def test_a_preset_of_another_script_says_so():
 
 def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("num_envs: lots\n")
-    with pytest.raises(UserError, match=rf"{tmp_path}/a\.yaml: .*--num_envs: .*'lots'"):
+    with pytest.raises(UserError, match=rf'^{tmp_path}/a\.yaml has num_envs "lots", it must be a whole number$'):
         parse("--config", str(tmp_path / "a.yaml"))
-
-
-def test_flags_of_every_type():
-    assert mapping_to_flags({"num_envs": 8, "auto_reset": False, "image_size": [9, 8]}, Args, "x") == [
-        "--num_envs", "8", "--no-auto_reset", "--image_size", "9", "8",
-    ]  # fmt: skip
 
 
 SIZES = dict(
     num_envs=16, num_steps=40, chunk_size=1, num_minibatches=4, micro_batch_size=20, num_iterations=5,
-    total_timesteps=None, rank=1, world_size=2,
+    total_timesteps=None, group_size=1, rank=1, world_size=2,
 )  # fmt: skip
 
 
@@ -107,14 +101,11 @@ def test_sizes():
     "change, sentence",
     [
         ({"num_envs": 15}, r"--num_envs 15 is not divisible by 2 ranks: use 14 or 16"),
-        ({"num_envs": 0}, r"--num_envs 0 must be at least 1"),
         ({"chunk_size": 48}, r"--num_steps 40 is shorter than one chunk of 48"),
         ({"group_size": 3}, r"--group_size 3 does not divide the 8 envs of a rank"),
         ({"chunk_size": 3}, r"--num_steps 40 is not a multiple of --chunk_size 3"),
         ({"num_minibatches": 7}, r"--num_minibatches 7 .* use a divisor of 40"),
-        ({"micro_batch_size": 0}, r"--micro_batch_size 0 must be at least 1"),
         ({"total_timesteps": 100}, r"less than one iteration \(640 env steps\)"),
-        ({"num_iterations": 0}, r"--num_iterations 0 must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_divide(change, sentence):
@@ -125,37 +116,24 @@ def test_sizes_that_do_not_divide(change, sentence):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--update_epochs", "0"], "--update_epochs 0 must be at least 1"),
-        (["--critic_epochs", "0"], "--critic_epochs 0 must be at least 1"),
-        (["--eval_freq", "-1"], "--eval_freq -1 must be at least 0"),
-        (["--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["--clip_ratio_low", "0.3"], "--clip_ratio_low 0.3 and --clip_ratio_high 0.2 are out of order"),
-        (["--clip_ratio_low", "-0.1"], "out of order"),
-        (["--clip_ratio_low", "1.5", "--clip_ratio_high", "2"], "out of order"),
-        (["--dual_clip", "1"], "--dual_clip 1.0 must be above 1"),
-        (["--fan_coef", "1", "--fan_sigma", "0"], "--fan_sigma 0.0 must be above 0"),
         (["--kl_coef", "0.1", "--lora_rank", "0"], "--kl_coef .* give --lora_rank"),
         (["--kl_coef", "0.1", "--lora_path", "x"], "--kl_coef .* --merge_lora"),
         (["--merge_lora"], "--merge_lora has no adapter"),
-        (["--learning_rate", "-1"], "--learning_rate -1.0 must be at least 0"),
-        (["--gamma", "1.1"], "--gamma 1.1 must lie between 0 and 1"),
     ],
 )
-def test_flags_that_make_no_sense(flags, sentence):
+def test_flags_that_do_not_go_together(flags, sentence):
     args = parse(*flags)
     with pytest.raises(UserError, match=sentence):
-        check_flags(**pick(args, check_flags))
-
-
-def test_a_group_of_one_is_refused():
-    with pytest.raises(UserError, match="--group_size 1: a group of one"):
-        check_flags(**pick(parse_args(train_grpo.Args, ["--group_size", "1"], "test"), check_flags))
+        check_combinations(**pick(args, check_combinations))
 
 
 def test_pick_takes_what_a_function_has_by_keyword_only():
     def function(num_envs, *, seed, gamma=1.0, device=None): ...
 
     assert pick(parse("--seed", "3"), function, device="cpu") == {"seed": 3, "gamma": 0.99, "device": "cpu"}
+    with pytest.raises(TypeError, match="function takes device: no flag and no caller gives it"):
+        pick(parse(), function)
 
 
 @pytest.mark.parametrize("name", ["openvla", "openvlaoft"])

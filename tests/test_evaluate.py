@@ -19,9 +19,9 @@ from test_machine import free_port, train
 
 import evaluate
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs
-from vla.cli import read_yaml
 from vla.distributed import UserError
 from vla.episode_log import EpisodeLog
+from vla.flag_files import read_yaml
 from vla.logger import wilson_interval
 from vla.pretrained import load_policy
 from vla.results import (

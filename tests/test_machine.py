@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import doctor
 from vla.checkpoint import open_run
-from vla.cli import read_yaml
 from vla.distributed import UserError
+from vla.flag_files import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "tests/ppo_random_openvla.yaml"

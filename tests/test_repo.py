@@ -17,7 +17,7 @@ CONFINED = {
     "transformers": {"vla/fused.py", "vla/openvla.py", "vla/pretrained.py"},
     "peft": {"vla/fused.py", "vla/pretrained.py"},
     "tyro": {"vla/cli.py"},
-    "yaml": {"vla/cli.py"},
+    "yaml": {"vla/flag_files.py"},
     "pydantic": {f"schemas/{path.name}" for path in ROOT.glob("schemas/*.py")},
 }
 

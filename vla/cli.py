@@ -1,137 +1,169 @@
-"""A yaml file becomes flags in front of the user's own, so types are checked alike and the later one wins.
+"""Flags of a script: those saved in the run that --resume names, then --config's files in order, then the command line.
 
-    deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml --num_envs 8
+    deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml --config mine.yaml --num_envs 8
 
-is read as `[every key of the file as a flag] --num_envs 8`. Loading yaml straight into the dataclass would let `3e-5`
-through as a string (YAML 1.1) and a misspelt choice unchecked.
+The later one wins. Every value is checked against its annotation in the script's Args before anything starts, whoever
+gave it. Names are written with hyphens or underscores, as you like.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import itertools
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import tyro
 
-import yaml
+import schemas
 from schemas import UserError
+from vla.flag_files import INPUTS, OUTPUTS, ROOT, Layer, checked_values, resolved, saved_layer, yaml_layer
 from vla.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")
-ROOT = Path(__file__).resolve().parent.parent
 
 
+# ---------------------------------------------------------------------- parsing
 def parse_args(args_class: type[ArgsType], argv: list[str], description: str) -> ArgsType:
-    """Flags of a run: those saved in the folder that --resume names, then those of --config, then argv; the last wins.
+    """Flags of a run, from the folder that --resume names, from --config's files and from argv; the later one wins.
 
     Raises:
-        UserError: a missing file, an unknown key or flag, a value of the wrong type.
+        UserError: a missing file, an unknown key or flag, a value that the flag does not take.
     """
-    flags = []
-    resume, config = flag_value(argv, "resume"), flag_value(argv, "config")
-    if resume:
-        saved = saved_args(Path(resume))
-        if flag_value(argv, "num_iterations"):
-            saved.pop("total_timesteps", None)  # it would win over what was just asked for
-        flags += mapping_to_flags(saved, args_class, resume)
-    if config:
-        flags += mapping_to_flags(read_yaml(Path(config)), args_class, config)
-        parse_flags(args_class, flags, description, f"{config}: ")  # so that a bad value is laid at the file's door
-    return parse_flags(args_class, flags + argv, description, "")
+    argv = with_underscores(argv)
+    layers = []
+    if resume := flag_value(argv, "resume"):
+        layers.append(saved_layer(Path(resolved_input("resume", resume))))
+    layers += [yaml_layer(name) for name in flag_values(argv, "config")]
+    return parse_layers(args_class, layers, argv, description)
 
 
-def parse_flags(args_class: type[ArgsType], flags: list[str], description: str, source: str) -> ArgsType:
-    """tyro, with its boxed report of a bad flag turned into a UserError of one sentence. --help prints and exits."""
-    report = io.StringIO()
+def parse_layers(args_class: type[ArgsType], layers: list[Layer], argv: list[str], description: str) -> ArgsType:
+    """Flags from files, a later file before an earlier one, and argv before all of them. Raises as parse_args()."""
+    argv = with_underscores(argv)
+    typed = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    values: dict[str, Any] = {}
+    for layer in layers:
+        found = checked_values(layer, args_class, flag_value(argv, "env_id"))
+        forget_total(values, found.keys())
+        values |= found
+    forget_total(values, typed)
+    if "config" in typed:
+        values["config"] = tuple(flag_values(argv, "config"))
+        argv = without_flag(argv, "config")
+    return parse_flags(args_class, argv, description, args_class(**values))
+
+
+def forget_total(values: dict[str, Any], newer: Any) -> None:
+    """total_timesteps would win over a num_iterations that was asked for after it."""
+    if "num_iterations" in newer and "total_timesteps" not in newer:
+        values.pop("total_timesteps", None)
+
+
+def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, default: ArgsType) -> ArgsType:
+    """tyro over argv with `default` for what is not in it, ranges checked, paths resolved. --help prints and exits.
+
+    Raises:
+        UserError: one sentence, in the place of tyro's boxed report.
+    """
+    # tyro draws its box as the encoding of stdout allows, and breaks lines at the terminal's width
+    report = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    asked = {"-h", "--help"} & set(argv)
+    hidden = contextlib.nullcontext() if asked else contextlib.redirect_stdout(report)
+    width = mock.patch.dict(os.environ, {} if asked else {"COLUMNS": "10000"})
     try:
-        with contextlib.redirect_stderr(report):
-            return tyro.cli(args_class, args=flags, description=description, use_underscores=True)
+        with hidden, width, contextlib.redirect_stderr(report):
+            args = tyro.cli(args_class, args=argv, description=description, default=default, use_underscores=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip("\u2502 ") for line in report.getvalue().splitlines() if line.startswith("\u2502")]
-        near = [line.split()[0] for line in lines if line.startswith("--")]
-        said = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), lines)).rstrip(".")
-        hint = f"; did you mean {near[0]}?" if said.startswith("Unrecognized") and near else ""
-        raise UserError(f"{source}{said}{hint} (see --help)") from None
+        report.flush()
+        raise UserError(sentence_of(report.buffer.getvalue().decode("utf-8"))) from None
+    schemas.check_flags(args)
+    for name in {field.name for field in dataclasses.fields(args)} & {*INPUTS, *OUTPUTS}:
+        setattr(args, name, resolved_input(name, getattr(args, name)))
+    return args
+
+
+def sentence_of(report: str) -> str:
+    """tyro's boxed report of a bad flag, in one sentence."""
+    lines = [line.strip("\u2502 ") for line in report.splitlines() if line.startswith("\u2502")]
+    near = [line.split()[0] for line in lines if line.startswith("--")]
+    said = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), lines)).rstrip(".")
+    hint = f"; did you mean {near[0]}?" if said.startswith("Unrecognized") and near else ""
+    return f"{said}{hint} (see --help)"
+
+
+def resolved_input(name: str, value: str | None) -> str | None:
+    """A path from the command line leads from the working directory, and else from the repository."""
+    return resolved(name, value, (Path.cwd(), ROOT))
+
+
+# ---------------------------------------------------------------------- words of the command line
+def with_underscores(argv: list[str]) -> list[str]:
+    """--num-envs and --no-auto-reset as --num_envs and --no_auto_reset; values stay."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word)
+    return words
+
+
+def flag_values(argv: list[str], name: str) -> list[str]:
+    """All values of --name in argv, in order: `--name X Y`, `--name X --name Y` and `--name=X`, in either spelling.
+
+    Raises:
+        UserError: --name stands there without a value.
+    """
+    values, open_flag = [], False
+    for word, following in itertools.pairwise([*with_underscores(argv), "--"]):
+        if word.startswith("--"):
+            given, equals, value = word.partition("=")
+            open_flag = given == f"--{name}" and not equals
+            if given == f"--{name}" and equals:
+                values.append(value)
+            elif open_flag and following.startswith("--"):
+                raise UserError(f"--{name} has no value: give one, or leave the flag out")
+        elif open_flag:
+            values.append(word)
+    return values
 
 
 def flag_value(argv: list[str], name: str) -> str | None:
-    """The value of --name in argv, in either spelling (`--name X`, `--name=X`); the last one, or None."""
-    value = None
-    for position, word in enumerate(argv):
-        if word == f"--{name}" and position + 1 < len(argv):
-            value = argv[position + 1]
-        elif word.startswith(f"--{name}="):
-            value = word.split("=", 1)[1]
-    return value
+    """The last value of --name in argv, or None."""
+    return ([None] + flag_values(argv, name))[-1]
 
 
-def read_yaml(path: Path) -> dict:
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("yaml").glob("*.yaml")))
-        raise UserError(
-            f"--config {path} does not exist; presets here: {known or 'none (run from the repository root)'}"
-        )
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not valid yaml: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `flag: value` lines")
-    return content
+def without_flag(argv: list[str], name: str) -> list[str]:
+    """argv without --name and its values."""
+    kept, inside = [], False
+    for word in argv:
+        if word.startswith("--"):
+            inside = word.partition("=")[0] == f"--{name}"
+        if not inside:
+            kept.append(word)
+    return kept
 
 
-def saved_args(run_dir: Path) -> dict:
-    """The flags that a run folder was started with, without those that name a run."""
-    path = run_dir / "args.json"
-    if not path.is_file():
-        raise UserError(f"--resume {run_dir} is not a run folder: it has no args.json")
-    saved = json.loads(path.read_text())
-    return {name: value for name, value in saved.items() if name not in ("config", "resume", "run_dir", "local_rank")}
-
-
-def mapping_to_flags(mapping: dict, args_class: type, source: str) -> list[str]:
-    """{"num_envs": 8, "auto_reset": False, "image_size": [96, 96]} -> ["--num_envs", "8", "--no-auto_reset", ...]."""
-    known = [field.name for field in dataclasses.fields(args_class)]
-    flags = []
-    for name, value in mapping.items():
-        if name in ("config", "resume", "local_rank"):
-            raise UserError(f"{source}: {name!r} belongs on the command line, not into a file")
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see --help for all of them."
-            if other := script_that_knows(str(name)):
-                hint = f"it is a flag of {other}: is this preset meant for that script?"
-            raise UserError(f"{source}: unknown key {name!r}; {hint}")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            flags += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return flags
-
-
-def script_that_knows(name: str) -> str | None:
-    """Which of the scripts has this flag, by its source: importing them all for one sentence would take seconds."""
-    for script in sorted(ROOT.glob("train_*.py")):
-        if f"\n    {name}: " in script.read_text():
-            return script.name
-    return None
-
-
+# ---------------------------------------------------------------------- from flags to functions
 def pick(flags: Any, function: Callable, **replaced: Any) -> dict:
     """Those fields of a flags dataclass that `function` takes by keyword only, and `replaced` over them.
 
     make_envs(args.env_id, 8, **pick(args, make_envs, auto_reset=False)) passes --sim_freq, --image_size, ... on.
+
+    Raises:
+        TypeError: a keyword that neither a flag nor the caller gives. The function's default would be taken silently,
+            also where a flag was only renamed.
     """
-    taken = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    return {name: value for name, value in vars(flags).items() if name in taken} | replaced
+    wanted = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    given = {name: value for name, value in vars(flags).items() if name in wanted} | replaced
+    if missing := wanted - given.keys():
+        raise TypeError(f"{function.__qualname__} takes {', '.join(sorted(missing))}: no flag and no caller gives it")
+    return given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +186,13 @@ def derive_sizes(
     chunk_size: int,
     num_minibatches: int,
     micro_batch_size: int,
-    group_size: int = 1,
+    group_size: int,
     num_iterations: int,
     total_timesteps: int | None,
     rank: int,
     world_size: int,
 ) -> Sizes:
-    """Global flags -> what one rank does. Raises UserError where something does not divide."""
-    check_at_least(
-        1, num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches, micro_batch_size=micro_batch_size
-    )
+    """Global flags, each at least 1 -> what one rank does. Raises UserError where something does not divide."""
     if num_envs % world_size:
         below, above = num_envs // world_size * world_size, -(-num_envs // world_size) * world_size
         choices = f"{below} or {above}" if below else f"{above}"
@@ -190,8 +219,6 @@ def derive_sizes(
             raise UserError(
                 f"--total_timesteps {total_timesteps} is less than one iteration ({num_envs * num_steps} env steps)"
             )
-    if num_iterations < 1:
-        raise UserError(f"--num_iterations {num_iterations} must be at least 1")
     return Sizes(
         num_iterations=num_iterations,
         num_chunks=num_chunks,
@@ -203,54 +230,24 @@ def derive_sizes(
     )
 
 
-def check_flags(
+def check_combinations(
     *,
-    update_epochs: int,
-    num_eval_episodes: int,
-    num_eval_envs: int,
-    save_freq: int,
-    eval_freq: int,
-    keep_checkpoints: int,
-    temperature: float,
-    eval_temperature: float,
     clip_ratio_low: float,
     clip_ratio_high: float,
-    dual_clip: float | None,
     kl_coef: float,
-    fan_coef: float,
-    fan_sigma: float,
     lora_rank: int,
     lora_path: str | None,
     merge_lora: bool,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    value_learning_rate: float = 0.0,
-    gamma: float = 1.0,
-    gae_lambda: float = 1.0,
-    critic_epochs: int = 1,
-    group_size: int | None = None,
 ) -> None:
-    """What flags must be, taken each for itself or two together. Raises UserError for the first that is not."""
-    check_at_least(1, update_epochs=update_epochs, critic_epochs=critic_epochs)
-    check_at_least(1, num_eval_episodes=num_eval_episodes, num_eval_envs=num_eval_envs)
-    check_at_least(0, save_freq=save_freq, eval_freq=eval_freq, keep_checkpoints=keep_checkpoints, lora_rank=lora_rank)
-    check_at_least(0, eval_temperature=eval_temperature, kl_coef=kl_coef, fan_coef=fan_coef, weight_decay=weight_decay)
-    check_at_least(0, learning_rate=learning_rate, value_learning_rate=value_learning_rate, max_grad_norm=max_grad_norm)
-    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-        if not 0 <= value <= 1:
-            raise UserError(f"--{name} {value} must lie between 0 and 1")
-    if temperature <= 0:
-        raise UserError(f"--temperature {temperature} must be above 0: without chance in its actions nothing is learnt")
-    if fan_sigma <= 0:
-        raise UserError(f"--fan_sigma {fan_sigma} must be above 0; --fan_coef 0 switches FAN off")
-    if not 0 <= clip_ratio_low < 1 or clip_ratio_high < clip_ratio_low:
+    """What flags must be, taken two together; schemas.check_flags() says what each must be for itself.
+
+    Raises:
+        UserError: for the first pair that does not go together.
+    """
+    if clip_ratio_high < clip_ratio_low:
         raise UserError(
-            f"--clip_ratio_low {clip_ratio_low} and --clip_ratio_high {clip_ratio_high} are out of order: "
-            "0 <= low < 1 and low <= high"
+            f"--clip_ratio_low {clip_ratio_low} and --clip_ratio_high {clip_ratio_high} are out of order: low <= high"
         )
-    if dual_clip is not None and dual_clip <= 1:
-        raise UserError(f"--dual_clip {dual_clip} must be above 1, or it would limit ratios that have not moved")
     if kl_coef and (not lora_rank or (lora_path and not merge_lora)):
         raise UserError(
             "--kl_coef compares with the policy whose adapter is switched off, which must be the one that training "
@@ -258,12 +255,3 @@ def check_flags(
         )
     if merge_lora and not lora_path:
         raise UserError("--merge_lora has no adapter to merge: give --lora_path")
-    if group_size is not None and group_size < 2:
-        raise UserError(f"--group_size {group_size}: a group of one has nothing to be compared with, use 2 or more")
-
-
-def check_at_least(minimum: int, **flags: float) -> None:
-    """Raise UserError for the first flag below the minimum."""
-    for name, value in flags.items():
-        if value < minimum:
-            raise UserError(f"--{name} {value} must be at least {minimum}")
