@@ -4,11 +4,12 @@
     python collect_demos.py --env_id PutOnPlateInScene25Main-v3 --num_demos 140 --output demos/main
     python -m mani_skill.trajectory.replay_trajectory --traj_path demos/tiny/trajectory.h5
 
-Successful episodes alone are kept. The same command again goes on where it was stopped, and a larger --num_demos adds
-to a finished set. What stands in the files: envs/demonstrations.py.
+Successful episodes alone are kept. The same command again goes on where it was stopped (SIGTERM and Ctrl-C keep what is
+done, exit code 75), and a larger --num_demos adds to a finished set. What stands in the files: envs/demonstrations.py.
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import Literal
 from tqdm import tqdm
 
 from envs import make_envs
-from envs.demonstrations import PART_SIZE, DemoFolder, Recipe, attempts, check_expert_knows
+from envs.demonstrations import PART_SIZE, DemoFolder, Demonstration, Recipe, attempts, check_expert_knows
 from envs.registration import CONTROL_MODE
 from schemas import UserError
 from schemas.flags import Count, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
 from vla.cli import parse_args
-from vla.distributed import checked, run_main
+from vla.distributed import REQUEUE, checked, run_main
 
 ENVS_PER_WORKER = 8
 HOPELESS = 64  # tries without one success
@@ -72,39 +73,66 @@ def main(args: Args) -> None:
             asset_dir=args.asset_dir,
         )  # fmt: skip
         folder = DemoFolder(Path(args.output), recipe, world | replay)
+        if folder.count() >= args.num_demos:
+            if not folder.is_finished():
+                folder.finish()
+            print(f"{folder.folder} holds {folder.count()} demonstrations already")
+            return
         envs = make_envs(
             args.env_id, ENVS_PER_WORKER * max(1, args.num_env_workers), seed=args.seed, asset_dir=args.asset_dir,
             max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers, **world,
         )  # fmt: skip
         count, tried = folder.begin()
-        if count >= args.num_demos:
-            envs.close()
-            folder.finish()
-            print(f"{folder.folder} holds {count} demonstrations already")
-            return
+    asked = EndRequest()
     pending, found = [], 0
-    with tqdm(total=args.num_demos, initial=count, desc="demonstrations", dynamic_ncols=True) as bar:
-        for number, demo in enumerate(attempts(envs, recipe, first=tried), start=1):
+    with envs, tqdm(total=args.num_demos, initial=count, desc="demonstrations", dynamic_ncols=True) as bar:
+        for number, demo in enumerate(attempts(envs, recipe, tried, asked), start=1):
             if demo.success:
                 pending.append(demo)
                 found += 1
                 bar.set_postfix(success=f"{found / number:.2f}", refresh=False)
                 bar.update()
             elif not found and number >= HOPELESS:
-                envs.close()
                 raise UserError(
                     f"none of {number} tries succeeded in {args.env_id}: the expert needs --max_episode_steps above "
                     f"{args.max_episode_steps}, less --action_noise or smaller steps"
                 )
             if pending and (len(pending) == PART_SIZE or count + found == args.num_demos):
-                folder.write_part(pending)
-                pending = []
+                keep(folder, pending)
             if count + found == args.num_demos:
                 break
-    envs.close()
-    statistics = folder.finish()
+        keep(folder, pending)  # of a collection that was asked to end
+    if count + found < args.num_demos:
+        print(f"{asked.signal}: {folder.folder} keeps {count + found} of {args.num_demos}; the same command goes on")
+        raise SystemExit(REQUEUE)
+    with checked():
+        statistics = folder.finish()
     steps, size = statistics["num_transitions"], (folder.folder / "trajectory.h5").stat().st_size / 2**20
     print(f"{folder.folder}: {args.num_demos} demonstrations, {steps} steps to learn from, {size:.0f} MiB")
+
+
+def keep(folder: DemoFolder, pending: list[Demonstration]) -> None:
+    """Put these episodes on the disk and empty the list. Raises UserError where the disk does not take them."""
+    with checked():
+        if pending:
+            folder.write_part(pending)
+    pending.clear()
+
+
+class EndRequest:
+    """True from SIGTERM, SIGUSR1 or Ctrl-C on; a second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
 
 
 if __name__ == "__main__":

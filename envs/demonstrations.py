@@ -17,21 +17,37 @@ run goes on after its last part.
 
 from __future__ import annotations
 
+import collections
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import EllipsisType
 
 import h5py
 import numpy as np
 
 from envs import episodes, variants
 from envs.expert import Expert
-from envs.registration import CAMERA
+from envs.registration import CONTROL_MODE
 from envs.vector import ACTION_LIMITS, VectorEnv
+from schemas import UserError, check, parse_json, read_json, require_file
+from schemas.demonstrations import (
+    MAX_CHUNK_BYTES,
+    MAX_STEPS,
+    PICTURES,
+    RECORDED,
+    TRAINED_ON,
+    Episode,
+    Statistics,
+    Trajectories,
+    Try,
+    arrays_of,
+)
+from schemas.lock import LOCK, lock_folder
 
-IMAGES = f"obs/sensor_data/{CAMERA}/rgb"
 PART_SIZE = 50  # episodes
 # a step is idle that moves less than this (m), turns less than this (rad) and leaves the gripper: RL4VLA's filter
 IDLE_TRANSLATION, IDLE_ROTATION = 0.01, 0.06
@@ -96,8 +112,11 @@ class Attempt:
         return executed
 
 
-def attempts(envs: VectorEnv, recipe: Recipe, first: int) -> Iterator[Demonstration]:
-    """Episodes of the expert, endless, in the order of their numbers, beginning with number `first`."""
+def attempts(envs: VectorEnv, recipe: Recipe, first: int, asked_to_end: object = False) -> Iterator[Demonstration]:
+    """Episodes of the expert in the order of their numbers, beginning with number `first`.
+
+    asked_to_end: no further step is taken once this is true; it is looked at before each of them.
+    """
     slots = [Attempt(first + i, recipe, envs.num_start_states) for i in range(envs.num_envs)]
     following, due = first + envs.num_envs, first
     done: dict[int, Demonstration] = {}  # finished before a lower number was
@@ -105,7 +124,7 @@ def attempts(envs: VectorEnv, recipe: Recipe, first: int) -> Iterator[Demonstrat
     for slot, image, text in zip(slots, obs["image"].numpy(), obs["task_description"]):
         slot.demo.images.append(image)
         slot.demo.instruction = text
-    while True:
+    while not asked_to_end:
         actions = np.stack([slot.act(state) for slot, state in zip(slots, envs.describe())])[:, None]  # [N, 1, 7]
         obs, rewards, _, _, infos = envs.step(actions)
         for slot, image, reward in zip(slots, obs["image"].numpy(), rewards[:, 0].tolist()):
@@ -150,37 +169,82 @@ class DemoFolder:
         """env_kwargs: what gymnasium.make needs besides the id to build the env again.
 
         Raises:
-            ValueError: the folder holds something else, or demonstrations of another recipe.
+            UserError: the folder holds something else, demonstrations of another recipe, or another process writes it.
         """
         self.folder, self.recipe, self.env_kwargs = folder, recipe, env_kwargs
+        self._remedy = f"give --output another folder than {folder}"
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(f"--output {folder} is a link to nothing: name a folder")
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output {folder} is a file: name a folder.")
+            raise UserError(f"--output {folder} is a file: name a folder")
         begun = folder / "recipe.json"
-        if begun.is_file():
-            before = json.loads(begun.read_text())
-            for key, value in vars(recipe).items():
-                if before.get(key) != value:
-                    raise ValueError(
-                        f"--output {folder} was begun with {key}={before.get(key)!r}, not {value!r}: give another "
-                        "folder, or the same flags to go on."
-                    )
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"--output {folder} holds other files: name a new folder.")
+        if begun.exists():
+            self._check_same_recipe(read_json(begun, dict, self._remedy))
+        elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+            raise UserError(f"--output {folder} holds other files: name a new folder")
+        self._lock = lock_folder(folder, f"--output {folder}") if begun.exists() else None
+
+    def _check_same_recipe(self, before: dict) -> None:
+        for key, value in vars(self.recipe).items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"--output {self.folder} was begun with {key}={before.get(key)!r}, not {value!r}: give another "
+                    "folder, or the same flags to go on"
+                )
+
+    def count(self) -> int:
+        """How many episodes it holds. Raises UserError where they are damaged or not of this collection."""
+        return len(self._tries())
+
+    def is_finished(self) -> bool:
+        """Everything it holds is in trajectory.h5, and the files beside it are there."""
+        names = ("trajectory.h5", "trajectory.json", "dataset_statistics.json")
+        return all((self.folder / name).exists() for name in names)
 
     def begin(self) -> tuple[int, int]:
-        """Make the folder. Returns how many episodes it holds, and the number of the first try that is not in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.folder / "recipe.json", json.dumps(vars(self.recipe), indent=2))
-        if (self.folder / "trajectory.h5").is_file():  # it was finished, and more are wanted
-            os.replace(self.folder / "trajectory.h5", self.folder / "part_000000.h5")
-        entries = [entry for part in self.parts() for entry in _entries(part)]
-        return len(entries), entries[-1]["attempt"] + 1 if entries else 0
+        """Make the folder. Returns how many episodes it holds, and the number of the first try that is not in it.
 
-    def parts(self) -> list[Path]:
+        Raises:
+            UserError: another process collects here, or `count` says so.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = lock_folder(self.folder, f"--output {self.folder}")
+        tries = self._tries()
+        if self._finished.exists():  # what is left of parts is in it: the last run was killed as it removed them
+            for part in self._parts():
+                part.unlink()
+        for partial in self.folder.glob("*.partial*"):
+            partial.unlink()
+        _write_whole(self.folder / "recipe.json", json.dumps(vars(self.recipe), indent=2))
+        return len(tries), max(tries, default=-1) + 1
+
+    @property
+    def _finished(self) -> Path:
+        return self.folder / "trajectory.h5"
+
+    def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part_*.h5"))
 
+    def _sources(self) -> list[Path]:
+        """Files that hold the episodes, each of them once."""
+        return [self._finished] if self._finished.exists() else self._parts()
+
+    def _tries(self) -> list[int]:
+        """Numbers of the tries whose episodes are kept."""
+        found = []
+        for path in self._sources():
+            with self._reader(path) as reader:
+                found += [entry["attempt"] for entry in reader.tries().values()]
+        return found
+
+    def _reader(self, path: Path) -> EpisodeReader:
+        return EpisodeReader(path, tuple(self.recipe.image_size), f"move it away, or {self._remedy}")
+
     def write_part(self, demos: list[Demonstration]) -> None:
-        """Put one more part in place; all of it or nothing."""
+        """Put one more part in place; all of it or nothing. A set that was finished becomes the first part."""
+        if self._finished.exists():
+            os.replace(self._finished, self.folder / "part_000000.h5")
         first = demos[0].attempt + 1  # above 0: part 0 is a set that was finished before
         path = self.folder / f"part_{first:06d}.h5"
         with h5py.File(path.with_suffix(".partial"), "w") as file:
@@ -195,7 +259,8 @@ class DemoFolder:
         last = np.arange(length) == length - 1
         images = np.stack(demo.images)
         # one picture per chunk: training reads them in any order
-        group.create_dataset(IMAGES, data=images, chunks=(1, *images.shape[1:]), compression="gzip", compression_opts=1)
+        packed = dict(chunks=(1, *images.shape[1:]), compression="gzip", compression_opts=1)
+        group.create_dataset(PICTURES, data=images, **packed)
         group["actions"], group["rewards"] = executed, np.asarray(demo.rewards, np.float32)
         group["terminated"], group["truncated"], group["success"] = last, np.zeros(length, bool), last
         group["expert_actions"] = wanted
@@ -216,12 +281,13 @@ class DemoFolder:
         """Parts -> trajectory.h5, trajectory.json and dataset_statistics.json. Returns the statistics."""
         target, listed, labels = self.folder / "trajectory.partial", [], []
         with h5py.File(target, "w") as whole:
-            for part in self.parts():
-                with h5py.File(part) as file:
-                    for name in sorted(file, key=lambda name: json.loads(file[name].attrs["entry"])["attempt"]):
-                        file.copy(name, whole, f"traj_{len(listed)}")
-                        labels.append(file[name]["expert_actions"][:][file[name]["keep"][:]])
-                        listed.append({"episode_id": len(listed), **json.loads(file[name].attrs["entry"])})
+            for path in self._sources():
+                with self._reader(path) as reader:
+                    for name, entry in sorted(reader.tries().items(), key=lambda item: item[1]["attempt"]):
+                        actions, keep, _ = reader.read(name, entry["elapsed_steps"])
+                        reader.file.copy(name, whole, f"traj_{len(listed)}")
+                        labels.append(actions[keep])
+                        listed.append({"episode_id": len(listed), **entry})
         info = {
             "env_id": f"envs:{self.recipe.env_id}",
             "env_kwargs": self.env_kwargs,
@@ -232,8 +298,10 @@ class DemoFolder:
         _write_whole(self.folder / "dataset_statistics.json", json.dumps(statistics, indent=2))
         _write_whole(self.folder / "trajectory.json", json.dumps(content, indent=2))
         os.replace(target, self.folder / "trajectory.h5")
-        for part in self.parts():
+        for part in self._parts():
             part.unlink()
+        os.close(self._lock)
+        self._lock = None
         return statistics[self.recipe.env_id]
 
 
@@ -248,11 +316,6 @@ def action_statistics(labels: list[np.ndarray]) -> dict:
     return {"action": action, "num_transitions": len(actions), "num_trajectories": len(labels)}
 
 
-def _entries(part: Path) -> list[dict]:
-    with h5py.File(part) as file:
-        return sorted((json.loads(file[name].attrs["entry"]) for name in file), key=lambda entry: entry["attempt"])
-
-
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial_json")
     partial.write_text(text + "\n")
@@ -262,6 +325,150 @@ def _write_whole(path: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_finished(folder: Path, remedy: str) -> None:
+    """Raise UserError unless the three files of a finished set are in the folder, and nothing of an unfinished one."""
+    try:
+        others = sorted(path.name for path in folder.glob("*.h5"))
+    except OSError as error:
+        raise UserError(f"--demos {folder} can not be read ({error.strerror}): name the folder of a set") from error
+    if any(name.startswith("part_") for name in others):
+        raise UserError(f"--demos {folder} is not finished: run the collect_demos.py command that began it once more")
+    for name in ("trajectory.json", "trajectory.h5", "dataset_statistics.json"):
+        if not (folder / name).exists():
+            there = f" but {', '.join(others[:3])}" if others and "trajectory.h5" not in others else ""
+            raise UserError(f"--demos {folder} has no {name}{there}: {remedy}")
+
+
+class EpisodeReader:
+    """Checked access to a trajectory.h5 that anybody may have made: nothing outside the file is opened for it."""
+
+    def __init__(self, path: Path, image_size: tuple[int, int], remedy: str):
+        """image_size: width and height that pictures must have. Raises UserError where the file is no HDF5 file."""
+        self.path, self.image_size, self.remedy = path, image_size, remedy
+        require_file(path, remedy)
+        try:
+            self.file = h5py.File(path)
+        except OSError as error:
+            raise self._wrong(f"is cut short or no HDF5 file ({error})") from error
+
+    def __enter__(self) -> EpisodeReader:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.file.close()
+
+    def _wrong(self, what: str) -> UserError:
+        return UserError(f"{self.path} {what}: {self.remedy}")
+
+    def check_episodes(self, episodes: list[Episode]) -> None:
+        """Raise UserError unless these are the groups of the file, each named once, and memory holds their steps."""
+        named = collections.Counter(f"traj_{entry.episode_id}" for entry in episodes)
+        there = set(self.file)
+        for names, what in (
+            ([name for name, count in named.items() if count > 1], "is named twice in trajectory.json"),
+            (sorted(named.keys() - there), "is missing, but trajectory.json names it"),
+            (sorted(there - named.keys()), "is not named in trajectory.json"),
+        ):
+            if names:
+                raise self._wrong(f"and trajectory.json do not agree: {names[0]} {what}")
+        if other := next((entry for entry in episodes if entry.control_mode != CONTROL_MODE), None):
+            raise self._wrong(
+                f"has actions of control mode {other.control_mode!r} in traj_{other.episode_id}, they must be of "
+                f"{CONTROL_MODE!r}"
+            )
+        steps = sum(entry.elapsed_steps for entry in episodes)
+        if steps > MAX_STEPS:
+            raise self._wrong(f"claims {steps} steps, more than {MAX_STEPS}")
+
+    def tries(self) -> dict[str, dict]:
+        """Group -> what is said of the episode in it, of a set that collect_demos.py has not finished or finished."""
+        found = {}
+        for name in self.file:
+            try:
+                said = self.file[name].attrs["entry"] if self._holds(self.file, name) else None
+            except (KeyError, OSError, TypeError) as error:
+                raise self._wrong(f"has no entry at {name}, as collect_demos.py writes it ({error})") from error
+            if not isinstance(said, str):
+                raise self._wrong(f"has no entry at {name}, as collect_demos.py writes it")
+            found[name] = parse_json(said.encode(), f"{self.path} {name}", self.remedy)
+            check(Try, found[name], f"{self.path} {name}", self.remedy)
+        return found
+
+    def read(self, name: str, steps: int) -> tuple[np.ndarray, np.ndarray, h5py.Dataset]:
+        """One episode: labels float32 [T, 7], keep bool [T], pictures uint8 [T + 1, H, W, 3] still in the file.
+
+        Raises:
+            UserError: it lacks an array, or one has another form, lies outside the file or is out of range.
+        """
+        found = {key: self._dataset(name, key) for key in (*TRAINED_ON, *RECORDED)}
+        found = {key: dataset for key, dataset in found.items() if dataset is not None}
+        described = {key: {"dtype": dtype_name(each), "shape": list(each.shape)} for key, each in found.items()}
+        check(arrays_of(steps, *self.image_size), described, f"{self.path} {name}", self.remedy)
+        for key, dataset in found.items():
+            self._check_storage(f"{name}/{key}", dataset)
+        actions, keep = self.array(found["expert_actions"], ...), self.array(found["keep"], ...)
+        if not np.isfinite(actions).all():
+            raise self._wrong(f"has {name}/expert_actions that are no numbers (NaN or infinite)")
+        if not (np.abs(actions) <= ACTION_LIMITS).all():
+            raise UserError(
+                f"{self.path}: {name} has actions out of range (1 m and pi/2 rad per step at most): "
+                "check the units of expert_actions"
+            )
+        return actions, keep, found[PICTURES]
+
+    def array(self, dataset: h5py.Dataset, index: int | EllipsisType) -> np.ndarray:
+        """A part of a dataset. Raises UserError where the file is damaged there."""
+        try:
+            return dataset[index]
+        except OSError as error:
+            raise self._wrong(f"is damaged: {dataset.name} can not be read ({error})") from error
+
+    def _dataset(self, name: str, key: str) -> h5py.Dataset | None:
+        """The dataset at name/key, None where there is none. Links are looked at and never followed."""
+        place, at = self.file, ""
+        for part in (name, *key.split("/")):
+            at = f"{at}/{part}".removeprefix("/")
+            try:
+                if not isinstance(place, h5py.Group) or not self._holds(place, part):
+                    return None
+                place = place[part]
+            except (KeyError, OSError, RuntimeError, TypeError) as error:
+                raise self._wrong(f"is damaged: {at} can not be read ({error})") from error
+        if not isinstance(place, h5py.Dataset):
+            raise self._wrong(f"has a group at {at}, it must be a dataset")
+        return place
+
+    def _holds(self, group: h5py.Group, name: str) -> bool:
+        """Whether there is something of that name. Raises UserError where it is a soft or external link, unfollowed."""
+        if not group.id.links.exists(name.encode()):
+            return False
+        if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+            raise self._wrong(f"has a link at {group.name.strip('/')}/{name}, where the data itself must be")
+        return True
+
+    def _check_storage(self, at: str, dataset: h5py.Dataset) -> None:
+        """Raise UserError where the numbers are not all in this file, or can not be unpacked in this memory."""
+        if dataset.is_virtual or dataset.external:
+            raise self._wrong(f"keeps {at} in another file, it must be in this one")
+        if dataset.chunks is None:
+            whole = dataset.id.get_storage_size() == dataset.nbytes
+        else:
+            if math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
+                raise self._wrong(f"keeps {at} in chunks of {list(dataset.chunks)}, more than {MAX_CHUNK_BYTES} bytes")
+            chunks = math.prod(-(-size // step) for size, step in zip(dataset.shape, dataset.chunks))
+            whole = dataset.id.get_num_chunks() == chunks
+        if not whole:
+            raise self._wrong(f"lacks a part of {at}, which was never written")
+
+
+def dtype_name(dataset: h5py.Dataset) -> str:
+    """Its element type as numpy calls it; "unknown" where numpy has none."""
+    try:
+        return str(dataset.dtype)
+    except TypeError:
+        return "unknown"
 
 
 class Demos:
@@ -275,66 +482,44 @@ class Demos:
     def __init__(self, folder: Path):
         """
         Raises:
-            ValueError: one sentence that names what is missing, cut short or out of range.
+            UserError: one sentence that names what is missing, cut short, of another form or out of range.
         """
         self.folder = folder
-        for name in ("trajectory.json", "trajectory.h5", "dataset_statistics.json"):
-            if not (folder / name).is_file():
-                raise ValueError(f"--demos {folder} has no {name}: make a set with collect_demos.py --output {folder}.")
-        content = json.loads((folder / "trajectory.json").read_text())
-        self.recipe, listed = content["recipe"], content["episodes"]
-        self.statistics = json.loads((folder / "dataset_statistics.json").read_text())
-        try:
-            self._file = h5py.File(folder / "trajectory.h5")
-        except OSError as error:
-            raise ValueError(
-                f"{folder}/trajectory.h5 is cut short or no HDF5 file ({error}): make it again."
-            ) from error
-        self.num_episodes = len(listed)
-        labels, self._images, self._rows, ends, self.instructions = [], [], [], [], []
-        for entry in listed:
-            actions, images = self._episode(entry)
-            kept = np.flatnonzero(self._file[f"traj_{entry['episode_id']}"]["keep"][:])
+        remedy = f"make the set again with collect_demos.py --output {folder}"
+        check_finished(folder, remedy)
+        content = read_json(folder / "trajectory.json", Trajectories, remedy)
+        self.recipe = content.recipe.model_dump(mode="json")
+        statistics = read_json(folder / "dataset_statistics.json", Statistics, remedy)
+        self.statistics = {key: entry.model_dump(mode="json") for key, entry in statistics.items()}
+        self._reader = EpisodeReader(folder / "trajectory.h5", tuple(self.recipe["image_size"]), remedy)
+        self._reader.check_episodes(content.episodes)
+        self.num_episodes = len(content.episodes)
+        labels, self._pictures, self._rows, ends, self.instructions = [], [], [], [], []
+        for entry in content.episodes:
+            actions, keep, pictures = self._reader.read(f"traj_{entry.episode_id}", entry.elapsed_steps)
+            kept = np.flatnonzero(keep)
             labels.append(actions[kept])
-            self._rows += [(len(self._images), int(step)) for step in kept]
-            self._images.append(images)
+            self._rows += [(len(self._pictures), int(step)) for step in kept]
+            self._pictures.append(pictures)
             ends += [len(self._rows)] * len(kept)
-            self.instructions += [entry["instruction"]] * len(kept)
+            self.instructions += [entry.instruction] * len(kept)
         self.labels, self._ends = np.concatenate(labels), np.array(ends)
-
-    def _episode(self, entry: dict) -> tuple[np.ndarray, h5py.Dataset]:
-        name = f"traj_{entry['episode_id']}"
-        try:
-            group = self._file[name]
-            actions, images = group["expert_actions"][:], group[IMAGES]
-            whole = len(actions) == entry["elapsed_steps"] and len(images) == len(actions) + 1
-        except (KeyError, OSError) as error:
-            raise ValueError(f"{self.folder}/trajectory.h5 is cut short: {name} can not be read ({error}).") from error
-        if not whole:
-            raise ValueError(
-                f"{self.folder}/trajectory.h5 is cut short: {name} has {len(actions)} actions and {len(images)} "
-                f"pictures where trajectory.json has {entry['elapsed_steps']} steps."
-            )
-        if not (np.isfinite(actions).all() and (np.abs(actions) <= ACTION_LIMITS).all()):
-            raise ValueError(
-                f"{self.folder}/trajectory.h5: {name} has actions out of range (1 m and pi/2 rad per step at most): "
-                "check the units of expert_actions."
-            )
-        return actions, images
+        if not len(self.labels):
+            raise UserError(f"{folder}/trajectory.h5 keeps no step of any episode: {remedy}")
 
     def check_world(
         self, *, env_id: str, asset_pack: str, protocol: str, image_size: tuple[int, int], sim_freq: int
     ) -> None:
-        """Raises ValueError where one of these settings is not the one that the set was made with."""
+        """Raises UserError where one of these settings is not the one that the set was made with."""
         given = dict(
             env_id=env_id, asset_pack=asset_pack, protocol=protocol, image_size=list(image_size), sim_freq=sim_freq
         )  # fmt: skip
         for key, value in given.items():
             made = self.recipe[key]
             if made != value:
-                raise ValueError(
+                raise UserError(
                     f"--demos {self.folder} was made with {key}={made!r}, this run has {value!r}: give the same "
-                    f"--{key}, or collect demonstrations for it."
+                    f"--{key}, or collect demonstrations for it"
                 )
 
     def __len__(self) -> int:
@@ -342,7 +527,8 @@ class Demos:
 
     def images(self, index) -> np.ndarray:
         """Steps [B] -> what the camera saw before them, uint8 [B, H, W, 3]."""
-        return np.stack([self._images[episode][step] for episode, step in (self._rows[i] for i in index)])
+        wanted = [self._rows[i] for i in index]
+        return np.stack([self._reader.array(self._pictures[episode], step) for episode, step in wanted])
 
     def chunks(self, index, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Steps [B] -> the labels of them and of the next kept steps, float32 [B, C, 7]; bool [B, C]: not past the
@@ -355,7 +541,7 @@ class Demos:
 def check_expert_knows(env_id: str) -> None:
     """The scripted expert reads poses that only the family's envs describe."""
     if not episodes.in_family(env_id):
-        raise ValueError(
+        raise UserError(
             f"the scripted expert knows the {episodes.FAMILY} family alone, not {env_id!r}: record its demonstrations "
-            "with ManiSkill's own tools."
+            "with ManiSkill's own tools"
         )

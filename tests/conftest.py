@@ -103,8 +103,9 @@ def same(left, right) -> bool:
 def write_demos(folder: Path, recipe, actions: list[list], images: list[list]) -> None:
     """A set of made-up episodes: per episode T actions [7], wanted and executed alike, and T + 1 pictures [H, W, 3]."""
     from envs.demonstrations import DemoFolder, Demonstration
+    from envs.registration import CONTROL_MODE
 
-    made, episodes = DemoFolder(folder, recipe, {"control_mode": "none"}), []
+    made, episodes = DemoFolder(folder, recipe, {"control_mode": CONTROL_MODE}), []
     made.begin()
     for number, (steps, pictures) in enumerate(zip(actions, images)):
         demo = Demonstration(number, 100 + number, f"put {number}", success=True)

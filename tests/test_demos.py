@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -16,7 +18,8 @@ from conftest import write_demos
 import collect_demos
 from envs import is_held_out, make_envs
 from envs.demonstrations import (
-    IMAGES,
+    PICTURES,
+    DemoFolder,
     Demonstration,
     Demos,
     Recipe,
@@ -82,7 +85,7 @@ def test_maniskill_loads_them(demos):
     dataset = ManiSkillTrajectoryDataset(str(demos / "trajectory.h5"), success_only=True)
     own = arrays(demos)
     assert len(dataset) == sum(len(value) for name, value in own.items() if name.endswith("/actions"))
-    assert np.array_equal(dataset[0]["obs"]["sensor_data"]["3rd_view_camera"]["rgb"], own[f"traj_0/{IMAGES}"][0])
+    assert np.array_equal(dataset[0]["obs"]["sensor_data"]["3rd_view_camera"]["rgb"], own[f"traj_0/{PICTURES}"][0])
     assert dataset[0]["action"].shape == (7,)
 
 
@@ -183,6 +186,15 @@ def recipe() -> Recipe:
     return Recipe(ENV_ID, "train", "builtin", "rl4vla", [5, 4], 100, 40, 0, 0.0, False, 0.05, 0.4)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "set"
+    small_set(
+        folder, Recipe(ENV_ID, "train", "builtin", "rl4vla", [5, 4], 100, 40, 0, 0.0, False, 0.05, 0.4), [3, 2], False
+    )
+    return folder
+
+
 @pytest.mark.parametrize("measured", [True, False])
 def test_with_a_measured_pose_the_expert_acts_on_what_can_be_seen(measured):
     """What it believes it has asked for counts without, and nothing but the state with it."""
@@ -218,42 +230,269 @@ def test_idle_steps_are_left_out_of_training_alone(tmp_path, recipe):
     assert len(arrays(tmp_path / "set")["traj_0/actions"]) == 4  # the whole episode is there, to be replayed
 
 
-def test_broken_sets_are_one_sentence(tmp_path, recipe):
-    small_set(tmp_path / "set", recipe, [3, 2], filter_idle=False)
+# ------------------------------------------------------------------ sets that are not what they say
+def in_h5(change):
+    """A damage to trajectory.h5, done to the open file."""
 
-    def broken(name: str) -> Path:
-        return Path(shutil.copytree(tmp_path / "set", tmp_path / name))
+    def spoil(folder: Path) -> None:
+        with h5py.File(folder / "trajectory.h5", "r+") as file:
+            change(file)
 
-    cut = broken("cut")
-    whole = (cut / "trajectory.h5").read_bytes()
-    (cut / "trajectory.h5").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is cut short or no HDF5 file"):
-        Demos(cut)
-    fewer = broken("fewer")
-    with h5py.File(fewer / "trajectory.h5", "r+") as file:
-        del file["traj_1"]
-    with pytest.raises(ValueError, match="cut short: traj_1 can not be read"):
-        Demos(fewer)
-    shorter = broken("shorter")
-    with h5py.File(shorter / "trajectory.h5", "r+") as file:
-        del file["traj_0/expert_actions"]
-        file["traj_0/expert_actions"] = np.zeros((2, 7), np.float32)
-    with pytest.raises(ValueError, match="traj_0 has 2 actions and 4 pictures"):
-        Demos(shorter)
-    wild = broken("wild")
-    with h5py.File(wild / "trajectory.h5", "r+") as file:
-        file["traj_1/expert_actions"][1, 2] = 25.0  # millimetres, perhaps
-    with pytest.raises(ValueError, match="traj_1 has actions out of range"):
-        Demos(wild)
-    without = broken("without")
-    (without / "dataset_statistics.json").unlink()
-    with pytest.raises(ValueError, match=r"has no dataset_statistics\.json"):
-        Demos(without)
+    return spoil
+
+
+def in_json(change, name: str = "trajectory.json"):
+    """A damage to a JSON file, done to what it holds."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return spoil
+
+
+def replaced(name: str, value: np.ndarray, **how):
+    """The dataset of this name holds something else."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, data=value, **how)
+
+    return in_h5(change)
+
+
+def linked(name: str, link):
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = link
+
+    return in_h5(change)
+
+
+def set_to(name: str, index, value):
+    return in_h5(lambda file: file[name].__setitem__(index, value))
+
+
+def virtual(file: h5py.File) -> None:
+    del file["traj_0/expert_actions"]
+    layout = h5py.VirtualLayout((3, 7), np.float32)
+    layout[:] = h5py.VirtualSource("elsewhere.h5", "labels", (3, 7), np.float32)
+    file.create_virtual_dataset("traj_0/expert_actions", layout)
+
+
+def stored_elsewhere(file: h5py.File) -> None:
+    del file["traj_0/keep"]
+    file.create_dataset("traj_0/keep", (3,), bool, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+
+
+def bomb(file: h5py.File) -> None:
+    """A few bytes of file, half a terabyte of pictures."""
+    del file[f"traj_0/{PICTURES}"]
+    file.create_dataset(f"traj_0/{PICTURES}", (4, 400_000, 400_000, 3), np.uint8, chunks=(1, 64, 64, 3), fillvalue=7)
+
+
+def large_chunk(file: h5py.File) -> None:
+    """The right shape, yet one gibibyte is unpacked to read any of it."""
+    del file["traj_0/keep"]
+    file.create_dataset("traj_0/keep", (3,), bool, maxshape=(None,), chunks=(2**30,), compression="gzip")
+
+
+def unwritten(file: h5py.File) -> None:
+    """Zeros, as far as HDF5 is concerned."""
+    del file[f"traj_1/{PICTURES}"]
+    file.create_dataset(f"traj_1/{PICTURES}", (3, 4, 5, 3), np.uint8, chunks=(1, 4, 5, 3))[0] = 1
+
+
+def cut(folder: Path) -> None:
+    whole = (folder / "trajectory.h5").read_bytes()
+    (folder / "trajectory.h5").write_bytes(whole[: len(whole) // 2])
+
+
+def pipe(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def rubbish(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def several(folder: Path) -> None:
+    shutil.copy(folder / "trajectory.h5", folder / "a.h5")
+    (folder / "trajectory.h5").rename(folder / "b.h5")
+
+
+def repeat_first(content: dict) -> None:
+    content["episodes"][1]["episode_id"] = 0
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        # files
+        (cut, "trajectory.h5 is cut short or no HDF5 file"),
+        (rubbish("trajectory.h5", b"not HDF5"), "trajectory.h5 is cut short or no HDF5 file"),
+        (rubbish("trajectory.json", b'{"episodes": ['), "trajectory.json is not valid JSON"),
+        (rubbish("dataset_statistics.json", b"[]"), "dataset_statistics.json holds [], it must be an object with keys"),
+        (pipe("trajectory.h5"), "trajectory.h5 is no regular file"),
+        (pipe("trajectory.json"), "trajectory.json is no regular file"),
+        (lambda folder: (folder / "dataset_statistics.json").unlink(), "has no dataset_statistics.json"),
+        (several, "has no trajectory.h5 but a.h5, b.h5"),
+        (lambda folder: shutil.copy(folder / "trajectory.h5", folder / "part_000001.h5"), "is not finished"),
+        # the list of episodes
+        (in_json(lambda content: content.pop("recipe")), "trajectory.json has no recipe"),
+        (in_json(lambda content: content["recipe"].pop("sim_freq")), "trajectory.json has no recipe.sim_freq"),
+        (in_json(lambda content: content["recipe"].update(image_size=[5])), "has no recipe.image_size.1"),
+        (in_json(lambda content: content["recipe"].update(image_size=[5, 10**6])), "1000000, it must be at most 4096"),
+        (in_json(lambda content: content.update(episodes=[])), "has episodes [], it must be at least 1 long"),
+        (in_json(lambda content: content["episodes"].pop()), "traj_1 is not named in trajectory.json"),
+        (in_json(lambda content: content["episodes"][1].update(episode_id=7)), "traj_7 is missing, but"),
+        (in_json(repeat_first), "traj_0 is named twice"),
+        (in_json(lambda content: content["episodes"][0].update(instruction=["a"])), '["a"], it must be a text'),
+        (in_json(lambda content: content["episodes"][0].update(instruction=" ")), "must be a text that is not empty"),
+        (in_json(lambda content: content["episodes"][0].update(elapsed_steps=10**9)), "it must be at most 100000"),
+        (in_json(lambda content: content["episodes"][1].update(control_mode="pd_joint_pos")), "mode 'pd_joint_pos'"),
+        (in_json(lambda content: content[ENV_ID]["action"].pop("q01"), "dataset_statistics.json"), "has no PutOnPlate"),
+        (
+            in_json(lambda content: content[ENV_ID]["action"].update(q99=[-9.0] * 7), "dataset_statistics.json"),
+            "it must be at least q01 in every dimension",
+        ),
+        # what HDF5 holds
+        (in_h5(lambda file: file.pop("traj_1")), "traj_1 is missing, but trajectory.json names it"),
+        (in_h5(lambda file: file["traj_0"].pop("keep")), "traj_0 has no keep"),
+        (in_h5(lambda file: file.pop(f"traj_0/{PICTURES}")), f"traj_0 has no {PICTURES}"),
+        (in_json(lambda content: content["episodes"][0].update(elapsed_steps=2)), "it must be float32 of shape [2, 7]"),
+        (replaced("traj_0/expert_actions", np.zeros((2, 7), np.float32)), "it must be float32 of shape [3, 7]"),
+        (replaced("traj_0/expert_actions", np.zeros((3, 7))), '"float64", "shape": [3, 7]}, it must be float32'),
+        (replaced("traj_0/expert_actions", np.array([["x"] * 7] * 3, object), dtype=h5py.string_dtype()), "float32"),
+        (replaced("traj_1/keep", np.ones(3, bool)), "it must be bool of shape [2]"),
+        (replaced("traj_1/actions", np.zeros((1, 7), np.float32)), "has actions"),
+        (replaced(f"traj_1/{PICTURES}", np.zeros((3, 8, 8, 3), np.uint8)), "it must be uint8 of shape [3, 4, 5, 3]"),
+        (in_json(lambda content: content["recipe"].update(image_size=[8, 8])), "must be uint8 of shape [4, 8, 8, 3]"),
+        (in_h5(bomb), "it must be uint8 of shape [4, 4, 5, 3]"),
+        (in_h5(large_chunk), "keeps traj_0/keep in chunks of [1073741824], more than"),
+        (in_h5(unwritten), f"lacks a part of traj_1/{PICTURES}"),
+        (linked("traj_0", h5py.ExternalLink("elsewhere.h5", "/traj_0")), "has a link at /traj_0"),
+        (linked("traj_0/expert_actions", h5py.ExternalLink("elsewhere.h5", "/labels")), "link at traj_0/expert"),
+        (linked("traj_0/keep", h5py.SoftLink("/traj_1/keep")), "has a link at traj_0/keep"),
+        (in_h5(virtual), "keeps traj_0/expert_actions in another file"),
+        (in_h5(stored_elsewhere), "keeps traj_0/keep in another file"),
+        (set_to("traj_1/expert_actions", (1, 2), np.nan), "has traj_1/expert_actions that are no numbers"),
+        (set_to("traj_1/expert_actions", (1, 2), 25.0), "traj_1 has actions out of range"),
+        (in_h5(lambda file: [file[f"traj_{n}/keep"].__setitem__(..., False) for n in (0, 1)]), "keeps no step"),
+    ],
+)  # fmt: skip
+def test_a_broken_set_is_one_sentence(small, tmp_path, spoil, said):
+    """Whatever lies outside the file is there, and would be read if it were followed."""
+    folder = Path(shutil.copytree(small, tmp_path / "set"))
+    with h5py.File(folder / "elsewhere.h5", "w") as file:
+        file["labels"] = np.zeros((3, 7), np.float32)
+        file.create_group("traj_0")
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        Demos(folder)
+    sentence = str(caught.value)
+    assert said in sentence and str(folder) in sentence and "\n" not in sentence
+
+
+def test_a_picture_that_is_damaged_is_said_when_it_is_read(small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "set"))
+    with h5py.File(folder / "trajectory.h5") as file:
+        at = file[f"traj_0/{PICTURES}"].id.get_chunk_info(1)
+    content = bytearray((folder / "trajectory.h5").read_bytes())
+    content[at.byte_offset : at.byte_offset + at.size] = b"?" * at.size
+    (folder / "trajectory.h5").write_bytes(content)
+    demos = Demos(folder)
+    assert demos.images([0]).shape == (1, 4, 5, 3)
+    with pytest.raises(UserError, match=r"trajectory.h5 is damaged: /traj_0/.* can not be read"):
+        demos.images([1])
+
+
+def test_a_set_of_another_world_is_one_sentence(small):
     world = dict(env_id=ENV_ID, asset_pack="builtin", protocol="rl4vla", image_size=(5, 4), sim_freq=100)
-    with pytest.raises(ValueError, match=r"was made with sim_freq=100, this run has 500"):
-        Demos(tmp_path / "set").check_world(**world | {"sim_freq": 500})
-    with pytest.raises(ValueError, match="was made with env_id="):
-        Demos(tmp_path / "set").check_world(**world | {"env_id": "PutOnPlateInScene25Main-v3"})
+    Demos(small).check_world(**world)
+    for other, said in (({"sim_freq": 500}, "sim_freq=100, this run has 500"), ({"env_id": "Main"}, "env_id=")):
+        with pytest.raises(UserError, match=f"was made with {said}"):
+            Demos(small).check_world(**world | other)
+
+
+# ------------------------------------------------------------------ the folder of a collection
+def begun(folder: Path, recipe: Recipe) -> DemoFolder:
+    return DemoFolder(folder, recipe, {"control_mode": "none"})
+
+
+def test_a_folder_is_collected_into_by_one_process(tmp_path, recipe):
+    """Another one is refused, as it begins or before that, and what the folder holds stays as it is."""
+    first, late = begun(tmp_path / "set", recipe), begun(tmp_path / "set", recipe)
+    assert first.begin() == (0, 0)
+    for refused in (late.begin, lambda: begun(tmp_path / "set", recipe)):
+        with pytest.raises(UserError, match=f"--output {tmp_path}/set is being written by process {os.getpid()} on"):
+            refused()
+
+
+def test_a_collection_that_was_killed_as_it_finished_holds_each_episode_once(tmp_path, recipe):
+    """trajectory.h5 was in place, and the parts that are in it were not yet removed."""
+    small_set(tmp_path / "set", recipe, [3, 2], filter_idle=False)
+    shutil.copy(tmp_path / "set/trajectory.h5", tmp_path / "set/part_000001.h5")
+    again = begun(tmp_path / "set", recipe)
+    assert again.count() == 2 and again.begin() == (2, 2)
+    assert not (tmp_path / "set/part_000001.h5").exists() and len(Demos(tmp_path / "set")) == 5
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (cut, "trajectory.h5 is cut short or no HDF5 file"),
+        (in_h5(lambda file: file["traj_0"].attrs.__delitem__("entry")), "has no entry at traj_0"),
+        (in_h5(lambda file: file["traj_0"].attrs.__setitem__("entry", "{}")), "traj_0 has no control_mode"),
+        (linked("traj_0", h5py.ExternalLink("elsewhere.h5", "/traj_0")), "has a link at /traj_0"),
+        (rubbish("recipe.json", b"{"), "recipe.json is not valid JSON"),
+        (rubbish("recipe.json", b"[1]"), "recipe.json holds [1], it must be an object with keys"),
+        (pipe("recipe.json"), "recipe.json is no regular file"),
+        (lambda folder: (folder / "recipe.json").unlink(), "holds other files"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_left_as_it_is(small, tmp_path, recipe, spoil, said):
+    folder = Path(shutil.copytree(small, tmp_path / "set"))
+    spoil(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        recipe.filter_idle = False
+        begun(folder, recipe).begin()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
+    before.pop("lock", None)
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_collection_that_is_asked_to_end_keeps_what_it_has_and_goes_on(demos, tmp_path):
+    """SIGTERM in the middle: exit code 75 and whole parts; the same command then gives the set of a run in one go."""
+    output = tmp_path / "set"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "collect_demos.py", *FLAGS, "--output", str(output), "--num_demos", "600"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        while not (output / "recipe.json").exists() and run.poll() is None:
+            time.sleep(0.05)
+        time.sleep(3.0)  # some tries, on most machines
+        second = collect(output, "--num_demos", "600")
+        run.send_signal(signal.SIGTERM)
+        said, _ = run.communicate(timeout=120)
+    assert second.returncode == 2 and f"is being written by process {run.pid} on" in second.stderr
+    assert run.returncode == 75
+    kept = int(re.search(rf"SIGTERM: {output} keeps (\d+) of 600; the same command goes on", said)[1])
+    with pytest.raises(UserError, match=r"has no trajectory\.json|is not finished"):
+        Demos(output)
+    run = collect(output, "--num_demos", str(max(6, kept + 1)))
+    assert run.returncode == 0, run.stderr
+    whole, again = arrays(demos), arrays(output)
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
 
 
 def test_tries_do_not_depend_on_how_many_envs_make_them(recipe):

@@ -1,11 +1,17 @@
 """One sentence for whatever a file or a flag should not hold."""
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from schemas import Schema, UserError, check_flags, flags, parse_json, read_json
+from schemas.lock import LOCK, lock_folder
 
 
 class Example(Schema):
@@ -75,3 +81,27 @@ def test_a_flag_out_of_range_is_one_sentence(value):
 def test_duplicate_keys_are_found_at_any_depth():
     with pytest.raises(UserError, match="'b' twice"):
         parse_json(b'{"a": {"b": 1, "b": 1}}', "x", "y")
+
+
+# ------------------------------------------------------------------ one writer per folder
+def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(tmp_path):
+    """The second is told who the first is; nothing has to be removed after a kill -9."""
+    hold = (
+        "import sys, time, pathlib; from schemas.lock import lock_folder\n"
+        "lock_folder(pathlib.Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(600)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=root, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"^--run_dir x is being .* process {first.pid} on {socket.gethostname()}"):
+            lock_folder(tmp_path, "--run_dir x")
+        first.kill()
+    os.close(lock_folder(tmp_path, "--run_dir x"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("elsewhere", path)])
+def test_what_is_no_lock_file_is_neither_waited_for_nor_followed(tmp_path, make):
+    make(tmp_path / LOCK)
+    with pytest.raises(UserError, match=r"^--output x can not be locked"):
+        lock_folder(tmp_path, "--output x")
+    assert not (tmp_path / "elsewhere").exists()
