@@ -21,7 +21,7 @@ import collections
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
@@ -284,7 +284,7 @@ class DemoFolder:
             for path in self._sources():
                 with self._reader(path) as reader:
                     for name, entry in sorted(reader.tries().items(), key=lambda item: item[1]["attempt"]):
-                        actions, keep, _ = reader.read(name, entry["elapsed_steps"])
+                        actions, keep, _ = reader.read(name, entry["elapsed_steps"], TRAINED_ON | RECORDED)
                         reader.file.copy(name, whole, f"traj_{len(listed)}")
                         labels.append(actions[keep])
                         listed.append({"episode_id": len(listed), **entry})
@@ -396,13 +396,18 @@ class EpisodeReader:
             check(Try, found[name], f"{self.path} {name}", self.remedy)
         return found
 
-    def read(self, name: str, steps: int) -> tuple[np.ndarray, np.ndarray, h5py.Dataset]:
+    def read(
+        self, name: str, steps: int, checked: Iterable[str] = TRAINED_ON
+    ) -> tuple[np.ndarray, np.ndarray, h5py.Dataset]:
         """One episode: labels float32 [T, 7], keep bool [T], pictures uint8 [T + 1, H, W, 3] still in the file.
+
+        Args:
+            checked: names of the arrays to look at; what training does not read can be left alone.
 
         Raises:
             UserError: it lacks an array, or one has another form, lies outside the file or is out of range.
         """
-        found = {key: self._dataset(name, key) for key in (*TRAINED_ON, *RECORDED)}
+        found = {key: self._dataset(name, key) for key in checked}
         found = {key: dataset for key, dataset in found.items() if dataset is not None}
         described = {key: {"dtype": dtype_name(each), "shape": list(each.shape)} for key, each in found.items()}
         check(arrays_of(steps, *self.image_size), described, f"{self.path} {name}", self.remedy)

@@ -370,7 +370,6 @@ def repeat_first(content: dict) -> None:
         (replaced("traj_0/expert_actions", np.zeros((3, 7))), '"float64", "shape": [3, 7]}, it must be float32'),
         (replaced("traj_0/expert_actions", np.array([["x"] * 7] * 3, object), dtype=h5py.string_dtype()), "float32"),
         (replaced("traj_1/keep", np.ones(3, bool)), "it must be bool of shape [2]"),
-        (replaced("traj_1/actions", np.zeros((1, 7), np.float32)), "has actions"),
         (replaced(f"traj_1/{PICTURES}", np.zeros((3, 8, 8, 3), np.uint8)), "it must be uint8 of shape [3, 4, 5, 3]"),
         (in_json(lambda content: content["recipe"].update(image_size=[8, 8])), "must be uint8 of shape [4, 8, 8, 3]"),
         (in_h5(bomb), "it must be uint8 of shape [4, 4, 5, 3]"),
@@ -450,6 +449,8 @@ def test_a_collection_that_was_killed_as_it_finished_holds_each_episode_once(tmp
         (in_h5(lambda file: file["traj_0"].attrs.__delitem__("entry")), "has no entry at traj_0"),
         (in_h5(lambda file: file["traj_0"].attrs.__setitem__("entry", "{}")), "traj_0 has no control_mode"),
         (linked("traj_0", h5py.ExternalLink("elsewhere.h5", "/traj_0")), "has a link at /traj_0"),
+        (replaced("traj_1/actions", np.zeros((1, 7), np.float32)), "it must be float32 of shape [2, 7]"),
+        (replaced("traj_0/rewards", np.zeros((3, 1), np.float32)), "it must be float32 of shape [3]"),
         (rubbish("recipe.json", b"{"), "recipe.json is not valid JSON"),
         (rubbish("recipe.json", b"[1]"), "recipe.json holds [1], it must be an object with keys"),
         (pipe("recipe.json"), "recipe.json is no regular file"),
@@ -462,10 +463,13 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(small, tmp_path, re
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(UserError) as caught:
         recipe.filter_idle = False
-        begun(folder, recipe).begin()
+        found = begun(folder, recipe)
+        found.begin()
+        found.finish()
     assert said in str(caught.value) and "\n" not in str(caught.value)
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
     before.pop("lock", None)
+    after.pop("trajectory.partial", None)
     assert after == before
 
 
