@@ -28,7 +28,8 @@ from envs.demonstrations import (
     idle_steps,
 )
 from envs.expert import Expert
-from vla.distributed import UserError
+from schemas import UserError
+from vla.cli import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_ID = "PutOnPlateInScene25Single-v1"
@@ -140,16 +141,18 @@ def test_no_success_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (dict(env_id="PickCube-v1"), "family alone, not 'PickCube-v1'"),
-        (dict(num_demos=0), "--num_demos 0 must be at least 1"),
-        (dict(action_noise=-1.0), "--action_noise must be at least 0"),
-        (dict(output=str(ROOT / "README.md")), "README.md is a file"),
-        (dict(output=str(ROOT / "vla")), "vla holds other files"),
+        (["--env_id", "PickCube-v1"], "family alone, not 'PickCube-v1'"),
+        (["--num_demos", "0"], "--num_demos 0 must be at least 1"),
+        (["--action_noise", "nan"], "--action_noise nan must be a finite number"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--image_size", "1000000", "1000000"], "--image_size 1000000 1000000 must be at most 4096"),
+        (["--output", str(ROOT / "README.md")], "README.md is a file"),
+        (["--output", str(ROOT / "vla")], "vla holds other files"),
     ],
 )
 def test_bad_flags_are_one_sentence(tmp_path, flags, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        collect_demos.main(collect_demos.Args(**dict(output=str(tmp_path / "set")) | flags))
+        collect_demos.main(parse_args(collect_demos.Args, ["--output", str(tmp_path / "set"), *flags], ""))
     assert not (tmp_path / "set").exists()
 
 
