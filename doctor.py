@@ -372,7 +372,7 @@ def check_assets() -> Finding:
 
 def check_checkpoints() -> Finding:
     """Every folder in checkpoints/ that holds weights has a config and opens; cut-off files are told by their size."""
-    from vla.pretrained import shard_paths
+    from vla.folders import shard_paths
     from vla.tensors import open_shard
 
     place = ROOT / "checkpoints"

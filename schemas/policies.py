@@ -1,1 +1,220 @@
-"""Model and adapter folders: config.json, adapter_config.json, dataset_statistics.json, preprocessor_config.json."""
+"""Model and adapter folders: config.json, adapter_config.json, dataset_statistics.json, preprocessor_config.json.
+
+What is named here changes what a policy computes, so it has the form that this code computes, or is refused. Keys that
+are not named change nothing here: published files hold many.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from schemas import Schema
+
+NUM_BINS = 256
+ACTION_DIM = 7
+
+Size = Annotated[int, Field(ge=1, le=2**20)]  # of one dimension of a tensor
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Colours = Annotated[list[Finite], Field(min_length=3, max_length=3)]
+Spreads = Annotated[list[Above0], Field(min_length=3, max_length=3)]
+Bounds = Annotated[list[Finite], Field(min_length=ACTION_DIM, max_length=ACTION_DIM)]  # metres, radians, gripper
+Mask = Annotated[list[bool], Field(min_length=ACTION_DIM, max_length=ACTION_DIM)]
+Switch = bool | None
+
+
+# ---------------------------------------------------------------------- config.json
+class TextConfig(Schema):
+    """The language model: Llama's sizes. What is left out is LlamaConfig's default."""
+
+    model_type: Literal["llama"] = "llama"
+    vocab_size: Size
+    hidden_size: Size = 4096
+    intermediate_size: Size = 11008
+    num_hidden_layers: Size = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: Above0 = 1e-6
+    attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0  # rollout and update must agree
+    tie_word_embeddings: Literal[False] = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    pretraining_tp: Literal[1] = 1
+    rope_theta: Above0 | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    quantization_config: None = None
+    pad_token_id: int | None = None
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> "TextConfig":
+        heads, groups = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.hidden_size % heads or heads % groups:
+            raise ValueError(
+                f"of a hidden_size that num_attention_heads ({heads}) divides, and of a number of heads that "
+                f"num_key_value_heads ({groups}) divides"
+            )
+        return self
+
+
+class VisionDims(Schema):
+    """Sizes of one tower, where they are not those of the published ones."""
+
+    embed_dim: Size
+    depth: Annotated[int, Field(ge=2, le=2**20)]  # the last block is not used
+    num_heads: Size
+    patch_size: Size = 14
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> "VisionDims":
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"of an embed_dim that num_heads ({self.num_heads}) divides")
+        return self
+
+
+class PolicyConfig(Schema):
+    """config.json of an OpenVLA or an OpenVLA-OFT."""
+
+    model_type: Literal["openvla", "openvla_oft"] = "openvla"
+    text_config: TextConfig
+    image_sizes: Annotated[list[Size], Field(min_length=2, max_length=2)]
+    image_resize_strategy: Literal["resize-naive"] = "resize-naive"
+    use_fused_vision_backbone: Literal[True] = True
+    n_action_bins: Literal[256] = NUM_BINS
+    pad_to_multiple_of: Annotated[int, Field(ge=0, le=2**20)] = 0
+    pad_token_id: int | None = None
+    timm_model_ids: list[str] | None = None
+    timm_override_act_layers: list[None] | None = None  # null: exact GELU
+    vision_dims: Annotated[list[VisionDims], Field(min_length=2, max_length=2)] | None = None
+    norm_stats: dict[str, Any] | None = None
+    quantization_config: None = None
+    chunk_size: Annotated[int, Field(ge=1, le=2**10)] | None = None
+    oft_stop_token: bool = False
+    is_causal: Switch = None
+
+    @field_validator("image_sizes")
+    @classmethod
+    def both_towers_see_one_size(cls, sizes: list[int]) -> list[int]:
+        if sizes[0] != sizes[1]:
+            raise ValueError("two equal sizes")
+        return sizes
+
+
+# ---------------------------------------------------------------------- statistics and pictures
+class ActionStatistics(Schema):
+    """1 % and 99 % quantiles of the actions; dimensions outside the mask are not scaled."""
+
+    q01: Bounds
+    q99: Bounds
+    mask: Mask = [True] * ACTION_DIM
+
+    @model_validator(mode="after")
+    def bounds_in_order(self) -> "ActionStatistics":
+        for dim, (low, high, scaled) in enumerate(zip(self.q01, self.q99, self.mask)):
+            if scaled and low > high:
+                raise ValueError(f"quantiles with q01 at most q99 (dimension {dim} has {low:g} and {high:g})")
+        return self
+
+
+class Statistics(Schema):
+    """What one unnorm_key stands for."""
+
+    action: ActionStatistics
+
+
+class Preprocessor(Schema):
+    """How a picture becomes numbers: one mean and one standard deviation per colour, for DINOv2 and for SigLIP."""
+
+    means: Annotated[list[Colours], Field(min_length=2, max_length=2)]
+    stds: Annotated[list[Spreads], Field(min_length=2, max_length=2)]
+    image_resize_strategy: Literal["resize-naive"] = "resize-naive"
+    interpolations: Annotated[list[Literal["bicubic"]], Field(min_length=1)] = Field(default=["bicubic"])
+    input_sizes: list[tuple[int, int, int]] | None = None
+    use_fused_vision_backbone: Literal[True] = True
+    tvf_do_letterbox: Literal[False] | None = None
+
+
+# ---------------------------------------------------------------------- weights and tokenizer
+class WeightIndex(Schema):
+    """model.safetensors.index.json: which file holds which tensor."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+    @field_validator("weight_map")
+    @classmethod
+    def inside_the_folder(cls, weight_map: dict[str, str]) -> dict[str, str]:
+        for name in weight_map.values():
+            if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"names of .safetensors files beside it, not {name!r}")
+        return weight_map
+
+
+class AddedToken(BaseModel):
+    content: str
+
+
+class TokenizerConfig(Schema):
+    """tokenizer_config.json, as far as it changes ids."""
+
+    add_eos_token: Literal[False] | None = None
+    bos_token: str | AddedToken | None = None
+    added_tokens_decoder: dict[str, AddedToken] = Field(default={})
+
+
+# ---------------------------------------------------------------------- adapters
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+PLAIN_NAME = r"^\^?(?:[\w-]|\\?\.)+\$?$"  # a name or its end: no expression that could hang
+ModuleName = Annotated[str, Field(pattern=PLAIN_NAME)]
+Names = Annotated[str, Field(min_length=1, max_length=10_000)] | Annotated[list[str], Field(min_length=1)]
+# kinds of a start after which the base's weights are what they were
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# what says nothing of the function: names, records, settings of a start or of a dropout that is over
+WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
+    "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "base_model_name_or_path", "peft_type",
+}  # fmt: skip
+
+
+class AdapterConfig(Schema):
+    """adapter_config.json of peft's LoRA: the fields that are honoured, those without effect, and no others.
+
+    Everything else peft has, or will have, is in model_extra and is refused where it is set (adapters.py): it would
+    compute something else here.
+    """
+
+    peft_type: Literal["LORA"] = "LORA"
+    base_model_name_or_path: str | None = None
+    r: Rank
+    lora_alpha: Finite
+    target_modules: Names
+    exclude_modules: Names | None = None
+    use_rslora: Switch = None
+    rank_pattern: dict[ModuleName, Rank] | None = None
+    alpha_pattern: dict[ModuleName, Finite] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: ModuleName | list[ModuleName] | None = None
+    init_lora_weights: bool | str = True
+    bias: Literal["none"] = "none"
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def base_stays(cls, kind: bool | str) -> bool | str:
+        if kind not in PLAIN_STARTS:
+            raise ValueError(
+                "true, false, gaussian, eva or orthogonal, since other starts change the base's weights (peft's "
+                "save_pretrained converts such an adapter with path_initial_model_for_weight_conversion)"
+            )
+        return kind
+
+
+class AdapterBase(Schema):
+    """adapter_base.json: digests of what an adapter was trained on."""
+
+    weights: str
+    config: str
+    pictures: str
+    tokenizer: str | None
+    statistics: dict[str, str]

@@ -9,6 +9,7 @@ import torch
 from conftest import observation
 from safetensors.torch import load_file, save_file
 
+from schemas import UserError
 from vla.action_tokens import NUM_BINS, ActionTokens
 from vla.policy import PolicyInputs, resize, sample_bins
 from vla.pretrained import BRIDGE_ORIG, TINY_PRESETS, load_policy, save_policy
@@ -193,7 +194,7 @@ def test_lora_trains_the_adapter_and_the_critic_alone():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a folder"):
+    with pytest.raises(UserError, match="not a folder"):
         load_policy(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="bridge_orig"):
         load_policy("openvla-tiny", unnorm_key="libero")

@@ -14,8 +14,8 @@ MODULES = sorted([*ROOT.glob("vla/*.py"), *ROOT.glob("envs/*.py"), *ROOT.glob("s
 # package -> where it may be imported; anything not named here may be imported anywhere
 CONFINED = {
     "deepspeed": {"vla/engine.py", "vla/stages.py", "vla/checkpoint.py", "vla/distributed.py"},
-    "transformers": {"vla/fused.py", "vla/openvla.py", "vla/pretrained.py"},
-    "peft": {"vla/fused.py", "vla/pretrained.py"},
+    "transformers": {"vla/fused.py", "vla/openvla.py"},
+    "peft": {"vla/fused.py", "vla/adapters.py"},
     "tyro": {"vla/cli.py"},
     "yaml": {"vla/flag_files.py"},
     "pydantic": {f"schemas/{path.name}" for path in ROOT.glob("schemas/*.py")},

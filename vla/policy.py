@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from schemas import UserError
 from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
 from vla.regularization import fan_kl
-
-PROMPT = "In: What action should the robot take to {task_description}?\nOut: "
+from vla.tokenizer import PROMPT, check_no_action_ids, encode_prompt
 
 
 class PolicyInputs(NamedTuple):
@@ -98,13 +98,19 @@ class VLAPolicy(nn.Module):
 
     # ------------------------------------------------------------------ text and pixels
     def prompt_ids(self, task_description: str) -> list[int]:
-        """The one place where text becomes ids: BOS, then the lower-cased instruction in OpenVLA's prompt."""
+        """The one place where text becomes ids: BOS, then the lower-cased instruction in OpenVLA's prompt.
+
+        Raises:
+            UserError: no tokenizer, a prompt that is too long, or one that the tokenizer changes.
+        """
         if self.tokenizer is None:
-            raise ValueError("the checkpoint folder has no tokenizer.json: copy it beside config.json")
+            raise UserError("the checkpoint folder has no tokenizer.json: copy it beside config.json")
         if task_description not in self._prompt_cache:
-            ids = self.tokenizer.encode(PROMPT.format(task_description=task_description.lower())).ids
+            prompt = PROMPT.format(task_description=task_description.lower())
+            ids = encode_prompt(self.tokenizer, prompt, "tokenizer.json")
+            check_no_action_ids(ids, self.action_tokens.first_id, task_description)
             if len(ids) > self.max_prompt_length:
-                raise ValueError(
+                raise UserError(
                     f"the prompt for {task_description!r} has {len(ids)} tokens, --max_prompt_length is "
                     f"{self.max_prompt_length}: raise it or shorten the instruction"
                 )
