@@ -412,12 +412,13 @@ def examine(name: str) -> Finding:
 
 def download(asset_dir: str | None, mirror: str | None) -> int:
     from envs.download import default_asset_dir, fetch_assets
+    from schemas import UserError
 
     try:
         fetch_assets(asset_dir or default_asset_dir(), lambda line: print(line, flush=True), mirror=mirror)
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -5,6 +5,8 @@
     schemas/policies.py        model and adapter folders
     schemas/evaluations.py     what evaluate.py writes and reads again
     schemas/demonstrations.py  recorded demonstrations
+    schemas/assets.py          published assets and their listings
+    schemas/lock.py            one writer per folder
 
 A schema is a pydantic model or an annotated type. This package knows neither `vla` nor `envs`, and both may import it.
 
