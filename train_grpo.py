@@ -352,15 +352,19 @@ def main(args: Args) -> None:
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
-    def run_evaluation(iteration: int) -> None:
-        """The held-out episodes, with whole weights; rank 0 films its first batch."""
+    def run_evaluation(iteration: int) -> bool:
+        """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
         with logger.timer("eval"), rollout_stage(hand_over) as actor:
             with logger.video(VideoWriter, iteration) as video:
-                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
-        logger.write_evaluation(iteration, global_step, means)
+                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
+        if means is not None:
+            logger.write_evaluation(iteration, global_step, means)
+        return means is not None
 
-    if not checkpoint:
-        run_evaluation(0)
+    # that of the starting policy, or one that was broken off
+    wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, sizes.num_iterations)
+    if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
+        preemption.leave(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [{}] * N, args.keep_checkpoints))
 
     for iteration in range(start_iteration, sizes.num_iterations):
         preemption.mark(iteration, global_step, [{}] * N)
@@ -437,17 +441,18 @@ def main(args: Args) -> None:
             epochs = [dict.fromkeys(UPDATE_METRICS, 0.0)]
 
         # ------------------------------------------------------------------ log, evaluate, save
-        if due(iteration, args.eval_freq, sizes.num_iterations):
-            run_evaluation(iteration + 1)
+        stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
         metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["rollout/live_groups"] = live_share
         metrics["rollout/zero_advantage"] = 1.0 - num_decisive / num_decisions
         metrics["rollout/effective_samples"] = num_decisive
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps)
-        if due(iteration, args.save_freq, sizes.num_iterations):
+        if stopped or due(iteration, args.save_freq, sizes.num_iterations):
             # every iteration starts with a reset: no env has anything to go on with
-            save_checkpoint(engine, run_dir, iteration + 1, global_step, [{}] * N, args.keep_checkpoints)
+            saved = save_checkpoint(engine, run_dir, iteration + 1, global_step, [{}] * N, args.keep_checkpoints)
+            if stopped:  # --resume makes the evaluation again
+                preemption.leave(saved)
 
     for opened in (logger, envs, eval_envs):
         opened.close()

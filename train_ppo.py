@@ -348,15 +348,21 @@ def main(args: Args) -> None:
         """V of observations, fp32 [N]: where an episode was cut, and where the rollout ends."""
         return critic(obs["state"]) if critic else actor.value(actor.prepare(obs, device))[:, 0].float().cpu()
 
-    def run_evaluation(iteration: int) -> None:
-        """The held-out episodes, with whole weights; rank 0 films its first batch."""
+    def run_evaluation(iteration: int) -> bool:
+        """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
         with logger.timer("eval"), rollout_stage(hand_over) as actor:
             with logger.video(VideoWriter, iteration) as video:
-                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
-        logger.write_evaluation(iteration, global_step, means)
+                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
+        if means is not None:
+            logger.write_evaluation(iteration, global_step, means)
+        return means is not None
 
-    if not checkpoint:
-        run_evaluation(0)
+    # that of the starting policy, or one that was broken off
+    wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, sizes.num_iterations)
+    if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
+        preemption.leave(
+            checkpoint or save_checkpoint(engine, run_dir, 0, 0, envs.state_dict(), args.keep_checkpoints, critic)
+        )
 
     for iteration in range(start_iteration, sizes.num_iterations):
         preemption.mark(iteration, global_step, envs.state_dict())
@@ -437,16 +443,17 @@ def main(args: Args) -> None:
             value_metrics = critic.fit(returns, buffer.valid, generator) if critic else {}
 
         # ------------------------------------------------------------------ log, evaluate, save
-        if due(iteration, args.eval_freq, sizes.num_iterations):
-            run_evaluation(iteration + 1)
+        stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
         metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
         metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps)
-        if due(iteration, args.save_freq, sizes.num_iterations):
-            save_checkpoint(
+        if stopped or due(iteration, args.save_freq, sizes.num_iterations):
+            saved = save_checkpoint(
                 engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints, critic
             )  # fmt: skip
+            if stopped:  # --resume makes the evaluation again
+                preemption.leave(saved)
 
     for opened in (logger, envs, eval_envs):
         opened.close()

@@ -286,15 +286,19 @@ def main(args: Args) -> None:
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), sizes, world_size()))
 
-    def run_evaluation(iteration: int) -> None:
-        """The held-out episodes, with whole weights; rank 0 films its first batch."""
+    def run_evaluation(iteration: int) -> bool:
+        """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
         with logger.timer("eval"), rollout_stage(hand_over) as actor:
             with logger.video(VideoWriter, iteration) as video:
-                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video)
-        logger.write_evaluation(iteration, num_seen, means)
+                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
+        if means is not None:
+            logger.write_evaluation(iteration, num_seen, means)
+        return means is not None
 
-    if not checkpoint:
-        run_evaluation(0)
+    # that of the starting policy, or one that was broken off
+    wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, num_iterations)
+    if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
+        preemption.leave(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [], args.keep_checkpoints))
 
     for iteration in range(start_iteration, num_iterations):
         preemption.mark(iteration, num_seen, [])
@@ -324,13 +328,14 @@ def main(args: Args) -> None:
         num_seen += args.updates_per_iteration * args.batch_size
 
         # ------------------------------------------------------------------ log, evaluate, save
-        if due(iteration, args.eval_freq, num_iterations):
-            run_evaluation(iteration + 1)
+        stopped = due(iteration, args.eval_freq, num_iterations) and not run_evaluation(iteration + 1)
         metrics = averages.reduce(count=args.updates_per_iteration) | guard.take() | hand_over.take_metrics()
         metrics["train/actor/lr"] = rate
         logger.write(iteration + 1, num_seen, metrics, [], 0)
-        if due(iteration, args.save_freq, num_iterations):
-            save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
+        if stopped or due(iteration, args.save_freq, num_iterations):
+            saved = save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
+            if stopped:  # --resume makes the evaluation again
+                preemption.leave(saved)
 
     if args.export_dir:
         weights = whole_state_dict(engine, keep=rank() == 0)

@@ -14,10 +14,32 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from schemas import UserError
 from vla.distributed import all_gather_lists, rank, world_size
 from vla.policy import uniform_noise
 
 STATISTICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
+
+
+class Stop(Protocol):
+    """Whatever says that this rank should go no further, such as preemption.StopRequest."""
+
+    asked: bool
+
+
+class NeverStop:
+    asked = False
+
+
+NEVER = NeverStop()
+
+
+def noise_seed(seed: int, episode_id: int) -> int:
+    """Seed of an episode's noise, 32 bits: torch's CPU generator keeps no more of what it is given.
+
+    numpy's SeedSequence mixes the two. Seed 0 gives the episode id itself, with which the kept results were made.
+    """
+    return int(np.random.SeedSequence([seed, episode_id]).generate_state(1)[0]) if seed else episode_id % 2**32
 
 
 class Actor(Protocol):
@@ -41,7 +63,7 @@ class PolicyActor:
         self.device = next(policy.parameters()).device
 
     def begin(self, episode_ids: Sequence[int]) -> None:
-        self.seeds = [(self.seed << 40) + int(episode_id) for episode_id in episode_ids]  # ids lie below 2^40
+        self.seeds = [noise_seed(self.seed, int(episode_id)) for episode_id in episode_ids]
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     def restart(self, env: int) -> None:
@@ -49,52 +71,72 @@ class PolicyActor:
 
     def act(self, obs: dict, envs) -> torch.Tensor:
         noise = torch.cat([uniform_noise(1, self.policy.chunk_size, g) for g in self.generators])  # [N, C, D]
-        tokens, _, _ = self.policy.act(self.policy.prepare(obs, self.device), self.temperature, noise)
+        tokens, logprobs, _ = self.policy.act(self.policy.prepare(obs, self.device), self.temperature, noise)
+        if not logprobs.isfinite().all():
+            raise UserError(
+                "the policy's probabilities are not finite numbers: its weights are damaged, use an earlier checkpoint"
+            ) from FloatingPointError("NaN among log-probabilities")
         return self.policy.decode(tokens)
 
 
-def evaluate(policy, envs, episode_ids: list[int], temperature: float, video=None) -> dict[str, float]:
+def evaluate(
+    policy, envs, episode_ids: list[int], temperature: float, video=None, stop: Stop = NEVER
+) -> dict[str, float] | None:
     """Run every episode id once, spread over ranks, and average.
 
     Args:
         policy: whole weights on this rank (rollout_stage).
         envs: vector env with auto_reset off and any number of envs, the same on all ranks.
         video: something with add(images [N, H, W, 3], captions [N][...]), or None; gets this rank's first batch.
+        stop: looked at before every decision.
 
     Returns:
-        mean of success_once, success_at_end, return, episode_len, reward, and num_episodes.
+        mean of success_once, success_at_end, return, episode_len, reward, and num_episodes; None on every rank where
+        one of them was asked to stop.
     """
-    batches = run_episodes(PolicyActor(policy, temperature), envs, episode_ids, video)
+    batches = run_episodes(PolicyActor(policy, temperature), envs, episode_ids, video, stop)
     episodes = [episode for batch in batches for episode in batch]
+    if len(episodes) < len(episode_ids):
+        return None
     means = {name: sum(episode[name] for episode in episodes) / len(episodes) for name in STATISTICS}
     return means | {"num_episodes": float(len(episodes))}
 
 
-def run_episodes(actor: Actor, envs, episode_ids: list[int], video=None) -> Iterator[list[dict]]:
+def run_episodes(
+    actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop = NEVER
+) -> Iterator[list[dict]]:  # fmt: skip
     """Run every episode id once, spread over ranks; all ranks together.
 
     Args:
         envs: vector env with auto_reset off and equally many envs on every rank.
-        video: see evaluate().
+        video, stop: see evaluate(). Ranks meet after every batch: where one of them stopped within it, that batch is
+            the last one for all.
 
     Yields:
-        all ranks' episodes, batch by batch as they end, in the order of episode_ids and alike on every rank. A dict
-        has episode_id, the STATISTICS, seconds (its share of the batch's) and actions (float32 [episode_len, 7], what
-        was executed: see replay()).
+        all ranks' episodes, batch by batch as they end, in the order of episode_ids and alike on every rank. Those
+        that had not ended when a rank stopped are left out. A dict has episode_id, the STATISTICS, seconds (its share
+        of the batch's) and actions (float32 [episode_len, 7], what was executed: see replay()).
     """
     at_once = envs.num_envs * world_size()
     for start in range(0, len(episode_ids), at_once):
         began = time.perf_counter()
         ids = episode_ids[start : start + at_once]
         mine = ids[rank() :: world_size()]
-        batch = run_batch(actor, envs, mine, video if start == 0 else None) if mine else []
+        batch = run_batch(actor, envs, mine, video if start == 0 else None, stop) if mine else []
         ended = {episode["episode_id"]: episode for episode in all_gather_lists(batch)}
         seconds = (time.perf_counter() - began) / len(ids)
-        yield [ended[episode_id] | {"seconds": seconds} for episode_id in ids]
+        yield [ended[episode_id] | {"seconds": seconds} for episode_id in ids if episode_id in ended]
+        if len(ended) < len(ids):  # the same on every rank
+            return
 
 
-def run_batch(actor: Actor, envs, episode_ids: list[int], video=None) -> list[dict]:
-    """At most envs.num_envs episodes at once; envs that have none repeat the last id and are left out of the result."""
+def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop = NEVER) -> list[dict]:
+    """At most envs.num_envs episodes at once; envs that have none repeat the last id and are left out of the result.
+
+    Asked to stop, it returns those that have ended.
+    """
+    if stop.asked:  # a reset takes longer than many steps
+        return []
     padded = episode_ids + [episode_ids[-1]] * (envs.num_envs - len(episode_ids))
     actor.begin(padded)
     obs = envs.reset(padded)
@@ -103,7 +145,7 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None) -> list[di
     returns = torch.zeros(envs.num_envs)
     if video is not None:
         video.add(obs["image"], captions(obs, executed, returns, rows))
-    while len(rows) < envs.num_envs:
+    while len(rows) < envs.num_envs and not stop.asked:
         actions = torch.as_tensor(actor.act(obs, envs), dtype=torch.float32)  # [N, C, 7]
         obs, rewards, _, _, infos = envs.step(actions)
         for env in infos["dropped"].nonzero()[:, 0].tolist():  # lost with a worker, and begun again
@@ -117,15 +159,19 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None) -> list[di
             rows[env] = {"episode_id": int(padded[env])} | statistics | {"actions": np.stack(executed[env])}
         if video is not None:
             video.add(obs["image"], captions(obs, executed, returns, rows))
-    return [rows[env] for env in range(len(episode_ids))]
+    return [rows[env] for env in range(len(episode_ids)) if env in rows]
 
 
-def replay(envs, episodes: list[dict], videos: list) -> None:
+def replay(envs, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool:
     """Show at most envs.num_envs episodes again from their actions, every control step of them, one video each.
 
     Args:
         videos: as in evaluate(), one per episode; each gets one picture per control step, and no more once its
             episode has ended.
+        stop: looked at before every step.
+
+    Returns:
+        whether all was shown: False where this rank was asked to stop.
 
     Warns where an episode goes otherwise than it did.
     """
@@ -140,7 +186,9 @@ def replay(envs, episodes: list[dict], videos: list) -> None:
                 over = step == len(episode["actions"])
                 video.add(obs["image"][env : env + 1], [[*lines, outcome(episode)] if over else lines])
         if step == longest:
-            return
+            return True
+        if stop.asked:
+            return False
         actions = [episode["actions"][min(step, len(episode["actions"]) - 1)] for episode in padded]
         obs, rewards, _, _, infos = envs.step(np.stack(actions)[:, None])  # envs whose episode has ended stay at rest
         returns = [total + float(reward) for total, reward in zip(returns, rewards[:, 0])]

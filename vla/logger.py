@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -210,11 +211,18 @@ class Logger:
         with writer(self.run_dir / "videos" / f"eval_{iteration:06d}.mp4") as video:
             yield video
 
+    def lacks_evaluation(self, iteration: int) -> bool:
+        """Whether the evaluation after so many iterations is not in evaluations.jsonl. All ranks together."""
+        logged = [line["iteration"] for line in read_lines(self.run_dir / "evaluations.jsonl")] if self.enabled else []
+        return iteration not in all_gather_lists(logged)
+
     def write_evaluation(self, iteration: int, global_step: int, means: dict[str, float]) -> None:
-        """To evaluations.jsonl and TensorBoard now, and into the next line of metrics.jsonl."""
+        """To evaluations.jsonl and TensorBoard now, and into a line of metrics.jsonl: that of the iteration where it
+        was written before (a resumed run begins with the evaluation that was broken off), else the next one."""
         tagged = {f"eval/{name}": value for name, value in means.items()}
         self.evaluation = tagged | {"eval/global_step": global_step}
         if self.enabled:
+            self._complete_last_line(iteration)
             self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
             tqdm.write(f"iteration {iteration}: success {means['success_once']:.3f} on held-out episodes")
             self._scalars(tagged, global_step)
@@ -281,6 +289,17 @@ class Logger:
         with (self.run_dir / f"{name}.jsonl").open("a") as file:
             # a skipped step leaves means that are no numbers: JSON has no word for them
             file.write(json.dumps({tag: value for tag, value in line.items() if math.isfinite(value)}) + "\n")
+
+    def _complete_last_line(self, iteration: int) -> None:
+        """Put the evaluation into the last line of metrics.jsonl, if that is the line of this iteration."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = read_lines(path)
+        if lines and lines[-1]["iteration"] == iteration:
+            lines[-1] |= self.evaluation
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(partial, path)
+            self.evaluation = {}
 
     def _scalars(self, metrics: dict[str, float], global_step: int) -> None:
         for backend in self.backends:
