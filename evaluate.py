@@ -11,7 +11,8 @@ world and the model were set up in a run is read from its args.json; flags win. 
 index) alone and are never trained on: any number of ranks, workers and envs runs the same ones.
 
 --output gets results.json, results.md, results.png, results.html (all in one file), episode_ids.json, videos/ and
-episodes.jsonl, every episode with its actions, which --resume reads.
+episodes.jsonl, every episode with its actions, which --resume reads. SIGTERM, SIGUSR1 and Ctrl-C (once) end an
+evaluation between two steps with exit code 75.
 """
 
 import contextlib
@@ -20,15 +21,18 @@ import json
 import os
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
 from envs.video import VideoWriter
+from schemas import check, read_json
+from schemas.evaluations import Identity, Published, Results, RunFlags
 from schemas.flags import (
     CountOrNone,
     Envs,
@@ -60,18 +64,21 @@ from vla.distributed import (
 )  # fmt: skip
 from vla.engine import DTYPES
 from vla.episode_log import EpisodeLog, Progress
-from vla.evaluation import Actor, PolicyActor, outcome, replay, run_episodes
+from vla.evaluation import NEVER, Actor, PolicyActor, Stop, outcome, replay, run_episodes
 from vla.flag_files import ROOT, Layer, read_yaml
-from vla.logger import describe_run
+from vla.logger import describe_run, without_places
+from vla.preemption import StopRequest
 from vla.pretrained import TINY_PRESETS, load_policy
 from vla.report import plot_comparison, write_report
 from vla.results import assemble, compare, comparison_table, headline, markdown_table
-from vla.settings import Setting, parse_settings
+from vla.settings import FAMILY, Setting, parse_settings
+from vla.text import one_line, without_machine
 
 PUBLISHED = Path(__file__).resolve().parent / "benchmarks" / "published.yaml"
 MODEL_FLAGS = (
     "model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype",
 )  # fmt: skip
+REMEDY = "copy the run folder again, or give its policy folder alone as --checkpoint"
 WORLD_FLAGS = (
     "instruction", "asset_pack", "asset_dir", "protocol", "image_size", "sim_freq", "sim_backend", "max_episode_steps",
 )  # fmt: skip
@@ -172,7 +179,7 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
         if path in TINY_PRESETS:
             return folder, {}
         raise UserError(f"--checkpoint {path} is not a folder: give a run folder, a checkpoint or a published model")
-    if (folder / "args.json").is_file():
+    if (folder / "args.json").exists():
         found = complete_checkpoints(folder)
         if not found:
             raise UserError(f"--checkpoint {folder}: this run has no complete checkpoint yet")
@@ -183,30 +190,57 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
         adapter = " alone: give its base model as --checkpoint, and this folder as --lora_path"
         wrong = f"holds an adapter{adapter}" if (folder / "adapter_config.json").is_file() else "has no config.json"
         raise UserError(f"--checkpoint {path} is no checkpoint: {folder} {wrong}")
-    run_args = folder.resolve().parents[2] / "args.json" if folder.name == "policy" else None
-    flags = json.loads(run_args.read_text()) if run_args and run_args.is_file() else {}
-    check_complete(folder, flags)
+    run_args = args_of(folder)
+    flags = read_json(run_args, dict[str, Any], REMEDY) if run_args else {}
+    check_complete(folder, check(RunFlags, flags, str(run_args), REMEDY))
     return folder, flags
 
 
-def check_task(run_flags: dict, settings: list[Setting]) -> None:
+def args_of(policy: Path) -> Path | None:
+    """The args.json of the run that a folder <run>/checkpoints/iteration_*/policy is of; None where there is none."""
+    above = policy.resolve().parents
+    found = above[2] / "args.json" if policy.name == "policy" and len(above) > 2 else None
+    return found if found is not None and found.exists() else None
+
+
+def check_task(trained_on: str | None, settings: list[Setting]) -> None:
     """A policy of another task would get 0 % in the 16 settings without a word."""
-    trained_on = run_flags.get("env_id")
     if trained_on and trained_on not in VARIANTS and all(one.env_id in VARIANTS for one in settings):
-        raise UserError(f"this policy was trained on {trained_on}: give --settings {trained_on}")
+        raise UserError(
+            f"this policy was trained on {one_line(trained_on)!r}, not on these: name its env in --settings"
+        )
 
 
-def check_complete(folder: Path, flags: dict) -> None:
+def check_complete(folder: Path, flags: RunFlags) -> None:
     """A part that was lost in copying costs tens of points of success without a word."""
-    has_critic = "value_learning_rate" in flags and flags.get("critic", "hidden") == "hidden"
+    has_critic = flags.value_learning_rate is not None and flags.critic == "hidden"
     wanted = {"value_head.safetensors": has_critic}
     adapter = {name: (folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")}
-    continued = flags.get("lora_path") is not None and not flags.get("merge_lora", False)
-    trained_adapter = flags.get("lora_rank", 0) > 0 or continued
-    wanted |= dict.fromkeys(adapter, trained_adapter or any(adapter.values()))
+    continued = flags.lora_path is not None and not flags.merge_lora
+    wanted |= dict.fromkeys(adapter, flags.lora_rank > 0 or continued or any(adapter.values()))
     for name, needed in wanted.items():
         if needed and not (folder / name).is_file():
             raise UserError(f"--checkpoint {folder} lacks {name}, which its run wrote: copy the whole folder again")
+
+
+def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, settings: list[Setting]) -> Path | None:
+    """The checkpoint's folder, None where no policy acts.
+
+    Raises:
+        UserError: no checkpoint is given, or one of another task, or an actor that can not act in these settings.
+    """
+    if policy != "checkpoint":
+        if lora_path:
+            raise UserError(f"--policy {policy} reads no model: leave --lora_path out")
+        unknown = [one.env_id for one in settings if one.env_id not in VARIANTS]
+        if policy == "expert" and unknown:
+            raise UserError(f"--policy expert knows only the {FAMILY} envs: leave {unknown[0]} out of --settings")
+        return None
+    if checkpoint is None:
+        raise UserError("--checkpoint is missing: give a run folder, a checkpoint or a published model")
+    folder, run_flags = find_checkpoint(checkpoint)
+    check_task(run_flags.get("env_id"), settings)
+    return folder
 
 
 def fit_prompts(policy, settings: list[Setting], ids: dict[str, list[int]], instruction: str | None) -> None:
@@ -219,10 +253,20 @@ def fit_prompts(policy, settings: list[Setting], ids: dict[str, list[int]], inst
     policy.max_prompt_length = max(wanted, *(len(policy.prompt_ids(text)) for text in told))
 
 
-def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Sizes and times of the weights' files: whether a folder still holds what it held."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in files}
+def fingerprint(*folders: Path | None) -> dict[str, str]:
+    """Size and CRC-32 of the files that say what a policy does, wherever they lie; a preset's is its name."""
+    found = {}
+    for number, folder in enumerate(one for one in folders if one is not None):
+        if not folder.is_dir():
+            found[folder.name] = "random weights from the seed"
+            continue
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+            crc = 0
+            with path.open("rb") as file:
+                while chunk := file.read(2**24):
+                    crc = zlib.crc32(chunk, crc)
+            found[f"{'adapter ' * number}{path.name}"] = f"{path.stat().st_size} bytes, {crc:08x}"
+    return found
 
 
 def parse(argv: list[str]) -> Args:
@@ -231,7 +275,7 @@ def parse(argv: list[str]) -> Args:
     if checkpoint and not flag_value(argv, "compare"):
         saved = find_checkpoint(checkpoint)[1]
         values = {name: saved[name] for name in (*MODEL_FLAGS, *WORLD_FLAGS) if name in saved}
-        layers.append(Layer(checkpoint, values, (ROOT, *Path(checkpoint).resolve().parents)))
+        layers.append(Layer(f"{checkpoint}: its run's args.json", values, (ROOT, *Path(checkpoint).resolve().parents)))
     return parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
 
 
@@ -250,14 +294,9 @@ def open_output(output: str | None, resume: bool, identity: dict) -> Path:
     folder = Path(all_gather_lists([output or f"runs/evaluate_{time.strftime('%Y%m%d_%H%M%S')}"])[0])
     saved = folder / "evaluation.json"
     if resume:
-        if not saved.is_file():
+        if not saved.exists():
             raise UserError(f"--output {folder} is no evaluation to --resume: it has no evaluation.json")
-        for key, value in json.loads(saved.read_text()).items():
-            if value != json.loads(json.dumps(identity[key])):
-                raise UserError(
-                    f"--output {folder} was begun with {key} {value}, now it is {identity[key]}: pass the same, or "
-                    "another --output"
-                )
+        check_same(saved, identity)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} holds older results: pass --resume to go on with them, or another --output")
     barrier()  # everybody has looked
@@ -267,9 +306,30 @@ def open_output(output: str | None, resume: bool, identity: dict) -> Path:
     return folder
 
 
+def check_same(saved: Path, identity: dict) -> None:
+    """Raise UserError for the first thing that an evaluation was begun with and that is another one now."""
+    remedy = "pass another --output"
+    before = flat(read_json(saved, Identity, remedy).model_dump())
+    now = flat(json.loads(json.dumps(identity)))
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            found, asked = (json.dumps(values[key]) if key in values else "nothing" for values in (before, now))
+            begun = f"--output {saved.parent} was begun with {key} {found}, now it is {asked}"
+            raise UserError(f"{begun}: pass the same, or another --output")
+
+
+def flat(nested: dict) -> dict[str, Any]:
+    """{"world": {"sim_freq": 500}, "seed": 0} -> {"world.sim_freq": 500, "seed": 0}."""
+    found = {}
+    for key, value in nested.items():
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
 def choose_published(names: tuple[str, ...]) -> dict[str, dict]:
     """Rows of benchmarks/published.yaml by key."""
     rows = read_yaml(PUBLISHED)
+    check(dict[str, Published], rows, str(PUBLISHED), "restore the file")
     for name in names:
         if name != "all" and name not in rows:
             near = difflib.get_close_matches(name, rows, n=1, cutoff=0.0)[0]
@@ -279,16 +339,20 @@ def choose_published(names: tuple[str, ...]) -> dict[str, dict]:
 
 # ---------------------------------------------------------------------- one setting
 def run_setting(
-    envs, name: str, episode_ids: list[int], actors: dict[float, Actor], log: EpisodeLog, progress: Progress
-) -> None:
-    """What the log still lacks, temperature by temperature."""
+    envs, name: str, episode_ids: list[int], actors: dict[float, Actor], log: EpisodeLog, progress: Progress,
+    stop: Stop = NEVER,
+) -> bool:  # fmt: skip
+    """What the log still lacks, temperature by temperature. False on every rank: one was asked to stop."""
     for temperature, actor in actors.items():
         missing = log.missing(name, temperature, episode_ids)
         done = [episode_id for episode_id in episode_ids if episode_id not in missing]
         progress.begin(f"{name} T={temperature:g}", log.episodes(name, temperature, done))
-        for batch in run_episodes(actor, envs, missing):
+        for batch in run_episodes(actor, envs, missing, stop=stop):
             log.add(name, temperature, batch)
             progress.add(batch)
+        if log.missing(name, temperature, episode_ids):
+            return False
+    return True
 
 
 def films(episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, ...], failures: int) -> dict[Path, dict]:
@@ -302,8 +366,8 @@ def films(episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, .
     }
 
 
-def make_films(envs, wanted: dict[Path, dict]) -> None:
-    """Replay episodes from their actions into videos; the ranks share the work."""
+def make_films(envs, wanted: dict[Path, dict], stop: Stop = NEVER) -> None:
+    """Replay episodes from their actions into videos; the ranks share the work. Asked to stop, a rank makes no more."""
     left = [path for path in wanted if not path.exists()]
     barrier()  # all ranks have seen the same files
     mine = left[rank() :: world_size()]
@@ -311,27 +375,36 @@ def make_films(envs, wanted: dict[Path, dict]) -> None:
         batch = mine[start : start + envs.num_envs]
         videos = [VideoWriter(path.with_name(f"partial_{path.name}")) for path in batch]
         with contextlib.ExitStack() as stack:
-            replay(envs, [wanted[path] for path in batch], [stack.enter_context(video) for video in videos])
+            opened = [stack.enter_context(video) for video in videos]
+            whole = replay(envs, [wanted[path] for path in batch], opened, stop)
         for path, video in zip(batch, videos):
-            os.replace(video.path, path)  # a file with its final name is whole
+            if whole:
+                os.replace(video.path, path)  # a file with its final name is whole
+            else:
+                Path(video.path).unlink(missing_ok=True)
+        if not whole:
+            return
 
 
 def name_of(policy: str, checkpoint: Path | None) -> str:
     """What the tables call it: run and checkpoint, or the folder."""
     if policy != "checkpoint":
         return {"expert": "scripted expert", "idle": "doing nothing"}[policy]
-    if checkpoint.name == "policy":
-        return f"{checkpoint.resolve().parents[2].name}/{checkpoint.resolve().parent.name}"
-    return checkpoint.name
+    place = checkpoint.resolve()
+    if place.name == "policy" and len(place.parents) > 2:
+        return one_line(f"{place.parents[2].name}/{place.parent.name}")
+    return one_line(place.name)
 
 
 def compare_evaluations(first: str, second: str, output: str | None) -> None:
     """Print and write whether two evaluations differ, setting by setting."""
     halves = []
     for folder in (first, second):
-        if not (Path(folder) / "results.json").is_file():
+        path = Path(folder) / "results.json"
+        if not path.exists():
             raise UserError(f"--compare {folder}: it has no results.json, so it is no finished evaluation")
-        halves.append(json.loads((Path(folder) / "results.json").read_text()))
+        remedy = "evaluate again with this version of the code"
+        halves.append(read_json(path, Results, remedy).model_dump())
     rows = compare(*halves)
     names = tuple(half["name"] for half in halves)
     names = names if names[0] != names[1] else (first, second)
@@ -341,7 +414,7 @@ def compare_evaluations(first: str, second: str, output: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = comparison_table(rows, names)
     (folder / "comparison.json").write_text(json.dumps({"names": names, "rows": rows}, indent=2) + "\n")
-    (folder / "comparison.md").write_text(markdown_table(table) + "\n")
+    (folder / "comparison.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
     plot_comparison(rows, names, folder / "comparison.png")
     print(f"{markdown_table(table)}\n\n{folder}/comparison.md, comparison.json, comparison.png")
 
@@ -355,16 +428,13 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
-        device = setup_distributed(args.seed)
         settings = parse_settings(args.settings, VARIANTS, args.instruction)
         ids = {one.name: eval_episode_ids(one.env_id, one.obj_set, args.num_episodes) for one in settings}
         published = choose_published(args.base)
-        checkpoint, actors = None, {0.0: ExpertActor() if args.policy == "expert" else IdleActor()}
-        if args.policy == "checkpoint":
-            if args.checkpoint is None:
-                raise UserError("--checkpoint is missing: give a run folder, a checkpoint or a published model")
-            checkpoint, run_flags = find_checkpoint(args.checkpoint)
-            check_task(run_flags, settings)
+        checkpoint = check_actor(args.policy, args.checkpoint, args.lora_path, settings)
+        device = setup_distributed(args.seed)
+        actors = {0.0: ExpertActor() if args.policy == "expert" else IdleActor()}
+        if checkpoint:
             policy = load_policy(
                 str(checkpoint), args.model_type, unnorm_key=args.unnorm_key,
                 dtype=DTYPES[args.dtype], image_resize=args.image_resize, oft_stop_token=args.oft_stop_token,
@@ -375,18 +445,20 @@ def main(args: Args) -> None:
             fit_prompts(policy, settings, ids, args.instruction)
             actors = {temperature: PolicyActor(policy, temperature, args.seed) for temperature in args.temperature}
         world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
+        weights = fingerprint(checkpoint, args.lora_path and Path(args.lora_path)) if rank() == 0 and checkpoint else {}
         identity = {
             "policy": args.policy,
-            "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
-            "weights": fingerprint(checkpoint) if checkpoint else None,
-            "model": {name: getattr(args, name) for name in (*MODEL_FLAGS, "lora_path")},
+            "weights": all_gather_lists([weights])[0],
+            "model": {name: getattr(args, name) for name in MODEL_FLAGS},
             "seed": args.seed,
-            "world": world,
+            "world": {name: value for name, value in world.items() if name != "asset_dir"},  # a place of this machine
         }
-        about = {"name": name_of(args.policy, checkpoint), **identity}
-        about |= describe_run(asdict(args), {}, world_size())
+        about = {"name": name_of(args.policy, checkpoint), "checkpoint": checkpoint and str(checkpoint.resolve())}
+        about |= identity | without_places(describe_run(asdict(args), {}, world_size()))
+        about = without_machine(about)
         folder = open_output(args.output, args.resume, identity)
         log = EpisodeLog(folder / "episodes.jsonl")
+        stop = StopRequest(folder)
         if rank() == 0:
             (folder / "episode_ids.json").write_text(json.dumps(ids) + "\n")
 
@@ -417,9 +489,13 @@ def main(args: Args) -> None:
                 render_backend=args.render_backend, **own_world,
             )  # fmt: skip
         with envs:
-            run_setting(envs, one.name, own_ids, actors, log, progress)
-            videos[one.name] = films(log.episodes(one.name, first, own_ids), *plan)
-            make_films(envs, videos[one.name])
+            if run_setting(envs, one.name, own_ids, actors, log, progress, stop):
+                videos[one.name] = films(log.episodes(one.name, first, own_ids), *plan)
+                make_films(envs, videos[one.name], stop)
+        if stop.agreed():
+            progress.close()
+            kept = f"{progress.done} of {progress.total} episodes are in {folder}/episodes.jsonl"
+            stop.end(f"{kept}; go on with the same flags and --output {folder} --resume")
     progress.close()
     log.close()
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from vla.logger import read_lines, without_places  # noqa: E402
 from vla.results import COLUMNS, by_temperature  # noqa: E402
 from vla.settings import FAMILY  # noqa: E402
+from vla.text import drawn  # noqa: E402
 
 RESULTS = ROOT / "results"
 RANKS = 2
@@ -222,7 +223,7 @@ def figure(runs: dict[str, dict[int, dict]], specs: dict[str, dict], path: Path)
         columns = [[run["success"][k] for run in of] for k in range(points)]
         for axis, by in zip(axes, ("steps", "minutes")):
             x = [sum(run[by][k] for run in of) / len(of) for k in range(points)]
-            label = f"{specs[name]['title']}, {len(of)} seed{'s' * (len(of) > 1)}"
+            label = f"{drawn(specs[name]['title'])}, {len(of)} seed{'s' * (len(of) > 1)}"
             (line,) = axis.plot(x, [sum(c) / len(c) for c in columns], label=label)
             axis.fill_between(
                 x, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 MIN_TILE_HEIGHT = 240  # smaller pictures are enlarged by a whole factor, so that captions can be read
 LINE_HEIGHT, MARGIN = 14, 4
+MAX_CAPTION = 500  # characters of a line that are looked at
 CAPTION_ROWS = 4  # fixed, because a video's frames all have one size: a long instruction takes two, step and outcome
 
 
@@ -26,7 +27,7 @@ def _fitted(lines: Sequence[str], width: float, length: Callable[[str], float]) 
     blocks = []
     for line in lines:
         block = [""]
-        for word in line.split():
+        for word in line[:MAX_CAPTION].split():
             joined = f"{block[-1]} {word}".strip()
             if block[-1] and length(joined) > width:
                 block.append(word)

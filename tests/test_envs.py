@@ -480,3 +480,15 @@ def test_video_decodes(tmp_path):
     assert np.abs(top_left - wanted).mean() < 30  # lossy, but that picture
     with pytest.raises(ValueError, match=r"give uint8 \[N, H, W, 3\]"):
         VideoWriter(path).add(images[0])
+
+
+@pytest.mark.parametrize(
+    "text", ["put\na\x00b\r\x1b[31m on plate", "把胡萝卜 🥕 עברית", "\udcff", "x" * 3_000_000, "a b " * 9999, ""]
+)
+def test_captions_are_data(tmp_path, text):
+    """Instructions and object names of an env that strangers wrote: cut short, or drawn as far as the font goes."""
+    from envs.video import VideoWriter
+
+    with VideoWriter(tmp_path / "film.mp4") as video:
+        video.add(np.zeros((2, 48, 48, 3), np.uint8), captions=[[text, "step 1"], [text, text, text, text, text]])
+    assert (tmp_path / "film.mp4").stat().st_size > 0

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from vla.episode_log import EpisodeLog
 from vla.flag_files import read_yaml
 from vla.logger import wilson_interval
 from vla.pretrained import load_policy
+from vla.report import write_report
 from vla.results import (
     assemble,
     compare,
@@ -36,6 +39,7 @@ from vla.results import (
     published_means,
 )
 from vla.settings import FAMILY, GROUP_OF, GROUPS, parse_settings
+from vla.text import markdown_code, without_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = read_yaml(ROOT / "benchmarks" / "published.yaml")
@@ -162,13 +166,14 @@ def fake_results(name: str, successes: dict[int, float], **world) -> dict:
     return assemble({0.0: {"Carrot-v1:test": episodes}}, {"name": name, "world": {"sim_freq": 500} | world})
 
 
-def test_log_gives_back_every_bit_and_drops_a_cut_line(tmp_path):
+def test_log_gives_back_every_bit_and_drops_a_cut_line(tmp_path, capsys):
     path = tmp_path / "episodes.jsonl"
     log, episodes = EpisodeLog(path), [fake_episode(5, 1.0), fake_episode(7, 0.0)]
     log.add("Carrot-v1:test", 0.6, episodes)
     log.close()
     path.write_bytes(path.read_bytes() + b'{"setting": "Carrot-v1:test", "temper')
     log = EpisodeLog(path)
+    assert "last line is cut short" in capsys.readouterr().out
     assert log.missing("Carrot-v1:test", 0.6, [7, 6, 5]) == [6] and log.missing("Carrot-v1:test", 0.0, [7]) == [7]
     for ours, theirs in zip(log.episodes("Carrot-v1:test", 0.6, [5, 7]), episodes):
         assert ours.pop("actions").tobytes() == theirs.pop("actions").tobytes()
@@ -218,7 +223,152 @@ def test_compare_writes_table_and_plot(tmp_path, capsys):
         evaluate.compare_evaluations(folders[0], str(tmp_path), None)
 
 
+# ---------------------------------------------------------------------- names that others chose
+NAMES = ("run_$x_$y_{z", "a|b\nc <script>alert(1)</script> `d` [e](http://f) \\", "\udcff \x1b[31m 把 🥕", "n" * 5000)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:12]))
+def test_names_are_data_in_plots_tables_and_pages(tmp_path, name):
+    """As a checkpoint, a setting (an env's id) and a published row, in every file that is made."""
+    about = {"name": name, "command": f"evaluate.py --instruction {name}", "uncommitted_changes": False}
+    about |= dict.fromkeys(("num_ranks", "device", "commit", "started"), "x") | {"world": {}}
+    episodes = {"Carrot-v1:test": [fake_episode(1, 1.0)], name: [fake_episode(2, 0.0)]}
+    results = assemble({0.0: episodes}, without_machine(about))
+    for one in results["settings"].values():
+        one["videos"] = []
+    published = {"row": PUBLISHED["rl4vla-ppo"] | {"name": name, "note": name, "source": name}}
+    write_report(tmp_path, results, published)
+    assert iio.imread(tmp_path / "results.png").std() > 5
+    html, text = ((tmp_path / f"results.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    outside_code = text.replace(markdown_code(about["command"]), "")
+    assert outside_code != text and "<script>alert" not in html + outside_code and "](http" not in outside_code
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "greedy | 1 |" in line]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [10, 10]
+    for folder, success in (("a", 0.0), ("b", 1.0)):
+        (tmp_path / folder).mkdir()
+        half = fake_results(name.encode("utf-8", "replace").decode() + folder, dict.fromkeys(range(12), success))
+        (tmp_path / folder / "results.json").write_text(json.dumps(half))
+    evaluate.compare_evaluations(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
+    table = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 3 and "<script>" not in table
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_a_folder_name_with_everything_is_named(tmp_path):
+    for name in NAMES[:3]:
+        folder = tmp_path / (name.replace("/", "") + "_") / "checkpoints" / "iteration_000004" / "policy"
+        folder.mkdir(parents=True)
+        named = evaluate.name_of("checkpoint", folder)
+        assert named.endswith("/iteration_000004") and named.isprintable() and named.encode("utf-8")
+
+
+def test_markdown_code_can_not_be_left():
+    assert markdown_code("a ` b `` c | d") == r"``` a ` b `` c \| d ```" and markdown_code("a\nb") == "`a b`"
+
+
+def test_no_place_of_one_machine_is_kept(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    said = {"a": f"{ROOT}/runs/x", "b": ["--checkpoint /home/me/models/y", 3], "c": "--output=/scratch/secret/runs/z"}
+    assert without_machine(said) == {
+        "a": "runs/x", "b": ["--checkpoint ~/models/y", 3], "c": "--output=.../runs/z"
+    }  # fmt: skip
+    assert without_machine("put 1/2 cup on plate, 30 km/h") == "put 1/2 cup on plate, 30 km/h"
+
+
 # ---------------------------------------------------------------------- bad input
+def damaged(path: Path, change) -> None:
+    """A JSON file after change(content) -> content, or text where a text comes back."""
+    content = change(json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def without(key: str):
+    return lambda content: {name: value for name, value in content.items() if name != key}
+
+
+RESULT_DAMAGES = [
+    (lambda content: json.dumps(content)[:200], "is not valid JSON"),
+    (lambda content: "", "is empty"),
+    (lambda content: [1], "an object with keys"),
+    (lambda content: "null", "an object with keys"),
+    (without("name"), "has no name"),
+    (without("world"), "has no world"),
+    (without("settings"), "has no settings"),
+    (without("temperature"), "has no temperature"),
+    (without("other_temperatures"), "has no other_temperatures"),
+    (lambda content: content | {"temperature": float("nan")}, "temperature NaN"),
+    (lambda content: content | {"other_temperatures": {"hot": {"settings": {}}}}, "temperatures as keys"),
+    (lambda content: content | {"settings": {"Carrot-v1:test": {"episodes": 3}}}, r"has no settings.Carrot-v1:test.o"),
+    (lambda content: content | {"settings": {"x": {"outcomes": [{"episode_id": "5", "success_once": 1}]}}}, "a whole"),
+    (lambda content: content | {"settings": {"x": {"outcomes": [{"episode_id": 5, "success_once": 7}]}}}, "at most 1"),
+    (lambda content: content | {"settings": {"x": {"outcomes": []}}}, "in common"),
+    (lambda content: '{"name": "a", "name": "b"}', "twice"),
+    (lambda content: content | {"world": {"sim_freq": 500, "wind": 9}}, "evaluated with wind unknown"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", RESULT_DAMAGES, ids=[sentence[:20] for _, sentence in RESULT_DAMAGES])
+def test_a_comparison_of_other_files_is_one_sentence(tmp_path, change, sentence):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(fake_results(name, {1: 1.0, 2: 0.0})))
+    damaged(tmp_path / "b" / "results.json", change)
+    with pytest.raises(UserError, match=sentence) as error:
+        evaluate.compare_evaluations(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+IDENTITY = {"policy": "idle", "weights": {}, "model": {"dtype": "float32"}, "seed": 0, "world": {"sim_freq": 100}}
+IDENTITY_DAMAGES = [
+    (lambda content: json.dumps(content)[:20], "is not valid JSON"),
+    (lambda content: [], "an object with keys"),
+    (without("seed"), "has no seed"),
+    (lambda content: content | {"weights": {"model.safetensors": [1, 2]}}, "a text"),
+    (lambda content: content | {"seed": float("nan")}, "a whole number"),
+    (lambda content: content | {"seed": 1}, "was begun with seed 1, now it is 0"),
+    (lambda content: content | {"world": {}}, "begun with world.sim_freq nothing, now it is 100"),
+    (lambda content: content | {"wind": 3}, "begun with wind 3, now it is nothing"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", IDENTITY_DAMAGES, ids=[sentence[:20] for _, sentence in IDENTITY_DAMAGES])
+def test_an_evaluation_of_other_files_does_not_go_on(tmp_path, change, sentence):
+    (tmp_path / "evaluation.json").write_text(json.dumps(IDENTITY))
+    damaged(tmp_path / "evaluation.json", change)
+    before = (tmp_path / "evaluation.json").read_bytes()
+    with pytest.raises(UserError, match=sentence):
+        evaluate.open_output(str(tmp_path), True, IDENTITY)
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+
+
+LINE_DAMAGES = [
+    (b"{", "line 2 is not valid JSON"),
+    (b"", "line 2 is empty"),
+    (b"[]", "line 2 holds"),
+    (b"\xff\xfe", "line 2 is not UTF-8"),
+    ({"episode_id": "7"}, "line 2 has episode_id"),
+    ({"return": float("nan")}, "line 2 has return NaN"),
+    ({"actions": "AAAA"}, "line 2 has actions"),
+    ({"actions": "%%"}, "line 2 has actions"),
+    ({"actions": None}, "line 2 has actions"),
+    ({"success_once": None}, "line 2 has success_once null"),
+]
+
+
+@pytest.mark.parametrize("damage, sentence", LINE_DAMAGES, ids=[repr(damage) for damage, _ in LINE_DAMAGES])
+def test_a_damaged_episode_is_named(tmp_path, damage, sentence):
+    path = tmp_path / "episodes.jsonl"
+    log = EpisodeLog(path)
+    log.add("Carrot-v1:test", 0.6, [fake_episode(number, 1.0) for number in (5, 7, 9)])
+    log.close()
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = json.dumps(json.loads(lines[1]) | damage).encode() if isinstance(damage, dict) else damage
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} {sentence}"):
+        EpisodeLog(path)
+    assert path.read_bytes() == b"\n".join(lines)
+
+
 def fake_checkpoint(folder: Path, *files: str, flags: dict | None = None) -> Path:
     """A run folder whose newest checkpoint has these files."""
     policy = folder / "checkpoints" / "iteration_000004" / "policy"
@@ -261,13 +411,83 @@ def test_a_checkpoint_is_found_and_brings_its_flags(tmp_path):
         evaluate.find_checkpoint(str(tmp_path / "nowhere"))
 
 
+def test_a_strangers_run_adds_no_flag_and_imports_nothing(tmp_path, monkeypatch):
+    """Its args.json is data: list items, texts and env ids in it are no words of a command line."""
+    (tmp_path / "payload.py").write_text("import pathlib\npathlib.Path(__file__).with_name('OWNED').touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = {"env_id": "payload:X-v1", "num_envs": 64, "settings": ["payload:X-v1"], "output": "elsewhere"}
+    policy = fake_checkpoint(tmp_path / "run", "config.json", flags=flags)
+    args = evaluate.parse(["--checkpoint", str(policy)])
+    assert args.settings == ("all",) and args.num_envs == 16 and args.output is None and args.instruction is None
+    with pytest.raises(UserError, match="trained on 'payload:X-v1', not on these"):
+        evaluate.check_actor("checkpoint", str(policy), None, parse_settings(["all"], VARIANTS, None))
+    for value in ([32, 32, "--settings", "payload:X-v1"], ["--settings", "payload:X-v1"], "--settings", None):
+        (tmp_path / "run" / "args.json").write_text(json.dumps({"image_size": value}))
+        with pytest.raises(UserError, match=r"args\.json has image_size"):
+            evaluate.parse(["--checkpoint", str(policy)])
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"instruction": "--settings payload:X-v1"}))
+    assert evaluate.parse(["--checkpoint", str(policy)]).instruction == "--settings payload:X-v1"
+    assert not (tmp_path / "OWNED").exists() and "payload" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ('{"seed": 0, "ima', "is not valid JSON"),
+        ("", "is empty"),
+        ("[1]", "an object with keys"),
+        ('{"lora_rank": "32"}', "has lora_rank"),
+        ('{"merge_lora": null}', "has merge_lora null"),
+        ('{"value_learning_rate": "fast"}', "has value_learning_rate"),
+        ('{"sim_freq": NaN}', "has sim_freq"),
+        ('{"model_type": "pi0"}', "has model_type"),
+    ],
+)
+def test_a_damaged_args_json_is_one_sentence(tmp_path, content, sentence):
+    policy = fake_checkpoint(tmp_path, "config.json")
+    (tmp_path / "args.json").write_text(content)
+    for path in (tmp_path, policy):
+        with pytest.raises(UserError, match=rf"args\.json.* {sentence}"):
+            evaluate.parse(["--checkpoint", str(path)])
+
+
+def test_actors_that_can_not_act_end_before_the_start():
+    cube = parse_settings(["PickCube-v1"], VARIANTS, "pick up the cube")
+    with pytest.raises(UserError, match="--policy expert knows only the PutOnPlateInScene25 envs: leave PickCube-v1"):
+        evaluate.check_actor("expert", None, None, cube)
+    with pytest.raises(UserError, match="--policy idle reads no model: leave --lora_path out"):
+        evaluate.check_actor("idle", None, "adapter", cube)
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        evaluate.check_actor("checkpoint", None, None, cube)
+    assert evaluate.check_actor("idle", None, None, cube) is None
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path):
+    """Not by its place or its files' times: a copy goes on, other weights or statistics under the same name do not."""
+    here, copy, adapter = tmp_path / "here", tmp_path / "copy", tmp_path / "adapter"
+    for folder in (here, adapter):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "dataset_statistics.json").write_text("{}")
+    shutil.copytree(here, copy)
+    os.utime(copy / "model.safetensors", (1, 1))
+    found = evaluate.fingerprint(here, None)
+    assert evaluate.fingerprint(copy, None) == found and "/" not in json.dumps(found)
+    (copy / "model.safetensors").write_bytes(b"wEights")
+    assert evaluate.fingerprint(copy, None) != found
+    (here / "dataset_statistics.json").write_text("[]")
+    assert evaluate.fingerprint(here, None) != found != evaluate.fingerprint(here, adapter)
+    assert evaluate.fingerprint(Path("openvla-tiny")) != evaluate.fingerprint(Path("openvla-oft-tiny"))
+
+
 def test_older_results_are_kept(tmp_path):
-    identity = {"policy": "idle", "world": {"sim_freq": 100, "image_size": (96, 96)}}
+    identity = {"policy": "idle", "weights": {}, "model": {}, "seed": 0}
+    identity |= {"world": {"sim_freq": 100, "image_size": (96, 96)}}
     evaluate.open_output(str(tmp_path), False, identity)  # exists and is empty
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="older results"):
         evaluate.open_output(str(tmp_path), False, identity)
-    with pytest.raises(UserError, match="was begun with world"):
+    with pytest.raises(UserError, match=r"was begun with world.sim_freq 100, now it is 500"):
         evaluate.open_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
     assert before and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert evaluate.open_output(str(tmp_path), True, identity) == tmp_path

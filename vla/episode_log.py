@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vla.distributed import barrier, rank
+from schemas import check, parse_json, require_file
+from schemas.evaluations import Episode
+from vla.distributed import barrier, print0, rank
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, where standard error is no terminal
 
@@ -32,20 +34,35 @@ class EpisodeLog:
     """What has been run, by (setting, temperature) and episode id; alike on every rank, written by rank 0."""
 
     def __init__(self, path: Path):
-        """Reads what is there; all ranks together. A last line that was cut off by a kill is taken away."""
+        """Reads what is there; all ranks together. A last line that was cut off by a kill is taken away, and said.
+
+        Raises:
+            UserError: a line that is no episode.
+        """
         self.path = path
         self.done: dict[tuple[str, float], dict[int, dict]] = {}
-        content = path.read_bytes() if path.exists() else b""
+        content = b""
+        if path.exists() or path.is_symlink():
+            require_file(path, "pass another --output")
+            content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            episode = json.loads(line)
-            episode["actions"] = unpack_actions(episode["actions"])
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            episode = self._read(line, number)
             self._remember(episode.pop("setting"), episode.pop("temperature"), episode)
+        if len(whole) < len(content):
+            print0(f"{path}: the last line is cut short and is dropped; its episode is run again")
         barrier()  # everybody has read
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
             self._file.truncate(len(whole))
+
+    def _read(self, line: bytes, number: int) -> dict:
+        """A line of the file, counted from 1, with its actions as numbers."""
+        source, remedy = f"{self.path} line {number}", "delete that line, and its episode is run again"
+        episode = parse_json(line, source, remedy)
+        check(Episode, episode, source, remedy)
+        return episode | {"actions": unpack_actions(episode["actions"])}
 
     def _remember(self, setting: str, temperature: float, episode: dict) -> None:
         self.done.setdefault((setting, temperature), {})[episode["episode_id"]] = episode

@@ -5,6 +5,7 @@ The folder has the published layout (pretrained.py) with an adapter merged in: a
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vla.logger import read_lines, wilson_interval, without_places
 from vla.policy import VLAPolicy
 from vla.pretrained import save_policy
 from vla.settings import FAMILY
+from vla.text import markdown_code, markdown_text
 
 
 def check_export_dir(folder: Path) -> None:
@@ -56,7 +58,7 @@ def evaluate_command(flags: dict, name: str) -> str:
     words += ["--image_size", *flags["image_size"]]
     for flag in ("model_type", "unnorm_key", "dtype", "sim_freq", "max_episode_steps"):
         words += [f"--{flag}", flags[flag]]
-    return " ".join(map(str, words))
+    return " ".join(word if word == words[0] else shlex.quote(str(word)) for word in words)
 
 
 def card(run_dir: Path, name: str) -> str:
@@ -71,10 +73,10 @@ def card(run_dir: Path, name: str) -> str:
     minutes = {name: sum(line[f"time/{name}"] for line in lines) / 60 for name in ("update", "eval")}
     commits = [d["commit"] + " (with uncommitted changes)" * d["uncommitted_changes"] for d in descriptions]
     facts = {
-        "made by": ", then ".join(f"`{d['command']}`" for d in descriptions),
+        "made by": ", then ".join(markdown_code(d["command"]) for d in descriptions),
         "commit": ", then ".join(dict.fromkeys(commits)),
         "seed": flags["seed"],
-        "demonstrations": f"{flags['demos']}, {description['sizes']['num_samples']} steps",
+        "demonstrations": f"{markdown_text(flags['demos'])}, {description['sizes']['num_samples']} steps",
         "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
         "minutes": f"{minutes['update']:.1f} of updates, {minutes['eval']:.1f} of evaluation, "
         f"{description['num_ranks']} ranks on {description['device']}, {descriptions[0]['started']}",
@@ -83,8 +85,9 @@ def card(run_dir: Path, name: str) -> str:
         "success": f"{success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes of {flags['env_id']}, "
         f"temperature {flags['eval_temperature']}, {flags['sim_freq']} Hz physics, "
         f"{flags['image_size'][0]} x {flags['image_size'][1]} pixels, {flags['max_episode_steps']} steps",
-        "statistics": f"`--unnorm_key {flags['unnorm_key']}`",
-        "evaluate": f"`{evaluate_command(flags, name)}`",
+        "statistics": markdown_code(f"--unnorm_key {flags['unnorm_key']}"),
+        "evaluate": markdown_code(evaluate_command(flags, name)),
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
-    return f"# {name}\n\nCloned from scripted demonstrations; a start for PPO and GRPO.\n\n| | |\n|---|---|\n{rows}\n"
+    said = "Cloned from scripted demonstrations; a start for PPO and GRPO."
+    return f"# {markdown_text(name)}\n\n{said}\n\n| | |\n|---|---|\n{rows}\n"

@@ -19,6 +19,7 @@ from vla.results import (
     temperature_name,
 )
 from vla.settings import GROUP_OF, GROUPS
+from vla.text import drawn, html_text
 
 GROUP_COLORS = {"in_distribution": "#4c566a", "vision": "#2b7a9b", "semantic": "#b3561d", "execution": "#4d7c37"}
 OTHER_COLOR = "#777777"
@@ -58,7 +59,7 @@ def write_report(folder: Path, results: dict, published: dict[str, dict]) -> Non
         "results.json": json.dumps(results, indent=1) + "\n",  # last: it says that the evaluation is finished
     }
     for name, content in contents.items():
-        (folder / f"{name}.partial").write_text(content)
+        (folder / f"{name}.partial").write_text(content, encoding="utf-8")
         os.replace(folder / f"{name}.partial", folder / name)
 
 
@@ -103,10 +104,10 @@ def plot_settings(results: dict, published: dict[str, dict], path: Path) -> None
         axis.plot([], [], "o", color="black", markerfacecolor=face, label=temperature_name(temperature))
     for row, marker in zip(published.values(), MARKERS * len(published)):
         plot_published(axis, row, names, marker)
-    axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axis.set_xticks(range(len(names)), map(drawn, names), rotation=40, ha="right")
     for label, name in zip(axis.get_xticklabels(), names):
         label.set_color(GROUP_COLORS.get(GROUP_OF.get(name, ""), OTHER_COLOR))
-    axis.set_title(f"{results['name']}: 95 % Wilson intervals", fontsize=10)
+    axis.set_title(f"{drawn(results['name'])}: 95 % Wilson intervals", fontsize=10)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save_figure(figure, path)
 
@@ -114,7 +115,7 @@ def plot_settings(results: dict, published: dict[str, dict], path: Path) -> None
 def plot_published(axis, row: dict, names: list[str], marker: str) -> None:
     """A published row: a marker per setting where it has them, else a line over each group at the group's mean."""
     means, n = published_means(row), row["episodes_per_setting"]
-    label, color = row["name"], None
+    label, color = drawn(row["name"]), None
     if "settings" in row:
         places = [place for place, name in enumerate(names) if name in row["settings"]]
         rates = [row["settings"][names[place]] / n for place in places]
@@ -135,11 +136,11 @@ def plot_comparison(rows: list[dict], names: tuple[str, str], path: Path) -> Non
         for place, row in enumerate(rows):
             where = place - 0.13 + 0.26 * side
             interval_bars(axis, where, row["success_once"][side], row["wilson_95"][side], marker="o", color=color)
-        axis.plot([], [], "o", color=color, label=name)
+        axis.plot([], [], "o", color=color, label=drawn(name))
     for place, row in enumerate(rows):
         if row["differs"]:
             axis.annotate("*", (place, 1.0), ha="center", va="top", fontsize=16)
-    labels = [f"{row['setting']} {temperature_name(row['temperature'])}" for row in rows]
+    labels = [f"{drawn(row['setting'])} {temperature_name(row['temperature'])}" for row in rows]
     axis.set_xticks(range(len(rows)), labels, rotation=40, ha="right")
     axis.set_title("* differs: McNemar over paired episodes, Holm-corrected p < 0.05", fontsize=10)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -157,10 +158,10 @@ def html_table(table: list[list[str]], ident: str, videos: dict[str, list[dict]]
     header, *rows = table
     left = dict(videos or {})
     lines = [f'<table id="{ident}"><thead><tr>']
-    lines += [f"<th>{html.escape(cell)}</th>" for cell in [*header, *(["videos"] if videos else [])]]
+    lines += [f"<th>{html_text(cell)}</th>" for cell in [*header, *(["videos"] if videos else [])]]
     lines.append("</tr></thead><tbody>")
     for row in rows:
-        cells = [html.escape(cell) for cell in row]
+        cells = [html_text(cell) for cell in row]
         if videos:
             links = [
                 f'<a href="#{video["file"]}" data-video="{video["file"]}">&#9654; {video["outcome"]}</a>'
@@ -175,7 +176,7 @@ def video_figure(name: str, video: dict, folder: Path) -> str:
     """One episode, ready to play."""
     return (
         f'<figure id="{video["file"]}"><video controls muted loop playsinline preload="metadata" '
-        f'src="{data_url(folder / video["file"], "video/mp4")}"></video><figcaption>{html.escape(name)}, episode '
+        f'src="{data_url(folder / video["file"], "video/mp4")}"></video><figcaption>{html_text(name)}, episode '
         f'{video["episode_id"]}: <b class="{video["outcome"]}">{video["outcome"]}</b></figcaption></figure>'
     )
 
@@ -184,11 +185,11 @@ def page(results: dict, published: dict[str, dict], folder: Path) -> str:
     """results.html: needs no other file and no network."""
     videos = {name: one["videos"] for name, one in results["settings"].items()}
     notes = "".join(
-        f"<li>{html.escape(row['name'])}: {html.escape(row['note'])} {html.escape(row['source'])}</li>"
+        f"<li>{html_text(row['name'])}: {html_text(row['note'])} {html_text(row['source'])}</li>"
         for row in published.values()
     )
     figures = "\n".join(video_figure(name, video, folder) for name, own in videos.items() for video in own)
-    films = f'<h2>Videos</h2>\n<p class="note">{html.escape(temperature_name(results["temperature"]))}, replayed from '
+    films = f'<h2>Videos</h2>\n<p class="note">{html_text(temperature_name(results["temperature"]))}, replayed from '
     films += f'the recorded actions, in real time</p>\n<div class="videos">{figures}</div>'
     means = means_table(results, published)
     made = (
@@ -196,9 +197,9 @@ def page(results: dict, published: dict[str, dict], folder: Path) -> str:
         f"{' with uncommitted changes' if results['uncommitted_changes'] else ''}, {results['started']}"
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(results["name"])}</title><style>{STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8"><title>{html_text(results["name"])}</title><style>{STYLE}</style></head>
 <body>
-<h1>{html.escape(results["name"])}</h1>
+<h1>{html_text(results["name"])}</h1>
 <p class="headline">{html.escape(headline(results))}</p>
 {"<h2>Means</h2>" + html_table(means, "means") if means else ""}
 <p class="note">Brackets are 95 % Wilson intervals. A mean counts every setting alike.</p><ul class="note">{notes}</ul>
@@ -207,7 +208,7 @@ def page(results: dict, published: dict[str, dict], folder: Path) -> str:
 {html_table(settings_table(results), "settings", videos)}
 {films if figures else ""}
 <h2>How it was made</h2>
-<p class="note">{html.escape(made)}</p>
+<p class="note">{html_text(made)}</p>
 <script>{SCRIPT}</script>
 </body></html>
 """

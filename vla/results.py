@@ -9,8 +9,10 @@ results["other_temperatures"]["0.6"]     settings and means again, where more th
 import math
 from collections.abc import Iterator
 
+from schemas import UserError
 from vla.logger import wilson_interval
 from vla.settings import GROUP_OF, GROUPS
+from vla.text import markdown_code, markdown_text
 
 OUTCOMES = ("success_once", "success_at_end", "return", "episode_len")
 # every column says what it is: the published "average of OOD" is the last one
@@ -156,9 +158,10 @@ def settings_table(results: dict) -> list[list[str]]:
 
 
 def markdown_table(table: list[list[str]]) -> str:
+    """A table of plain text as Markdown: no cell ends a cell, a row, or is a tag."""
     if not table:
         return ""
-    header, *rows = table
+    header, *rows = [[markdown_text(cell) for cell in row] for row in table]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
@@ -178,18 +181,20 @@ def headline(results: dict) -> str:
 
 def markdown(results: dict, published: dict[str, dict]) -> str:
     """results.md: means in the published column order, then setting by setting."""
-    notes = "\n".join(f"- {row['name']}: {row['note']} Source: {row['source']}" for row in published.values())
+    notes = "\n".join(
+        "- " + markdown_text(f"{row['name']}: {row['note']} Source: {row['source']}") for row in published.values()
+    )
     return (
         "\n\n".join(
             part
             for part in (
-                f"# {results['name']}",
+                f"# {markdown_text(results['name'])}",
                 headline(results),
                 "Brackets are 95 % Wilson intervals. A mean counts every setting alike.",
                 markdown_table(means_table(results, published)),
                 notes,
                 markdown_table(settings_table(results)),
-                f"`{results['command']}` on {results['num_ranks']} ranks of {results['device']}, commit "
+                f"{markdown_code(results['command'])} on {results['num_ranks']} ranks of {results['device']}, commit "
                 f"{results['commit']}, {results['started']}",
             )
             if part
@@ -219,15 +224,14 @@ def compare(first: dict, second: dict) -> list[dict]:
     """Two results.json -> one row per setting and temperature that both have, paired by episode id.
 
     Raises:
-        ValueError: they were run in different worlds, or share no episode.
+        UserError: they were run in different worlds, or share no episode.
     """
-    differing = [key for key, value in first["world"].items() if second["world"].get(key) != value]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"--compare: the two were evaluated with {key} {first['world'][key]} and {second['world'].get(key)}: "
-            "evaluate one of them again"
-        )
+    worlds = [half["world"] for half in (first, second)]
+    for key in {**worlds[0], **worlds[1]}:
+        values = [world.get(key, "unknown") for world in worlds]
+        if values[0] != values[1] and key != "asset_dir":  # older files have this place of one machine
+            said = f"--compare: the two were evaluated with {key} {values[0]} and {values[1]}"
+            raise UserError(f"{said}: evaluate one of them again")
     rows, theirs = [], dict(by_temperature(second))
     for temperature, part in by_temperature(first):
         for name, one in part["settings"].items():
@@ -236,7 +240,7 @@ def compare(first: dict, second: dict) -> list[dict]:
                 rows.append({"setting": name, "temperature": temperature} | compare_setting(one, other))
     rows = [row for row in rows if row["episodes"]]
     if not rows:
-        raise ValueError("--compare: the two have no setting, temperature and episode in common")
+        raise UserError("--compare: the two have no setting, temperature and episode in common")
     for row, p_value in zip(rows, holm([row["p"] for row in rows])):
         row |= {"p_holm": p_value, "differs": p_value < 0.05}
     return rows
