@@ -1,15 +1,17 @@
 # Every target sets up what it needs; the second time that costs nothing.
 PRESET ?= yaml/quickstart_ppo_openvlaoft.yaml
-# as many ranks as the preset says; on GPUs at most one per GPU
+# as many ranks as the preset says in its line "# ranks: 2"; on GPUs at most one per GPU
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-WANTED := $(shell sed -n 's/^\# ranks: *//p' $(PRESET))
-RANKS ?= $(shell if [ $(GPUS) -gt 0 ] && [ $(GPUS) -lt $(WANTED) ]; then echo $(GPUS); else echo $(WANTED); fi)
+RANKS ?=
 ARGS ?=
 # the launcher's own port is one for the whole machine
 FREE_PORT := python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
 # on a machine with GPUs, DeepSpeed finds them by itself: make train DS_ACCELERATOR=cuda
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# recipes read these from their environment, as they were given: no character of a path means anything there
+override PRESET := $(value PRESET)
+export PRESET RANKS GPUS ARGS
 
 .PHONY: setup train warmup results reproduce test bench lint clean
 
@@ -19,8 +21,22 @@ setup: .venv/.ready
 	./setup.sh
 	touch $@
 
+# sets $$script and $$ranks for a preset
+define READ_PRESET
+test -f "$$PRESET" || { echo "error: the preset $$PRESET is no file: take one of yaml/" >&2; exit 2; }; \
+case "$${PRESET##*/}" in *grpo*) script=train_grpo.py ;; *) script=train_ppo.py ;; esac; \
+ranks="$$RANKS"; \
+if [ -z "$$ranks" ]; then \
+	ranks=$$(sed -n 's/^# ranks: *\([1-9][0-9]*\) *$$/\1/p' <"$$PRESET" | head -n 1); \
+	test -n "$$ranks" || { echo "error: $$PRESET has no line like '# ranks: 2': run make train RANKS=2" >&2; exit 2; }; \
+	if [ "$$GPUS" -gt 0 ] && [ "$$GPUS" -lt "$$ranks" ]; then ranks=$$GPUS; fi; \
+fi
+endef
+
 train: setup
-	deepspeed --master_port $$($(FREE_PORT)) --num_gpus $(RANKS) $(if $(findstring grpo,$(PRESET)),train_grpo.py,train_ppo.py) --config $(PRESET) $(ARGS)
+	@$(READ_PRESET); \
+	echo "deepspeed --num_gpus $$ranks $$script --config $$PRESET $$ARGS"; \
+	deepspeed --master_port $$($(FREE_PORT)) --num_gpus "$$ranks" "$$script" --config "$$PRESET" $(ARGS)
 
 # the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each;
 # 16 objects take longer, so theirs is cloned twice more from where it ended, the last time over more demonstrations

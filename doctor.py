@@ -16,6 +16,7 @@ python doctor.py --config FILE --num_gpus 8 --gpu_memory 80
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -32,6 +33,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,8 @@ ROOT = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")
 GIB, MIB = 2**30, 2**20
 RENDER_SECONDS, LAUNCH_SECONDS, PROBE_SECONDS = 120, 600, 120  # a first launch compiles for a minute or two
-STALE_SECONDS = 600  # a lock this old was left by a compiler that was killed
+END_SECONDS = 5
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CPU_RANK_BYTES = 66 * MIB  # DeepSpeed's all-reduce buffer of one CPU rank (0.19.8, ops/csrc/cpu/comm/shm.cpp)
 LITTLE_DISK, ENOUGH_DISK = 1 * GIB, 20 * GIB
 RENDER_ONE_FRAME = """
@@ -62,6 +65,8 @@ assert center.min() > 0.1, f"the frame is black: {center}"
 ASK_TORCH = """
 import json, torch
 from torch.utils.cpp_extension import _get_build_directory
+from vla.extensions import keep_ops
+keep_ops()
 places = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 gpus = [torch.cuda.get_device_properties(place) for place in places]
 try:
@@ -131,12 +136,30 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
+def end_with_doctor() -> Callable[[], None]:
+    """What a child process is to call before its program: Linux sends it SIGTERM when this process ends, however."""
+    prctl, doctor = ctypes.CDLL(None).prctl, os.getpid()
+
+    def call() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != doctor:  # it has ended already
+            os._exit(1)
+
+    return call
+
+
+def ask(command: list[str], seconds: float) -> subprocess.CompletedProcess:
+    """Run a command of a broken machine: it may raise, abort or hang. Raises TimeoutExpired; it ends with doctor."""
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, stdin=subprocess.DEVNULL,
+        preexec_fn=end_with_doctor(),
+    )  # fmt: skip
+
+
 @functools.cache
 def torch_facts() -> dict:
     """What torch says of itself and its GPUs, asked in a process of its own: a broken driver may abort or hang."""
-    run = subprocess.run(
-        [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=PROBE_SECONDS, cwd=ROOT
-    )
+    run = ask([sys.executable, "-c", ASK_TORCH], PROBE_SECONDS)
     if run.returncode:
         raise RuntimeError(f"torch does not start: {last_line(run.stderr, run.returncode)}")
     return json.loads(run.stdout.splitlines()[-1])
@@ -147,8 +170,7 @@ def driver_facts() -> dict | None:
     """NVIDIA's driver: its version, the newest CUDA it runs, names of its GPUs. None where there is no GPU."""
     try:
         run, listed = (
-            subprocess.run(["nvidia-smi", *flags], capture_output=True, text=True, timeout=PROBE_SECONDS)
-            for flags in ([], ["--query-gpu=name", "--format=csv,noheader"])
+            ask(["nvidia-smi", *flags], PROBE_SECONDS) for flags in ([], ["--query-gpu=name", "--format=csv,noheader"])
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -204,24 +226,29 @@ def check_compiler() -> Finding:
 
 
 def check_ops() -> Finding:
-    """Where DeepSpeed keeps what it compiles: writable, not locked by a compiler that was killed, compiled already."""
+    """Where DeepSpeed keeps what it compiles: writable, no lock in the way, compiled already. As the scripts do it, a
+    lock that no process holds is removed."""
     facts = torch_facts()
     if facts["why"] or not os.access(facts["ops"], os.W_OK | os.X_OK):
         why = facts["why"] or "not yours to write to"
         remedy = "run `export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions`, or name another folder of yours"
         return mend(f"DeepSpeed can not keep compiled ops in {facts['ops']} ({why})", remedy)
+    from vla.extensions import Lock  # with torch, which has just been seen to start
+
     folder = Path(facts["ops"])
-    if (folder / "lock").exists():
-        age = time.time() - (folder / "lock").stat().st_mtime
-        if age > STALE_SECONDS:
-            found = f"a compiler that was killed left {folder / 'lock'}, {age / 60:.0f} minutes ago: every start waits"
-            return mend(found, f"run `rm {folder / 'lock'}`")
-        return note(f"another process is compiling in {folder}", "wait for it")
+    lock = Lock(folder / "lock")
+    found = lock.look()
+    lock.leave()
+    if found not in (True, False):
+        remedy = "wait for it" if found.certain else f"where nobody compiles there, run `rm {lock.path}`"
+        return mend(f"{found.words} compiles in {folder}", remedy)
+    removed = f"removed {lock.path}, which no process held; " if found else ""
     if facts["gpus"]:
-        return ok(f"{folder.parent} can be written; on GPUs nothing has to be compiled")
+        return ok(f"{removed}{folder.parent} can be written; on GPUs nothing has to be compiled")
     if not (folder / f"{folder.name}.so").exists():
-        return note(f"the op for CPU ranks is not compiled in {folder}", "the first start does it, a minute or two")
-    return ok(f"the op for CPU ranks is compiled, in {folder}")
+        remedy = "the launch below does it, in a minute or two"
+        return note(f"{removed}the op for CPU ranks is not compiled in {folder}", remedy)
+    return ok(f"{removed}the op for CPU ranks is compiled, in {folder}")
 
 
 # ---------------------------------------------------------------------- what works
@@ -243,7 +270,7 @@ def render_one_frame(device: str) -> str | None:
     """In a subprocess with a time limit: a broken driver may raise, abort or hang. None, or what went wrong."""
     command = [sys.executable, "-c", RENDER_ONE_FRAME, device]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=RENDER_SECONDS, stdin=subprocess.DEVNULL)
+        run = ask(command, RENDER_SECONDS)
     except subprocess.TimeoutExpired:
         return f"SAPIEN's renderer gave no frame within {RENDER_SECONDS} s"
     if run.returncode == 0:
@@ -269,11 +296,11 @@ def check_launch() -> Finding:
     for number, (returncode, output) in enumerate(ranks):
         if returncode:
             found = f"rank {number} of {num_ranks} failed: {last_line(output, returncode)}"
-            remedy = "mend what stands above first; where no address is found, run `export GLOO_SOCKET_IFNAME=lo`"
+            remedy = "mend what stands above first; where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set, unset it"
             return mend(found, remedy)
     if not all(answer and int(answer[1]) == sum(range(num_ranks + 1)) for answer in answers):
         found = f"{num_ranks} ranks did not add up a number within {LAUNCH_SECONDS} s"
-        return mend(found, "run `export GLOO_SOCKET_IFNAME=lo` (on GPUs NCCL_SOCKET_IFNAME) and try again")
+        return mend(found, "where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set, unset it and try again")
     seconds = time.monotonic() - began
     return ok(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {answers[0][2]} added up a number, in {seconds:.0f} s")
 
@@ -294,18 +321,31 @@ def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) ->
             command = [sys.executable, "-c", program]
             processes.append(
                 subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    preexec_fn=end_with_doctor(),
                 )
-            )
-        returncodes = wait_for_all(processes, seconds)
-        for process in processes:
-            process.kill()
-            process.wait()
-        for left in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            left.unlink(missing_ok=True)
+            )  # fmt: skip
+        try:
+            returncodes = wait_for_all(processes, seconds)
+        finally:
+            end_all(processes)
+            for left in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                left.unlink(missing_ok=True)
         for output in outputs:
             output.seek(0)
         return [(returncode, output.read()) for returncode, output in zip(returncodes, outputs)]
+
+
+def end_all(processes: list[subprocess.Popen]) -> None:
+    """SIGTERM first: a rank that compiles takes its compiler along."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
@@ -402,6 +442,9 @@ CHECKS = {
 }  # fmt: skip
 
 
+NEEDS = {"launch": ("ops",)}  # rows that are not tried while one of these needs mending: they would wait for it
+
+
 def examine(name: str) -> Finding:
     """A row, also where the check itself breaks: without its packages this machine has worse to mend."""
     try:
@@ -467,12 +510,13 @@ def main(argv: list[str]) -> int:
         return download(flags.asset_dir, flags.mirror)
     if flags.asset_dir or flags.mirror:
         parser.error("--asset_dir and --mirror belong to --download")
-    to_mend = 0
+    states = {}
     for name in ["renderer"] if flags.renderer else CHECKS:
-        state, found, remedy = examine(name)
-        to_mend += state == "MEND"
+        first = next((needed for needed in NEEDS.get(name, ()) if states.get(needed) == "MEND"), None)
+        state, found, remedy = note("not tried", f"mend {first} first") if first else examine(name)
+        states[name] = state
         print(f"{state:4}  {name:11} {found}{': ' * bool(remedy)}{remedy}", flush=True)
-    return 1 if to_mend else 0
+    return 1 if "MEND" in states.values() else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ The scripts run under `deepspeed`, under torchrun, and as plain `python` (one ra
 """
 
 import contextlib
+import errno
 import faulthandler
+import ipaddress
 import logging
 import os
 import random
@@ -14,7 +16,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -24,6 +27,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from schemas import UserError
+from vla.extensions import command_of, keep_ops, parent_of
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
@@ -31,13 +35,15 @@ LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR"
 REQUEUE = 75  # exit code: asked to end, everything is saved, start it again with --resume (EX_TEMPFAIL of sysexits.h)
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
+HEARD_SECONDS = 10.0  # what a node's first rank finds as well, it says by then, and its launcher ends the others
 ORPHAN_SECONDS = 600.0  # an orphan has as long to save itself; it may hang in a collective with a rank that died
 
 
 def run_main(main: Callable, parse: Callable) -> None:
     """Run main(parse()). Wrong input ends in one sentence and exit code 2, anything else in its traceback.
 
-    What all ranks find alike (flags) is said once per node; what one may find alone (files, devices) by each rank.
+    What all ranks find alike (flags) is said once per node; what one may find alone (files, devices) by each rank. A
+    launcher ends all ranks when the first one ends with an error, and exits with its code.
     """
     try:
         main(parse())
@@ -52,10 +58,11 @@ def run_main(main: Callable, parse: Callable) -> None:
             print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif error.__cause__ is not None:
-            print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if not first and error.__cause__ is None:
+            time.sleep(HEARD_SECONDS)  # had this rank ended at once, the launcher might end the first before it spoke
+        who = "error" if first else f"error (rank {os.environ['RANK']})"
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     if dist.is_initialized():  # not after an exception: it would wait for what other ranks never send
         dist.destroy_process_group()
@@ -70,22 +77,6 @@ class checked:
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, (ValueError, OSError, RuntimeError)) and not isinstance(error, UserError):
             raise UserError(str(error)) from error
-
-
-def parent_of(process: int) -> int | None:
-    """Process id of a process's parent; None once it has ended."""
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def command_of(process: int) -> bytes:
-    """Its command line; empty where it has ended or there is no /proc."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def end_with_launcher() -> None:
@@ -135,13 +126,14 @@ def setup_distributed(seed: int) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    keep_ops()
     if "OMP_NUM_THREADS" not in os.environ:  # the launchers set none: ranks would fight for the cores
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here)))
     try:
-        deepspeed.init_distributed(verbose=False)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+        deepspeed.init_distributed(verbose=False, init_method=where_ranks_meet())
+    except (dist.DistNetworkError, OSError) as error:
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         port = os.environ["MASTER_PORT"]
         raise UserError(
@@ -162,6 +154,41 @@ def setup_distributed(seed: int) -> torch.device:
         )
     get_accelerator().set_device(local_rank)
     return torch.device(get_accelerator().current_device_name())
+
+
+def where_ranks_meet() -> str | None:
+    """What init_process_group() takes as init_method: ranks of one machine meet where no other machine can listen in.
+
+    That is so where MASTER_ADDR is the loopback: `python SCRIPT`, `deepspeed --num_gpus N SCRIPT`, one node of Slurm.
+    torch's own rendezvous (env://) listens on every network, whatever the address. torchrun opens that port itself.
+    """
+    address = os.environ["MASTER_ADDR"]
+    with contextlib.suppress(ValueError):  # a name
+        if not ipaddress.ip_address(address).is_loopback:
+            return None
+        address = "localhost"
+    if address != "localhost" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        for backend in ("GLOO", "NCCL"):  # else they take the network of the machine's name
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    with contextlib.suppress(RuntimeError):  # it is known already
+        dist.register_rendezvous_handler("loopback", meet_on_loopback)
+    return "loopback://"
+
+
+def meet_on_loopback(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[dist.Store, int, int]]:
+    """A rendezvous handler of torch: yields store, rank, number of ranks. The first rank's store listens on
+    MASTER_ADDR alone.
+
+    Raises:
+        OSError: its port is taken.
+    """
+    number, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port, listener = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None
+    if number == 0:
+        listener = socket.create_server((address, port), family=socket.getaddrinfo(address, port)[0][0]).detach()
+    yield dist.TCPStore(address, port, ranks, number == 0, timeout, master_listen_fd=listener), number, ranks
 
 
 def shared_memory() -> Path:

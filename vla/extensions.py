@@ -1,0 +1,287 @@
+"""Ops that DeepSpeed compiles when it starts: kept with the environment, and no start waits for a dead compiler.
+
+torch (2.13) guards a folder of compiled code with a file, `lock`, that is there while somebody compiles. A process that
+is killed meanwhile leaves it, and every later one would wait for ever without a word. `keep_ops()` puts `Lock` in its
+place. A `Lock` makes the same file, so programs that know only torch's rule are respected and respect it. Beside it, it
+holds a file lock of the operating system (flock), which ends with its process.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.utils.cpp_extension
+
+from schemas import UserError
+
+POLL_SECONDS = 0.1
+SECOND_LOOK_SECONDS = 1.0  # torch closes its lock shortly before it removes it: that long it only seems to be nobody's
+SAY_AGAIN_SECONDS = 60.0
+UNCERTAIN_SECONDS = 600.0  # how long a lock is respected whose holder this machine can not see
+CLAIM = "lock.owner"  # the file under flock; it says who holds it: host and process
+COMPILERS = re.compile(r"ninja|cc|\+\+|clang|collect2|^ld|^as$|ptxas|fatbin|icpx")  # names of programs
+# types of file systems that no other machine writes to
+OF_THIS_MACHINE = "ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay fuse.fuse-overlayfs".split()
+
+
+# ---------------------------------------------------------------------- processes
+def parent_of(process: int) -> int | None:
+    """Process id of a process's parent; None once it has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def command_of(process: int) -> bytes:
+    """Its command line, words ended by null bytes; empty where it has ended or there is no /proc."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def links_of(process: int, kind: str) -> Iterator[str]:
+    """Where symbolic links of /proc lead: kind is "cwd", "exe" or "fd/*". Nothing for a process of another user."""
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{process}").glob(kind):
+            with contextlib.suppress(OSError):
+                yield os.readlink(link)
+
+
+def processes() -> list[int]:
+    """All processes but this one."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+
+
+def compilers_in(folder: Path) -> list[int]:
+    """Processes of compilers that work in a folder."""
+    place = os.path.realpath(folder)
+    here = [process for process in processes() if place in links_of(process, "cwd")]
+    return [one for one in here if any(COMPILERS.search(Path(program).name) for program in links_of(one, "exe"))]
+
+
+# ---------------------------------------------------------------------- the folder
+def ops_folder() -> Path | None:
+    """Where compiled ops go: TORCH_EXTENSIONS_DIR, else a folder of the environment; None where neither can be had.
+
+    What is compiled names the environment's path. So an environment that is reached by two paths has two folders.
+    """
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    path = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    folder = Path(sys.prefix) / "share" / "torch_extensions" / path
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
+
+
+def file_system_of(folder: Path) -> str:
+    """Its type, such as ext4 or nfs; empty where it can not be told."""
+    place, best, kind = os.path.realpath(folder), "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4])
+            if (place + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+                best, kind = point, line.partition(" - ")[2].split()[0]
+    return kind
+
+
+def keep_ops() -> None:
+    """Before DeepSpeed starts: its ops are compiled into ops_folder(), under a Lock."""
+    if folder := ops_folder():
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    else:
+        os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # torch's own, in the user's home
+    torch.utils.cpp_extension.FileBaton = Lock
+
+
+# ---------------------------------------------------------------------- who holds a lock
+class Holder(NamedTuple):
+    """Who compiles in a folder."""
+
+    words: str  # such as: process 123 (ninja -v)
+    certain: bool = True  # this machine sees that it lives
+    sibling: bool = False  # another rank of this launch, which has said what it does
+
+
+def named(process: int) -> str:
+    """A process in words: its id and the beginning of its command."""
+    command = command_of(process).replace(b"\0", b" ").decode(errors="replace").strip()
+    return f"process {process} ({command[:80]})" if command and command.isprintable() else f"process {process}"
+
+
+def read_claim(folder: Path) -> tuple[str, int] | None:
+    """Host and process of a folder's last holder; None where that ended well, or was no program of ours."""
+    try:
+        host, process = (folder / CLAIM).read_text().split()
+        return host, int(process)
+    except (OSError, ValueError):
+        return None
+
+
+def holder_of(lock: Path) -> Holder | None:
+    """Who holds torch's lock, for a process that has its folder's claim; None: nobody.
+
+    torch keeps the file open while it compiles. Of a process that was killed, the compiler may live on.
+    """
+    place = os.path.realpath(lock)
+    for process in processes():
+        if place in links_of(process, "fd/*"):
+            return Holder(named(process))
+    for process in compilers_in(lock.parent):
+        return Holder(named(process))
+    owner = lock.stat().st_uid
+    if os.getuid() not in (0, owner):  # whose files this process can not look up
+        return Holder(f"a process of user {owner}", certain=False)
+    host, process = read_claim(lock.parent) or ("", 0)
+    if file_system_of(lock.parent) in OF_THIS_MACHINE or host == socket.gethostname():
+        return None
+    return Holder(f"process {process} on {host}" if host else "a process of another machine", certain=False)
+
+
+def remove_if_dead(lock: Path) -> Holder | bool:
+    """Look at torch's lock, for a process that has its folder's claim.
+
+    Returns:
+        Its holder; or whether there was one that nobody held, which is gone now.
+    """
+    try:
+        before = lock.stat()
+        for pause in (SECOND_LOOK_SECONDS, 0.0):
+            if holder := holder_of(lock):
+                return holder
+            time.sleep(pause)
+        if not os.path.samestat(before, lock.stat()):
+            return False  # another one: the caller finds out
+        lock.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------- the lock
+class Lock:
+    """What torch calls a FileBaton: held by the one process that compiles in a folder.
+
+    One process at a time has the folder's claim, and only that one removes a lock that nobody holds. Every wait is
+    said, with the process that is waited for. SIGTERM meanwhile takes the lock and the compiler along.
+    """
+
+    def __init__(self, lock_file_path: str | Path, wait_seconds: float = 0.1, warn_after_seconds: float | None = None):
+        self.path = Path(lock_file_path)
+        self.folder = self.path.parent
+        self.claim: int | None = None  # file descriptors
+        self.file: int | None = None
+        self.on_sigterm: Callable | int | None = None
+
+    def look(self) -> Holder | bool:
+        """Take the folder's claim unless somebody has it. Then as remove_if_dead()."""
+        if self.claim is None:
+            self.claim = os.open(self.folder / CLAIM, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.leave()
+                return self._claimant()
+            except OSError:  # a file system without flock: torch's lock has to do
+                pass
+        return remove_if_dead(self.path)
+
+    def _claimant(self) -> Holder:
+        """Who has the claim."""
+        host, process = read_claim(self.folder) or ("", 0)
+        if host == socket.gethostname():
+            return Holder(named(process), sibling=parent_of(process) == os.getppid())
+        if host:
+            return Holder(f"process {process} on {host}")
+        with contextlib.suppress(FileNotFoundError):  # it waits itself
+            return holder_of(self.path) or Holder("another start")
+        return Holder("another start")
+
+    def leave(self) -> None:
+        """Give the claim back."""
+        if self.claim is not None:
+            os.close(self.claim)
+            self.claim = None
+
+    def try_acquire(self) -> bool:
+        """Wait until nobody else compiles here. Then the lock is this process's, always; torch's own may say False.
+
+        Raises:
+            UserError: the folder can not be written, or a lock stays whose holder this machine can not see.
+        """
+        try:
+            self._acquire()
+        except OSError as error:
+            self.leave()
+            raise UserError(
+                f"DeepSpeed can not keep compiled ops in {self.folder} ({error.strerror}): let TORCH_EXTENSIONS_DIR "
+                "name a folder of yours"
+            ) from error
+        if threading.current_thread() is threading.main_thread():
+            self.on_sigterm = signal.signal(signal.SIGTERM, self._end)
+        os.ftruncate(self.claim, 0)
+        os.pwrite(self.claim, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+        if not any(self.folder.glob("*.so")):
+            say(f"DeepSpeed compiles {self.folder.name} into {self.folder}: once, a minute or two")
+        return True
+
+    def release(self) -> None:
+        os.ftruncate(self.claim, 0)
+        os.close(self.file)
+        self.path.unlink(missing_ok=True)
+        self.file = None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.on_sigterm or signal.SIG_DFL)
+        self.leave()
+
+    def _acquire(self) -> None:
+        began = time.monotonic()
+        say_again = began
+        while True:
+            found = self.look()
+            if found is True:
+                say(f"removed {self.path}: no process held it, a compiler was ended before it was through")
+            elif found:
+                now = time.monotonic()
+                if now >= say_again and not found.sibling and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                    say(f"waiting for {found.words}, which compiles in {self.folder}")
+                    say_again = now + SAY_AGAIN_SECONDS
+                if not found.certain and now - began > UNCERTAIN_SECONDS:
+                    self.leave()
+                    raise UserError(
+                        f"{self.path} is still held, by {found.words}: if nobody compiles there, run "
+                        f"`rm {shlex.quote(str(self.path))}`"
+                    )
+                time.sleep(POLL_SECONDS)
+                continue
+            with contextlib.suppress(FileExistsError):  # a program that knows torch's rule alone was faster
+                self.file = os.open(self.path, os.O_CREAT | os.O_EXCL)
+                return
+
+    def _end(self, number: int, frame: object) -> None:
+        """SIGTERM: end the compiler, remove the lock, then end as without this handler."""
+        for process in compilers_in(self.folder):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGTERM)
+        self.path.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, self.on_sigterm or signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
