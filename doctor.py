@@ -466,13 +466,16 @@ def download(asset_dir: str | None, mirror: str | None) -> int:
 
 
 def memory_plan(config: str, num_gpus: int, gpu_memory: float, more_flags: list[str]) -> int:
-    from schemas import UserError
+    from schemas import UserError, check_flags
+    from schemas.flags import Count, Positive
     from vla.cli import parse_args
     from vla.engine import read_deepspeed_config, zero_stage
     from vla.memory_plan import Recipe, advice, make_plan, table
 
     script = "train_grpo" if "grpo" in Path(config).name else "train_ppo"  # whose defaults hold
+    ranges = dataclasses.make_dataclass("Ranges", [("num_gpus", Count), ("gpu_memory", Positive)])
     try:
+        check_flags(ranges(num_gpus, gpu_memory))
         flags = vars(parse_args(importlib.import_module(script).Args, ["--config", config, *more_flags], ""))
         settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
         known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
@@ -499,11 +502,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--asset_dir", help=argparse.SUPPRESS)
     parser.add_argument("--mirror", help=argparse.SUPPRESS)
     parser.add_argument("--config", help=argparse.SUPPRESS)
-    parser.add_argument("--num_gpus", type=int, default=8, help=argparse.SUPPRESS)
-    parser.add_argument("--gpu_memory", type=float, default=80.0, help=argparse.SUPPRESS)
+    parser.add_argument("--num_gpus", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--gpu_memory", type=float, help=argparse.SUPPRESS)
     flags, more_flags = parser.parse_known_args(argv)
-    if flags.config:
-        return memory_plan(flags.config, flags.num_gpus, flags.gpu_memory, more_flags)
+    if flags.config is not None:
+        num_gpus, gpu_memory = (8 if flags.num_gpus is None else flags.num_gpus), flags.gpu_memory
+        return memory_plan(flags.config, num_gpus, 80.0 if gpu_memory is None else gpu_memory, more_flags)
+    if flags.num_gpus is not None or flags.gpu_memory is not None:
+        parser.error("--num_gpus and --gpu_memory belong to --config")
     if more_flags:
         parser.error(f"unknown: {' '.join(more_flags)}")
     if flags.download:

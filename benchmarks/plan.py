@@ -20,15 +20,20 @@ import argparse
 import importlib
 import json
 import math
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pydantic import Field
+
 from benchmarks import flops
+from schemas import UserError, check_flags
+from schemas.flags import Count, Positive
 from vla.cli import derive_sizes, parse_args, pick
-from vla.distributed import UserError
 from vla.engine import read_deepspeed_config, zero_stage
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -322,10 +327,8 @@ def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> li
     """One line per number of GPUs, and where the inputs come from."""
     script = "train_grpo" if "grpo" in Path(options.config).name else "train_ppo"  # whose defaults hold
     flags = vars(parse_args(importlib.import_module(script).Args, ["--config", options.config, *options.more], ""))
-    preset_ranks = [line for line in Path(options.config).read_text().splitlines() if line.startswith("# ranks:")]
-    envs_per_gpu = max(
-        1, flags["num_envs"] // int(preset_ranks[0].split(":")[1]) if preset_ranks else flags["num_envs"]
-    )
+    preset_ranks = re.search(r"^# ranks: *([1-9]\d*) *$", Path(options.config).read_text(), re.M)
+    envs_per_gpu = max(1, flags["num_envs"] // int(preset_ranks[1] if preset_ranks else 1))
     inputs, task = Inputs(files), (script, flags["env_id"], flags["sim_freq"])
     lines = ["| GPUs | envs | workers per GPU | rollout | update | env steps/s | hours | GPU-hours | published |"]
     lines.append("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
@@ -346,8 +349,23 @@ def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> li
     return lines + [f"- {what}: {how}" for what, how in inputs.used.items()]
 
 
+@dataclass
+class Ranges:
+    """What the numbers among the flags may be."""
+
+    num_gpus: list[Count]
+    num_envs: Count | None
+    cores: Positive
+    env_steps: Count
+    peak: Positive | None
+    memory: Positive | None
+    bandwidth: Positive
+    utilisation: Annotated[Positive, Field(le=1)]
+
+
 def main(options: argparse.Namespace) -> int:
     try:
+        check_flags(Ranges(**{field.name: getattr(options, field.name) for field in fields(Ranges)}))
         files = read_results(options.results)
         assumed = assumed_of(files, options)
         lines, fits = check(files, assumed)

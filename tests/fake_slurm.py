@@ -55,7 +55,10 @@ def srun(words: list[str]) -> int:
     ranks = []
     for number in range(int(os.environ["SLURM_NTASKS"])):
         place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number % per_node)}
-        with open(named["output"].replace("%t", str(number)), "a") as log:
+        log_name = re.sub(
+            "%[t%]", lambda field, number=number: {"%t": str(number), "%%": "%"}[field[0]], named["output"]
+        )
+        with open(log_name, "a") as log:
             ranks.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=log))
     (STATE / "pids").write_text(" ".join(str(rank.pid) for rank in ranks))
     codes = [rank.wait() for rank in ranks]

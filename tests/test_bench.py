@@ -151,6 +151,22 @@ def test_exit_code_says_whether_predictions_hold(tmp_path, capsys, seconds, code
     assert f"{0.56 / seconds - 1:+.0%}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--num_gpus 8 0", "--num_gpus 8 0 must be at least 1"),
+        ("--utilisation 0", "--utilisation 0.0 must be above 0"),
+        ("--utilisation 40", "--utilisation 40.0 must be at most 1"),
+        ("--cores 0", "--cores 0.0 must be above 0"),
+        ("--env_steps -5", "--env_steps -5 must be at least 1"),
+        ("--bandwidth nan", "--bandwidth nan must be a finite number"),
+    ],
+)
+def test_numbers_that_no_plan_can_be_made_of(capsys, words, sentence):
+    assert plan.main(plan.parse(["--config", CONFIG, *words.split()])) == 2
+    assert capsys.readouterr() == ("", f"error: {sentence}\n")
+
+
 def test_a_plan_names_its_inputs_and_the_published_rate(tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results()))

@@ -1,12 +1,15 @@
 """Every row of doctor.py: what it says of a machine that is well, and of one that is not."""
 
+import contextlib
 import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,21 +102,97 @@ def test_compiler(torch_says, monkeypatch):
     assert doctor.check_compiler().state == "note"
 
 
-def test_ops_folder(torch_says, tmp_path):
+def test_ops_folder(torch_says, tmp_path, monkeypatch):
     folder = tmp_path / "deepspeed_shm_comm"
     folder.mkdir()
     torch_says(ops=str(folder))
-    assert doctor.check_ops().state == "note"  # compiled at the first start
-    (folder / "lock").touch()
     row = doctor.check_ops()
-    assert row.state == "note" and "compiling" in row.found
-    long_ago = time.time() - 2 * doctor.STALE_SECONDS
-    os.utime(folder / "lock", (long_ago, long_ago))
+    assert row.state == "note" and "not compiled" in row.found  # the launch does it
+    (folder / "lock").touch()  # of a compiler that was killed
     row = doctor.check_ops()
-    assert row.state == "MEND" and row.remedy == f"run `rm {folder / 'lock'}`"
-    (folder / "lock").unlink()
+    assert row.state == "note" and row.found.startswith(f"removed {folder / 'lock'}, which no process held")
+    assert not (folder / "lock").exists()
     (folder / "deepspeed_shm_comm.so").touch()
     assert doctor.check_ops().state == "ok"
+    (folder / "lock").touch()
+    monkeypatch.setattr("vla.extensions.file_system_of", lambda folder: "nfs")  # another machine may hold it
+    row = doctor.check_ops()
+    assert row.state == "MEND" and row.remedy.endswith(f"run `rm {folder / 'lock'}`") and (folder / "lock").exists()
+
+
+def test_ops_folder_where_another_process_compiles(torch_says, tmp_path):
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
+    torch_says(ops=str(folder))
+    with open(folder / "lock", "w"), subprocess_that("open(sys.argv[1])", folder / "lock") as other:
+        row = doctor.check_ops()
+        assert row.state == "MEND" and row.remedy == "wait for it" and (folder / "lock").exists()
+        assert row.found.startswith(f"process {other.pid} (") and row.found.endswith(f"compiles in {folder}")
+
+
+def test_nothing_is_launched_that_would_wait_for_a_lock(monkeypatch, capsys):
+    checks = {"ops": lambda: doctor.mend("a lock", "rm it"), "launch": lambda: 1 / 0, "disk": lambda: doctor.ok("well")}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    assert doctor.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "note  launch      not tried: mend ops first",
+        "ok    disk        well",
+    ]
+
+
+@contextlib.contextmanager
+def subprocess_that(does: str, *words: object) -> Iterator[subprocess.Popen]:
+    """A process that does something, `sys.argv` being the words, says so, and waits until the block is over."""
+    program = f"import sys, time; kept = {does}; print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", program, *map(str, words)], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+RANKS_OF_A_DOCTOR = """
+import doctor, sys
+doctor.ONE_RANK = "import os, sys, time; open(os.environ['PIDS'] + '/' + str(os.getpid()), 'w'); time.sleep(600)"
+doctor.torch_facts = lambda: {"gpus": []}
+doctor.check_launch()
+"""
+
+
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_ranks_end_with_doctor_however_that_ends(tmp_path, ends):
+    environment = os.environ | {"PIDS": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    asked = subprocess.Popen(
+        [sys.executable, "-c", RANKS_OF_A_DOCTOR], cwd=doctor.ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    while len(list(tmp_path.iterdir())) < 2:
+        assert asked.poll() is None
+        time.sleep(0.05)
+    asked.send_signal(ends)
+    assert asked.wait(timeout=60) != 0
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{rank.name}").exists() for rank in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--num_gpus 0", "--num_gpus 0 must be at least 1"),
+        ("--gpu_memory nan", "--gpu_memory nan must be a finite number"),
+        ("--gpu_memory -80", "--gpu_memory -80.0 must be above 0"),
+    ],
+)
+def test_sizes_of_a_memory_plan_that_are_none(capsys, words, sentence):
+    assert doctor.main(["--config", "yaml/maniskill_ppo_openvla.yaml", *words.split()]) == 2
+    assert capsys.readouterr() == ("", f"error: {sentence}\n")
+
+
+@pytest.mark.parametrize("words", [["--config", ""], ["--num_gpus", "4"]])
+def test_words_that_ask_for_no_memory_plan(words):
+    """An unset variable of a shell, and sizes without a config, are not taken for "examine the machine"."""
+    run = subprocess.run([sys.executable, "doctor.py", *words], cwd=doctor.ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "--config" in run.stderr and not run.stdout
 
 
 def test_ops_folder_that_can_not_be_written(tmp_path, monkeypatch):

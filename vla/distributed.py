@@ -35,7 +35,8 @@ LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR"
 REQUEUE = 75  # exit code: asked to end, everything is saved, start it again with --resume (EX_TEMPFAIL of sysexits.h)
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
-HEARD_SECONDS = 10.0  # what a node's first rank finds as well, it says by then, and its launcher ends the others
+HEARD_SECONDS = 10.0  # a launcher looks every second whether a rank has ended
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's and a store's errors
 ORPHAN_SECONDS = 600.0  # an orphan has as long to save itself; it may hang in a collective with a rank that died
 
 
@@ -43,7 +44,8 @@ def run_main(main: Callable, parse: Callable) -> None:
     """Run main(parse()). Wrong input ends in one sentence and exit code 2, anything else in its traceback.
 
     What all ranks find alike (flags) is said once per node; what one may find alone (files, devices) by each rank. A
-    launcher ends all ranks when the first one ends with an error, and exits with its code.
+    launcher ends all ranks when the first one ends with an error, and exits with its code. So a rank that may have
+    nothing of its own to say leaves that to the others.
     """
     try:
         main(parse())
@@ -59,13 +61,32 @@ def run_main(main: Callable, parse: Callable) -> None:
         os._exit(128 + signal.SIGINT)
     except UserError as error:
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if not first and error.__cause__ is None:
-            time.sleep(HEARD_SECONDS)  # had this rank ended at once, the launcher might end the first before it spoke
+        if lost_rank(error) or (not first and error.__cause__ is None):
+            let_others_speak()
         who = "error" if first else f"error (rank {os.environ['RANK']})"
         print(f"{who}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+    except Exception as error:
+        if lost_rank(error):
+            let_others_speak()
+        raise
     if dist.is_initialized():  # not after an exception: it would wait for what other ranks never send
         dist.destroy_process_group()
+
+
+def lost_rank(error: BaseException | None) -> bool:
+    """Whether an error is no more than what a rank sees when another one has ended."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def let_others_speak() -> None:
+    """Give the rank time that knows what is wrong. The launcher ends this one with it, and exits with its code."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(HEARD_SECONDS)
 
 
 class checked:

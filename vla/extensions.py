@@ -120,8 +120,9 @@ class Holder(NamedTuple):
 
 def named(process: int) -> str:
     """A process in words: its id and the beginning of its command."""
-    command = command_of(process).replace(b"\0", b" ").decode(errors="replace").strip()
-    return f"process {process} ({command[:80]})" if command and command.isprintable() else f"process {process}"
+    text = command_of(process).decode(errors="replace")
+    command = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return f"process {process} ({command[:80]})" if command else f"process {process}"
 
 
 def read_claim(folder: Path) -> tuple[str, int] | None:
