@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from conftest import micro_preset  # noqa: E402
 
 from vla.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from vla.distributed import UserError, all_reduce_sum, rank, setup_distributed, world_size  # noqa: E402
+from vla.distributed import UserError, all_reduce_max, all_reduce_sum, rank, setup_distributed, world_size  # noqa: E402
 from vla.engine import DTYPES, backward, build_engine, read_deepspeed_config, zero_stage  # noqa: E402
 from vla.memory_plan import LiveBytes  # noqa: E402
 from vla.policy import PolicyInputs  # noqa: E402
@@ -29,6 +29,7 @@ from vla.pretrained import load_policy  # noqa: E402
 from vla.shards import Snapshot, local_buffers, local_shards  # noqa: E402
 from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage  # noqa: E402
 
+LINEAR = torch.nn.functional.linear  # as torch has it
 BATCH = 4  # samples over all ranks and micro batches
 
 
@@ -130,6 +131,42 @@ def coverage(**settings) -> dict:
             if held != numel * (world_size() if zero_stage_of(engine) == 0 else 1):
                 wrong.append(name)
     return {"wrong": wrong}
+
+
+def one_arithmetic(**settings) -> dict:
+    """Before the first step: what differs from a policy that no engine holds, acting and evaluated."""
+    flags = {name: settings[name] for name in ("lora_rank", "lora_scope") if name in settings}
+    plain = load_policy(micro_preset(), dtype=DTYPES[settings.get("dtype", "float32")], device=DEVICE, **flags).eval()
+    engine, hand_over = made(**settings)
+    inputs, tokens = samples(0)
+    with torch.no_grad():
+        acted, evaluated = plain.act(plain.prepare(inputs, DEVICE), 0.0), plain(inputs, tokens=tokens)
+    with rollout_stage(hand_over) as actor:
+        ours = actor.act(actor.prepare(inputs, DEVICE), 0.0)
+    with update_stage(hand_over):
+        new = engine(inputs, tokens=tokens)
+        backward(engine, new.values.sum() + new.logprobs.sum(), last=True)
+    pairs = {"tokens": (acted[0], ours[0]), "logprobs": (acted[1], ours[1])}
+    pairs["new logprobs"] = (evaluated.logprobs, new.logprobs)
+    if settings.get("dtype", "float32") == "float32":  # else the engine has rounded the critic's weights
+        pairs |= {"values": (acted[2], ours[2]), "new values": (evaluated.values, new.values)}
+    differing = [name for name, (one, other) in pairs.items() if not torch.equal(one, other)]
+    return {"differing": differing, "torchs_own": torch.nn.functional.linear is LINEAR}
+
+
+def exact_critic(**settings) -> dict:
+    """The largest difference of the critic's fp32 weights, on this rank, from those that were read."""
+    plain = load_policy(micro_preset(), dtype=DTYPES[settings["dtype"]], device=DEVICE, lora_rank=settings["lora_rank"])
+    engine, _ = made(**settings)
+    wanted = {name: p.detach().flatten() for name, p in plain.named_parameters() if name.startswith("value_head.")}
+    held = [shard for shard in local_shards(engine) if shard.name in wanted]
+    differences = [
+        (shard.tensors["weight"] - wanted[shard.name][shard.start :][: len(shard.tensors["weight"])]).abs().max()
+        for shard in held
+    ]
+    elements = all_reduce_sum(torch.tensor(float(sum(len(shard.tensors["weight"]) for shard in held))))
+    largest = all_reduce_max(torch.stack([torch.zeros(()), *differences]).max())
+    return {"all": float(elements) == sum(len(whole) for whole in wanted.values()), "largest": float(largest)}
 
 
 def zero_stage_of(engine) -> int:

@@ -1,6 +1,7 @@
 """Engine, stages, shards, checkpoints, signals and clusters, on ranks of their own."""
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -13,12 +14,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import micro_preset
+from conftest import micro_preset, one_rank_environment
 
 from vla import distributed
 from vla.checkpoint import FORMAT, damage, latest_checkpoint
 from vla.distributed import REQUEUE, UserError
-from vla.engine import read_deepspeed_config
+from vla.engine import read_deepspeed_config, use_gathered_layers
 from vla.memory_plan import Recipe, advice, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,8 @@ MEASURED = [
     {"config": "zero3", "offload": "stage", **BF16_LORA},
     {"config": "zero3", "offload": "stage", "dtype": "bfloat16"},
 ]
+ARITHMETIC = [{}, {"lora_rank": 4}, {"dtype": "bfloat16"}, BF16_LORA, {"offload": "stage", **BF16_LORA}]
+EXACT = [{"config": "zero2", **BF16_LORA}, {"config": "zero3", **BF16_LORA}]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,8 @@ def two_ranks(tmp_path_factory) -> tuple[Path, dict]:
     scenarios += [("losses", settings) for settings in OFFLOAD] + [("broken_rollout", {"offload": "stage"})]
     scenarios += [("undo", settings) for settings in UNDONE] + [("memory", settings) for settings in MEASURED]
     scenarios += [("coverage", {"config": f"zero{stage}"}) for stage in (0, 2, 3)]
+    scenarios += [("one_arithmetic", settings) for settings in ARITHMETIC]
+    scenarios += [("exact_critic", settings) for settings in EXACT]
     scenarios += [("full_disk", {"folder": str(folder / "full")}), ("stale_stop", {"folder": str(folder / "stale")})]
     results: dict[str, list] = {}
     for (name, _), result in zip(scenarios, on_ranks(2, scenarios)):
@@ -204,6 +209,39 @@ def test_a_stop_file_of_a_killed_run_stops_no_rank_of_the_next(two_ranks):
     assert two_ranks[1]["stale_stop"] == [{"asked": 0.0}]
 
 
+@pytest.mark.slow
+def test_under_zero3_weights_act_and_are_judged_bit_for_bit_as_they_do_outside(two_ranks):
+    for settings, result in zip(ARITHMETIC, two_ranks[1]["one_arithmetic"]):
+        assert result == {"differing": [], "torchs_own": True}, settings
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 5, 6)])
+@pytest.mark.parametrize("frozen, biased", [(False, True), (True, True), (False, False)])
+def test_a_linear_layer_of_the_engine_is_torchs_without_keeping_the_weight(shape, frozen, biased):
+    plain, x = torch.nn.Linear(6, 3, bias=biased), torch.randn(*shape)
+    plain.weight.requires_grad_(not frozen)
+    ours = copy.deepcopy(plain)
+    use_gathered_layers(torch.nn.Sequential(ours))
+    left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
+    one, other = plain(left), ours(right)
+    assert torch.equal(one, other)
+    weight = ours.weight.data.clone()
+    ours.weight.data = torch.empty(0)  # ZeRO-3 frees it after the forward
+    ours.weight.data = 2 * weight  # and gathers it before the backward: what is there then is what counts
+    for result in (one, other):
+        (result**2).sum().backward()
+    torch.testing.assert_close(right.grad, 2 * left.grad)
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.slow
+def test_the_critic_is_trained_from_the_fp32_weights_that_were_read(two_ranks):
+    for settings, result in zip(EXACT, two_ranks[1]["exact_critic"]):
+        assert result == {"all": True, "largest": 0.0}, settings
+
+
 # ---------------------------------------------------------------------- memory plan
 def recipe(config: str, dtype: str = "float32", lora_rank: int = 0, offload: str = "none", **changes) -> Recipe:
     """Of engine_program.py's memory scenario: two envs and a micro batch of two on each of two ranks."""
@@ -295,6 +333,7 @@ def test_a_rank_that_finds_its_launcher_gone_ends(monkeypatch, parents, first_co
     "zero, offload, sentence",
     [
         ({"stage": 2}, "stage", "--offload stage needs ZeRO-3"),
+        ({"stage": 3, "memory_efficient_linear": True}, "none", "memory_efficient_linear is decided by the engine"),
         ({"stage": 1}, "none", "use 0, 2 or 3"),
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "none", "offload_param is not supported"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "stage", "use ds_configs/zero3.json"),
@@ -462,6 +501,38 @@ def parent_command(process: int) -> str:
         return Path(f"/proc/{parent}/cmdline").read_text()
     except OSError:
         return ""
+
+
+STOPPED_AT_DECISION_3 = """
+import sys
+import train_ppo
+from vla.cli import parse_args
+from vla.distributed import run_main
+from vla.preemption import Preemption
+
+def stopping(self, items, until_asked=Preemption.until_asked):
+    for t in until_asked(self, items):
+        if t == 3:
+            self.stop_file.touch()
+        yield t
+
+Preemption.until_asked = stopping
+run_main(train_ppo.main, lambda: parse_args(train_ppo.Args, sys.argv[1:], ""))
+"""
+
+
+@pytest.mark.slow
+def test_without_auto_reset_a_run_stopped_in_its_first_iteration_goes_on_with_the_same_episodes(tmp_path):
+    def run(*command: str) -> int:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=one_rank_environment()).returncode
+
+    unbroken, broken = (str(tmp_path / name) for name in ("unbroken", "broken"))
+    new = [*flags(num_iterations=2), "--no-auto_reset", "--deepspeed_config", "ds_configs/zero2.json", "--run_dir"]
+    assert run("train_ppo.py", *new, unbroken) == 0
+    assert run("-c", STOPPED_AT_DECISION_3, *new, broken) == REQUEUE
+    assert not (tmp_path / "broken" / "metrics.jsonl").exists()
+    assert run("train_ppo.py", "--resume", broken) == 0
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
 
 
 @pytest.mark.slow

@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
+from torch.nn import functional as F
 
 from schemas import UserError
 from vla.distributed import all_reduce_max
+from vla.shards import write_weights
 
 FLAG_OF_KEY = {
     "train_batch_size": "--num_envs, --num_steps and --num_minibatches",
@@ -57,6 +60,8 @@ def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 2, 3):  # 1 saves nothing that 2 does not, and is other code under bfloat16
         raise UserError(f"{path}: zero_optimization.stage {zero['stage']!r} is not supported, use 0, 2 or 3")
+    if "memory_efficient_linear" in zero:
+        raise UserError(f"{path}: memory_efficient_linear is decided by the engine: remove it from the file")
     check_offload(path, zero, offload)
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 is not supported, use --dtype bfloat16")
@@ -106,6 +111,34 @@ def decay_at(schedule: str, progress: float) -> float:
     return shapes[schedule]
 
 
+class TorchLinear(LinearFunctionForZeroStage3):
+    """torch's own linear function forward, DeepSpeed's backward.
+
+    ZeRO-3 frees a layer's gathered weight after its forward and gathers it again for its backward. torch's function
+    keeps a transposed view of the weight for the backward, and with the view the memory: after a forward every rank
+    would hold the whole model. DeepSpeed's (0.19.8) keeps the parameter itself, which is emptied and filled in place,
+    but adds the bias in a kernel of its own, so the last bits are others than those of evaluate.py.
+    """
+
+    @staticmethod
+    def forward(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(input, weight, bias)
+
+
+class GatheredLinear(nn.Linear):
+    """A linear layer of a policy that ZeRO-3 cuts: bit for bit what nn.Linear returns, without keeping the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return TorchLinear.apply(x, self.weight, self.bias)
+
+
+def use_gathered_layers(policy: nn.Module) -> None:
+    """Turn every plain linear layer into a GatheredLinear; parameters and their names stay."""
+    for module in policy.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = GatheredLinear
+
+
 def build_engine(
     policy: nn.Module,
     config: dict,
@@ -134,9 +167,12 @@ def build_engine(
     )
     # DeepSpeed's default bucket for gradients has 5e8 elements, which an adapter would never fill
     bucket = min(500_000_000, sum(p.numel() for group in groups for p in group["params"]))
+    # DeepSpeed would put its linear function in the place of torch's in the whole process, rollouts included; the
+    # engine's own layers are the only ones that need it (GatheredLinear)
+    zero = {"reduce_bucket_size": bucket, **config.get("zero_optimization", {}), "memory_efficient_linear": False}
     config = {
         **config,
-        "zero_optimization": {"reduce_bucket_size": bucket, **config.get("zero_optimization", {})},
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -146,7 +182,16 @@ def build_engine(
     }
     # ZeRO-3 gathers and frees a block at a time instead of its layers one by one, three each where there is an adapter
     set_z3_leaf_modules(policy, GATHERED_WHOLE, raise_if_not_found=False)
-    return deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
+    if zero_stage(config) == 3:
+        use_gathered_layers(policy)
+    # under bfloat16 DeepSpeed makes the optimizer's fp32 weights from rounded ones: those of the critic, which come in
+    # fp32, are written into them as they were
+    exact = {}
+    if config.get("bf16", {}).get("enabled"):
+        exact = {name: p.detach().clone() for name, p in policy.named_parameters() if p.dtype == torch.float32}
+    engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
+    write_weights(engine, exact)
+    return engine
 
 
 def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, last: bool) -> float | None:

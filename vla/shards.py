@@ -11,18 +11,22 @@ It reads names that DeepSpeed does not promise (fp32_partitioned_groups_flat, gr
 is pinned, and tests/test_engine.py compares what is found with the weights that forwards use.
 """
 
+from __future__ import annotations
+
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from schemas import UserError
 from vla.distributed import rank
-from vla.engine import Engine
 from vla.tensors import save_tensors
+
+if TYPE_CHECKING:
+    from vla.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,6 +89,14 @@ def local_buffers(engine: Engine) -> list[torch.Tensor]:
             buffers.append(master_flat)
         buffers += [adam_state(wrapper.optimizer, master_flat)[key] for key in MOMENTS]
     return buffers
+
+
+def write_weights(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
+    """Whole fp32 weights, by parameter name, into what this rank's optimizer steps on."""
+    for shard in local_shards(engine):
+        if shard.name in weights:
+            here = slice(shard.start, shard.start + len(shard.tensors["weight"]))
+            shard.tensors["weight"].copy_(weights[shard.name].flatten()[here])
 
 
 def publish_weights(engine: Engine) -> None:
