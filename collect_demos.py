@@ -34,7 +34,7 @@ class Args:
     config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
     output: Text = "demos"  # folder of the set
     num_demos: Count = 500  # successful episodes to keep
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
     # metres, standard deviation per axis, added to what is executed and not to the labels
     action_noise: NonNegative = 0.0
     filter_idle: bool = True  # leave steps out of training that hardly move, as RL4VLA's warm-up data does

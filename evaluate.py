@@ -95,7 +95,7 @@ class Args:
     num_episodes: Episodes = 256  # held-out episodes per setting and temperature
     # of sampling, one table each; 0 = greedy (published tables use 0.6)
     temperature: NonEmpty[NonNegative] = (0.0, 0.6)
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
     # output folders of two earlier evaluations: says per setting whether they differ, and runs nothing
     compare: tuple[Text, Text] | None = None
 

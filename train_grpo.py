@@ -50,7 +50,7 @@ from schemas.flags import (
     Text,
 )
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import check_combinations, derive_sizes, parse_args, pick
+from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
@@ -59,7 +59,7 @@ from vla.policy import Evaluation, VLAPolicy, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.regularization import regularization
-from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatches
+from vla.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
 
 # what an iteration without update logs as 0
@@ -73,7 +73,7 @@ class Args:
     config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
     run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
     resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
     num_iterations: Count = 400  # how many times: rollout, advantage, update
     total_timesteps: Count | None = None  # env steps over all ranks; if given, it decides num_iterations
     save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
@@ -175,9 +175,11 @@ def clipped_surrogate(
 
     Returns:
         loss and metrics, scalars. The unit whose ratio is clipped is a token, an action (7 tokens) or a chunk (its
-        executed actions; its advantage is that of its first action, which holds the rewards of the others).
+        executed actions; its advantage is that of its first action, which holds the rewards of the others). Log ratios
+        count up to +-20 and have no gradient beyond: exp overflows at 88, and its gradient is NaN there.
     """
-    log_ratio = new_logprobs - mb.old_logprobs  # [B, C, D]
+    # [B, C, D]; what was not executed may be anything, and infinity times a weight of 0 is NaN
+    log_ratio = torch.where(mb.weights[..., None] > 0, new_logprobs - mb.old_logprobs, 0.0)
     advantages, weights = mb.advantages, mb.weights  # [B, C]
     if logprob_level == "token":
         num_tokens = log_ratio.shape[-1]
@@ -185,12 +187,13 @@ def clipped_surrogate(
     else:
         log_ratio = log_ratio.sum(dim=-1)  # [B, C]
     if logprob_level == "chunk":
-        log_ratio = (log_ratio * (weights > 0)).sum(dim=1, keepdim=True)  # [B, 1]
+        log_ratio = log_ratio.sum(dim=1, keepdim=True)  # [B, 1]
         advantages, weights = advantages[:, :1], weights.sum(dim=1, keepdim=True)
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         return (x * weights).sum() / total_weight
 
+    log_ratio = log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
     unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
@@ -209,27 +212,48 @@ def clipped_surrogate(
     }
 
 
-def compute_group_advantages(
-    returns: torch.Tensor, group_size: int, baseline: str, scale: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def compare(grouped: torch.Tensor, baseline: str, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages of whole episodes against their group (GRPO, arXiv 2402.03300, section 4.1).
 
     Args:
-        returns: [N], undiscounted sum of rewards up to an episode's end; members of a group are neighbours.
+        grouped: [groups, K], returns of each group's K members.
         baseline: "mean", or "leave_one_out": the mean of the other members. scale: "std" (unbiased, + 1e-6 as RLinf)
         or "none".
 
     Returns:
-        advantages [N]; live bool [N / group_size], groups whose members do not all score the same.
+        advantages [groups, K]; live bool [groups], groups whose members do not all score the same.
     """
-    grouped = returns.view(-1, group_size)  # [groups, group_size]
+    K = grouped.shape[1]
+    if K < 2:
+        return torch.zeros_like(grouped), torch.zeros(len(grouped), dtype=torch.bool)
     centered = grouped - grouped.mean(dim=1, keepdim=True)
     live = (grouped.max(dim=1).values - grouped.min(dim=1).values) > 1e-6
-    if baseline == "leave_one_out":  # x - mean of the others = (x - mean) * G / (G - 1)
-        centered = centered * group_size / (group_size - 1)
+    if baseline == "leave_one_out":  # x - mean of the others = (x - mean) * K / (K - 1)
+        centered = centered * K / (K - 1)
     if scale == "std":
         centered = centered / (grouped.std(dim=1, keepdim=True) + 1e-6)
-    return (centered * live[:, None]).flatten(), live
+    return centered * live[:, None], live
+
+
+def compute_group_advantages(
+    returns: torch.Tensor, ended: torch.Tensor, group_size: int, baseline: str, scale: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """compare() within groups of episodes that ended.
+
+    Args:
+        returns: [N], undiscounted sum of rewards up to an episode's end; members of a group are neighbours.
+        ended: bool [N]. An episode that did not (begun anew when its worker was lost, too late to end) has no score:
+            its advantage is 0, and the others are compared without it.
+
+    Returns:
+        advantages [N]; live bool [N / group_size].
+    """
+    grouped, ended = returns.view(-1, group_size), ended.view(-1, group_size)
+    advantages, live = compare(grouped, baseline, scale)
+    for group in (~ended.all(dim=1)).nonzero()[:, 0].tolist():
+        members, advantages[group] = ended[group], 0.0
+        (advantages[group, members],), (live[group],) = compare(grouped[group, members][None], baseline, scale)
+    return advantages.flatten(), live
 
 
 def roll_out(
@@ -242,7 +266,7 @@ def roll_out(
         envs: vector env without auto_reset. noise: one [N, C, D] per decision.
 
     Returns:
-        statistics of the N episodes.
+        statistics of the episodes that ended: N, but for those that were begun anew after a lost worker, too late.
     """
     buffer.clear()
     obs = envs.split(envs.reset(episode_ids))
@@ -300,7 +324,8 @@ def grpo_loss(
 
 def live_groups(buffer: RolloutBuffer, group_size: int) -> torch.Tensor:
     """bool [groups]: groups whose members do not all score the same."""
-    return compute_group_advantages(buffer.rewards.sum(dim=(0, 2)), group_size, "mean", "none")[1]
+    returns, ended = buffer.rewards.sum(dim=(0, 2)), buffer.dones.any(dim=0)  # [N]
+    return compute_group_advantages(returns, ended, group_size, "mean", "none")[1]
 
 
 def fill_dead_groups(buffer: RolloutBuffer, spare: RolloutBuffer, group_size: int) -> None:
@@ -319,6 +344,7 @@ def main(args: Args) -> None:
         device = setup_distributed(args.seed)
         check_combinations(**pick(args, check_combinations))
         sizes = derive_sizes(**pick(args, derive_sizes, rank=rank(), world_size=world_size()))
+        check_whole_episodes(**pick(args, check_whole_episodes))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         default_dir = f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
@@ -396,10 +422,10 @@ def main(args: Args) -> None:
         global_step += env_steps
 
         # ------------------------------------------------------------------ advantage
-        returns = buffer.rewards.sum(dim=(0, 2))  # [N]
-        scores, live = compute_group_advantages(returns, args.group_size, args.grpo_baseline, args.grpo_scale)
+        returns, ended = buffer.rewards.sum(dim=(0, 2)), buffer.dones.any(dim=0)  # [N]
+        scores, live = compute_group_advantages(returns, ended, args.group_size, args.grpo_baseline, args.grpo_scale)
         advantages = scores[None, :, None] * buffer.valid  # [T, N, C]
-        kept = live.repeat_interleave(args.group_size) | (not args.dynamic_sampling)  # [N]
+        kept = ended & (live.repeat_interleave(args.group_size) | (not args.dynamic_sampling))  # [N]
         weights = episode_weights(buffer.valid & kept[None, :, None], args.length_norm)  # [T, N, C]
         decisive = (advantages != 0).any(dim=-1)  # [T, N], decisions that a gradient comes from
         num_live, num_decisive, num_decisions = all_reduce_sum(
@@ -415,8 +441,7 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         epochs = []
-        # ranks have drawn unequally much noise by now, so minibatches are dealt from a generator of their own
-        dealing = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        dealing = dealing_generator(args.seed, iteration)  # ranks may have drawn unequally much noise by now
         decay = decay_at(args.schedule, iteration / sizes.num_iterations)
         engine.optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         with logger.timer("update"), update_stage(hand_over):
@@ -442,7 +467,8 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ log, evaluate, save
         stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
-        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
+        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics()
+        metrics |= buffer.statistics(advantages, buffer.valid)
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["rollout/live_groups"] = live_share
         metrics["rollout/zero_advantage"] = 1.0 - num_decisive / num_decisions

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from envs import eval_episode_ids, make_envs
 from envs.video import VideoWriter
@@ -49,8 +48,8 @@ from schemas.flags import (
     Text,
 )
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import check_combinations, derive_sizes, parse_args, pick
-from vla.distributed import all_reduce_sum, checked, normalize, rank, run_main, setup_distributed, world_size
+from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
+from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
@@ -58,9 +57,10 @@ from vla.policy import Evaluation, VLAPolicy, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.regularization import regularization
-from vla.rollout_buffer import MicroBatch, RolloutBuffer, minibatches
+from vla.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
 from vla.state_critic import StateCritic
+from vla.value_head import value_errors
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Args:
     config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
     run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
     resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
     num_iterations: Count = 400  # how many times: rollout, advantage, update
     total_timesteps: Count | None = None  # env steps over all ranks; if given, it decides num_iterations
     save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
@@ -217,9 +217,11 @@ def clipped_surrogate(
 
     Returns:
         loss and metrics, scalars. The unit whose ratio is clipped is a token, an action (7 tokens) or a chunk (its
-        executed actions; its advantage is that of its first action, which holds the rewards of the others).
+        executed actions; its advantage is that of its first action, which holds the rewards of the others). Log ratios
+        count up to +-20 and have no gradient beyond: exp overflows at 88, and its gradient is NaN there.
     """
-    log_ratio = new_logprobs - mb.old_logprobs  # [B, C, D]
+    # [B, C, D]; what was not executed may be anything, and infinity times a weight of 0 is NaN
+    log_ratio = torch.where(mb.weights[..., None] > 0, new_logprobs - mb.old_logprobs, 0.0)
     advantages, weights = mb.advantages, mb.weights  # [B, C]
     if logprob_level == "token":
         num_tokens = log_ratio.shape[-1]
@@ -227,12 +229,13 @@ def clipped_surrogate(
     else:
         log_ratio = log_ratio.sum(dim=-1)  # [B, C]
     if logprob_level == "chunk":
-        log_ratio = (log_ratio * (weights > 0)).sum(dim=1, keepdim=True)  # [B, 1]
+        log_ratio = log_ratio.sum(dim=1, keepdim=True)  # [B, 1]
         advantages, weights = advantages[:, :1], weights.sum(dim=1, keepdim=True)
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         return (x * weights).sum() / total_weight
 
+    log_ratio = log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
     unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
@@ -274,13 +277,7 @@ def ppo_loss(
     metrics |= penalties | {"train/loss": loss}
     if not vf_coef:
         return loss, {name: value.detach() for name, value in metrics.items()}
-    change = new.values - mb.old_values
-    errors = F.huber_loss(new.values, mb.returns, reduction="none", delta=huber_delta)
-    value_clipped = torch.zeros_like(change, dtype=torch.bool)
-    if value_clip is not None:
-        limited = mb.old_values + change.clamp(-value_clip, value_clip)
-        errors = torch.maximum(errors, F.huber_loss(limited, mb.returns, reduction="none", delta=huber_delta))
-        value_clipped = change.abs() > value_clip
+    errors, value_clipped = value_errors(new.values, mb.old_values, mb.returns, value_clip, huber_delta)  # [B, C]
     value_loss = mean(errors)
     loss = loss + vf_coef * value_loss
     metrics |= {
@@ -297,6 +294,8 @@ def main(args: Args) -> None:
         device = setup_distributed(args.seed)
         check_combinations(**pick(args, check_combinations))
         sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=rank(), world_size=world_size()))
+        if not args.auto_reset:
+            check_whole_episodes(**pick(args, check_whole_episodes))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         default_dir = f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
@@ -366,12 +365,12 @@ def main(args: Args) -> None:
 
     for iteration in range(start_iteration, sizes.num_iterations):
         preemption.mark(iteration, global_step, envs.state_dict())
-        # (seed, iteration) decides everything random below, the same on every rank: resuming needs no generator state
+        # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, next_values = [], torch.zeros(N)
         with logger.timer("rollout"), rollout_stage(hand_over) as actor:
-            if not args.auto_reset and (checkpoint or iteration > start_iteration):
+            if not args.auto_reset and iteration > 0:  # set-up began the first one's episodes, or read them back
                 obs = envs.split(envs.reset())
             for t in preemption.until_asked(range(T + 1)):
                 noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]  # [N, C, D]
@@ -411,8 +410,11 @@ def main(args: Args) -> None:
             buffer.rewards, buffer.values, buffer.valid, buffer.dones, buffer.final_values, next_values,
             args.gamma, args.gae_lambda,
         )  # [T, N, C] each  # fmt: skip
+        used = buffer.valid.clone()  # [T, N, C], the advantages that the policy's loss reads
+        if args.logprob_level == "chunk":
+            used[..., 1:] = False
         if args.norm_adv:
-            advantages = normalize(advantages, buffer.valid)  # over all ranks
+            advantages = normalize(advantages, used)  # over all ranks
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
@@ -420,12 +422,13 @@ def main(args: Args) -> None:
         # while only the critic learns the policy stands still, but Adam's moments get to know its gradient: scaled by
         # the value loss alone, its first steps would be too long
         engine.optimizer.param_groups[0]["lr"] = 0.0 if iteration < args.critic_warmup_iterations else rate
+        dealing = dealing_generator(args.seed, iteration)  # ranks may have drawn unequally much noise by now
         epochs = []
         with logger.timer("update"), update_stage(hand_over):
             for _ in range(args.update_epochs):
                 averages = Averages()
                 for total, parts in minibatches(
-                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, generator
+                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, dealing
                 ):
                     for number, index in enumerate(parts, 1):
                         mb = buffer.micro_batch(index, advantages, returns, weights, device)
@@ -440,14 +443,15 @@ def main(args: Args) -> None:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
 
         with logger.timer("update"):
-            value_metrics = critic.fit(returns, buffer.valid, generator) if critic else {}
+            value_metrics = critic.fit(returns, buffer.values, buffer.valid, dealing) if critic else {}
 
         # ------------------------------------------------------------------ log, evaluate, save
         stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
-        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages)
+        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages, used)
         metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
-        logger.write(iteration + 1, global_step, metrics, episodes, env_steps)
+        note = "only the critic learns" if iteration < args.critic_warmup_iterations else ""
+        logger.write(iteration + 1, global_step, metrics, episodes, env_steps, note)
         if stopped or due(iteration, args.save_freq, sizes.num_iterations):
             saved = save_checkpoint(
                 engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints, critic
@@ -457,6 +461,11 @@ def main(args: Args) -> None:
 
     for opened in (logger, envs, eval_envs):
         opened.close()
+    if sizes.num_iterations <= args.critic_warmup_iterations:
+        print0(
+            "policy      is still the one that it started as: only the critic learns in the first "
+            f"{args.critic_warmup_iterations} iterations (--critic_warmup_iterations)"
+        )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Args:
     config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
     run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
     resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine are identical
+    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
     num_updates: Count = 2000  # optimizer steps
     updates_per_iteration: Count = 50  # optimizer steps per iteration: one line of metrics
     save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end

@@ -9,7 +9,7 @@ import train_grpo
 import train_sft
 import yaml
 from train_ppo import Args
-from vla.cli import check_combinations, derive_sizes, parse_args, pick
+from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import UserError
 from vla.engine import read_deepspeed_config
 from vla.logger import Logger
@@ -163,3 +163,18 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(tm
     with pytest.raises(ValueError, match="pip install wandb"):
         Logger(tmp_path / "run", enabled=True, num_iterations=1, backends=("tensorboard", "wandb"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("num_steps, chunk_size, enough", [(20, 1, 40), (36, 4, 40), (32, 16, 48), (39, 13, 52)])
+def test_a_rollout_without_whole_episodes_is_refused(num_steps, chunk_size, enough):
+    sentence = f"^--num_steps {num_steps} .*--max_episode_steps 40.* use --num_steps {enough}$"
+    with pytest.raises(UserError, match=sentence):
+        check_whole_episodes(num_steps=num_steps, max_episode_steps=40, chunk_size=chunk_size)
+    check_whole_episodes(num_steps=enough, max_episode_steps=40, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
+def test_every_preset_counts_whole_episodes(preset):
+    flags = yaml.safe_load(preset.read_text())
+    if "num_steps" in flags and not flags.get("auto_reset", "_ppo_" in preset.name):
+        check_whole_episodes(**{"chunk_size": 1} | {name: flags[name] for name in ("num_steps", "max_episode_steps")})

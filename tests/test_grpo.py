@@ -12,6 +12,7 @@ from train_grpo import (
     episode_weights,
     fill_dead_groups,
     live_groups,
+    roll_out,
 )
 from train_ppo import compute_gae
 from vla.policy import PolicyInputs
@@ -32,13 +33,27 @@ def micro_batch(old_logprobs, advantages, weights, old_values=None, returns=None
 # ------------------------------------------------------------------ advantages
 def test_group_advantages_by_hand():
     """Returns 1, 0, 0, 0 and 0.1 four times. Mean .25, unbiased std .5; the second group teaches nothing."""
-    returns = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1])
-    advantages, live = compute_group_advantages(returns, 4, "mean", "std")
+    returns, ended = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1]), torch.ones(8, dtype=torch.bool)
+    advantages, live = compute_group_advantages(returns, ended, 4, "mean", "std")
     assert live.tolist() == [True, False]
     assert advantages.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0], abs=1e-5)
-    assert compute_group_advantages(returns, 4, "mean", "none")[0][:2].tolist() == pytest.approx([0.75, -0.25])
-    # leave one out: 1 - 0 and 0 - 1/3
-    assert compute_group_advantages(returns, 4, "leave_one_out", "none")[0][:2].tolist() == pytest.approx([1.0, -1 / 3])
+    centered = compute_group_advantages(returns, ended, 4, "mean", "none")[0]
+    assert centered[:2].tolist() == pytest.approx([0.75, -0.25])
+    others = compute_group_advantages(returns, ended, 4, "leave_one_out", "none")[0]  # 1 - 0 and 0 - 1/3
+    assert others[:2].tolist() == pytest.approx([1.0, -1 / 3])
+
+
+def test_an_episode_that_did_not_end_is_left_out_of_its_group():
+    """Groups of 4: one member of the first was begun anew too late; of the second one is left; of the third none."""
+    returns = torch.tensor([1.0, 0.0, 0.3, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    ended = torch.tensor([1, 1, 0, 1] + [1, 0, 0, 0] + [0] * 4 + [1] * 4).bool()
+    advantages, live = compute_group_advantages(returns, ended, 4, "mean", "std")
+    assert live.tolist() == [True, False, False, True]
+    std = (2 / 3 * 1 / 3) ** 0.5 * 1.5**0.5  # of 1, 0, 0, unbiased
+    expected = [2 / 3 / std, -1 / 3 / std, 0.0, -1 / 3 / std] + [0.0] * 8 + [1.5, -0.5, -0.5, -0.5]
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
+    others = compute_group_advantages(returns, ended, 4, "leave_one_out", "none")[0]
+    assert others[:4].tolist() == pytest.approx([1.0, -0.5, 0.0, -0.5])
 
 
 @settings(max_examples=50, deadline=None)
@@ -48,7 +63,8 @@ def test_group_advantages_by_hand():
 def test_group_advantages_equal_brute_force(groups, size, baseline, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     returns = torch.randint(0, 3, (groups * size,), generator=generator).double() / 10
-    ours, live = compute_group_advantages(returns, size, baseline, "std" if scale else "none")
+    ended = torch.ones(len(returns), dtype=torch.bool)
+    ours, live = compute_group_advantages(returns, ended, size, baseline, "std" if scale else "none")
     for g in range(groups):
         members = returns[g * size : (g + 1) * size].tolist()
         average = sum(members) / size
@@ -59,6 +75,61 @@ def test_group_advantages_equal_brute_force(groups, size, baseline, scale, seed)
             expected = x - (average if baseline == "mean" else sum(others) / len(others))
             expected = expected / (std + 1e-6) if scale else expected
             assert float(ours[g * size + m]) == pytest.approx(expected if live[g] else 0.0, abs=1e-9)
+
+
+class Scripted:
+    """Two groups of two envs, chunks of one action, three decisions: env 0 succeeds at once, the others are cut at the
+    end; the worker of env 3 is lost in decision 1 and its episode, begun anew, does not end."""
+
+    parts, num_envs = [slice(0, 4)], 4
+    t = -1
+
+    def split(self, obs):
+        return [obs]
+
+    def reset(self, episode_ids):
+        return {"image": torch.zeros(4, 8, 8, 3)}
+
+    def step_async(self, actions, part):
+        self.t += 1
+
+    def step_wait(self, part):
+        first, last = self.t == 0, self.t == 2
+        valid = torch.tensor([[first], [True], [True], [self.t != 1]])
+        terminations = torch.tensor([first, False, False, False])
+        truncations = torch.tensor([False, last, last, False])
+        dropped = torch.tensor([False, False, False, self.t == 1])
+        ended = (terminations | truncations).nonzero()[:, 0]
+        infos = {"valid": valid, "dropped": dropped, "ended": ended}
+        infos["episode"] = {"success_once": terminations[ended].float()}
+        rewards = torch.where(valid, torch.tensor([[1.0], [0.0], [0.0], [0.3]]), 0.0)
+        return self.reset([]), rewards, terminations, truncations, infos
+
+
+class Actor:
+    def prepare(self, obs, device):
+        picture, ids = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.int64)
+        return PolicyInputs(picture, ids, ids > 0)
+
+    def act(self, inputs, temperature, draw):
+        return torch.zeros(4, 1, 7, dtype=torch.int64), torch.zeros(4, 1, 7), torch.zeros(4, 1)
+
+    def decode(self, tokens):
+        return tokens
+
+
+def test_an_episode_begun_anew_too_late_to_end_is_no_failure():
+    """Its actions have no weight, nobody is compared with it, and it is in no statistics."""
+    buffer, noise = RolloutBuffer(3, 4, 1, (8, 8), 5), [torch.zeros(4, 1, 7)] * 4
+    episodes = roll_out(Actor(), Scripted(), [7, 7, 9, 9], iter(noise), 1.0, buffer, torch.device("cpu"))
+    assert [episode["success_once"] for episode in episodes] == [1.0, 0.0, 0.0]
+    assert buffer.dones.any(dim=0).tolist() == [True, True, True, False]
+    assert buffer.valid[..., 0].tolist() == [
+        [True, True, True, False],
+        [False, True, True, False],
+        [False, True, True, True],
+    ]
+    assert live_groups(buffer, 2).tolist() == [True, False]
 
 
 # ------------------------------------------------------------------ weights and loss
@@ -134,6 +205,7 @@ def test_dead_groups_are_filled_by_live_ones():
     buffer, spare = (RolloutBuffer(2, 6, 1, (4, 4), 3) for _ in range(2))
     buffer.fields["rewards"][0, :, 0] = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])  # groups of 2: dead, live, dead
     spare.fields["rewards"][0, :, 0] = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])  # only the last lives
+    buffer.dones[1] = spare.dones[1] = True
     fill_dead_groups(buffer, spare, 2)
     assert buffer.rewards[0, :, 0].tolist() == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert live_groups(buffer, 2).tolist() == [True, True, False]
@@ -171,7 +243,7 @@ def test_both_learn_the_better_arm(algorithm, seed):
         arms, rewards = world.pull(n)
         old, ones = world.logprobs(arms).detach(), torch.ones(n, 1)
         if algorithm == "grpo":
-            advantages, _ = compute_group_advantages(rewards, 8, "mean", "std")
+            advantages, _ = compute_group_advantages(rewards, torch.ones(n) > 0, 8, "mean", "std")
             mb = micro_batch(old, advantages[:, None], ones)
         else:
             values = world.value.detach().expand(1, n, 1)

@@ -168,6 +168,53 @@ def test_token_level_clips_every_token():
     assert metrics["train/actor/clip_fraction"].item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+@pytest.mark.parametrize("log_ratio", [100.0, -200.0, 3e38, math.inf, math.nan])
+def test_no_ratio_makes_a_loss_or_a_gradient_that_is_not_finite(level, log_ratio):
+    """An action whose ratio overflows, among others: alone if it was executed, and nothing at all if it was not."""
+    executed = math.isfinite(log_ratio)
+    new = torch.full((3, 2, 7), 0.01)
+    new[1, 0] = log_ratio
+    new.requires_grad_()
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    for advantage, counts in ((2.0, executed), (-2.0, executed), (2.0, False), (-2.0, False)):
+        mask[1, 0] = counts
+        zeros, advantages = torch.zeros(3, 2), torch.full((3, 2), advantage)
+        mb = micro_batch(torch.zeros(3, 2, 7), zeros, advantages, zeros, mask)
+        for dual_clip in (None, 3.0):
+            flags = FLAGS | {"logprob_level": level, "dual_clip": dual_clip}
+            loss, metrics = loss_of(new, torch.zeros(3, 2, 7), zeros, mb, 6.0, **flags)
+            (gradient,) = torch.autograd.grad(loss, new)
+            assert all(math.isfinite(value) for value in metrics.values()), (advantage, counts)
+            assert gradient.isfinite().all() and gradient[0].abs().min() > 0 and gradient[1, 0].abs().max() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["token", "action", "chunk"]), st.integers(0, 999))
+def test_ratios_within_the_limit_count_bit_for_bit_as_without_it(level, seed):
+    """The same loss and gradient as from the formulas without a limit, where nothing overflows."""
+    generator = torch.Generator().manual_seed(seed)
+    new, old = (torch.randn(6, 3, 7, generator=generator) * 0.9 for _ in range(2))
+    advantages, mask = torch.randn(6, 3, generator=generator), torch.rand(6, 3, generator=generator) < 0.8
+    mask[:, 0], weights = True, mask.float()
+    mb = micro_batch(old, torch.zeros(6, 3), advantages, torch.zeros(6, 3), mask)
+    ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
+    flags = FLAGS | {"logprob_level": level}
+    loss, _ = loss_of(ours, torch.zeros(6, 3, 7), torch.zeros(6, 3), mb, 11.0, **flags)
+    log_ratio, weights = theirs - old, mask.float()
+    if level == "token":
+        advantages, weights = advantages[..., None], (weights / 7)[..., None].expand_as(log_ratio)
+    else:
+        log_ratio = log_ratio.sum(dim=-1)
+    if level == "chunk":
+        log_ratio = (log_ratio * (weights > 0)).sum(dim=1, keepdim=True)
+        advantages, weights = advantages[:, :1], weights.sum(dim=1, keepdim=True)
+    ratio = log_ratio.exp()
+    expected = (torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)) * weights).sum() / 11.0
+    assert torch.equal(loss, expected) and log_ratio.abs().max() < 20
+    assert torch.equal(torch.autograd.grad(loss, ours)[0], torch.autograd.grad(expected, theirs)[0])
+
+
 def test_value_clip_and_huber_by_hand():
     """V_old 1, clip 0.2. V 1.5, R 2: clipped to 1.2, error 0.8 counts. V 0.9, R 0: error 0.9. V 30, R 0, no clip:
     linear part."""
@@ -241,6 +288,18 @@ def test_reference_kl_by_hand():
     assert torch.allclose(new.grad[0], torch.full((1, 7), -0.1 * 0.5 / 7)) and new.grad[1].abs().max() == 0
     off, without = loss_of(new, torch.zeros(2, 1, 7), zeros, mb, 1.0, **FLAGS)
     assert off.item() == 0 and "train/actor/reference_kl" not in without
+
+
+@pytest.mark.parametrize("distance", [100.0, 3e38, math.inf, math.nan])
+def test_no_reference_makes_a_loss_or_a_gradient_that_is_not_finite(distance):
+    zeros, new = torch.zeros(2, 1), torch.zeros(2, 1, 7, requires_grad=True)
+    reference = torch.tensor([0.1, distance])[:, None, None].expand(2, 1, 7)
+    for counts in {math.isfinite(distance), False}:
+        mask = torch.tensor([[True], [counts]])
+        mb = micro_batch(torch.zeros(2, 1, 7), zeros, zeros, zeros, mask)._replace(reference_logprobs=reference)
+        loss, metrics = loss_of(new, torch.zeros(2, 1, 7), zeros, mb, 2.0, **FLAGS | {"kl_coef": 0.1})
+        (gradient,) = torch.autograd.grad(loss, new)
+        assert math.isfinite(metrics["train/actor/reference_kl"]) and gradient.isfinite().all()
 
 
 def test_fan_kl_by_hand():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vla.policy import PolicyInputs
-from vla.rollout_buffer import RolloutBuffer, minibatch_indices, split_padded
+from vla.policy import PolicyInputs, uniform_noise
+from vla.rollout_buffer import RolloutBuffer, dealing_generator, minibatch_indices, split_padded
 
 ALL = slice(0, 2)
 
@@ -112,3 +112,21 @@ def test_minibatches_hold_the_same_decisions_on_any_number_of_ranks(T, num_envs,
     assert max(len(m) for m in one) - min(len(m) for m in one) <= num_envs
     assert minibatches(2) == one
     assert M == 1 or minibatches(1, seed=8) != one
+
+
+def test_minibatches_are_dealt_from_a_stream_that_no_noise_comes_from():
+    """Neither that of the same iteration, nor of a near one, nor of a near seed; and no two iterations deal alike."""
+    dealt = [dealing_generator(seed, iteration) for seed in (0, 1, 7) for iteration in (0, 1, 2, 399)]
+    noises = [torch.Generator().manual_seed(seed * 1_000_003 + i) for seed in (0, 1, 7) for i in (0, 1, 2, 399)]
+    streams = {tuple(uniform_noise(1, 1, generator).flatten().tolist()) for generator in dealt + noises}
+    assert len(streams) == len(dealt) + len(noises)
+    again = dealing_generator(1, 2)
+    assert torch.equal(torch.rand(9, generator=again), torch.rand(9, generator=dealing_generator(1, 2)))
+
+
+def test_statistics_are_of_the_advantages_that_the_loss_reads():
+    buffer = RolloutBuffer(1, 2, 2, (8, 8), 5)
+    buffer.valid[:] = True
+    advantages, used = torch.tensor([[[1.0, 50.0], [-1.0, 70.0]]]), torch.tensor([[[True, False], [True, False]]])
+    found = buffer.statistics(advantages, used)
+    assert [found[f"rollout/advantages_{name}"] for name in ("min", "mean", "max")] == [-1.0, 0.0, 1.0]

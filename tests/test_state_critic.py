@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def critic_of(num_envs: int = N, **changes) -> StateCritic:
-    flags = dict(value_learning_rate=3e-3, huber_delta=1.0, critic_epochs=20) | changes
+    flags = dict(value_learning_rate=3e-3, huber_delta=1.0, value_clip=None, critic_epochs=20) | changes
     return StateCritic(T, num_envs, C, S, CPU, 7, **flags)
 
 
@@ -29,9 +29,8 @@ def rollout(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def fit(critic: StateCritic, seed: int, envs: slice = slice(None)) -> dict:
     states, returns, valid = (x[:, envs] for x in rollout(seed))
-    for t in range(T):
-        critic.store(t, slice(0, states.shape[1]), states[t])
-    return critic.fit(returns, valid, torch.Generator().manual_seed(seed))
+    values = torch.stack([critic.store(t, slice(0, states.shape[1]), states[t]) for t in range(T)])
+    return critic.fit(returns, values, valid, torch.Generator().manual_seed(seed))
 
 
 def test_it_begins_with_one_value_and_learns_those_of_states_of_any_size():
@@ -42,6 +41,27 @@ def test_it_begins_with_one_value_and_learns_those_of_states_of_any_size():
     assert losses[-1] < 0.5 * losses[0]
     states, returns, _ = rollout(99)  # never seen
     assert ((critic(states) - returns) ** 2).mean() < 0.02 * returns.var()
+
+
+def test_values_that_moved_further_than_the_clip_teach_no_more_and_are_counted():
+    """Returns lie 1 above the one value that it begins with; what is logged is of the second pass."""
+    for clip, share, loss in ((1e-4, 1.0, (1 - 1e-4) ** 2 / 2), (100.0, 0.0, None), (None, 0.0, None)):
+        critic = critic_of(value_clip=clip, critic_epochs=2)
+        states, _, valid = rollout(0)
+        values = torch.stack([critic.store(t, slice(0, N), states[t]) for t in range(T)])
+        metrics = critic.fit(values + 1.0, values, valid, torch.Generator().manual_seed(0))
+        assert metrics["train/critic/value_clip_ratio"] == share, clip
+        if loss is None:
+            assert metrics["train/critic/value_loss"] < 0.499
+        else:
+            assert metrics["train/critic/value_loss"] == pytest.approx(loss, abs=1e-6)
+    reached = []
+    for clip in (0.01, None):
+        critic = critic_of(value_clip=clip)
+        values = torch.stack([critic.store(t, slice(0, N), states[t]) for t in range(T)])
+        critic.fit(values + 1.0, values, valid, torch.Generator().manual_seed(0))
+        reached.append(float((critic(states) - values)[valid].mean()))
+    assert reached[0] < 0.7 * reached[1]  # Adam's momentum goes on for a while
 
 
 def test_store_gives_values_and_refuses_another_shape():
@@ -70,11 +90,13 @@ def test_what_it_normalises_by_is_the_mean_and_variance_of_all_that_was_executed
 
 def test_two_ranks_are_as_one(monkeypatch):
     """Each rank has half of the envs and gathers the other's: both then hold what one rank with all envs holds."""
-    whole, halves = critic_of(), [critic_of(N // 2) for _ in range(2)]
+    whole, halves = critic_of(value_clip=0.1), [critic_of(N // 2, value_clip=0.1) for _ in range(2)]
     for seed in range(2):
         fit(whole, seed)
         states, returns, valid = rollout(seed)
-        parts = [tuple(x[:, part].numpy() for x in (states, returns, valid)) for part in (slice(0, 2), slice(2, 4))]
+        halved = (slice(0, 2), slice(2, 4))
+        values = torch.cat([half(states[:, part]) for half, part in zip(halves, halved)], 1)
+        parts = [tuple(x[:, part].numpy() for x in (states, returns, values, valid)) for part in halved]
         monkeypatch.setattr(state_critic, "all_gather_lists", lambda mine, parts=parts: parts)
         for number, half in enumerate(halves):
             fit(half, seed, slice(2 * number, 2 * number + 2))

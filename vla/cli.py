@@ -230,6 +230,17 @@ def derive_sizes(
     )
 
 
+def check_whole_episodes(*, num_steps: int, max_episode_steps: int, chunk_size: int) -> None:
+    """Where every iteration begins its episodes anew: one that is longer than the rollout would not be counted, and
+    those that succeed are the short ones. Raises UserError."""
+    if num_steps < max_episode_steps:
+        enough = -(-max_episode_steps // chunk_size) * chunk_size
+        raise UserError(
+            f"--num_steps {num_steps} ends before --max_episode_steps {max_episode_steps}, so only episodes that "
+            f"succeed early would be counted: use --num_steps {enough}"
+        )
+
+
 def check_combinations(
     *,
     clip_ratio_low: float,

@@ -234,6 +234,7 @@ class Logger:
         metrics: dict[str, float],
         episodes: list[dict[str, float]],
         env_steps: int,
+        note: str = "",
     ) -> None:
         """One iteration: TensorBoard, one line of metrics.jsonl, the progress bar. Timers start again. All ranks call.
 
@@ -241,23 +242,26 @@ class Logger:
             episodes: statistics of this rank's episodes that ended; means over all ranks become env/*. None ended: no
             env/* but the count.
             env_steps: of this iteration, over all ranks.
+            note: what a person who reads the progress should know of this iteration.
         """
         episodes = all_gather_lists(episodes)
         now = time.perf_counter()
         self.seconds["iteration"] = now - self.iteration_start
         times = {f"time/{name}": self.seconds.get(name, 0.0) for name in ("rollout", "update", "eval", "iteration")}
-        times["time/env_steps_per_second"] = env_steps / (times["time/rollout"] + times["time/update"])
+        times["time/env_steps_per_second"] = env_steps / (times["time/iteration"] - times["time/eval"])
         self.seconds, self.iteration_start = {}, now
         if not self.enabled:
             return
         try:
-            self._write(iteration, global_step, metrics, episodes, times)
+            self._write(iteration, global_step, metrics, episodes, times, note)
         except OSError as failure:
             raise UserError(
                 f"{self.run_dir} could not be written ({failure}): mend that, then --resume goes on"
             ) from failure
 
-    def _write(self, iteration: int, global_step: int, metrics: dict, episodes: list[dict], times: dict) -> None:
+    def _write(
+        self, iteration: int, global_step: int, metrics: dict, episodes: list[dict], times: dict, note: str
+    ) -> None:
         env = {
             f"env/{name}": sum(e[name] for e in episodes) / len(episodes) for name in (episodes[0] if episodes else ())
         }
@@ -268,18 +272,18 @@ class Logger:
         shown = {"success": env.get("env/success_once"), "return": env.get("env/return")}
         shown = {name: "-" if value is None else f"{value:.3f}" for name, value in shown.items()}
         shown["steps/s"] = f"{times['time/env_steps_per_second']:.0f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(shown | ({"note": note} if note else {}), refresh=False)
         self.bar.update()
-        self._progress(iteration, global_step, shown, times["time/iteration"] - times["time/eval"])
+        self._progress(iteration, global_step, shown, times["time/iteration"] - times["time/eval"], note)
 
-    def _progress(self, iteration: int, global_step: int, shown: dict[str, str], seconds: float) -> None:
+    def _progress(self, iteration: int, global_step: int, shown: dict[str, str], seconds: float, note: str) -> None:
         """A line of progress.log: "<time>  iteration 3/400  61,440 env steps  success 0.41  ...  about 1:02 left"."""
         left = datetime.timedelta(seconds=round(seconds * (self.num_iterations - iteration)))
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
         line = (
             f"{time.strftime('%F %T')}  iteration {iteration}/{self.num_iterations}  {global_step:,} {self.step_name}"
         )
-        line += f"  {values}  {seconds:.1f} s  about {left} left"
+        line += f"  {values}  {seconds:.1f} s  about {left} left{f'  ({note})' if note else ''}"
         with (self.run_dir / "progress.log").open("a") as file:
             file.write(line + "\n")
         if self.bar.disable:

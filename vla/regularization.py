@@ -12,8 +12,10 @@ def regularization(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """kl_coef * KL(policy, starting policy) + fan_coef * FAN - ent_coef * entropy, means over tokens.
 
-    The KL is k3 of the sampled tokens (GRPO, arXiv 2402.03300, eq. 4); FAN is exact. What is off is neither computed
-    nor logged; entropy always is.
+    The KL is estimated as GRPO publishes it (arXiv 2402.03300, eq. 4): k3 of the tokens that were sampled. Its value
+    estimates KL(policy, starting policy). Its gradient is not that KL's: while the samples are the policy's own, it is
+    on average the gradient of KL(starting policy, policy). Log ratios count up to 20 and have no gradient beyond, since
+    exp overflows at 88. FAN is exact. What is off is neither computed nor logged; entropy always is.
 
     Args:
         new: policy.Evaluation, what the policy as it is now makes of the tokens. mb: rollout_buffer.MicroBatch.
@@ -26,7 +28,8 @@ def regularization(
     metrics = {"train/entropy_loss": mean(new.entropy)}
     loss = -ent_coef * metrics["train/entropy_loss"]
     if kl_coef:
-        log_ratio = mb.reference_logprobs - new.logprobs
+        executed = mb.weights[..., None] > 0  # what was not may be anything: infinity times a weight of 0 is NaN
+        log_ratio = torch.where(executed, mb.reference_logprobs - new.logprobs, 0.0).clamp(max=20.0)
         metrics["train/actor/reference_kl"] = mean(log_ratio.exp() - 1.0 - log_ratio)
         loss = loss + kl_coef * metrics["train/actor/reference_kl"]
     if fan_coef:

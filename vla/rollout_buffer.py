@@ -166,13 +166,13 @@ class RolloutBuffer:
             pick(self.reference_logprobs) if self.keeps_reference else None,
         )
 
-    def statistics(self, advantages: torch.Tensor) -> dict[str, float]:
-        """Metrics of a rollout, over executed actions and all ranks. advantages: [T, N, C]."""
-        lowest, highest = masked_min_max(advantages, self.valid)
+    def statistics(self, advantages: torch.Tensor, used: torch.Tensor) -> dict[str, float]:
+        """Metrics of a rollout, over all ranks. advantages: [T, N, C]. used: bool [T, N, C], those the loss reads."""
+        lowest, highest = masked_min_max(advantages, used)
         return {
             "rollout/advantages_min": lowest,
             "rollout/advantages_max": highest,
-            "rollout/advantages_mean": masked_mean_var(advantages, self.valid)[0],
+            "rollout/advantages_mean": masked_mean_var(advantages, used)[0],
             "rollout/rewards": masked_mean_var(self.rewards, self.valid)[0],
         }
 
@@ -219,6 +219,15 @@ def minibatch_indices(
         for m in range(num_minibatches):
             dealt[m].append(flat[minibatch == m])
     return [torch.cat(parts) for parts in dealt]
+
+
+def dealing_generator(seed: int, iteration: int) -> torch.Generator:
+    """What minibatches are dealt from, and the critic's: the same on every rank, however much noise each has drawn.
+
+    Noise comes from seed * 1_000_003 + iteration; half of 2**32 further on lies another stream of torch's generator,
+    which keeps 32 bits of its seed.
+    """
+    return torch.Generator().manual_seed(2**31 + seed * 1_000_003 + iteration)
 
 
 def minibatches(

@@ -14,10 +14,10 @@ the policy that is saved has no critic.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vla.distributed import all_gather_lists
+from vla.value_head import value_errors
 
 WIDTH = 256
 BATCH = 256  # actions per optimizer step
@@ -30,16 +30,17 @@ class StateCritic:
     Args:
         num_chunks, num_envs, chunk_size, state_size: T, N, C, S.
         seed: of the initial weights; the same on every rank.
-        value_learning_rate: of Adam. huber_delta: value errors above it count linearly.
+        value_learning_rate: of Adam. huber_delta, value_clip: of value_errors().
         critic_epochs: passes over a rollout.
     """
 
     def __init__(
         self, num_chunks: int, num_envs: int, chunk_size: int, state_size: int, device: torch.device, seed: int, *,
-        value_learning_rate: float, huber_delta: float, critic_epochs: int,
+        value_learning_rate: float, huber_delta: float, value_clip: float | None, critic_epochs: int,
     ):  # fmt: skip
         self.states = torch.zeros(num_chunks, num_envs, chunk_size, state_size)  # before each executed action
-        self.device, self.huber_delta, self.critic_epochs = device, huber_delta, critic_epochs
+        self.device, self.critic_epochs = device, critic_epochs
+        self.huber_delta, self.value_clip = huber_delta, value_clip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = nn.Sequential(
@@ -71,32 +72,45 @@ class StateCritic:
         return ((states.double() - self.mean) / deviation).clamp(-LIMIT, LIMIT).float().to(self.device)
 
     # ------------------------------------------------------------------ update
-    def fit(self, returns: torch.Tensor, valid: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
+    def fit(
+        self, returns: torch.Tensor, old_values: torch.Tensor, valid: torch.Tensor, generator: torch.Generator
+    ) -> dict[str, float]:
         """Regress on the returns of the rollout that is stored. All ranks together, none ahead of the others.
 
         Args:
-            returns: [T, N, C]. valid: bool [T, N, C], actions that were executed.
+            returns, old_values: [T, N, C], old_values as store() returned them. valid: bool [T, N, C], actions that
+            were executed.
             generator: the same state on every rank; decides the order.
 
         Returns:
-            the mean loss of the last pass.
+            of the last pass: the mean loss, and the share of values that moved further than value_clip.
         """
-        gathered = all_gather_lists([(self.states.numpy(), returns.numpy(), valid.numpy())])
+        fields = (self.states, returns, old_values, valid)
+        gathered = all_gather_lists([tuple(field.numpy() for field in fields)])
         # [T, N, C, ...] of all ranks, envs in their global order
-        states, returns, valid = (torch.cat([torch.from_numpy(part[i]) for part in gathered], 1) for i in range(3))
-        states, returns = states[valid], returns[valid].to(self.device)  # [K, S], [K]
+        states, returns, old_values, valid = (
+            torch.cat([torch.from_numpy(part[i]) for part in gathered], 1) for i in range(4)
+        )  # fmt: skip
+        states, returns, old_values = states[valid], returns[valid].to(self.device), old_values[valid].to(self.device)
         self._see(states)
-        inputs, losses = self._normalized(states), []
+        inputs, losses, moved = self._normalized(states), [], []  # [K, S]
         for _ in range(self.critic_epochs):
-            losses = []
+            losses, moved = [], []
             for index in torch.randperm(len(inputs), generator=generator).to(self.device).split(BATCH):
                 values = self.net(inputs[index])[:, 0]
-                loss = F.huber_loss(values, returns[index], delta=self.huber_delta)
+                errors, clipped = value_errors(
+                    values, old_values[index], returns[index], self.value_clip, self.huber_delta
+                )  # fmt: skip
+                loss = errors.mean()
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
                 losses.append(loss.detach() * len(index))
-        return {"train/critic/value_loss": float(sum(losses)) / max(len(inputs), 1)}
+                moved.append(clipped.sum())
+        return {
+            "train/critic/value_loss": float(sum(losses)) / max(len(inputs), 1),
+            "train/critic/value_clip_ratio": float(sum(moved)) / max(len(inputs), 1),
+        }
 
     def _see(self, states: torch.Tensor) -> None:
         """Add states [K, S] to the running mean and variance (Chan et al. 1979, pairwise)."""

@@ -47,3 +47,24 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.mlp(hidden)
+
+
+def value_errors(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None, huber_delta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped Huber loss: the larger of a value's own and that of a value at most value_clip from the rollout's.
+
+    Args:
+        values, old_values, returns: [...], now, in the rollout, and what is regressed on. value_clip: None is no limit.
+        huber_delta: errors above it count linearly.
+
+    Returns:
+        losses [...]; bool [...], values that are further than value_clip from the rollout's.
+    """
+    change = values - old_values
+    errors = F.huber_loss(values, returns, reduction="none", delta=huber_delta)
+    if value_clip is None:
+        return errors, torch.zeros_like(change, dtype=torch.bool)
+    limited = old_values + change.clamp(-value_clip, value_clip)
+    limited_errors = F.huber_loss(limited, returns, reduction="none", delta=huber_delta)
+    return torch.maximum(errors, limited_errors), change.abs() > value_clip
