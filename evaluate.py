@@ -19,6 +19,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import sys
 import time
 import zlib
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
@@ -67,6 +69,7 @@ from vla.episode_log import EpisodeLog, Progress
 from vla.evaluation import NEVER, Actor, PolicyActor, Stop, outcome, replay, run_episodes
 from vla.flag_files import ROOT, Layer, read_yaml
 from vla.logger import describe_run, without_places
+from vla.policy import VLAPolicy
 from vla.preemption import StopRequest
 from vla.pretrained import TINY_PRESETS, load_policy
 from vla.report import plot_comparison, write_report
@@ -243,6 +246,16 @@ def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, sett
     return folder
 
 
+def load_actor(args: Args, checkpoint: Path, device: torch.device | str) -> VLAPolicy:
+    """The policy as it was trained: what a run's flags or the folder say of it is known by now."""
+    policy = load_policy(
+        str(checkpoint), args.model_type, unnorm_key=args.unnorm_key, dtype=DTYPES[args.dtype],
+        image_resize=args.image_resize, oft_stop_token=args.oft_stop_token, lora_path=args.lora_path, value_head=False,
+        max_prompt_length=args.max_prompt_length, device=device, seed=args.seed,
+    )  # fmt: skip
+    return policy.requires_grad_(False).eval()
+
+
 def fit_prompts(policy, settings: list[Setting], ids: dict[str, list[int]], instruction: str | None) -> None:
     """Raise max_prompt_length to the longest prompt of all settings: padding changes no action."""
     told = {instruction} - {None}
@@ -280,8 +293,8 @@ def parse(argv: list[str]) -> Args:
 
 
 # ---------------------------------------------------------------------- the output folder
-def open_output(output: str | None, resume: bool, identity: dict) -> Path:
-    """The folder for the results; all ranks agree on it.
+def find_output(output: str | None, resume: bool, identity: dict) -> Path:
+    """The folder for the results, which is only looked at; all ranks agree on it.
 
     Args:
         identity: what must be the same when an evaluation goes on: who acts, in which world.
@@ -300,10 +313,18 @@ def open_output(output: str | None, resume: bool, identity: dict) -> Path:
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} holds older results: pass --resume to go on with them, or another --output")
     barrier()  # everybody has looked
+    return folder
+
+
+def open_output(folder: Path, identity: dict, ids: dict[str, list[int]]) -> EpisodeLog:
+    """Begin to write, or go on, after find_output(). All ranks together."""
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(identity, indent=2) + "\n")
-    return folder
+    log = EpisodeLog(folder / "episodes.jsonl")
+    if rank() == 0:
+        (folder / "evaluation.json").write_text(json.dumps(identity, indent=2) + "\n")
+        (folder / "episode_ids.json").write_text(json.dumps(ids) + "\n")
+    return log
 
 
 def check_same(saved: Path, identity: dict) -> None:
@@ -359,7 +380,7 @@ def films(episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, .
     """Which episodes of a setting get a video, and where: chosen ones by place, then the first that failed."""
     places = [place for place in chosen if place < len(episodes)]
     failed = [place for place, episode in enumerate(episodes) if not episode["success_once"] and place not in places]
-    stem = setting.replace(":", "_")
+    stem = re.sub(r"[^\w.-]", "_", setting)
     return {
         folder / f"{stem}_{place:04d}_id{episodes[place]['episode_id']}_{outcome(episodes[place])}.mp4": episodes[place]
         for place in [*places, *failed[:failures]]
@@ -433,17 +454,6 @@ def main(args: Args) -> None:
         published = choose_published(args.base)
         checkpoint = check_actor(args.policy, args.checkpoint, args.lora_path, settings)
         device = setup_distributed(args.seed)
-        actors = {0.0: ExpertActor() if args.policy == "expert" else IdleActor()}
-        if checkpoint:
-            policy = load_policy(
-                str(checkpoint), args.model_type, unnorm_key=args.unnorm_key,
-                dtype=DTYPES[args.dtype], image_resize=args.image_resize, oft_stop_token=args.oft_stop_token,
-                lora_path=args.lora_path, value_head=False, max_prompt_length=args.max_prompt_length, device=device,
-                seed=args.seed,
-            )  # fmt: skip
-            policy.requires_grad_(False).eval()
-            fit_prompts(policy, settings, ids, args.instruction)
-            actors = {temperature: PolicyActor(policy, temperature, args.seed) for temperature in args.temperature}
         world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
         weights = fingerprint(checkpoint, args.lora_path and Path(args.lora_path)) if rank() == 0 and checkpoint else {}
         identity = {
@@ -456,11 +466,14 @@ def main(args: Args) -> None:
         about = {"name": name_of(args.policy, checkpoint), "checkpoint": checkpoint and str(checkpoint.resolve())}
         about |= identity | without_places(describe_run(asdict(args), {}, world_size()))
         about = without_machine(about)
-        folder = open_output(args.output, args.resume, identity)
-        log = EpisodeLog(folder / "episodes.jsonl")
+        folder = find_output(args.output, args.resume, identity)
+        actors = {0.0: ExpertActor() if args.policy == "expert" else IdleActor()}
+        if checkpoint:
+            policy = load_actor(args, checkpoint, device)
+            fit_prompts(policy, settings, ids, args.instruction)
+            actors = {temperature: PolicyActor(policy, temperature, args.seed) for temperature in args.temperature}
+        log = open_output(folder, identity, ids)
         stop = StopRequest(folder)
-        if rank() == 0:
-            (folder / "episode_ids.json").write_text(json.dumps(ids) + "\n")
 
     # ------------------------------------------------------------------ setting by setting
     cells = [(one.name, temperature) for one in settings for temperature in actors]

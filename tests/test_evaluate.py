@@ -1,5 +1,6 @@
 """The table of 16 settings: its arithmetic, its episodes, its files, and the page in a real browser."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 from chromium import Page, find_chromium
-from conftest import one_rank_environment
+from conftest import observation, one_rank_environment
 from test_machine import free_port, train
 
 import evaluate
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs
-from vla.distributed import UserError
+from vla.distributed import REQUEUE, UserError
 from vla.episode_log import EpisodeLog
 from vla.flag_files import read_yaml
 from vla.logger import wilson_interval
-from vla.pretrained import load_policy
+from vla.pretrained import load_policy, save_policy
 from vla.report import write_report
 from vla.results import (
     assemble,
@@ -337,7 +338,7 @@ def test_an_evaluation_of_other_files_does_not_go_on(tmp_path, change, sentence)
     damaged(tmp_path / "evaluation.json", change)
     before = (tmp_path / "evaluation.json").read_bytes()
     with pytest.raises(UserError, match=sentence):
-        evaluate.open_output(str(tmp_path), True, IDENTITY)
+        evaluate.find_output(str(tmp_path), True, IDENTITY)
     assert (tmp_path / "evaluation.json").read_bytes() == before
 
 
@@ -483,18 +484,56 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path):
 def test_older_results_are_kept(tmp_path):
     identity = {"policy": "idle", "weights": {}, "model": {}, "seed": 0}
     identity |= {"world": {"sim_freq": 100, "image_size": (96, 96)}}
-    evaluate.open_output(str(tmp_path), False, identity)  # exists and is empty
+    assert evaluate.find_output(str(tmp_path), False, identity) == tmp_path  # exists and is empty
+    assert not list(tmp_path.iterdir())
+    evaluate.open_output(tmp_path, identity, {}).close()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="older results"):
-        evaluate.open_output(str(tmp_path), False, identity)
+        evaluate.find_output(str(tmp_path), False, identity)
     with pytest.raises(UserError, match=r"was begun with world.sim_freq 100, now it is 500"):
-        evaluate.open_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
+        evaluate.find_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
     assert before and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert evaluate.open_output(str(tmp_path), True, identity) == tmp_path
+    assert evaluate.find_output(str(tmp_path), True, identity) == tmp_path
     with pytest.raises(UserError, match="no evaluation to --resume"):
-        evaluate.open_output(str(tmp_path / "new"), True, identity)
+        evaluate.find_output(str(tmp_path / "new"), True, identity)
     with pytest.raises(UserError, match="needs --output"):
-        evaluate.open_output(None, True, identity)
+        evaluate.find_output(None, True, identity)
+
+
+@pytest.mark.parametrize(
+    "model, flags",
+    [
+        ("openvla", {"image_resize": "pil", "max_prompt_length": 40}),
+        ("openvla_oft", {"chunk_size": 2, "oft_stop_token": True}),
+        ("openvla_oft", {"chunk_size": 4, "image_resize": "pil", "lora_rank": 4, "lora_alpha": 8, "lora_scope": "llm"}),
+    ],
+    ids=["openvla", "oft", "oft_lora"],
+)
+def test_a_run_is_evaluated_as_it_was_trained(tmp_path, model, flags):
+    """Chunks, resizing, tokens and adapters follow from the run alone."""
+    name = "openvla-oft-tiny" if model == "openvla_oft" else "openvla-tiny"
+    trained = load_policy(name, model, **flags)
+    for parameter_name, parameter in trained.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    policy = fake_checkpoint(tmp_path, flags={"model_type": model, "dtype": "float32", **flags})
+    weights = trained.state_dict()
+    policy.rmdir()
+    save_policy(trained, weights, policy)
+    args = evaluate.parse(["--checkpoint", str(tmp_path)])
+    again = evaluate.load_actor(args, evaluate.find_checkpoint(args.checkpoint)[0], "cpu")
+    kept = ("chunk_size", "image_resize", "max_prompt_length")
+    assert [getattr(again, key) for key in kept] == [getattr(trained, key) for key in kept]
+    obs, noise = observation(2), torch.rand(2, trained.chunk_size, 7, dtype=torch.float64)
+    for ours, theirs in zip(again.act(obs, 0.6, noise)[:2], trained.eval().act(obs, 0.6, noise)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # tokens, log-probabilities
+
+
+def test_it_advises_no_flag_that_it_lacks():
+    source = (ROOT / "evaluate.py").read_text().replace("doctor.py --download", "")
+    source = "".join((source, *((ROOT / f"vla/{name}.py").read_text() for name in ("settings", "results", "report"))))
+    known = {field.name for field in dataclasses.fields(evaluate.Args)}
+    assert set(re.findall(r"--([a-z]\w+)", source)) <= known
 
 
 def test_published_rows_by_name():
@@ -589,24 +628,47 @@ def test_ranks_and_envs_change_no_episode(evaluated, run_folder, tmp_path):
     assert episodes_of(tmp_path / "out") == episodes_of(evaluated)
 
 
-@pytest.mark.slow
-def test_killed_and_resumed(evaluated, run_folder, tmp_path):
-    """SIGKILL in the middle, then --resume with one episode more: the same episodes, none of them twice."""
-    output = tmp_path / "out"
-    command = [sys.executable, "evaluate.py", *common(run_folder, output), "--num_envs", "4"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def interrupted(command: list[str], output: Path, number: int, after: int) -> tuple[int, str]:
+    """Send a signal to an evaluation that has written so many episodes. Returns its exit code and what it said."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 300
-    while not (output / "episodes.jsonl").exists() or (output / "episodes.jsonl").read_bytes().count(b"\n") < 8:
+    while not (output / "episodes.jsonl").exists() or (output / "episodes.jsonl").read_bytes().count(b"\n") < after:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "results.json").exists()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_resumed(evaluated, run_folder, tmp_path):
+    """SIGKILL in the middle, SIGTERM after that, then --resume with one episode more: the same episodes, none twice."""
+    output = tmp_path / "out"
+    command = [sys.executable, "evaluate.py", *common(run_folder, output), "--num_envs", "4"]
+    assert interrupted(command, output, signal.SIGKILL, 4)[0] == -signal.SIGKILL
+    code, said = interrupted([*command, "--resume"], output, signal.SIGTERM, 12)
+    assert code == REQUEUE and "Traceback" not in said
+    kept = (output / "episodes.jsonl").read_bytes().count(b"\n")
+    assert f"SIGTERM: {kept} of 24 episodes are in {output}/episodes.jsonl" in said
+    assert f"--output {output} --resume" in said and kept >= 12 and not (output / "results.json").exists()
+    assert not (output / "stop").exists() and not list(output.glob("videos/partial_*"))
     run(*common(run_folder, output), "--num_envs", "4", "--resume", "--num_episodes", "7")
     assert (output / "episodes.jsonl").read_bytes().count(b"\n") == 28
     resumed, whole = episodes_of(output), episodes_of(evaluated)
     assert len(whole) == 24 and {key: resumed[key] for key in whole} == whole
     assert json.loads((output / "results.json").read_text())["settings"]["EEPose-v1:test"]["episodes"] == 7
+
+
+@pytest.mark.slow
+def test_another_seed_samples_other_actions(evaluated, run_folder, tmp_path):
+    run(*common(run_folder, tmp_path / "out"), "--num_envs", "4", "--seed", "1", "--film_failures", "0")
+    ours, theirs = episodes_of(tmp_path / "out"), episodes_of(evaluated)
+    assert ours.keys() == theirs.keys()
+    for key in ours:  # greedy actions are what they are
+        assert (ours[key]["actions"] == theirs[key]["actions"]) == (key[1] == 0)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for place in (str(run_folder), str(tmp_path), str(ROOT)):
+        assert place not in json.dumps(results) and place not in (tmp_path / "out" / "evaluation.json").read_text()
 
 
 @pytest.mark.slow

@@ -163,10 +163,8 @@ def html_table(table: list[list[str]], ident: str, videos: dict[str, list[dict]]
     for row in rows:
         cells = [html_text(cell) for cell in row]
         if videos:
-            links = [
-                f'<a href="#{video["file"]}" data-video="{video["file"]}">&#9654; {video["outcome"]}</a>'
-                for video in left.pop(row[0], [])
-            ]
+            films = [(html_text(video["file"]), video["outcome"]) for video in left.pop(row[0], [])]
+            links = [f'<a href="#{file}" data-video="{file}">&#9654; {outcome}</a>' for file, outcome in films]
             cells.append(" ".join(links))
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</tbody></table>"])
@@ -175,7 +173,7 @@ def html_table(table: list[list[str]], ident: str, videos: dict[str, list[dict]]
 def video_figure(name: str, video: dict, folder: Path) -> str:
     """One episode, ready to play."""
     return (
-        f'<figure id="{video["file"]}"><video controls muted loop playsinline preload="metadata" '
+        f'<figure id="{html_text(video["file"])}"><video controls muted loop playsinline preload="metadata" '
         f'src="{data_url(folder / video["file"], "video/mp4")}"></video><figcaption>{html_text(name)}, episode '
         f'{video["episode_id"]}: <b class="{video["outcome"]}">{video["outcome"]}</b></figcaption></figure>'
     )
