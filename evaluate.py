@@ -51,10 +51,12 @@ from schemas.flags import (
     Seed,
     Text,
 )
+from schemas.lock import lock_folder
 from vla.checkpoint import complete_checkpoints
 from vla.cli import flag_value, parse_layers, resolved_input
 from vla.distributed import (
     UserError,
+    agree,
     all_gather_lists,
     barrier,
     checked,
@@ -316,13 +318,26 @@ def find_output(output: str | None, resume: bool, identity: dict) -> Path:
     return folder
 
 
-def open_output(folder: Path, identity: dict, ids: dict[str, list[int]]) -> EpisodeLog:
-    """Begin to write, or go on, after find_output(). All ranks together."""
+def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[int]]) -> EpisodeLog:
+    """Begin to write, or go on, after find_output(). All ranks together.
+
+    Raises:
+        UserError: another process writes there, or has done so since.
+    """
+    saved, error = folder / "evaluation.json", None
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock_folder(folder, f"--output {folder}")  # until this process ends
+            if saved.exists() and not resume:
+                error = f"--output {folder} holds another evaluation's results by now: pass another --output"
+        except UserError as failure:
+            error = str(failure)
+    if said := agree(error):
+        raise UserError(said)
     log = EpisodeLog(folder / "episodes.jsonl")
     if rank() == 0:
-        (folder / "evaluation.json").write_text(json.dumps(identity, indent=2) + "\n")
+        saved.write_text(json.dumps(identity, indent=2) + "\n")
         (folder / "episode_ids.json").write_text(json.dumps(ids) + "\n")
     return log
 
@@ -472,7 +487,7 @@ def main(args: Args) -> None:
             policy = load_actor(args, checkpoint, device)
             fit_prompts(policy, settings, ids, args.instruction)
             actors = {temperature: PolicyActor(policy, temperature, args.seed) for temperature in args.temperature}
-        log = open_output(folder, identity, ids)
+        log = open_output(folder, args.resume, identity, ids)
         stop = StopRequest(folder)
 
     # ------------------------------------------------------------------ setting by setting

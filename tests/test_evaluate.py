@@ -486,7 +486,7 @@ def test_older_results_are_kept(tmp_path):
     identity |= {"world": {"sim_freq": 100, "image_size": (96, 96)}}
     assert evaluate.find_output(str(tmp_path), False, identity) == tmp_path  # exists and is empty
     assert not list(tmp_path.iterdir())
-    evaluate.open_output(tmp_path, identity, {}).close()
+    evaluate.open_output(tmp_path, False, identity, {}).close()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="older results"):
         evaluate.find_output(str(tmp_path), False, identity)
@@ -494,6 +494,10 @@ def test_older_results_are_kept(tmp_path):
         evaluate.find_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
     assert before and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert evaluate.find_output(str(tmp_path), True, identity) == tmp_path
+    for resume in (False, True):  # this process holds it still
+        with pytest.raises(UserError, match=f"--output {tmp_path} is being written by process {os.getpid()} on"):
+            evaluate.open_output(tmp_path, resume, identity, {})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(UserError, match="no evaluation to --resume"):
         evaluate.find_output(str(tmp_path / "new"), True, identity)
     with pytest.raises(UserError, match="needs --output"):

@@ -57,5 +57,7 @@ def test_what_is_kept_names_no_place_of_one_machine():
     kept = {"args": {"seed": 1}, "command": "train_ppo.py --config a.yaml --seed 1", "commit": "c"}
     assert without_places(description) == kept
     description = {"args": {"resume": "/tmp/a/run", "seed": 1}, "command": "train_ppo.py --resume /tmp/a/run --seed 1"}
-    kept = {"args": {"resume": "runs/my_run", "seed": 1}, "command": "train_ppo.py --resume runs/my_run --seed 1"}
+    description["args"]["model_path"] = "/scratch/me/models/openvla-7b"
+    places = {"resume": "runs/my_run", "seed": 1, "model_path": ".../models/openvla-7b"}
+    kept = {"args": places, "command": "train_ppo.py --resume runs/my_run --seed 1"}
     assert without_places(description) == kept

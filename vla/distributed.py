@@ -47,6 +47,8 @@ def run_main(main: Callable, parse: Callable) -> None:
     launcher ends all ranks when the first one ends with an error, and exits with its code. So a rank that may have
     nothing of its own to say leaves that to the others.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a folder's name may be none of the terminal's encoding
     try:
         main(parse())
     except SystemExit as stop:

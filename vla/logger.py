@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from schemas import UserError
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
+from vla.text import without_machine
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
@@ -43,7 +44,7 @@ def without_places(description: dict) -> dict:
         args["resume"] = resumed
     command = re.sub(rf" --(?:{places})(?:=| )\S+", "", description["command"])
     command = re.sub(r" --resume(=| )(?!-)\S+", rf" --resume\1{resumed}", command)
-    return description | {"args": args, "command": command}
+    return without_machine(description | {"args": args, "command": command})
 
 
 def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
