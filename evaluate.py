@@ -486,7 +486,7 @@ def main(args: Args) -> None:
         if checkpoint:
             policy = load_actor(args, checkpoint, device)
             fit_prompts(policy, settings, ids, args.instruction)
-            actors = {temperature: PolicyActor(policy, temperature, args.seed) for temperature in args.temperature}
+            actors = {t: PolicyActor(policy, t, args.seed, name=str(checkpoint)) for t in args.temperature}
         log = open_output(folder, args.resume, identity, ids)
         stop = StopRequest(folder)
 
@@ -523,7 +523,7 @@ def main(args: Args) -> None:
         if stop.agreed():
             progress.close()
             kept = f"{progress.done} of {progress.total} episodes are in {folder}/episodes.jsonl"
-            stop.end(f"{kept}; go on with the same flags and --output {folder} --resume")
+            stop.end(f"{kept}. Go on with the same flags and --output {folder} --resume")
     progress.close()
     log.close()
 

@@ -120,6 +120,7 @@ WANTED: dict[str, Callable[[dict], str]] = {
     "model_attributes_type": lambda ctx: "an object with keys",
     "too_short": lambda ctx: f"at least {ctx['min_length']} long",
     "too_long": lambda ctx: f"at most {ctx['max_length']} long",
+    "json_invalid": lambda ctx: "without broken characters in its texts",
     "string_too_short": lambda ctx: "a text that is not empty",
     "string_pattern_mismatch": lambda ctx: "a text without null characters",
 }

@@ -87,6 +87,13 @@ class Results(Part):
         return value
 
 
+class GroupCounts(Schema):
+    in_distribution: Number
+    vision: Number
+    semantic: Number
+    execution: Number
+
+
 class Published(Schema):
     """A row of benchmarks/published.yaml: counts of successes by group and, where they were published, by setting."""
 
@@ -95,7 +102,7 @@ class Published(Schema):
     note: str
     metric: Literal["success_once", "success_at_end"]
     episodes_per_setting: Annotated[int, Field(ge=1)]
-    successes: dict[str, Number]
+    successes: GroupCounts
     settings: dict[str, Number] | None = None
 
 

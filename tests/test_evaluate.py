@@ -21,6 +21,7 @@ from conftest import observation, one_rank_environment
 from test_machine import free_port, train
 
 import evaluate
+import yaml
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs
 from vla.distributed import REQUEUE, UserError
 from vla.episode_log import EpisodeLog
@@ -292,6 +293,7 @@ RESULT_DAMAGES = [
     (lambda content: "", "is empty"),
     (lambda content: [1], "an object with keys"),
     (lambda content: "null", "an object with keys"),
+    (lambda content: json.dumps(content | {"name": "\ud800"}), "broken characters"),
     (without("name"), "has no name"),
     (without("world"), "has no world"),
     (without("settings"), "has no settings"),
@@ -540,6 +542,35 @@ def test_it_advises_no_flag_that_it_lacks():
     assert set(re.findall(r"--([a-z]\w+)", source)) <= known
 
 
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ({"episodes_per_setting": 0}, "episodes_per_setting"),
+        ({"successes": {"vision": 3}}, "successes.in_distribution"),
+        ({"name": None}, "name null"),
+        ({"settings": {"Carrot-v1:train": -1}}, "settings.Carrot-v1:train"),
+    ],
+)
+def test_a_published_row_of_another_form_is_one_sentence(tmp_path, monkeypatch, change, key):
+    row = PUBLISHED["rlinf-ppo-oft"] | change
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump({"mine": row}))
+    monkeypatch.setattr(evaluate, "PUBLISHED", tmp_path / "published.yaml")
+    with pytest.raises(UserError, match=rf"published\.yaml has (no )?mine\.{key}"):
+        evaluate.choose_published(("mine",))
+
+
+def test_pipes_in_place_of_files_are_not_waited_for(tmp_path):
+    for name in ("results.json", "evaluation.json", "episodes.jsonl"):
+        os.mkfifo(tmp_path / name)
+    for read in (
+        lambda: evaluate.compare_evaluations(str(tmp_path), str(tmp_path), None),
+        lambda: evaluate.find_output(str(tmp_path), True, IDENTITY),
+        lambda: EpisodeLog(tmp_path / "episodes.jsonl"),
+    ):
+        with pytest.raises(UserError, match="no regular file"):
+            read()
+
+
 def test_published_rows_by_name():
     assert list(evaluate.choose_published(("rl4vla-ppo",))) == ["rl4vla-ppo"]
     assert evaluate.choose_published(("all",)) == PUBLISHED and evaluate.choose_published(()) == {}
@@ -572,6 +603,7 @@ def episodes_of(folder: Path) -> dict[tuple, dict]:
     [
         (["--num_episodes", "0"], "--num_episodes 0 must be at least 1"),
         (["--settings", "Single-v1:test", "--num_episodes", "1000"], "holds out"),
+        (["--policy", "expert", "--settings", "PickCube-v1", "--instruction", "x"], "--policy expert knows only"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, flags, message):

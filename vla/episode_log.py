@@ -50,7 +50,7 @@ class EpisodeLog:
             episode = self._read(line, number)
             self._remember(episode.pop("setting"), episode.pop("temperature"), episode)
         if len(whole) < len(content):
-            print0(f"{path}: the last line is cut short and is dropped; its episode is run again")
+            print0(f"{path}: the last line is cut short and is dropped. Its episode is run again")
         barrier()  # everybody has read
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)

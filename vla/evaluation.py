@@ -56,10 +56,10 @@ class Actor(Protocol):
 
 
 class PolicyActor:
-    """A VLAPolicy with whole weights at one temperature (0 = greedy)."""
+    """A VLAPolicy with whole weights at one temperature (0 = greedy). name: what a sentence about it calls it."""
 
-    def __init__(self, policy, temperature: float, seed: int = 0):
-        self.policy, self.temperature, self.seed = policy, temperature, seed
+    def __init__(self, policy, temperature: float, seed: int = 0, name: str = "the policy"):
+        self.policy, self.temperature, self.seed, self.name = policy, temperature, seed, name
         self.device = next(policy.parameters()).device
 
     def begin(self, episode_ids: Sequence[int]) -> None:
@@ -74,7 +74,7 @@ class PolicyActor:
         tokens, logprobs, _ = self.policy.act(self.policy.prepare(obs, self.device), self.temperature, noise)
         if not logprobs.isfinite().all():
             raise UserError(
-                "the policy's probabilities are not finite numbers: its weights are damaged, use an earlier checkpoint"
+                f"{self.name} gives probabilities that are not finite numbers: use an earlier checkpoint"
             ) from FloatingPointError("NaN among log-probabilities")
         return self.policy.decode(tokens)
 

@@ -133,4 +133,4 @@ class Preemption(StopRequest):
 
     def leave(self, checkpoint: Path) -> NoReturn:
         """SystemExit with REQUEUE, after this checkpoint was written. All ranks together."""
-        self.end(f"{checkpoint} is complete; go on with --resume {self.run_dir}")
+        self.end(f"{checkpoint} is complete. Go on with --resume {self.run_dir}")
