@@ -63,6 +63,13 @@ class FakeEnvs:
         return self.obs(), torch.zeros(2, 1), None, None, infos
 
 
+class Pictures(list):
+    """A video that keeps its pictures."""
+
+    def add(self, images, captions):
+        self.append(images)
+
+
 class FakeActor:
     def begin(self, episode_ids):
         pass
@@ -82,7 +89,9 @@ def test_an_evaluation_makes_no_step_after_it_was_asked_to_end(stop, how):
             os.kill(os.getpid(), how)
 
     envs = FakeEnvs(4, ask)
-    batches = list(run_episodes(FakeActor(), envs, [3, 9, 4, 5], stop=stop))
+    video = Pictures()
+    batches = list(run_episodes(FakeActor(), envs, [3, 9, 4, 5], video, stop))
+    assert len(video) == 4  # the start and three steps; none after it was asked
     assert [[episode["episode_id"] for episode in batch] for batch in batches] == [[3]]
     assert envs.steps == 4 and envs.resets == 1 and stop.agreed()
     with pytest.raises(SystemExit) as left:
@@ -99,14 +108,10 @@ def test_asked_before_it_begins_it_resets_nothing(stop):
 
 
 def test_a_film_ends_between_two_steps(stop):
-    class Pictures(list):
-        def add(self, images, captions):
-            self.append(images)
-
     envs, video = FakeEnvs(3, stop.stop_file.touch), Pictures()
     statistics = dict.fromkeys(("success_once", "success_at_end", "return", "episode_len", "reward"), 1.0)
     episode = {"episode_id": 9, "actions": np.zeros((9, 7), np.float32)} | statistics
-    assert replay(envs, [episode], [video], stop) is False and envs.steps == 3
+    assert replay(envs, [episode], [video], stop) is False and envs.steps == len(video) == 3
     assert replay(envs, [episode], [video]) is True
 
 

@@ -157,7 +157,7 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop
         for position, env in enumerate(infos["ended"].tolist()):
             statistics = {name: float(infos["episode"][name][position]) for name in STATISTICS}
             rows[env] = {"episode_id": int(padded[env])} | statistics | {"actions": np.stack(executed[env])}
-        if video is not None:
+        if video is not None and not stop.asked:  # a signal to all processes ends the one that encodes, too
             video.add(obs["image"], captions(obs, executed, returns, rows))
     return [rows[env] for env in range(len(episode_ids)) if env in rows]
 
@@ -180,6 +180,8 @@ def replay(envs, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool
     returns = [0.0] * len(episodes)
     longest = max(len(episode["actions"]) for episode in episodes)
     for step in range(longest + 1):
+        if stop.asked:  # before a picture is added: a signal to all processes ends the one that encodes, too
+            return False
         for env, (episode, video) in enumerate(zip(episodes, videos)):
             if step <= len(episode["actions"]):
                 lines = [obs["task_description"][env], f"step {step}  return {returns[env]:.2f}"]
@@ -187,8 +189,6 @@ def replay(envs, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool
                 video.add(obs["image"][env : env + 1], [[*lines, outcome(episode)] if over else lines])
         if step == longest:
             return True
-        if stop.asked:
-            return False
         actions = [episode["actions"][min(step, len(episode["actions"]) - 1)] for episode in padded]
         obs, rewards, _, _, infos = envs.step(np.stack(actions)[:, None])  # envs whose episode has ended stay at rest
         returns = [total + float(reward) for total, reward in zip(returns, rewards[:, 0])]
