@@ -24,6 +24,7 @@ from schemas import UserError
 from schemas.flags import Count, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
 from vla.cli import parse_args
 from vla.distributed import REQUEUE, checked, run_main
+from vla.startup import check_scene_memory
 
 ENVS_PER_WORKER = 8
 HOPELESS = 64  # tries without one success
@@ -78,8 +79,10 @@ def main(args: Args) -> None:
                 folder.finish()
             print(f"{folder.folder} holds {folder.count()} demonstrations already")
             return
+        num_envs = ENVS_PER_WORKER * max(1, args.num_env_workers)
+        check_scene_memory(num_envs, args.num_env_workers, args.image_size, "--num_env_workers and --image_size")
         envs = make_envs(
-            args.env_id, ENVS_PER_WORKER * max(1, args.num_env_workers), seed=args.seed, asset_dir=args.asset_dir,
+            args.env_id, num_envs, seed=args.seed, asset_dir=args.asset_dir,
             max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers, **world,
         )  # fmt: skip
         count, tried = folder.begin()

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from envs import eval_episode_ids, make_envs, train_episode_id
+from envs import check_envs, eval_episode_ids, every_instruction, make_envs, train_episode_id
 from envs.video import VideoWriter
 from schemas.flags import (
     AboveOne,
@@ -61,10 +61,22 @@ from vla.pretrained import load_policy
 from vla.regularization import regularization
 from vla.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.startup import (
+    check_iterations_left,
+    check_rollout_memory,
+    check_scene_memory,
+    launched,
+    prompt_room,
+    what_applies,
+)
 
 # what an iteration without update logs as 0
 UPDATE_METRICS = """train/loss train/actor/policy_loss train/actor/approx_kl train/actor/clip_fraction
 train/actor/clipped_ratio train/actor/dual_clip_fraction train/entropy_loss""".split()
+
+
+# evaluation runs every episode once, to its end
+ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
 
 
 @dataclass
@@ -341,24 +353,41 @@ def fill_dead_groups(buffer: RolloutBuffer, spare: RolloutBuffer, group_size: in
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
-        device = setup_distributed(args.seed)
         check_combinations(**pick(args, check_combinations))
+<<<<<<< HEAD
         sizes = derive_sizes(**pick(args, derive_sizes, rank=rank(), world_size=world_size()))
         check_whole_episodes(**pick(args, check_whole_episodes))
+=======
+        launch = launched()
+        sizes = derive_sizes(**pick(args, derive_sizes, rank=launch.rank, world_size=launch.world_size))
+>>>>>>> d8e7e19 (flags: what needs neither model nor simulator is looked at first)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
+        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
+        rests = dict(auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
+        world = pick(args, make_envs, num_env_workers=sizes.num_env_workers, first_env=0, privileged=False, **rests)
+        eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
+        check_envs(args.env_id, N, **world)
+        check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+        eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+        told = every_instruction(args.env_id, args.obj_set, args.instruction)
+        args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
+        here = launch.ranks_here
+        check_rollout_memory(args.model_path, here * T * N)
+        check_scene_memory(
+            here * (N + sizes.local_num_eval_envs), here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+            args.image_size, "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
+        )  # fmt: skip
+        device = setup_distributed(args.seed)
         default_dir = f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
-        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
+        check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
+        in_words = sizes.in_words(launch.world_size, args.chunk_size, args.num_env_workers)
+        print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False)
         model_flags |= dict(norm_stats=None, cuda_graphs=True)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
-        one_per_id = dict(auto_reset=False, ignore_terminations=False, first_env=0, privileged=False)
-        envs = make_envs(args.env_id, N, **pick(args, make_envs, **one_per_id))
-        num_eval_envs = max(1, args.num_eval_envs // world_size())
-        one_per_id["pipeline_stages"] = 1
-        one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
-        eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
-        eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+        envs = make_envs(args.env_id, N, **world)
+        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from envs import eval_episode_ids, make_envs
+from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.video import VideoWriter
 from schemas.flags import (
     AboveOne,
@@ -48,7 +48,11 @@ from schemas.flags import (
     Text,
 )
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
+<<<<<<< HEAD
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
+=======
+from vla.cli import check_combinations, derive_sizes, parse_args, pick
+>>>>>>> d8e7e19 (flags: what needs neither model nor simulator is looked at first)
 from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
@@ -59,8 +63,19 @@ from vla.pretrained import load_policy
 from vla.regularization import regularization
 from vla.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.startup import (
+    check_iterations_left,
+    check_rollout_memory,
+    check_scene_memory,
+    launched,
+    prompt_room,
+    what_applies,
+)
 from vla.state_critic import StateCritic
 from vla.value_head import value_errors
+
+# evaluation runs every episode once, to its end
+ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
 
 
 @dataclass
@@ -291,25 +306,42 @@ def ppo_loss(
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
-        device = setup_distributed(args.seed)
         check_combinations(**pick(args, check_combinations))
+<<<<<<< HEAD
         sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=rank(), world_size=world_size()))
         if not args.auto_reset:
             check_whole_episodes(**pick(args, check_whole_episodes))
+=======
+        launch = launched()
+        sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=launch.rank, world_size=launch.world_size))
+>>>>>>> d8e7e19 (flags: what needs neither model nor simulator is looked at first)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
-        default_dir = f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
-        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         privileged = args.critic == "state"
+        world = pick(args, make_envs, num_env_workers=sizes.num_env_workers, first_env=first_env, privileged=privileged)
+        eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
+        check_envs(args.env_id, N, **world)
+        check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+        eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+        told = every_instruction(args.env_id, args.obj_set, args.instruction)
+        args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
+        here = launch.ranks_here
+        check_rollout_memory(args.model_path, here * T * N)
+        check_scene_memory(
+            here * (N + sizes.local_num_eval_envs), here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+            args.image_size, "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
+        )  # fmt: skip
+        device = setup_distributed(args.seed)
+        default_dir = f"runs/ppo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
+        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
+        check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
+        in_words = sizes.in_words(launch.world_size, args.chunk_size, args.num_env_workers)
+        print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
         model_flags |= dict(norm_stats=None, cuda_graphs=True)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
-        envs = make_envs(args.env_id, N, **pick(args, make_envs, first_env=first_env, privileged=privileged))
-        num_eval_envs = max(1, args.num_eval_envs // world_size())
-        one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
-        one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
-        eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
-        eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+        envs = make_envs(args.env_id, N, **world)
+        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine))

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from envs import eval_episode_ids, make_envs
+from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.demonstrations import Demos
 from envs.video import VideoWriter
 from schemas import UserError
@@ -47,7 +47,7 @@ from schemas.flags import (
 from vla import augmentation
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
 from vla.cli import parse_args, pick
-from vla.distributed import checked, rank, run_main, setup_distributed, world_size
+from vla.distributed import checked, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.export import check_export_dir, export_policy
@@ -56,8 +56,12 @@ from vla.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
+from vla.startup import check_iterations_left, check_scene_memory, launched, prompt_room, what_applies
 
 MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
+
+# evaluation runs every episode once, to its end
+ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
 
 
 @dataclass
@@ -243,36 +247,45 @@ def read_batch(
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
-        device = setup_distributed(args.seed)
-        check_sizes(**pick(args, check_sizes, world_size=world_size()))
-        default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
-        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
+        launch = launched()
+        check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         demos = Demos(Path(args.demos))
         demos.check_world(**pick(args, demos.check_world))
         if len(demos) < args.batch_size:
             raise UserError(f"--demos {args.demos} has {len(demos)} steps, fewer than --batch_size {args.batch_size}")
-        policy = load_policy(
-            args.model_path,
-            args.model_type,
-            **pick(
-                args, load_policy, norm_stats=demos.statistics, value_head=False, dtype=DTYPES[args.dtype],
-                device=device, cuda_graphs=True,
-            ),
-        )  # fmt: skip
-        check_labels(policy, demos, args.unnorm_key)
-        num_eval_envs = max(1, args.num_eval_envs // world_size())
-        one_per_id = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
-        one_per_id["num_env_workers"] = min(args.num_env_workers, num_eval_envs)
-        eval_envs = make_envs(args.env_id, num_eval_envs, **pick(args, make_envs, **one_per_id))
+        num_eval_envs = max(1, args.num_eval_envs // launch.world_size)
+        workers = min(args.num_env_workers, num_eval_envs)
+        eval_world = pick(args, make_envs, num_env_workers=workers, **ONE_PER_ID)
+        check_envs(args.env_id, num_eval_envs, **eval_world)
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+        told = every_instruction(args.env_id, args.obj_set, args.instruction) | set(demos.instructions)
+        args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
+        check_scene_memory(
+            launch.ranks_here * num_eval_envs, launch.ranks_here * workers, args.image_size,
+            "--num_eval_envs, --num_env_workers and --image_size",
+        )  # fmt: skip
+        device = setup_distributed(args.seed)
+        default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
+        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
+        num_iterations = args.num_updates // args.updates_per_iteration
+        check_iterations_left(checkpoint, num_iterations, "--num_updates")
+        in_words = (
+            f"{launch.world_size} ranks, {args.batch_size} of {len(demos)} demonstrated decisions an optimizer step, "
+            f"{args.num_updates} steps, evaluation in {num_eval_envs} envs and {workers} workers a rank"
+        )
+        print0(what_applies(**pick(args, what_applies, sizes=in_words)))
+        model_flags = dict(norm_stats=demos.statistics, value_head=False, dtype=DTYPES[args.dtype], device=device)
+        model_flags |= dict(cuda_graphs=True)
+        policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
+        check_labels(policy, demos, args.unnorm_key)
+        eval_envs = make_envs(args.env_id, num_eval_envs, **eval_world)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
     schedule = pick(args, learning_rate_at)
-    num_iterations = args.num_updates // args.updates_per_iteration
     local_batch_size = args.batch_size // world_size()
     mine = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
     start_iteration, num_seen = 0, 0  # num_seen: decisions trained on, over all ranks

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from envs import registration  # noqa: F401  gymnasium.make knows all ids from now on
-from envs.episodes import eval_episode_ids, instructions, num_start_states
+from envs.episodes import eval_episode_ids, every_instruction, instructions, num_start_states
 from envs.variants import VARIANTS, is_held_out, train_episode_id
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VARIANTS",
+    "check_envs",
     "eval_episode_ids",
+    "every_instruction",
     "instructions",
     "is_held_out",
     "make_envs",
@@ -95,3 +97,25 @@ def make_envs(
         ignore_terminations, protocol, seed, first_env, instruction, simulator, drawn_by, privileged,
     )  # fmt: skip
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
+
+
+def check_envs(env_id: str, num_envs: int, **settings) -> None:
+    """What make_envs() would say of the same arguments, without a simulator or a GPU being touched.
+
+    Raises:
+        ValueError, RuntimeError: one sentence for settings that cannot work or files that are missing.
+    """
+    from envs import group
+
+    stages, workers = settings["pipeline_stages"], settings["num_env_workers"]
+    simulator = group.resolve_backend(settings["sim_backend"], env_id, stages)
+    group.check_render_backend(settings["render_backend"], simulator)
+    of_spec = group.EnvSpec.__dataclass_fields__.keys() - {"sim_backend", "render_backend"}
+    chosen = {name: value for name, value in settings.items() if name in of_spec}
+    spec = group.EnvSpec(env_id, num_envs, **chosen, sim_backend=simulator)
+    spec.check(workers, stages, settings["worker_timeout"])
+    group.check_module(env_id)
+    if settings["asset_pack"] == "bridge":
+        from envs.bridge_assets import BridgeAssets  # imports sapien
+
+        BridgeAssets(settings["asset_dir"])

@@ -70,6 +70,23 @@ def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
     return list(chosen)
 
 
+def every_instruction(env_id: str, obj_set: str, instruction: str | None) -> set[str]:
+    """All that the policy can be told in an env: the family's own sentences, or the one that is given."""
+    if not in_family(env_id):
+        return {instruction} - {None}
+    from envs.assets import OBJECTS, RECEPTACLES  # imports sapien
+
+    found, told = variants.lookup(env_id, obj_set), range(0, 1)
+    if found.extra is not None and found.extra.kind == "wording":
+        told = range(found.extra.first, found.extra.first + found.extra.count)
+    return {
+        variants.WORDINGS[i].format(object=OBJECTS[j].name, receptacle=RECEPTACLES[k].name)
+        for i in told
+        for j in found.objects
+        for k in found.receptacles
+    }
+
+
 def instructions(env_id: str, obj_set: str, episode_ids: list[int]) -> list[str]:
     """What the policy is told in these episodes of the family, found without simulating; the same in both packs."""
     from envs.assets import OBJECTS, RECEPTACLES  # imports sapien

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from dataclasses import dataclass
 
@@ -123,20 +124,30 @@ def resolve_backend(sim_backend: str, env_id: str, pipeline_stages: int) -> str:
     return "physx_cuda" if able else "physx_cpu"
 
 
-def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> str:
-    """cpu, or this process's CUDA device as "cuda:0"; "auto" is the second where SAPIEN can draw on it. A batch on the
-    GPU has no choice: `batched_group.open_batch` draws it there."""
+def check_module(env_id: str) -> None:
+    """One sentence where "module:Id" names a module that is not there. Nothing is imported."""
+    module = env_id.rpartition(":")[0]
+    if module and importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise ValueError(f"env_id {env_id!r}: there is no module {module}; put the folder that has it on PYTHONPATH.")
+
+
+def check_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> None:
+    """One sentence for a choice that is none, or that needs a GPU which is not there."""
     if render_backend not in RENDER_BACKENDS:
         raise ValueError(f"unknown render_backend {render_backend!r}: use one of {', '.join(RENDER_BACKENDS)}.")
-    if sim_backend == "physx_cuda" or render_backend == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        if render_backend == "auto":
-            return "cpu"
+    if render_backend == "cuda" and sim_backend != "physx_cuda" and not torch.cuda.is_available():
         raise ValueError(
             "render_backend='cuda' needs a CUDA device, and torch sees none here: use render_backend='cpu', or run "
             "`python doctor.py`."
         )
+
+
+def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> str:
+    """cpu, or this process's CUDA device as "cuda:0"; "auto" is the second where SAPIEN can draw on it. A batch on the
+    GPU has no choice: `batched_group.open_batch` draws it there."""
+    check_render_backend(render_backend, sim_backend)
+    if sim_backend == "physx_cuda" or render_backend == "cpu" or not torch.cuda.is_available():
+        return "cpu"
     import sapien
 
     device = f"cuda:{torch.cuda.current_device()}"

@@ -85,7 +85,8 @@ def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
 
 SIZES = dict(
     num_envs=16, num_steps=40, chunk_size=1, num_minibatches=4, micro_batch_size=20, num_iterations=5,
-    total_timesteps=None, group_size=1, rank=1, world_size=2,
+    total_timesteps=None, group_size=1, num_eval_envs=3,
+    num_env_workers=12, rank=1, world_size=2,
 )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def test_sizes():
     sizes = derive_sizes(**SIZES)
     assert (sizes.local_num_envs, sizes.first_env, sizes.env_steps) == (8, 8, 640)
     assert (sizes.minibatch_size, sizes.micro_batches) == (160, 4)
+    assert (sizes.num_env_workers, sizes.local_num_eval_envs, sizes.num_eval_env_workers) == (8, 1, 1)
     assert derive_sizes(**SIZES | {"total_timesteps": 2000}).num_iterations == 3
     assert derive_sizes(**SIZES | {"micro_batch_size": 32}).micro_batches == 3  # 32 + 32 + 16
 

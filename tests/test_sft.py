@@ -214,7 +214,6 @@ def test_colours_by_hand():
         (dict(unnorm_key="bridge_orig"), "actions are out of range in dimension"),
         (dict(num_updates=5), "--num_updates 5 is not a multiple"),
         (dict(batch_size=33), "has 32 steps, fewer than --batch_size 33"),
-        (dict(label_sigma=-1.0), "--label_sigma -1.0 must be at least 0"),
         (dict(export_dir=str(ROOT / "tests")), "tests holds something else than a policy"),
     ],
 )

@@ -174,9 +174,21 @@ class Sizes:
     num_chunks: int  # T: decisions per env and rollout
     local_num_envs: int  # N
     first_env: int  # global index of this rank's first env
+    local_num_eval_envs: int
+    num_env_workers: int  # of this rank; at most one per env
+    num_eval_env_workers: int
     env_steps: int  # per iteration, over all ranks
     minibatch_size: int  # decisions per optimizer step, over all ranks (at most: dropped ones leave it smaller)
     micro_batches: int  # per optimizer step and rank; the last may be smaller
+
+    def in_words(self, num_ranks: int, chunk_size: int, num_env_workers: int) -> str:
+        """One line for people. num_env_workers: as asked for."""
+        fewer = f" ({num_env_workers} asked for)" if self.num_env_workers < num_env_workers else ""
+        return (
+            f"{num_ranks} ranks of {self.local_num_envs} envs and {self.num_env_workers} workers{fewer}, "
+            f"{self.num_chunks} decisions of {chunk_size} actions, {self.env_steps} env steps an iteration, "
+            f"{self.minibatch_size} decisions an optimizer step, {self.num_iterations} iterations"
+        )
 
 
 def derive_sizes(
@@ -187,6 +199,8 @@ def derive_sizes(
     num_minibatches: int,
     micro_batch_size: int,
     group_size: int,
+    num_eval_envs: int,
+    num_env_workers: int,
     num_iterations: int,
     total_timesteps: int | None,
     rank: int,
@@ -219,11 +233,15 @@ def derive_sizes(
             raise UserError(
                 f"--total_timesteps {total_timesteps} is less than one iteration ({num_envs * num_steps} env steps)"
             )
+    local_num_eval_envs = max(1, num_eval_envs // world_size)
     return Sizes(
         num_iterations=num_iterations,
         num_chunks=num_chunks,
         local_num_envs=local_num_envs,
         first_env=rank * local_num_envs,
+        local_num_eval_envs=local_num_eval_envs,
+        num_env_workers=min(num_env_workers, local_num_envs),
+        num_eval_env_workers=min(num_env_workers, local_num_eval_envs),
         env_steps=num_envs * num_steps,
         minibatch_size=decisions // num_minibatches,
         micro_batches=-(-decisions // num_minibatches // world_size // micro_batch_size),
