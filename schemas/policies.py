@@ -203,10 +203,7 @@ class AdapterConfig(Schema):
     @classmethod
     def base_stays(cls, kind: bool | str) -> bool | str:
         if kind not in PLAIN_STARTS:
-            raise ValueError(
-                "true, false, gaussian, eva or orthogonal, since other starts change the base's weights (peft's "
-                "save_pretrained converts such an adapter with path_initial_model_for_weight_conversion)"
-            )
+            raise ValueError("true, false, gaussian, eva or orthogonal, since others change the weights of the base")
         return kind
 
 

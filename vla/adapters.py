@@ -5,6 +5,7 @@ are honoured, those that have no effect on a trained adapter, and what is refuse
 """
 
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ LORA_TARGETS = [
 LLM_TARGETS = r"language_model\.(lm_head|.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj))"
 
 MERGE = "merge the adapter with peft and load the result"
-MATCH_SECONDS = 5.0  # for one module's name; an expression that ends needs microseconds
+MATCH_SECONDS = 5.0  # for the names of all modules; an expression that ends needs milliseconds
 # fields of adapter_config.json that peft is given; what it does with an optimizer or a start is over
 HONOURED = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -160,16 +161,17 @@ def matching(pattern: str, names: list[str], source: str) -> list[str]:
     """The names that a regular expression matches as a whole, as peft asks; one that never ends is given up.
 
     Raises:
-        UserError: it is no regular expression, or a match takes longer than MATCH_SECONDS.
+        UserError: it is no regular expression, or takes longer than MATCH_SECONDS.
     """
+    end = time.monotonic() + MATCH_SECONDS
     try:
-        re.compile(pattern)
+        re.compile(pattern)  # what peft would use; the other one knows a time limit
         compiled = regex.compile(pattern)
-        return [name for name in names if compiled.fullmatch(name, timeout=MATCH_SECONDS)]
+        return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3))]
     except TimeoutError:
         raise UserError(
-            f"{source} has the regular expression {quoted(pattern)}, which takes more than {MATCH_SECONDS:g} s for one "
-            "module: list the modules by name"
+            f"{source} has the regular expression {quoted(pattern)}, which takes more than {MATCH_SECONDS:g} s to "
+            "match: list the modules by name"
         ) from None
     except (re.error, regex.error, RecursionError) as error:
         raise UserError(
@@ -185,7 +187,7 @@ def inject(model: OpenVLA, adapter_config: dict, source: str) -> OpenVLA:
         source: what the sentence about a target that is not there begins with.
     """
     names = [name for name, _ in model.named_modules() if name]
-    chosen = {key: adapter_config[key] for key in HONOURED if adapter_config.get(key)}
+    chosen = {key: adapter_config[key] for key in HONOURED if adapter_config.get(key) is not None}
     for key in ("target_modules", "exclude_modules"):
         if chosen.get(key) == "all-linear":  # moojink's choice resolves to the same modules as RLinf's list
             chosen[key] = LORA_TARGETS

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from schemas import UserError
 from vla.distributed import agree, all_gather_lists, print0, rank, world_size
+from vla.folders import check_base
 from vla.pretrained import save_policy, saves_adapter_alone
 from vla.shards import load_shards, save_shards
 from vla.stages import whole_state_dict
@@ -199,6 +200,7 @@ def save_checkpoint(
     with written_by_all(partial, str(final)):
         save_shards(engine, partial / "optimizer")
     state = {"iteration": iteration, "global_step": global_step, "trained": trained_shapes(engine)}
+    state["base"] = engine.module.files.base
     with written_by_all(partial, str(final)):
         if rank() == 0:
             put_in_place(partial, final, state)
@@ -215,7 +217,7 @@ def load_checkpoint(
     Learning rates and weight decay are those of this run's flags.
 
     Raises:
-        UserError: another number of envs or set of trained weights than the checkpoint's.
+        UserError: another number of envs, set of trained weights or base model than the checkpoint's.
     """
     state = json.loads((folder / "state.json").read_text())
     if state["trained"] != trained_shapes(engine):
@@ -223,6 +225,7 @@ def load_checkpoint(
             f"{folder} was written with other weights trained: pass the same --model_path, --lora_rank, "
             "--lora_scope and --critic"
         )
+    check_base(state.get("base"), engine.module.files.base, f"the run in {folder}", "the model loaded now")
     env_states = torch.load(folder / "envs.pt", weights_only=False)
     num_envs = local_num_envs * world_size()
     if len(env_states) != num_envs:

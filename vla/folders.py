@@ -181,7 +181,8 @@ def weight_map(folder: Path) -> dict[str, str]:
 def no_weights(folder: Path) -> str:
     """The sentence about a folder with neither weights nor an index: what it holds instead, and what to do."""
     said = f"{folder} lacks {WEIGHTS}"
-    if shards := sorted(folder.glob("*.safetensors")):
+    others = {ADAPTER_WEIGHTS, "value_head.safetensors"}
+    if shards := sorted(path for path in folder.glob("*.safetensors") if path.name not in others):
         return f"{said} and {INDEX}, it holds {shards[0].name}: copy the index, which says what its files hold"
     for pattern in PICKLES:
         if pickles := sorted(folder.glob(pattern)):
@@ -337,8 +338,8 @@ def find_base(folder: Path) -> Path:
         return folder
     if not isinstance(base, str) or not base or not Path(base).is_dir():
         raise UserError(
-            f"{folder} holds an adapter alone and its base model {base!r} is not a folder here: load the base model "
-            f"and give {folder} as --lora_path"
+            f"{source} has base_model_name_or_path {base!r}, which is not a folder here: load the base model and give "
+            f"{folder} as --lora_path"
         )
     if (Path(base) / ADAPTER_CONFIG).exists():
         itself = "itself" if Path(base).resolve() == folder.resolve() else f"{base}, which holds an adapter too"
