@@ -354,13 +354,9 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         check_combinations(**pick(args, check_combinations))
-<<<<<<< HEAD
-        sizes = derive_sizes(**pick(args, derive_sizes, rank=rank(), world_size=world_size()))
-        check_whole_episodes(**pick(args, check_whole_episodes))
-=======
         launch = launched()
         sizes = derive_sizes(**pick(args, derive_sizes, rank=launch.rank, world_size=launch.world_size))
->>>>>>> d8e7e19 (flags: what needs neither model nor simulator is looked at first)
+        check_whole_episodes(**pick(args, check_whole_episodes))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         rests = dict(auto_reset=False, ignore_terminations=False)  # an env whose episode has ended

@@ -48,11 +48,7 @@ from schemas.flags import (
     Text,
 )
 from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-<<<<<<< HEAD
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
-=======
-from vla.cli import check_combinations, derive_sizes, parse_args, pick
->>>>>>> d8e7e19 (flags: what needs neither model nor simulator is looked at first)
 from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
@@ -307,14 +303,10 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with checked():
         check_combinations(**pick(args, check_combinations))
-<<<<<<< HEAD
-        sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=rank(), world_size=world_size()))
-        if not args.auto_reset:
-            check_whole_episodes(**pick(args, check_whole_episodes))
-=======
         launch = launched()
         sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=launch.rank, world_size=launch.world_size))
->>>>>>> d8e7e19 (flags: what needs neither model nor simulator is looked at first)
+        if not args.auto_reset:
+            check_whole_episodes(**pick(args, check_whole_episodes))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         privileged = args.critic == "state"
