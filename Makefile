@@ -40,17 +40,18 @@ train: setup
 
 # the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each;
 # 16 objects take longer, so theirs is cloned twice more from where it ended, the last time over more demonstrations
-CLONE = deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml
+CLONE = deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml \
+	--export_dir checkpoints/$(2)
 AGAIN := --model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
-	$(call CLONE,openvlaoft) $(ARGS)
-	$(call CLONE,openvla) $(ARGS)
+	$(call CLONE,openvlaoft,openvla-oft-tiny-warmup) $(ARGS)
+	$(call CLONE,openvla,openvla-tiny-warmup) $(ARGS)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
-	$(call CLONE,openvlaoft_main) $(ARGS)
-	$(call CLONE,openvlaoft_main) $(AGAIN) 6000 $(ARGS)
+	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(ARGS)
+	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(AGAIN) 6000 $(ARGS)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml --num_demos 5000
-	$(call CLONE,openvlaoft_main) $(AGAIN) 7000 $(ARGS)
+	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(AGAIN) 7000 $(ARGS)
 
 # RESULTS.md from the runs that are kept in results/
 results: setup

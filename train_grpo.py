@@ -41,6 +41,7 @@ from schemas.flags import (
     LocalRank,
     LoraAlpha,
     LoraRank,
+    Name,
     NonNegative,
     Pixels,
     Positive,
@@ -49,12 +50,12 @@ from schemas.flags import (
     Seed,
     Text,
 )
-from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
+from vla.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
-from vla.logger import Averages, Logger, describe_run, due, mean_over, rows
+from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
 from vla.policy import Evaluation, VLAPolicy, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
@@ -93,6 +94,8 @@ class Args:
     eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
     # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
+    project_name: Name = "solovla"  # of the project at wandb and swanlab
+    experiment_name: Name | None = None  # of the run at wandb and swanlab (default: the run folder's name)
 
     # ---- model
     model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
@@ -358,6 +361,7 @@ def main(args: Args) -> None:
         sizes = derive_sizes(**pick(args, derive_sizes, rank=launch.rank, world_size=launch.world_size))
         check_whole_episodes(**pick(args, check_whole_episodes))
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
+        check_backends(args.logger_backends)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         rests = dict(auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
         world = pick(args, make_envs, num_env_workers=sizes.num_env_workers, first_env=0, privileged=False, **rests)
@@ -375,7 +379,7 @@ def main(args: Args) -> None:
         )  # fmt: skip
         device = setup_distributed(args.seed)
         default_dir = f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
-        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
+        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
         check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
         in_words = sizes.in_words(launch.world_size, args.chunk_size, args.num_env_workers)
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
@@ -397,9 +401,11 @@ def main(args: Args) -> None:
         if checkpoint:
             start_iteration, global_step, _ = load_checkpoint(engine, checkpoint, first_env, N)
         policy.preprocess(envs.reset())  # instructions that do not fit the prompt end the run here
+        begin_run(run_dir, checkpoint)
         logger = Logger(
-            run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, backends=args.logger_backends
-        )
+            run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, args.logger_backends,
+            **pick(args, Logger),
+        )  # fmt: skip
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 

@@ -36,6 +36,7 @@ from schemas.flags import (
     LocalRank,
     LoraAlpha,
     LoraRank,
+    Name,
     NonNegative,
     Pixels,
     Positive,
@@ -45,13 +46,13 @@ from schemas.flags import (
     Text,
 )
 from vla import augmentation
-from vla.checkpoint import load_checkpoint, open_run, save_checkpoint
-from vla.cli import parse_args, pick
+from vla.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
+from vla.cli import flag_value, parse_args, pick
 from vla.distributed import checked, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
-from vla.export import check_export_dir, export_policy
-from vla.logger import Averages, Logger, describe_run, due
+from vla.export import export_folder, export_policy
+from vla.logger import Averages, Logger, check_backends, describe_run, due
 from vla.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
@@ -78,9 +79,11 @@ class Args:
     eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
     # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
-    export_dir: Text | None = (
-        None  # folder for the final policy with a card, an adapter merged in; replaces an older one
-    )
+    project_name: Name = "solovla"  # of the project at wandb and swanlab
+    experiment_name: Name | None = None  # of the run at wandb and swanlab (default: the run folder's name)
+    # folder for the final policy with a card, an adapter merged in (default: export/ in the run folder); given on the
+    # command line, it replaces an older policy
+    export_dir: Text | None = None
 
     # ---- model
     model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
@@ -211,16 +214,12 @@ def check_labels(policy: VLAPolicy, demos: Demos, unnorm_key: str) -> None:
         )
 
 
-def check_sizes(
-    *, num_updates: int, updates_per_iteration: int, batch_size: int, world_size: int, export_dir: str | None
-) -> None:
+def check_sizes(*, num_updates: int, updates_per_iteration: int, batch_size: int, world_size: int) -> None:
     """Raises UserError for the first sizes that do not go together."""
     if num_updates % updates_per_iteration:
         raise UserError(f"--num_updates {num_updates} is not a multiple of --updates_per_iteration")
     if batch_size % world_size:
         raise UserError(f"--batch_size {batch_size} is not divisible by {world_size} ranks")
-    if export_dir:
-        check_export_dir(Path(export_dir))
 
 
 def read_batch(
@@ -249,6 +248,7 @@ def main(args: Args) -> None:
     with checked():
         launch = launched()
         check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
+        check_backends(args.logger_backends)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         demos = Demos(Path(args.demos))
         demos.check_world(**pick(args, demos.check_world))
@@ -267,7 +267,8 @@ def main(args: Args) -> None:
         )  # fmt: skip
         device = setup_distributed(args.seed)
         default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
-        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir)
+        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
+        export_dir = export_folder(run_dir, args.export_dir, flag_value(sys.argv[1:], "export_dir") is not None)
         num_iterations = args.num_updates // args.updates_per_iteration
         check_iterations_left(checkpoint, num_iterations, "--num_updates")
         in_words = (
@@ -292,8 +293,10 @@ def main(args: Args) -> None:
     with checked():
         if checkpoint:
             start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, 0, 0)
+        begin_run(run_dir, checkpoint)
         logger = Logger(
-            run_dir, rank() == 0, num_iterations, start_iteration, num_seen, args.logger_backends, "decisions"
+            run_dir, rank() == 0, num_iterations, start_iteration, num_seen, args.logger_backends, "decisions",
+            **pick(args, Logger),
         )  # fmt: skip
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
@@ -350,9 +353,7 @@ def main(args: Args) -> None:
             if stopped:  # --resume makes the evaluation again
                 preemption.leave(saved)
 
-    if args.export_dir:
-        weights = whole_state_dict(engine, keep=rank() == 0)
-        export_policy(engine.module, weights, run_dir, Path(args.export_dir))
+    export_policy(engine.module, whole_state_dict(engine, keep=rank() == 0), run_dir, export_dir)
     for opened in (logger, eval_envs):
         opened.close()
 

@@ -4,9 +4,10 @@ NaN and infinity fit none of them. The upper ends are far above what any machine
 would end in a lack of memory minutes later.
 """
 
+import re
 from typing import Annotated, TypeVar
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 # ---- numbers
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -36,5 +37,15 @@ PromptLength = Annotated[int, Field(ge=1, le=2048)]
 
 # ---- texts and lists: none of them is empty, as an unset variable of a shell is
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pattern=r"^[^\x00]*$")]
+
+
+def plain(name: str) -> str:
+    """What wandb and swanlab both take as a project's name."""
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]{1,100}", name):
+        raise ValueError("a name of at most 100 letters, digits and _ . + -")
+    return name
+
+
+Name = Annotated[str, AfterValidator(plain)]
 Item = TypeVar("Item")
 NonEmpty = Annotated[tuple[Item, ...], Field(min_length=1)]

@@ -1,1 +1,96 @@
 """Run folders and checkpoints: args.json, run_from_iteration_*.json, state.json, metrics.jsonl, evaluations.jsonl."""
+
+import math
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from schemas import Schema
+
+Natural = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def flag(value: Any) -> Any:
+    """A saved flag: it becomes words of a command line, where a text that begins with - would be a flag of its own."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, str) and one.startswith("-"):
+            raise ValueError("a value, not a flag")
+        if isinstance(one, (list, dict)):
+            raise ValueError("a number, a text, true, false, null, or a list of these")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ValueError("a finite number")
+    return value
+
+
+def inside(name: str) -> str:
+    """A file's name below the folder that lists it."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\0" in name or str(path) != name:
+        raise ValueError("the name of a file below the checkpoint")
+    return name
+
+
+Pair = Field(min_length=2, max_length=2)
+FileName = Annotated[str, AfterValidator(inside)]
+FlagName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+# args.json: the flags of a run, by name
+SavedFlags = dict[FlagName, Annotated[Any, AfterValidator(flag)]]
+
+
+class Description(Schema):
+    """run_from_iteration_*.json: what was started, and where."""
+
+    command: str
+    args: SavedFlags
+    sizes: dict[str, Any]
+    num_ranks: Annotated[int, Field(ge=1)]
+    commit: str
+    uncommitted_changes: bool
+    device: str
+    started: str
+
+
+class Header(Schema):
+    """Of state.json: what decides how the rest is read. The first files had no format."""
+
+    format: int = 1
+
+
+class State(Schema):
+    """state.json of a checkpoint."""
+
+    format: int
+    iteration: Natural
+    global_step: Natural
+    trained: dict[str, list[Natural]]  # shapes by parameter
+    files: dict[FileName, Annotated[list[Natural], Pair]]  # size in bytes and CRC-32
+    base: dict[str, Any] | None = None  # digests of what training began with, see folders.describe_base()
+    adapter: dict[str, Any] | None = None  # adapter_config.json, without where its base lies
+
+
+class OldState(State):
+    """Of format 2, which had no checksums."""
+
+    files: dict[FileName, Natural]  # size in bytes
+
+
+# in a shard's metadata: of every parameter, its first element here and the optimizer's step
+ShardIndex = dict[str, Annotated[list[Finite], Pair]]
+# a line of metrics.jsonl or evaluations.jsonl
+Line = dict[str, Finite]
+
+
+class Holder(Schema):
+    """lock of a run folder: the process that writes there."""
+
+    host: str
+    pid: Natural
+    started: str
+
+
+class Tracking(Schema):
+    """tracking.json of a run folder: the run's id at wandb and swanlab."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9]{8,64}$")]

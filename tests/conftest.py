@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -98,6 +99,15 @@ def same(left, right) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def as_saved(state):
+    """What a checkpoint gives back of env states."""
+    from vla.safe_files import load_tree, save_tree
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_tree(state, Path(folder) / "state.safetensors")
+        return load_tree(Path(folder) / "state.safetensors")
 
 
 def write_demos(folder: Path, recipe, actions: list[list], images: list[list]) -> None:

@@ -211,6 +211,25 @@ def full_disk(folder: str) -> dict:
     return {"said": said, "left": sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())}
 
 
+def not_finite(folder: str, **settings) -> dict:
+    """A whole checkpoint, then one where the last rank holds a NaN among its weights, or infinity in a moment."""
+    engine, _ = made(**settings)
+    place = Path(folder)
+    if not (place / "checkpoints" / "iteration_000001").exists():
+        save_checkpoint(engine, place, 1, 100, [{}], keep=0)
+    found = []
+    for key, value in (("exp_avg_sq", float("inf")), ("weight", float("nan"))):
+        if rank() == world_size() - 1:
+            local_shards(engine)[-1].tensors[key][-1] = value
+        try:
+            save_checkpoint(engine, place, 2, 200, [{}], keep=1)
+            said = "nothing"
+        except UserError as error:
+            said = str(error)
+        found.append((said, sorted(path.name for path in (place / "checkpoints").iterdir())))
+    return {"said": found[1][0], "left": found[1][1], "after_a_moment": found[0][1]}
+
+
 def stale_stop(folder: str) -> dict:
     """A killed run left its file `stop`; rank 0, which removes it, is late."""
     Path(folder).mkdir(parents=True, exist_ok=True)

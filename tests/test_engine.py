@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,11 @@ import torch
 from conftest import micro_preset, one_rank_environment
 
 from vla import distributed
-from vla.checkpoint import FORMAT, damage, latest_checkpoint
+from vla.checkpoint import OLD_FORMAT, damage, latest_checkpoint
 from vla.distributed import REQUEUE, UserError
 from vla.engine import read_deepspeed_config, use_gathered_layers
 from vla.memory_plan import Recipe, advice, make_plan
+from vla.safe_files import load_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "tests/ppo_random_openvla.yaml"
@@ -102,10 +104,22 @@ def two_ranks(tmp_path_factory) -> tuple[Path, dict]:
     scenarios += [("one_arithmetic", settings) for settings in ARITHMETIC]
     scenarios += [("exact_critic", settings) for settings in EXACT]
     scenarios += [("full_disk", {"folder": str(folder / "full")}), ("stale_stop", {"folder": str(folder / "stale")})]
+    scenarios += [("not_finite", {"folder": str(folder / name), "config": name}) for name in ("zero2", "zero3")]
     results: dict[str, list] = {}
     for (name, _), result in zip(scenarios, on_ranks(2, scenarios)):
         results.setdefault(name, []).append(result)
     return folder, results
+
+
+def as_format_2(new: Path, old: Path) -> Path:
+    """A copy of a checkpoint as it was written before format 3: pickled env states, no checksums."""
+    shutil.copytree(new, old)
+    torch.save(load_tree(old / "envs.safetensors"), old / "envs.pt")
+    (old / "envs.safetensors").unlink()
+    state = json.loads((old / "state.json").read_text())
+    files = {name: (old / name).stat().st_size for name in state["files"] if name != "envs.safetensors"}
+    (old / "state.json").write_text(json.dumps(state | {"format": OLD_FORMAT, "files": files}))
+    return old
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +131,8 @@ def one_rank(two_ranks) -> tuple[Path, dict]:
         for name in READ
     ]
     scenarios.append(("save", {"folder": str(folder / "by_one"), "at": 1, "until": 2, "config": "zero3"}))
+    old = as_format_2(folder / "zero2/checkpoints/iteration_000001", folder / "old/checkpoints/iteration_000001")
+    scenarios.append(("resume", {"checkpoint": str(old), "until": 2, **READ["zero2"]}))
     results: dict[str, list] = {}
     for (name, _), result in zip(scenarios, on_ranks(1, scenarios)):
         results.setdefault(name, []).append(result)
@@ -202,6 +218,22 @@ def test_a_disk_that_one_rank_finds_full_ends_all_ranks_and_spoils_nothing(two_r
     assert "rank 1: " in result["said"] and "--resume" in result["said"]
     assert result["left"] == ["iteration_000001"]  # the one before, and no half-written one
     assert damage(two_ranks[0] / "full" / "checkpoints" / "iteration_000001") is None
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_format_before_goes_on_alike(two_ranks, one_rank):
+    assert damage(two_ranks[0] / "old/checkpoints/iteration_000001") is None
+    *resumed, old = one_rank[1]["resume"]
+    assert old == dict(zip(READ, resumed))["zero2"]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_never_saved(two_ranks):
+    """One element on one rank: all ranks end in one sentence, and what was saved before stays."""
+    for name, result in zip(("zero2", "zero3"), two_ranks[1]["not_finite"]):
+        assert "is not finite after iteration 2" in result["said"] and "--resume" in result["said"], result
+        assert result["left"] == ["iteration_000001"] == result["after_a_moment"]
+        assert damage(two_ranks[0] / name / "checkpoints" / "iteration_000001") is None
 
 
 @pytest.mark.slow
@@ -351,37 +383,6 @@ def test_unsupported_combinations_are_refused_with_a_sentence(tmp_path, zero, of
 def test_shipped_configs_are_accepted():
     for name, offload in (("zero0", "none"), ("zero2", "none"), ("zero3", "stage"), ("zero3_cpu_adam", "none")):
         read_deepspeed_config(str(ROOT / f"ds_configs/{name}.json"), "float32", offload)
-
-
-# ---------------------------------------------------------------------- damaged checkpoints
-def fake_checkpoint(run_dir: Path, iteration: int) -> Path:
-    folder = run_dir / "checkpoints" / f"iteration_{iteration:06d}"
-    (folder / "optimizer").mkdir(parents=True)
-    (folder / "optimizer" / "rank_00000.safetensors").write_bytes(b"12345")
-    state = {"format": FORMAT, "files": {"optimizer/rank_00000.safetensors": 5}}
-    (folder / "state.json").write_text(json.dumps(state))
-    return folder
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
-    older, newer = fake_checkpoint(tmp_path, 2), fake_checkpoint(tmp_path, 4)
-    (tmp_path / "checkpoints" / "iteration_000006.partial").mkdir()
-    assert latest_checkpoint(tmp_path) == newer
-    (newer / "optimizer" / "rank_00000.safetensors").write_bytes(b"123")
-    assert latest_checkpoint(tmp_path) == older
-    assert "has 3 bytes of 5" in capsys.readouterr().out
-    (older / "state.json").write_text('{"format": 2, "fil')
-    assert "state.json" in damage(older)
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        latest_checkpoint(tmp_path)
-
-
-def test_a_checkpoint_of_another_format_is_named(tmp_path):
-    folder = fake_checkpoint(tmp_path, 1)
-    (folder / "state.json").write_text(json.dumps({"iteration": 1, "files": {}}))
-    assert "format 1" in damage(folder)
-    (folder / "state.json").write_text(json.dumps({"format": FORMAT, "files": {"gone": 1}}))
-    assert damage(folder) == "gone is missing"
 
 
 # ---------------------------------------------------------------------- the whole script, killed and stopped

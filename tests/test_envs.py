@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import busy_actions, same
+from conftest import as_saved, busy_actions, same
 
 import envs as world
 from envs import variants
@@ -261,7 +260,7 @@ def test_resume_in_the_middle_of_an_episode():
         envs.reset()
         for t in range(0, 12, 3):
             obs = envs.step(actions[:, t : t + 3])[0]
-        state = pickle.loads(pickle.dumps(envs.state_dict()))
+        state = as_saved(envs.state_dict())
         described = envs.describe()
         wanted = [envs.step(actions[:, t : t + 3]) for t in range(12, 24, 3)]
         with pytest.raises(ValueError, match="seed=4"):

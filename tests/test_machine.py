@@ -11,7 +11,6 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
-import torch
 from conftest import one_rank_environment
 from safetensors.torch import load_file
 
@@ -19,6 +18,7 @@ import doctor
 from vla.checkpoint import open_run
 from vla.distributed import UserError
 from vla.flag_files import read_yaml
+from vla.safe_files import load_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "tests/ppo_random_openvla.yaml"
@@ -220,9 +220,9 @@ def test_every_quickstart_runs_two_iterations_on_two_ranks(tmp_path, preset, fla
         )
         assert all((begun[name] == policy[name]).all() for policy in ended for name in begun)
         folders = [run_dir / f"checkpoints/iteration_{i:06d}" for i in (1, 2)]
-        assert (folders[0] / "critic.pt").is_file() == ("hidden" not in flags)
+        assert (folders[0] / "critic.safetensors").is_file() == ("hidden" not in flags)
         if "hidden" not in flags:  # it reads the simulator's state
-            critics = [torch.load(folder / "critic.pt")["net"] for folder in folders]
+            critics = [load_tree(folder / "critic.safetensors")["net"] for folder in folders]
             assert not (folders[0] / "policy" / "value_head.safetensors").is_file()
         else:
             critics = [load_file(folder / "policy" / "value_head.safetensors") for folder in folders]
@@ -284,10 +284,10 @@ def test_an_existing_run_folder_is_not_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(UserError, match="its run saved nothing, so remove it or give another"):
-        open_run(str(tmp_path), None, "")
+        open_run(str(tmp_path), None, "", {})
     (tmp_path / "checkpoints" / "iteration_000001").mkdir(parents=True)
     with pytest.raises(UserError, match=f"pass --resume {tmp_path}"):
-        open_run(str(tmp_path), None, "")
+        open_run(str(tmp_path), None, "", {})
 
 
 def test_a_run_folder_that_can_not_be_written(tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_a_run_folder_that_can_not_be_written(tmp_path, monkeypatch):
     # permissions mean nothing to root: what the system would say to others
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"{tmp_path} is no folder, or not yours to write to"):
-        open_run(str(tmp_path / "x"), None, "")
+        open_run(str(tmp_path / "x"), None, "", {})
 
 
 def test_unknown_env_id(tmp_path):
@@ -339,7 +339,7 @@ def test_resume_refusals(tmp_path):
 
 def test_resume_with_other_weights_trained(four_iterations):
     refused("--resume", str(four_iterations), "--num_iterations", "5", "--lora_rank", "4", sentence="--lora_rank")
-    refused("--resume", str(four_iterations), "--num_iterations", "5", "--critic", "state", sentence="and --critic")
+    refused("--resume", str(four_iterations), "--critic", "state", sentence="--critic hidden -> state can not go on")
 
 
 def test_unknown_yaml_key_and_missing_config(tmp_path):

@@ -192,6 +192,22 @@ def test_every_metric_is_explained():
         assert f"`{tag}`" in README, f"README's table lacks {tag}"
 
 
+def test_nothing_is_unpickled():
+    """pickle runs what a file says, and files come from strangers."""
+    files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    assert len(files) > 100
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or name == "tests/test_runs.py":  # it makes and sets off bombs
+                continue
+            called, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert called.rpartition(".")[0] not in ("pickle", "cPickle", "dill", "joblib"), f"{name}: {called}"
+            assert given.get("allow_pickle", "False") == "False", f"{name}: {called} with allow_pickle"
+            assert given.get("weights_only", "True") == "True", f"{name}: {called} with weights_only"
+            assert called != "torch.load" or "weights_only" in given, f"{name}: torch.load without weights_only"
+
+
 def test_pins_are_exact():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         assert not line or line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+", line), line

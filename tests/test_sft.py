@@ -1,5 +1,6 @@
 """Behaviour cloning: its arithmetic by hand, and the script on CPU ranks."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from safetensors.torch import load_file
 import train_sft
 from envs.demonstrations import Demos, Recipe
 from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
-from vla import augmentation
+from vla import augmentation, export
 from vla.action_tokens import ActionTokens
 from vla.distributed import UserError
+from vla.export import card, export_folder, export_policy
+from vla.logger import describe_run
 from vla.policy import PolicyInputs, uniform_noise
 from vla.pretrained import load_policy
 
@@ -215,6 +219,7 @@ def test_colours_by_hand():
         (dict(num_updates=5), "--num_updates 5 is not a multiple"),
         (dict(batch_size=33), "has 32 steps, fewer than --batch_size 33"),
         (dict(export_dir=str(ROOT / "tests")), "tests holds something else than a policy"),
+        (dict(export_dir=str(ROOT / "checkpoints/openvla-tiny-warmup")), "holds a policy already: give --export_dir"),
     ],
 )
 def test_bad_input_is_one_sentence(demos, tmp_path, flags, sentence):
@@ -225,6 +230,91 @@ def test_bad_input_is_one_sentence(demos, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         train_sft.main(train_sft.Args(**good | flags))
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ where the policy goes
+def make_policy(folder: Path, *more: str) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md", *more):
+        (folder / name).write_text("mine")
+    return folder
+
+
+def test_the_policy_stays_in_the_run_unless_somebody_says_so(tmp_path):
+    run_dir, policy = tmp_path / "run", make_policy(tmp_path / "policy", "tokenizer.json", "LICENSE.md")
+    make_policy_here = make_policy(run_dir.parent / "run_2") / "export"
+    assert export_folder(run_dir, None, named=False) == run_dir / "export"
+    assert export_folder(make_policy_here.parent, None, named=False) == make_policy_here  # made by this run before
+    assert export_folder(run_dir, str(tmp_path / "new"), named=False) == tmp_path / "new"
+    assert export_folder(run_dir, str(policy), named=True) == policy
+    with pytest.raises(UserError, match=f"export_dir {policy} holds a policy already: give --export_dir {policy}"):
+        export_folder(run_dir, str(policy), named=False)
+    assert [(path / "config.json").read_text() for path in (policy,)] == ["mine"]
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", ".git", "modeling_prismatic.py", "model.safetensors.bak"])
+def test_a_policy_folder_with_something_else_is_never_replaced(tmp_path, foreign):
+    policy = make_policy(tmp_path / "policy", foreign)
+    with pytest.raises(UserError, match=re.escape(f"something else than a policy ({foreign})")):
+        export_folder(tmp_path / "run", str(policy), named=True)
+
+
+@pytest.mark.parametrize("content, said", [({"config.json": "{}"}, "no weights"), (None, "a file")])
+def test_what_is_no_policy_is_never_replaced(tmp_path, content, said):
+    place = tmp_path / "place"
+    if content is None:
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=said):
+        export_folder(tmp_path / "run", str(place), named=True)
+
+
+def run_folder(folder: Path) -> Path:
+    """What the card of a policy is written from, after a disk was full."""
+    folder.mkdir()
+    flags = train_sft.Args(env_id=ENV_ID, demos="/home/me/demos/tiny", model_path=str(ROOT / "checkpoints/openvla-7b"))
+    command = f"train_sft.py --demos /home/me/demos/tiny --run_dir '{folder}' --model_path {flags.model_path}"
+    description = describe_run(dataclasses.asdict(flags), {}, 1) | {"command": command}
+    (folder / "run_from_iteration_000000.json").write_text(json.dumps(description))
+    (folder / "metrics.jsonl").write_text('{"iteration": 1, "global_step": 8, "time/update": 60.0}\n{"iter')
+    evaluation = {
+        "iteration": 1,
+        "global_step": 8,
+        "eval/success_once": 0.5,
+        "eval/num_episodes": 4,
+        "eval/return": 1.0,
+    }
+    (folder / "evaluations.jsonl").write_text(f"{json.dumps(evaluation)}\n\x00\x00\n")
+    return folder
+
+
+def test_exporting_touches_nothing_beside_the_policy(tmp_path, capsys):
+    """A backup, a folder of the old temporary names and a policy that is replaced; then the disk is full."""
+    run_dir, folder = run_folder(tmp_path / "run"), make_policy(tmp_path / "policy")
+    for name in ("policy.old", "policy.partial"):
+        make_policy(tmp_path / name)
+    policy = load_policy("openvla-tiny", value_head=False)
+    export_policy(policy, policy.state_dict(), run_dir, folder)
+    assert capsys.readouterr().out == f"policy      {folder}, in place of the one that was there\n"
+    kept = ["policy", "policy.old", "policy.partial", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert all((tmp_path / name / "config.json").read_text() == "mine" for name in ("policy.old", "policy.partial"))
+    assert folder.stat().st_mode & 0o777 == run_dir.stat().st_mode & 0o777  # others may read it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "save_policy", Mock(side_effect=OSError("No space left on device")))
+        with pytest.raises(UserError, match=f"could not be written to {folder} .No space left on device"):
+            export_policy(policy, {}, run_dir, folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept and (folder / "model.safetensors").is_file()
+
+
+def test_a_card_names_no_place_and_survives_lines_that_are_cut(tmp_path):
+    text = card(run_folder(tmp_path / "run"), tmp_path / "policy")
+    assert "/home/me" not in text and str(tmp_path) not in text and str(ROOT) not in text
+    assert "--demos .../demos/tiny --model_path checkpoints/openvla-7b" in text and "0.500 [0.15, 0.85] on 4" in text
+    assert "| 1.0 of updates" in text or "1.0 of updates" in text
+    assert "--checkpoint runs/run/export" in card(tmp_path / "run", tmp_path / "run" / "export")
 
 
 # ------------------------------------------------------------------ the script

@@ -8,6 +8,7 @@ import torch
 
 from envs import make_envs
 from vla import state_critic
+from vla.safe_files import load_tree, save_tree
 from vla.state_critic import StateCritic
 
 T, N, C, S = 6, 4, 2, 5
@@ -109,10 +110,10 @@ def test_two_ranks_are_as_one(monkeypatch):
 def test_it_goes_on_from_a_checkpoint_with_this_runs_rate(tmp_path):
     critic = critic_of()
     fit(critic, 0)
-    torch.save(critic.state_dict(), tmp_path / "critic.pt")
+    save_tree(critic.state_dict(), tmp_path / "critic.safetensors")
     resumed, slower = critic_of(), critic_of(value_learning_rate=1e-5)
     for later in (resumed, slower):
-        later.load_state_dict(torch.load(tmp_path / "critic.pt"))
+        later.load_state_dict(load_tree(tmp_path / "critic.safetensors"))
     before = copy.deepcopy(slower.net.state_dict())
     for each in (critic, resumed, slower):
         fit(each, 1)

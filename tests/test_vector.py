@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import busy_actions, same
+from conftest import as_saved, busy_actions, same
 
 import envs as world
 from envs import variants, workers
@@ -480,7 +479,7 @@ def test_an_episode_of_another_env_depends_on_nothing_before_it_and_resumes(cube
     cube.reset([4])
     cube.step(lift(3))
     assert same(play(cube), first)
-    state, wanted = pickle.loads(pickle.dumps(cube.state_dict())), cube.step(actions)
+    state, wanted = as_saved(cube.state_dict()), cube.step(actions)
     with world.make_envs(CUBE, 1, num_env_workers=1, **TINY) as envs:
         assert same(play(envs), first)
         envs.reset([5])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from schemas import UserError
 from vla.distributed import all_reduce_max
+from vla.safe_files import save_tree
 from vla.shards import write_weights
 
 FLAG_OF_KEY = {
@@ -222,7 +223,7 @@ class StepGuard:
     """Counts skipped optimizer steps; after `limit` in a row the run ends, with the micro batch kept for inspection."""
 
     def __init__(self, run_dir: Path, rank: int, limit: int = 3):
-        self.path, self.limit = run_dir / f"not_finite_rank{rank}.pt", limit
+        self.path, self.limit = run_dir / f"not_finite_rank{rank}.safetensors", limit
         self.norms: list[float] = []  # of the steps that were made since take()
         self.skipped = 0  # since take()
         self.in_a_row = 0
@@ -243,7 +244,7 @@ class StepGuard:
             return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == self.limit:
-            torch.save({"loss": loss.detach().cpu(), "micro_batch": micro_batch._asdict()}, self.path)
+            save_tree({"loss": loss, "micro_batch": micro_batch}, self.path)
             raise RuntimeError(
                 f"{self.limit} optimizer steps in a row had gradients that are not finite: look at the micro batch in "
                 f"{self.path}, lower --learning_rate, or resume from the last checkpoint"

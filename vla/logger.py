@@ -15,9 +15,11 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -28,23 +30,28 @@ from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from schemas import UserError
+from schemas import UserError, check, parse_json, read_json, require_file
+from schemas.runs import Line, Tracking
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
-from vla.text import without_machine
+from vla.text import without_keys, without_machine
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def without_places(description: dict) -> dict:
-    """A run's description without where one machine put it: for what is kept in the repository. What was resumed is
-    called runs/my_run, as in README."""
+    """A run's description without where one machine put it, and without keys: for what is kept in the repository or
+    published. What was resumed is called runs/my_run, as in README."""
     places, resumed = "run_dir|output|local_rank", "runs/my_run"
     args = {name: value for name, value in description["args"].items() if name not in places.split("|")}
     if isinstance(args.get("resume"), str):
         args["resume"] = resumed
-    command = re.sub(rf" --(?:{places})(?:=| )\S+", "", description["command"])
-    command = re.sub(r" --resume(=| )(?!-)\S+", rf" --resume\1{resumed}", command)
-    return without_machine(description | {"args": args, "command": command})
+    command = re.sub(rf" --(?:{places})(?:=| )(?:'[^']*'|\S+)", "", description["command"])
+    command = re.sub(r" --resume(=| )(?!-)(?:'[^']*'|\S+)", rf" --resume\1{resumed}", command)
+    args = {name: without_keys(value) if isinstance(value, str) else value for name, value in args.items()}
+    return without_machine(description | {"args": args, "command": without_keys(command)})
 
 
 def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
@@ -54,16 +61,15 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
     """
 
     def git(*command: str) -> str:
-        root = Path(__file__).resolve().parent.parent
         try:
-            run = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
+            run = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
         except OSError:  # no git on this machine
             return ""
         return run.stdout.strip() if run.returncode == 0 else ""
 
     written = ("results", "checkpoints") if "export_dir" in flags else ("results",)
     return {
-        "command": " ".join(sys.argv),
+        "command": without_keys(shlex.join(sys.argv)),
         "args": flags,
         "sizes": sizes,
         "seed": flags["seed"],
@@ -102,16 +108,45 @@ class TensorBoard:
         self.writer.close()
 
 
-def open_backend(name: str, run_dir: Path, purge_step: int | None):
-    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only when asked for."""
+def check_backends(names: tuple[str, ...]) -> None:
+    """Raises UserError for the first backend that is not installed."""
+    for name in names:
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            raise UserError(f"--logger_backends {name}: it is not installed, run `pip install {name}`")
+
+
+def open_backend(name: str, run_dir: Path, purge_step: int | None, project: str, experiment: str | None):
+    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only when asked for.
+
+    They get metrics alone. What they would collect besides, the command line, paths and the host's name, stays here.
+    """
     if name == "tensorboard":
         return TensorBoard(run_dir, purge_step)
     module = importlib.import_module(name)
+    run = {"project": project, "id": tracking_id(run_dir), "resume": "allow"}
+    title = experiment or run_dir.resolve().name
     if name == "wandb":
-        module.init(project="solovla", name=run_dir.name, dir=str(run_dir))
+        settings = {"x_disable_meta": True, "disable_git": True, "disable_code": True, "console": "off"}
+        module.init(**run, name=title, dir=str(run_dir), settings=settings)
     else:
-        module.init(project="solovla", experiment_name=run_dir.name, logdir=str(run_dir / "swanlab"))
+        settings = module.Settings(metadata_collect=False, requirements_collect=False)
+        module.init(**run, experiment_name=title, logdir=str(run_dir / "swanlab"), settings=settings)
     return module
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A run that is killed meanwhile leaves the old file or the new one, and none that is cut short."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def tracking_id(run_dir: Path) -> str:
+    """The run's id at wandb and swanlab, kept in the run folder: a run that goes on is the same one there."""
+    path = run_dir / "tracking.json"
+    if not path.exists():
+        write_whole(path, json.dumps({"id": uuid.uuid4().hex[:21]}) + "\n")  # swanlab wants 21 characters
+    return read_json(path, Tracking, "remove it: the run then goes on as a new one at wandb and swanlab").id
 
 
 class Averages:
@@ -136,6 +171,7 @@ class Logger:
     Args:
         start_iteration, start_step: 0 for a new run; on resume, lines of later iterations are moved to *.lost.jsonl.
         step_name: what global_step counts.
+        project_name, experiment_name: of the run at wandb and swanlab.
     """
 
     def __init__(
@@ -147,6 +183,9 @@ class Logger:
         start_step: int = 0,
         backends: tuple[str, ...] = ("tensorboard",),
         step_name: str = "env steps",
+        *,
+        project_name: str = "solovla",
+        experiment_name: str | None = None,
     ):
         self.step_name = step_name
         self.run_dir, self.enabled = run_dir, enabled
@@ -156,14 +195,11 @@ class Logger:
         self.iteration_start = time.perf_counter()
         if not enabled:
             return
-        for name in backends:
-            if name != "tensorboard" and importlib.util.find_spec(name) is None:
-                raise ValueError(f"--logger_backends {name}: it is not installed, run `pip install {name}`")
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in ("metrics", "evaluations"):
             self._set_aside_lines_after(start_iteration, name)
         purge_step = start_step + 1 if start_iteration else None
-        self.backends = [open_backend(name, run_dir, purge_step) for name in backends]
+        self.backends = [open_backend(name, run_dir, purge_step, project_name, experiment_name) for name in backends]
         if start_iteration == 0:  # an evaluation of the starting policy stands in the first iteration's line
             for line in read_lines(run_dir / "evaluations.jsonl"):
                 self.evaluation = {tag: value for tag, value in line.items() if tag.startswith("eval/")}
@@ -175,19 +211,19 @@ class Logger:
     def _set_aside_lines_after(self, iteration: int, name: str) -> None:
         """An interrupted run may have logged past its last checkpoint: those iterations are about to be run again."""
         path = self.run_dir / f"{name}.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        lines = text_lines(path)
+        kept = [line for line in lines if (found := read_line(line)) and found["iteration"] <= iteration]
         if len(kept) < len(lines):
-            with (self.run_dir / f"{name}.lost.jsonl").open("a") as file:
-                file.writelines(lines[len(kept) :])
-            path.write_text("".join(kept))
+            with (self.run_dir / f"{name}.lost.jsonl").open("ab") as file:
+                file.writelines(line for line in lines if line not in kept)
+            path.write_bytes(b"".join(kept))
 
     def describe(self, description: dict) -> None:
         """Write what the run is before it starts: args.json is what --resume reads."""
         if self.enabled:
-            (self.run_dir / "args.json").write_text(json.dumps(description["args"], indent=2) + "\n")
             name = f"run_from_iteration_{self.start_iteration:06d}.json"
-            (self.run_dir / name).write_text(json.dumps(description, indent=2) + "\n")
+            write_whole(self.run_dir / name, json.dumps(description, indent=2) + "\n")
+            write_whole(self.run_dir / "args.json", json.dumps(description["args"], indent=2) + "\n")
             sizes = "  ".join(f"{name} {value}" for name, value in description["sizes"].items())
             tqdm.write(
                 f"{self.run_dir}: {description['num_ranks']} ranks on {description['device']}; per rank: {sizes}"
@@ -317,12 +353,11 @@ class Logger:
         self.bar.close()
         for backend in self.backends:
             backend.finish()
-        evaluations = read_lines(self.run_dir / "evaluations.jsonl")
-        before, after = evaluations[0], evaluations[-1]
+        evaluations = read_evaluations(self.run_dir)
         print(f"run folder  {self.run_dir}")
-        print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'))}")
+        print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'), default='none is there')}")
         print(f"plot        {plot_progress(self.run_dir, self.step_name)}")
-        for name, line in (("before", before), ("after", after)):
+        for name, line in (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ():
             success, episodes = line["eval/success_once"], line["eval/num_episodes"]
             low, high = wilson_interval(success, episodes)
             print(
@@ -348,8 +383,35 @@ def rows(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def text_lines(path: Path) -> list[bytes]:
+    """Of a file that a run appends to, each with its end; [] where there is none."""
+    if not path.exists():
+        return []
+    require_file(path, "remove it")
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def read_line(text: bytes) -> dict[str, float] | None:
+    """A line of metrics.jsonl or evaluations.jsonl; None where it is cut short or otherwise none."""
+    try:
+        found = check(Line, parse_json(text, "", ""), "")
+    except UserError:
+        return None
+    return json.loads(text) if text.endswith(b"\n") and "iteration" in found else None
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl or evaluations.jsonl. What a killed run or a full disk has cut short is left out."""
+    found = [read_line(line) for line in text_lines(path)]
+    if None in found[:-1]:
+        print(f"{path} has {found[:-1].count(None)} lines that are damaged and are left out", file=sys.stderr)
+    return [line for line in found if line is not None]
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of evaluations.jsonl that say how an evaluation went."""
+    wanted = {"global_step", "eval/success_once", "eval/num_episodes", "eval/return"}
+    return [line for line in read_lines(run_dir / "evaluations.jsonl") if wanted <= line.keys()]
 
 
 def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, float]:
@@ -368,7 +430,11 @@ def plot_progress(run_dir: Path, step_name: str = "env steps") -> Path:
             ("metrics", "env", "-", "training episodes"),
             ("evaluations", "eval", "o--", "held-out evaluation"),
         ):
-            lines = [line for line in read_lines(run_dir / f"{source}.jsonl") if f"{prefix}/{name}" in line]
+            lines = [
+                line
+                for line in read_lines(run_dir / f"{source}.jsonl")
+                if {f"{prefix}/{name}", "global_step"} <= line.keys()
+            ]
             axis.plot(
                 [line["global_step"] for line in lines],
                 [line[f"{prefix}/{name}"] for line in lines],

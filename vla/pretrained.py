@@ -165,7 +165,7 @@ def load_policy(
     folder = Path(path)
     tiny = path in TINY_PRESETS and not folder.is_dir()
     adapter_folder = find_adapter(folder, lora_path)
-    config, side_files = (TINY_PRESETS[path], tiny_side_files()) if tiny else read_folder(folder, sorted(TINY_PRESETS))
+    config, side_files = tiny_folder(path) if tiny else read_folder(folder, sorted(TINY_PRESETS))
     side_files = with_statistics(side_files, norm_stats)
     chunk_size = pick_chunk_size(model_type, chunk_size, config, path)
     tokenizer, stats, normalization = read_meaning(config, side_files, unnorm_key, path)
@@ -333,13 +333,18 @@ def load_critic(critic: ValueHead, wanted: bool | str | None, folders: tuple[Pat
             return
 
 
-def tiny_side_files() -> dict[str, bytes]:
+def tiny_folder(name: str) -> tuple[dict, dict[str, bytes]]:
+    """config.json and the small files of a tiny preset."""
+    return TINY_PRESETS[name], tiny_side_files(TINY_PRESETS[name]["image_sizes"])
+
+
+def tiny_side_files(image_sizes: tuple[int, int] | list[int] = TINY_OPENVLA["image_sizes"]) -> dict[str, bytes]:
     """The small files of a tiny preset, as a published folder has them."""
     contents = {
         "preprocessor_config.json": {
             "image_processor_type": "PrismaticImageProcessor",
             "image_resize_strategy": "resize-naive",
-            "input_sizes": [[3, *TINY_OPENVLA["image_sizes"]]] * 2,
+            "input_sizes": [[3, *image_sizes]] * 2,
             "interpolations": ["bicubic", "bicubic"],
             "means": [TINY_MEAN] * 2,
             "stds": [TINY_STD] * 2,

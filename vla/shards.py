@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from schemas import UserError
+from schemas import UserError, check, require_file
+from schemas.runs import ShardIndex
 from vla.distributed import rank
+from vla.safe_files import REMEDY, sentences
 from vla.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -166,21 +168,19 @@ class Piece(NamedTuple):
     file: safe_open
 
 
-def load_shards(engine: Engine, folder: Path) -> None:
+def load_shards(engine: Engine, files: list[Path]) -> None:
     """Fill this rank's shards from files that any number of ranks wrote under any stage. All ranks together.
 
     Raises:
-        UserError: a file that is cut short, or elements that no file holds; nothing has been overwritten then.
+        UserError: a file that is damaged, or elements that no file holds; nothing has been overwritten then.
     """
     shards = local_shards(engine)
     with ExitStack() as stack:
-        pieces = open_pieces(folder, stack)
+        pieces = open_pieces(files, stack)
         for shard in shards:
             found = sum(max(0, upper - lower) for lower, upper, _ in overlaps(shard, pieces.get(shard.name, [])))
             if found != len(shard.tensors["weight"]):
-                raise UserError(
-                    f"{folder} lacks a part of {shard.name}: delete this checkpoint to fall back to the one before"
-                )
+                raise UserError(f"the optimizer's files lack a part of {shard.name}: {REMEDY}")
         for shard in shards:
             for lower, upper, piece in overlaps(shard, pieces[shard.name]):
                 shard.state["step"].fill_(piece.step)
@@ -190,19 +190,18 @@ def load_shards(engine: Engine, folder: Path) -> None:
     publish_weights(engine)
 
 
-def open_pieces(folder: Path, stack: ExitStack) -> dict[str, list[Piece]]:
+def open_pieces(files: list[Path], stack: ExitStack) -> dict[str, list[Piece]]:
     """What the files of all ranks hold, by parameter name; they are open until the stack is closed."""
     pieces: dict[str, list[Piece]] = {}
-    for path in sorted(folder.glob("rank_*.safetensors")):
-        try:
+    for path in sorted(files):
+        require_file(path, REMEDY)
+        with sentences(str(path)):
             file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}): delete its checkpoint to fall back to the one before"
-            ) from error
-        for name, (start, step) in json.loads(file.metadata()["index"]).items():
-            length = file.get_slice(f"{name}/weight").get_shape()[0]
-            pieces.setdefault(name, []).append(Piece(start, start + length, step, file))
+            index = check(ShardIndex, json.loads((file.metadata() or {})["index"]), str(path), REMEDY)
+            for name, (start, step) in index.items():
+                lengths = {tuple(file.get_slice(f"{name}/{key}").get_shape()) for key in ("weight", *MOMENTS)}
+                ((length,),) = lengths
+                pieces.setdefault(name, []).append(Piece(int(start), int(start) + length, step, file))
     return pieces
 
 

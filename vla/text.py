@@ -11,6 +11,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_DRAWN = 80  # characters of a name in a plot
+# passwords in addresses, and the forms that keys of known services have (wandb's is 40 hexadecimal digits)
+KEY = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)|\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA)[\w-]{8,}|\b[0-9a-f]{40}\b"
+)
 
 
 def one_line(text: str) -> str:
@@ -44,6 +48,11 @@ def markdown_code(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if "`" in line else ""
     return f"{fence}{space}{line}{space}{fence}".replace("|", r"\|")
+
+
+def without_keys(text: str) -> str:
+    """A text without what would let its reader in somewhere."""
+    return KEY.sub("***", text)
 
 
 def without_machine(value: Any) -> Any:
