@@ -465,18 +465,18 @@ def download(asset_dir: str | None, mirror: str | None) -> int:
     return 0
 
 
-def memory_plan(config: str, num_gpus: int, gpu_memory: float, more_flags: list[str]) -> int:
+def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags: list[str]) -> int:
     from schemas import UserError, check_flags
     from schemas.flags import Count, Positive
     from vla.cli import parse_args
     from vla.engine import read_deepspeed_config, zero_stage
     from vla.memory_plan import Recipe, advice, make_plan, table
 
-    script = "train_grpo" if "grpo" in Path(config).name else "train_ppo"  # whose defaults hold
+    script = "train_grpo" if "grpo" in Path(configs[0]).name else "train_ppo"  # whose defaults hold
     ranges = dataclasses.make_dataclass("Ranges", [("num_gpus", Count), ("gpu_memory", Positive)])
     try:
         check_flags(ranges(num_gpus, gpu_memory))
-        flags = vars(parse_args(importlib.import_module(script).Args, ["--config", config, *more_flags], ""))
+        flags = vars(parse_args(importlib.import_module(script).Args, ["--config", *configs, *more_flags], ""))
         settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
         known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
         recipe = Recipe(
@@ -501,7 +501,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--download", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--asset_dir", help=argparse.SUPPRESS)
     parser.add_argument("--mirror", help=argparse.SUPPRESS)
-    parser.add_argument("--config", help=argparse.SUPPRESS)
+    parser.add_argument("--config", action="append", help=argparse.SUPPRESS)
     parser.add_argument("--num_gpus", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--gpu_memory", type=float, help=argparse.SUPPRESS)
     flags, more_flags = parser.parse_known_args(argv)

@@ -1,6 +1,7 @@
 """What every file and flag may hold, and the one sentence that says what is wrong with it.
 
     schemas/flags.py           ranges of flags, as annotated types
+    schemas/engines.py         DeepSpeed configs
     schemas/runs.py            run folders and checkpoints
     schemas/policies.py        model and adapter folders
     schemas/evaluations.py     what evaluate.py writes and reads again
@@ -121,6 +122,7 @@ WANTED: dict[str, Callable[[dict], str]] = {
     "too_short": lambda ctx: f"at least {ctx['min_length']} long",
     "too_long": lambda ctx: f"at most {ctx['max_length']} long",
     "json_invalid": lambda ctx: "without broken characters in its texts",
+    "extra_forbidden": lambda ctx: "left out",
     "string_too_short": lambda ctx: "a text that is not empty",
     "string_pattern_mismatch": lambda ctx: "a text without null characters",
 }

@@ -153,6 +153,13 @@ def test_deepspeed_config(tmp_path):
         ('{"gradient_clipping": 1.0}', r"sets 'gradient_clipping', which is decided by --max_grad_norm"),
         ('{"bf16": {"enabled": true}}', r"bf16 on but --dtype is float32"),
         ("{", "not valid JSON"),
+        ("[1]", r"a\.json holds \[1\], it must be an object with keys"),
+        ('{"bf16": {}, "bf16": {}}', "has the key 'bf16' twice"),
+        ('{"zero_optimization": {"stage": "3"}}', r'has zero_optimization\.stage "3", it must be a whole number'),
+        ('{"zero_optimization": {"stage": 1}}', r"has zero_optimization\.stage 1, it must be 0, 2 or 3"),
+        ('{"zero_optimization": null}', "has zero_optimization null, it must be an object with keys"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', r"device \"nvme\", it must be 'cpu'"),
+        ('{"bf16": {"enabled": "yes"}}', r'has bf16\.enabled.* "yes", it must be'),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=sentence):

@@ -290,10 +290,11 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
         host["Adam on the CPU"] = 16 * own + 4 * own  # masters, moments, gradients
         moments, step = {}, {}
         del gradients["gradients"]
-    processes = 1 + recipe.num_env_workers
+    evaluating = max(1, recipe.num_eval_envs // num_gpus)
+    workers = [min(recipe.num_env_workers, envs) for envs in (recipe.num_envs // num_gpus, evaluating)]
     system = {
         "CUDA, NCCL (assumed)": ASSUMED_CONTEXT,
-        "renderers (assumed)": 2 * max(1, recipe.num_env_workers) * ASSUMED_RENDERER,  # training's and evaluation's
+        "renderers (assumed)": sum(max(1, number) for number in workers) * ASSUMED_RENDERER,
     }
     activations = recipe.micro_batch_size * update_bytes(policy, recipe.gradient_checkpointing)
     update = shown | moments | gradients | passing_gradients | {"activations": activations} | step | system
@@ -311,7 +312,7 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     host |= {
         "start of the iteration": 12 * own,  # preemption.py's copy
         "rollout buffer": buffer_bytes(policy, recipe, num_gpus),
-        "processes (assumed)": ASSUMED_RANK + 2 * (processes - 1) * ASSUMED_WORKER,
+        "processes (assumed)": ASSUMED_RANK + sum(workers) * ASSUMED_WORKER,
     }
     ranks_here = min(num_gpus, gpus_per_node)
     return Plan(rollout, update, {name: ranks_here * size for name, size in host.items()})

@@ -1,0 +1,50 @@
+"""What a DeepSpeed config may hold. Keys that are not named here go to DeepSpeed as they are."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from schemas import Schema
+
+
+def a_stage(stage: int) -> int:
+    """1 saves nothing that 2 does not, and is other code under bfloat16."""
+    if stage not in (0, 2, 3):
+        raise ValueError("0, 2 or 3")
+    return stage
+
+
+Size = Annotated[float, Field(ge=1, allow_inf_nan=False)]  # 5e8 is a float in JSON
+
+
+class OffloadOptimizer(Schema):
+    model_config = ConfigDict(extra="forbid")
+
+    device: Literal["cpu"]
+    pin_memory: bool = False
+
+
+class ZeroOptimization(Schema):
+    stage: Annotated[int, AfterValidator(a_stage)] = 0
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer(device="cpu")  # where it is given
+    overlap_comm: bool = False
+    reduce_scatter: bool = True
+    contiguous_gradients: bool = True
+    reduce_bucket_size: Size = 500_000_000
+    stage3_param_persistence_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    stage3_max_live_parameters: Size = 1_000_000_000
+    sub_group_size: Size = 1_000_000_000
+
+
+class Bf16(Schema):
+    enabled: bool | Literal["auto"] = False
+
+
+class Fp16(Schema):
+    enabled: bool = False
+
+
+class DeepSpeedConfig(Schema):
+    zero_optimization: ZeroOptimization = ZeroOptimization()
+    bf16: Bf16 = Bf16()
+    fp16: Fp16 = Fp16()
