@@ -312,10 +312,19 @@ def find_output(output: str | None, resume: bool, identity: dict) -> Path:
         if not saved.exists():
             raise UserError(f"--output {folder} is no evaluation to --resume: it has no evaluation.json")
         check_same(saved, identity)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {folder} holds older results: pass --resume to go on with them, or another --output")
+    else:
+        check_new(folder, "pass --resume to go on with them, or another --output")
     barrier()  # everybody has looked
     return folder
+
+
+def check_new(folder: Path, remedy: str) -> None:
+    """Raise UserError where results would meet older ones, or can not be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {folder} holds older results: {remedy}")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder} can not be written: {place} is no folder, or not yours to write to")
 
 
 def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[int]]) -> EpisodeLog:
@@ -326,13 +335,15 @@ def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[
     """
     saved, error = folder / "evaluation.json", None
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock_folder(folder, f"--output {folder}")  # until this process ends
             if saved.exists() and not resume:
                 error = f"--output {folder} holds another evaluation's results by now: pass another --output"
         except UserError as failure:
             error = str(failure)
+        except OSError as failure:
+            error = f"--output {folder} can not be written ({failure.strerror}): pass another --output"
     if said := agree(error):
         raise UserError(said)
     log = EpisodeLog(folder / "episodes.jsonl")
@@ -445,8 +456,7 @@ def compare_evaluations(first: str, second: str, output: str | None) -> None:
     names = tuple(half["name"] for half in halves)
     names = names if names[0] != names[1] else (first, second)
     folder = Path(output or f"runs/compare_{time.strftime('%Y%m%d_%H%M%S')}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {folder} holds older results: pass another --output")
+    check_new(folder, "pass another --output")
     folder.mkdir(parents=True, exist_ok=True)
     table = comparison_table(rows, names)
     (folder / "comparison.json").write_text(json.dumps({"names": names, "rows": rows}, indent=2) + "\n")

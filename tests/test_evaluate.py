@@ -185,6 +185,22 @@ def test_log_gives_back_every_bit_and_drops_a_cut_line(tmp_path, capsys):
     assert [json.loads(line)["episode_id"] for line in path.read_text().splitlines()] == [5, 7, 6]
 
 
+def test_a_full_disk_is_one_sentence(tmp_path):
+    (tmp_path / "episodes.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="no regular file"):
+        EpisodeLog(tmp_path / "episodes.jsonl")
+    log = EpisodeLog(tmp_path / "more.jsonl")
+    log._file = Path("/dev/full").open("wb")
+    with pytest.raises(UserError, match=r"more.jsonl could not be written \(No space left on device\): .* --resume"):
+        log.add("Carrot-v1:test", 0.0, [fake_episode(1, 1.0)])
+    about = dict.fromkeys(("command", "num_ranks", "device", "commit", "started"), "x")
+    (tmp_path / "results.md.partial").symlink_to("/dev/full")
+    results = fake_results("a", {1: 1.0}) | about | {"uncommitted_changes": False}
+    results["settings"]["Carrot-v1:test"]["videos"] = []
+    with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
+        write_report(tmp_path, results, {})
+
+
 def test_comparison_pairs_by_episode():
     first = fake_results("a", {i: float(i % 2) for i in range(40)})
     second = fake_results("b", {i: 1.0 for i in reversed(range(5, 60))})
@@ -502,6 +518,9 @@ def test_older_results_are_kept(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(UserError, match="no evaluation to --resume"):
         evaluate.find_output(str(tmp_path / "new"), True, identity)
+    for place in (tmp_path / "evaluation.json" / "x", Path("/proc/nothing")):  # a file; a folder that takes none
+        with pytest.raises(UserError, match=f"--output {place} can not be written"):
+            evaluate.open_output(evaluate.find_output(str(place), False, identity), False, identity, {})
     with pytest.raises(UserError, match="needs --output"):
         evaluate.find_output(None, True, identity)
 

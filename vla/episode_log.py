@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from schemas import check, parse_json, require_file
+from schemas import UserError, check, parse_json, require_file
 from schemas.evaluations import Episode
 from vla.distributed import barrier, print0, rank
 
@@ -28,6 +28,10 @@ def pack_actions(actions: np.ndarray) -> str:
 def unpack_actions(text: str) -> np.ndarray:
     """The inverse of pack_actions, bit for bit."""
     return np.frombuffer(base64.b64decode(text), "<f4").reshape(-1, 7).astype(np.float32)
+
+
+def not_written(path: Path, failure: OSError) -> str:
+    return f"{path} could not be written ({failure.strerror}): mend that, then the same command with --resume goes on"
 
 
 class EpisodeLog:
@@ -75,15 +79,18 @@ class EpisodeLog:
         return [self.done[setting, temperature][episode_id] for episode_id in episode_ids]
 
     def add(self, setting: str, temperature: float, episodes: list[dict]) -> None:
-        """Remember, and on rank 0 write, episodes that have ended."""
+        """Remember, and on rank 0 write, episodes that have ended. Raises UserError where the disk is full."""
+        lines = []
         for episode in episodes:
             self._remember(setting, temperature, episode)
-            if rank() == 0:
-                line = {"setting": setting, "temperature": temperature, **episode}
-                line["actions"] = pack_actions(episode["actions"])
-                self._file.write(json.dumps(line).encode() + b"\n")
+            line = {"setting": setting, "temperature": temperature, **episode}
+            lines.append(json.dumps(line | {"actions": pack_actions(episode["actions"])}).encode() + b"\n")
         if rank() == 0:
-            self._file.flush()
+            try:
+                self._file.write(b"".join(lines))
+                self._file.flush()
+            except OSError as failure:
+                raise UserError(not_written(self.path, failure)) from failure
 
     def close(self) -> None:
         if rank() == 0:

@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot as plt
 
+from schemas import UserError
+from vla.episode_log import not_written
 from vla.results import (
     by_temperature,
     headline,
@@ -51,7 +53,17 @@ def write_report(folder: Path, results: dict, published: dict[str, dict]) -> Non
 
     Args:
         published: rows of benchmarks/published.yaml to show beside.
+
+    Raises:
+        UserError: the disk is full.
     """
+    try:
+        write_files(folder, results, published)
+    except OSError as failure:
+        raise UserError(not_written(folder, failure)) from failure
+
+
+def write_files(folder: Path, results: dict, published: dict[str, dict]) -> None:
     plot_settings(results, published, folder / "results.png")
     contents = {
         "results.md": markdown(results, published),
