@@ -51,7 +51,7 @@ from schemas.flags import (
     Seed,
     Text,
 )
-from schemas.lock import lock_folder
+from schemas.lock import check_free, hold_folder
 from vla.checkpoint import complete_checkpoints
 from vla.cli import flag_value, parse_layers, resolved_input
 from vla.distributed import (
@@ -312,6 +312,8 @@ def find_output(output: str | None, resume: bool, identity: dict) -> Path:
         if not saved.exists():
             raise UserError(f"--output {folder} is no evaluation to --resume: it has no evaluation.json")
         check_same(saved, identity)
+        if rank() == 0:
+            check_free(folder, f"--output {folder}")
     else:
         check_new(folder, "pass --resume to go on with them, or another --output")
     barrier()  # everybody has looked
@@ -337,7 +339,7 @@ def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[
     if rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(folder, f"--output {folder}")  # until this process ends
+            hold_folder(folder, f"--output {folder}")
             if saved.exists() and not resume:
                 error = f"--output {folder} holds another evaluation's results by now: pass another --output"
         except UserError as failure:

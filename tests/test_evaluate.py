@@ -23,6 +23,7 @@ from test_machine import free_port, train
 import evaluate
 import yaml
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs
+from schemas import lock
 from vla.distributed import REQUEUE, UserError
 from vla.episode_log import EpisodeLog
 from vla.flag_files import read_yaml
@@ -512,9 +513,8 @@ def test_older_results_are_kept(tmp_path):
         evaluate.find_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
     assert before and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert evaluate.find_output(str(tmp_path), True, identity) == tmp_path
-    for resume in (False, True):  # this process holds it still
-        with pytest.raises(UserError, match=f"--output {tmp_path} is being written by process {os.getpid()} on"):
-            evaluate.open_output(tmp_path, resume, identity, {})
+    with pytest.raises(UserError, match="holds another evaluation's results by now"):
+        evaluate.open_output(tmp_path, False, identity, {})  # begun and ended since find_output() looked
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(UserError, match="no evaluation to --resume"):
         evaluate.find_output(str(tmp_path / "new"), True, identity)
@@ -523,6 +523,21 @@ def test_older_results_are_kept(tmp_path):
             evaluate.open_output(evaluate.find_output(str(place), False, identity), False, identity, {})
     with pytest.raises(UserError, match="needs --output"):
         evaluate.find_output(None, True, identity)
+
+
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path, monkeypatch):
+    (tmp_path / "evaluation.json").write_text(json.dumps(IDENTITY))
+    monkeypatch.setattr(lock, "GRACE_SECONDS", 0.1)
+    held = lock.lock_folder(tmp_path, "the first")
+    for attempt in (
+        lambda: evaluate.find_output(str(tmp_path), True, IDENTITY),
+        lambda: evaluate.open_output(tmp_path, True, IDENTITY, {}),
+    ):
+        with pytest.raises(UserError, match=f"--output {tmp_path} is being written by process {os.getpid()} on"):
+            attempt()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "lock"]
+    os.close(held)
+    evaluate.open_output(evaluate.find_output(str(tmp_path), True, IDENTITY), True, IDENTITY, {}).close()
 
 
 @pytest.mark.parametrize(
