@@ -119,7 +119,7 @@ class Args:
     image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
     oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
     lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
-    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens
+    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens, or to the longest one's
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- env
@@ -180,9 +180,9 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
         UserError: it is no checkpoint, or one of which a part is missing.
     """
     folder = Path(path)
+    if path in TINY_PRESETS:
+        return folder, {}
     if not folder.is_dir():
-        if path in TINY_PRESETS:
-            return folder, {}
         raise UserError(f"--checkpoint {path} is not a folder: give a run folder, a checkpoint or a published model")
     if (folder / "args.json").exists():
         found = complete_checkpoints(folder)

@@ -70,7 +70,7 @@ class Args:
     # ---- run
     config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
     run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
-    resume: Text | None = None  # run folder to go on with: its own flags apply, later flags win
+    resume: Text | None = None  # run folder to go on with: its own flags, then --config's, then those typed here
     seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
     num_updates: Count = 2000  # optimizer steps
     updates_per_iteration: Count = 50  # optimizer steps per iteration: one line of metrics
@@ -99,7 +99,7 @@ class Args:
     # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
     # and pictures pass the frozen towers once per rollout
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens
+    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens, or to the longest one's
     chunk_size: Chunk = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
@@ -137,7 +137,7 @@ class Args:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_updates: CountOrNone = 0  # over so many updates the learning rate rises to learning_rate
     weight_decay: NonNegative = 0.01  # of AdamW
-    max_grad_norm: NonNegative = 10.0  # gradients are scaled down to this norm
+    max_grad_norm: NonNegative = 10.0  # gradients are scaled down to this norm; 0 leaves them as they are
 
     # ---- system
     micro_batch_size: Count = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it

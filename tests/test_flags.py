@@ -28,6 +28,7 @@ from vla.cli import derive_sizes, flag_value, flag_values, parse_args, pick
 from vla.distributed import UserError
 from vla.flag_files import checked_values, read_yaml, resolved, saved_layer
 from vla.memory_plan import Recipe, make_plan
+from vla.resume import check_resumed
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (train_ppo, train_grpo, train_sft, evaluate, collect_demos)
@@ -292,11 +293,21 @@ def test_a_run_keeps_paths_that_lead_from_anywhere(tmp_path, monkeypatch):
     assert checked_values(saved_layer(Path(old)), train_ppo.Args, None)["model_path"] == str(project / "models/mine")
 
 
+def test_a_run_that_goes_on_elsewhere_has_changed_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = parse("--lora_path", "checkpoints/openvla-tiny-warmup", "--model_path", "checkpoints/openvla-tiny-warmup")
+    run = write_run(tmp_path / "run", **dataclasses.asdict(args))
+    monkeypatch.chdir(tmp_path)
+    assert check_resumed(Path(run), dataclasses.asdict(parse("--resume", run))) == []
+    assert parse("--resume", "run").lora_path == str(ROOT / "checkpoints/openvla-tiny-warmup")
+
+
 def test_names_of_tiny_presets_are_no_paths(tmp_path, monkeypatch):
     (tmp_path / "openvla-tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse().model_path == "openvla-tiny"
     assert resolved("model_path", "openvla-oft-tiny", (tmp_path,)) == "openvla-oft-tiny"
+    assert evaluate.find_checkpoint("openvla-tiny") == (Path("openvla-tiny"), {})
 
 
 # ---------------------------------------------------------------------- pick

@@ -163,7 +163,7 @@ def load_policy(
     """
     check_choices(model_type, lora_path, image_resize, lora_scope)
     folder = Path(path)
-    tiny = path in TINY_PRESETS and not folder.is_dir()
+    tiny = path in TINY_PRESETS
     adapter_folder = find_adapter(folder, lora_path)
     config, side_files = tiny_folder(path) if tiny else read_folder(folder, sorted(TINY_PRESETS))
     side_files = with_statistics(side_files, norm_stats)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from schemas import UserError, read_json
 from schemas.runs import SavedFlags
+from vla.flag_files import ROOT, resolved
 
 # what names a run or a start, and says nothing about either
 OF_A_START = ("config", "run_dir", "resume", "local_rank")
@@ -127,4 +128,6 @@ def check_resumed(run_dir: Path, now: dict) -> list[str]:
         UserError: args.json can not be read, or a flag changes that has to stay.
     """
     remedy = "copy the run folder again, or start a new run"
-    return changed_flags(read_json(run_dir / "args.json", SavedFlags, remedy), now)
+    saved = read_json(run_dir / "args.json", SavedFlags, remedy)
+    folders = (ROOT, *run_dir.resolve().parents)  # as vla/flag_files.py reads them
+    return changed_flags({name: resolved(name, value, folders) for name, value in saved.items()}, now)
