@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import doctor
 from vla.checkpoint import open_run
 from vla.distributed import UserError
+from vla.extensions import ops_folder
 from vla.flag_files import read_yaml
 from vla.safe_files import load_tree
 
@@ -356,3 +357,6 @@ def test_doctor_finds_this_machine_well():
     optional = {"assets", "ops", "disk"}  # the published pack; compiled at the first start; room for large models
     assert all(state == "ok" for name, state in rows.items() if name not in optional), run.stdout
     assert "2 ranks on gloo added up a number" in run.stdout
+    assert (
+        ops_folder() / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
+    ).exists()  # no start compiles after `make setup`

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.utils.cpp_extension
-
 from schemas import UserError
 
 POLL_SECONDS = 0.1
@@ -106,6 +104,8 @@ def keep_ops() -> None:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     else:
         os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # torch's own, in the user's home
+    import torch.utils.cpp_extension  # takes a moment, with setuptools
+
     torch.utils.cpp_extension.FileBaton = Lock
 
 
