@@ -231,7 +231,7 @@ def check_ops() -> Finding:
     facts = torch_facts()
     if facts["why"] or not os.access(facts["ops"], os.W_OK | os.X_OK):
         why = facts["why"] or "not yours to write to"
-        remedy = "run `export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions`, or name another folder of yours"
+        remedy = "run `export TORCH_EXTENSIONS_DIR=$HOME/torch_extensions`, or name another folder of yours"
         return mend(f"DeepSpeed can not keep compiled ops in {facts['ops']} ({why})", remedy)
     from vla.extensions import Lock  # with torch, which has just been seen to start
 

@@ -37,6 +37,10 @@ resume=()
 if has_checkpoint "$run_dir"; then
     resume=(--resume "$run_dir")
 elif [ -e "$run_dir" ]; then # killed before its first checkpoint: start again, throw nothing away
+    if [ -f "$run_dir/lock" ] && command -v flock >/dev/null && ! flock -w 10 "$run_dir/lock" true; then
+        echo "error: another process is writing to $run_dir: wait for it, or give another --run_dir" >&2
+        exit 2
+    fi
     lost="$run_dir.lost.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
     while [ -e "$lost" ]; do lost="$lost.again"; done
     if ! mv -- "$run_dir" "$lost"; then

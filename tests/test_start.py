@@ -1,6 +1,7 @@
 """A start never hangs in silence: locks of compilers that died, ports, errors of one rank, Makefile and Slurm."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -504,6 +505,19 @@ def test_a_job_that_was_killed_before_its_first_checkpoint_comes_back(cluster, f
         assert json.loads((cluster / "words.json").read_text())[0] == ["train_ppo.py", *flags]
         assert (cluster / "runs" / lost / "metrics.jsonl").read_text() == "kept" and not run_dir.exists()
         shutil.copytree(cluster / "runs" / lost, run_dir)
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock (util-linux)")
+def test_a_job_leaves_a_run_alone_that_another_process_writes(cluster):
+    run_dir = cluster / "runs" / "x"
+    run_dir.mkdir(parents=True)
+    with open(run_dir / "lock", "w") as lock:  # as schemas/lock.py does it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = submit(cluster, "train_ppo.py", "--run_dir", "runs/x")
+    assert run.returncode == 2 and run.stderr.startswith("error: another process is writing to runs/x: ")
+    assert run_dir.exists() and not (cluster / "words.json").exists()
+    assert submit(cluster, "train_ppo.py", "--run_dir", "runs/x").returncode == 0  # it has ended meanwhile
+    assert (cluster / "runs" / "x.lost.4711.0" / "lock").exists()
 
 
 def test_a_job_does_not_start_over_what_it_can_not_move(cluster, monkeypatch):
