@@ -98,6 +98,13 @@ def test_a_lock_that_nobody_holds_is_removed_and_said(folder, said):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("make", [lambda lock: lock.symlink_to("nowhere"), os.mkfifo], ids=["link", "pipe"])
+def test_a_lock_of_another_kind_is_no_hang(folder, said, make):
+    make(folder / "lock")
+    acquire(folder)
+    assert said[0].startswith("removed")
+
+
 @pytest.mark.parametrize("kind", ["ours", "torch"])
 def test_a_held_lock_is_waited_for_by_name(folder, said, kind):
     with held(kind, folder / "lock") as other:

@@ -139,13 +139,13 @@ def holder_of(lock: Path) -> Holder | None:
 
     torch keeps the file open while it compiles. Of a process that was killed, the compiler may live on.
     """
-    place = os.path.realpath(lock)
+    place = os.path.join(os.path.realpath(lock.parent), lock.name)
     for process in processes():
         if place in links_of(process, "fd/*"):
             return Holder(named(process))
     for process in compilers_in(lock.parent):
         return Holder(named(process))
-    owner = lock.stat().st_uid
+    owner = lock.lstat().st_uid
     if os.getuid() not in (0, owner):  # whose files this process can not look up
         return Holder(f"a process of user {owner}", certain=False)
     host, process = read_claim(lock.parent) or ("", 0)
@@ -161,12 +161,12 @@ def remove_if_dead(lock: Path) -> Holder | bool:
         Its holder; or whether there was one that nobody held, which is gone now.
     """
     try:
-        before = lock.stat()
+        before = lock.lstat()
         for pause in (SECOND_LOOK_SECONDS, 0.0):
             if holder := holder_of(lock):
                 return holder
             time.sleep(pause)
-        if not os.path.samestat(before, lock.stat()):
+        if not os.path.samestat(before, lock.lstat()):
             return False  # another one: the caller finds out
         lock.unlink()
     except FileNotFoundError:
