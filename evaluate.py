@@ -52,7 +52,7 @@ from schemas.flags import (
     Text,
 )
 from schemas.lock import check_free, hold_folder
-from vla.checkpoint import complete_checkpoints
+from vla.checkpoint import check_policy_contents, complete_checkpoints
 from vla.cli import flag_value, parse_layers, resolved_input
 from vla.distributed import (
     UserError,
@@ -250,6 +250,7 @@ def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, sett
 
 def load_actor(args: Args, checkpoint: Path, device: torch.device | str) -> VLAPolicy:
     """The policy as it was trained: what a run's flags or the folder say of it is known by now."""
+    check_policy_contents(checkpoint)
     policy = load_policy(
         str(checkpoint), args.model_type, unnorm_key=args.unnorm_key, dtype=DTYPES[args.dtype],
         image_resize=args.image_resize, oft_stop_token=args.oft_stop_token, lora_path=args.lora_path, value_head=False,

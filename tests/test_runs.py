@@ -29,6 +29,7 @@ from vla.checkpoint import (
     FORMAT,
     OLD_FORMAT,
     begin_run,
+    check_policy_contents,
     complete_checkpoints,
     content_damage,
     damage,
@@ -200,6 +201,19 @@ def test_a_flipped_bit_is_found(tmp_path, capsys):
     assert damage(newer) is None and "checksum differs" in content_damage(newer)
     assert latest_checkpoint(tmp_path) == older
     assert f"{newer} is damaged ({SHARD} is not what was saved" in capsys.readouterr().out
+
+
+def test_a_policy_with_a_flipped_bit_is_not_evaluated(tmp_path):
+    folder = fake_checkpoint(tmp_path, 1)
+    (folder / "policy").mkdir()
+    (folder / "policy" / "model.safetensors").write_bytes(b"12345")
+    files = {SHARD: [5, 0], "policy/model.safetensors": [5, checksum(folder / SHARD)]}  # the other file is not read
+    (folder / "state.json").write_text(json.dumps(json.loads((folder / "state.json").read_text()) | {"files": files}))
+    check_policy_contents(folder / "policy")
+    check_policy_contents(tmp_path)  # no checkpoint
+    (folder / "policy" / "model.safetensors").write_bytes(b"12344")
+    with pytest.raises(UserError, match=r"iteration_000001 is damaged \(policy/model.safetensors is not what was"):
+        check_policy_contents(folder / "policy")
 
 
 def test_the_ranks_share_the_reading_of_a_checkpoint(tmp_path):

@@ -94,18 +94,34 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def content_damage(folder: Path, share: int = 0, of: int = 1) -> str | None:
-    """What is wrong with the contents of every `of`-th file, the largest first, from number `share` on."""
+def content_damage(folder: Path, share: int = 0, of: int = 1, below: str = "") -> str | None:
+    """What is wrong with the contents of every `of`-th file, the largest first, from number `share` on.
+
+    Args:
+        below: only files whose names begin so.
+    """
     state = read_state(folder)
     if state.format == OLD_FORMAT:
         return None
-    for name in sorted(state.files, key=lambda name: -state.files[name][0])[share::of]:
+    names = [name for name in state.files if name.startswith(below)]
+    for name in sorted(names, key=lambda name: -state.files[name][0])[share::of]:
         try:
             if checksum(folder / name) != state.files[name][1]:
                 return f"{name} is not what was saved: its checksum differs"
         except OSError as error:
             return f"{name} can not be read ({error.strerror})"
     return None
+
+
+def check_policy_contents(folder: Path) -> None:
+    """Raises UserError where the policy of a checkpoint is not what was saved; of other folders nothing is known.
+    All ranks together."""
+    checkpoint = folder.parent
+    if folder.name != "policy" or not (checkpoint / "state.json").exists():
+        return
+    found = all_gather_lists([content_damage(checkpoint, rank(), world_size(), "policy/")])
+    if wrong := next(filter(None, found), None):
+        raise UserError(f"{checkpoint} is damaged ({wrong}): copy it again, or give another checkpoint")
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
