@@ -135,13 +135,15 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
 # ---------------------------------------------------------------------- draw
 def read_run(folder: Path) -> dict:
     """Of one seed: steps, minutes and success of its evaluations; success before and after by temperature."""
-    metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
-    minutes = [0.0]  # of rollouts and updates, after each iteration
-    for line in metrics:
-        minutes.append(minutes[-1] + (line["time/rollout"] + line["time/update"]) / 60)
+    wanted = {"global_step", "eval/success_once"}
+    evaluations = [line for line in read_lines(folder / "evaluations.jsonl") if wanted <= line.keys()]
+    minutes = {0: 0.0}  # of rollouts and updates, by iteration
+    for line in read_lines(folder / "metrics.jsonl"):
+        seconds = line.get("time/rollout", 0.0) + line.get("time/update", 0.0)
+        minutes[line["iteration"]] = max(minutes.values()) + seconds / 60
     return {
         "steps": [line["global_step"] for line in evaluations],
-        "minutes": [minutes[line["iteration"]] for line in evaluations],
+        "minutes": [max(m for made, m in minutes.items() if made <= line["iteration"]) for line in evaluations],
         "success": [line["eval/success_once"] for line in evaluations],
         **{path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")},
     }

@@ -102,3 +102,15 @@ def test_curves_name_what_exists():
     for curve in learning.curves().values():
         assert (root / curve["script"]).is_file() and (root / curve["config"]).is_file()
         assert ("grpo" in curve["script"]) == ("grpo" in curve["config"])
+
+
+@pytest.mark.parametrize("cut", ['{"iteration": 2, "time/ro', '{"iteration": 2}\n', "\x00\n"])
+def test_lines_that_are_cut_do_not_end_the_drawing(place, cut):
+    """The last evaluation is drawn where the last minutes are known."""
+    folder = place / "results" / "ppo" / "seed_0"
+    keep_run(folder, 0.25, 0.75)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        path = folder / name
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 if name[0] == "m" else 2]) + cut)
+    learning.draw()
+    assert "| PPO | 0 | abcdef0 | 5,000 | 0.5 |" in (place / "RESULTS.md").read_text()
