@@ -11,8 +11,8 @@
 Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside its
 place and renamed when all of it has reached the disk: a folder with its final name was whole once. Files are read
 against their sizes and checksums before a run goes on: what was damaged since is passed over for the checkpoint before,
-and said. The ranks share that work: of the 105 GB of a 7B model that trains whole, each of 8 ranks reads 13, in 6 s from
-memory (2.2 GB/s on one core, 2026-11) or as fast as the disk is.
+and said. The ranks share that work: of the 105 GB of a 7B model that trains whole, each of 8 ranks reads 13, which
+takes 6 s from memory (2.2 GB/s on one core, 2026-11) and else as long as the disk takes.
 
 Nothing here is read with pickle, so a checkpoint of a stranger cannot run code (safe_files.py).
 """
