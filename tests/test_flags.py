@@ -82,7 +82,7 @@ def test_every_whole_number_has_an_upper_end(args_class, name):
 @pytest.mark.parametrize("args_class, name", flags_of(str))
 def test_no_text_is_empty(args_class, name):
     for value in ("", " "):
-        refused(args_class, name, value, "a text that is not empty")
+        refused(args_class, name, value, "a (text that is not empty|name)")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,10 @@ def test_paths_lead_from_the_repository_whatever_the_working_directory(tmp_path,
     typed = parse("--model_path", "checkpoints/openvla-tiny-warmup")
     assert typed.model_path == str(tmp_path / "checkpoints/openvla-tiny-warmup")
     sft = parse_args(train_sft.Args, ["--config", "yaml/sft_tiny_openvla.yaml"], "")
-    assert sft.export_dir == str(ROOT / "checkpoints/openvla-tiny-warmup") and sft.model_path == "openvla-tiny"
+    assert sft.demos == "demos/tiny" or Path(sft.demos) == ROOT / "demos/tiny"  # where there is one
+    assert sft.model_path == "openvla-tiny"
+    made = parse_args(collect_demos.Args, ["--config", "yaml/demos_tiny.yaml"], "")
+    assert made.output == str(ROOT / "demos/tiny")
 
 
 def test_a_run_keeps_paths_that_lead_from_anywhere(tmp_path, monkeypatch):
