@@ -4,9 +4,11 @@ What is named here changes what a policy computes, so it has the form that this 
 are not named change nothing here: published files hold many.
 """
 
+import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from schemas import Schema
 
@@ -155,19 +157,42 @@ class AddedToken(BaseModel):
     content: str
 
 
+def special_token(value: Any) -> Any:
+    """A token's name, from the text or from the object with which transformers writes it."""
+    name = value.get("content") if isinstance(value, dict) else value
+    if name is None or isinstance(name, str):
+        return name
+    raise ValueError("a text")
+
+
 class TokenizerConfig(Schema):
     """tokenizer_config.json, as far as it changes ids."""
 
     add_eos_token: Literal[False] | None = None
-    bos_token: str | AddedToken | None = None
-    added_tokens_decoder: dict[str, AddedToken] = Field(default={})
+    bos_token: Annotated[Any, AfterValidator(special_token)] = None
+    added_tokens_decoder: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], AddedToken] = Field(default={})
 
 
 # ---------------------------------------------------------------------- adapters
 Rank = Annotated[int, Field(ge=1, le=2**16)]
 PLAIN_NAME = r"^\^?(?:[\w-]|\\?\.)+\$?$"  # a name or its end: no expression that could hang
 ModuleName = Annotated[str, Field(pattern=PLAIN_NAME)]
-Names = Annotated[str, Field(min_length=1, max_length=10_000)] | Annotated[list[str], Field(min_length=1)]
+
+
+def one_or_more(kind: type, said: str) -> Callable[[Any], Any]:
+    """A validator of what peft takes alone or in a list, or None. (pydantic's unions name their types as keys.)"""
+
+    def validate(value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        if value is None or (entries and all(type(entry) is kind and entry != "" for entry in entries)):
+            return value
+        raise ValueError(f"{said}, or a list of such")
+
+    return validate
+
+
+Names = Annotated[Any, AfterValidator(one_or_more(str, "a module's name or a regular expression"))]
+Layers = Annotated[Any, AfterValidator(one_or_more(int, "a whole number"))]
 # kinds of a start after which the base's weights are what they were
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 # what says nothing of the function: names, records, settings of a start or of a dropout that is over
@@ -190,18 +215,33 @@ class AdapterConfig(Schema):
     r: Rank
     lora_alpha: Finite
     target_modules: Names
-    exclude_modules: Names | None = None
+    exclude_modules: Names = None
     use_rslora: Switch = None
     rank_pattern: dict[ModuleName, Rank] | None = None
     alpha_pattern: dict[ModuleName, Finite] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: ModuleName | list[ModuleName] | None = None
-    init_lora_weights: bool | str = True
+    layers_to_transform: Layers = None
+    layers_pattern: Names = None
+    init_lora_weights: Any = True
     bias: Literal["none"] = "none"
+
+    @field_validator("target_modules")
+    @classmethod
+    def some_modules(cls, names: Any) -> Any:
+        if names is None:
+            raise ValueError("a module's name or a regular expression, or a list of such")
+        return names
+
+    @field_validator("layers_pattern")
+    @classmethod
+    def plain_names(cls, names: Any) -> Any:
+        for name in names if isinstance(names, list) else [names or "layers"]:
+            if not re.match(PLAIN_NAME, name):
+                raise ValueError("a module's name, or a list of such")
+        return names
 
     @field_validator("init_lora_weights")
     @classmethod
-    def base_stays(cls, kind: bool | str) -> bool | str:
+    def base_stays(cls, kind: Any) -> Any:
         if kind not in PLAIN_STARTS:
             raise ValueError("true, false, gaussian, eva or orthogonal, since others change the weights of the base")
         return kind

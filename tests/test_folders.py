@@ -152,6 +152,9 @@ def test_a_weight_too_large_for_the_precision_is_named(base, copy):
 def test_adapters_and_critics_that_are_not_finite_are_named(base, adapter, copy):
     broken = copy(adapter)
     key = "base_model.model.projector.fc1.lora_B.weight"
+    edit_weights(broken, lambda weights: weights.update({key: torch.tensor(1.0)}), "adapter_model.safetensors")
+    assert "of shape (), adapter_config.json implies" in refusal(base, lora_path=str(broken))
+    shutil.copy(adapter / "adapter_model.safetensors", broken)
     edit_weights(broken, poisoned(key, float("nan")), "adapter_model.safetensors")
     assert f"has {key} with values that are not finite" in refusal(base, lora_path=str(broken))
     folder = copy(base, "critic")
@@ -223,6 +226,9 @@ def test_what_stands_in_place_of_weights_is_said(base, copy):
     (folder / "model-00001-of-00002.safetensors").rename(folder / "pytorch_model-00001-of-00003.bin")
     assert "it holds pytorch_model-00001-of-00003.bin, a pickle" in refusal(folder)
     (folder / "pytorch_model-00001-of-00003.bin").unlink()
+    (folder / WEIGHTS).symlink_to("/nowhere")
+    assert f"{folder / WEIGHTS} can not be read" in refusal(folder)
+    (folder / WEIGHTS).unlink()
     assert "lacks model.safetensors: copy or download it again" in refusal(folder)
 
 
@@ -347,6 +353,7 @@ MILLION = 10**6
         (dict(vision_dims=[{"embed_dim": 64, "depth": 3, "num_heads": 5}] * 2), "num_heads (5) divides"),
         (dict(chunk_size=0), "chunk_size 0, it must be at least 1"),
         (dict(n_action_bins=128), "n_action_bins 128"),
+        (dict(norm_stats=[1]), "norm_stats [1], it must be an object"),
     ],
 )
 def test_a_config_that_is_another_models_is_refused(base, copy, change, said):
@@ -372,6 +379,10 @@ def test_a_config_that_is_another_models_is_refused(base, copy, change, said):
         (dict(tie_word_embeddings=True), "text_config.tie_word_embeddings true"),
         (dict(rms_norm_eps=float("nan")), "text_config.rms_norm_eps NaN"),
         (dict(rope_theta=0), "text_config.rope_theta 0, it must be above 0"),
+        (dict(rope_parameters={"rope_type": "nonsense"}), "text_config of which no Llama can be made"),
+        (dict(rope_scaling={"type": "linear"}), "text_config of which no Llama can be made"),
+        (dict(head_dim=7), "text_config of which no Llama can be made"),
+        (dict(bos_token_id="x"), "text_config of which no Llama can be made"),
     ],
 )
 def test_a_language_model_of_another_kind_is_refused(base, copy, change, said):
@@ -554,6 +565,8 @@ def test_rules_that_add_to_a_prompt_or_swallow_of_it_are_refused(base, copy, tok
         (dict(add_eos_token=True), "add_eos_token true"),
         (dict(bos_token="</s>"), "gives '</s>' the id 1, "),
         (dict(added_tokens_decoder={"600": {"content": "carrot"}}), "gives 'carrot' the id 600, "),
+        (dict(added_tokens_decoder={"x": {"content": "carrot"}}), "added_tokens_decoder.x"),
+        (dict(bos_token=5), "bos_token 5, it must be a text"),
     ],
 )
 def test_a_tokenizer_config_that_transformers_would_follow_is_refused(base, copy, config, said):
@@ -639,12 +652,18 @@ def test_a_setting_that_would_do_something_else_is_refused(adapter, copy, key, v
         (dict(r=65536), "r 65536, the largest factor in adapter_model.safetensors has 2 rows"),
         (dict(lora_alpha=NAN), "lora_alpha NaN"),
         (dict(target_modules=...), "has no target_modules"),
-        (dict(target_modules=[]), "target_modules"),
+        (dict(target_modules=[]), "target_modules [], it must be a module's name or a regular expression, or a list"),
+        (dict(target_modules=None), "target_modules null, it must be a module's name"),
+        (dict(target_modules=5), "target_modules 5, it must be a module's name"),
+        (dict(exclude_modules=["fc1", 5]), "exclude_modules"),
+        (dict(layers_to_transform="1"), 'layers_to_transform "1", it must be a whole number, or a list of such'),
+        (dict(init_lora_weights=["pissa"]), 'init_lora_weights ["pissa"], it must be true'),
         (dict(target_modules=["nothing_of_this_name"]), "does not fit the model"),
         (dict(target_modules="(("), "no regular expression"),
         (dict(rank_pattern={"(a+)+$": 2}), "rank_pattern"),
         (dict(alpha_pattern={"fc1": NAN}), "alpha_pattern.fc1 NaN"),
         (dict(layers_pattern="(.*)*"), "layers_pattern"),
+        (dict(layers_pattern=["layers", "(.*)*"]), "it must be a module's name, or a list of such"),
         (dict(target_modules=".*fc1", layers_to_transform=[0]), "layers_to_transform and a text as target_modules"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vla.openvla import OpenVLA
-from vla.pretrained import TINY_OPENVLA, load_policy, save_policy, save_weights
+from vla.pretrained import TINY_OPENVLA, load_policy, save_policy, save_weights, tiny_side_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +73,7 @@ def test_a_sharded_rank_holds_one_whole_model_and_its_shard(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(config))
+    (base / "preprocessor_config.json").write_bytes(tiny_side_files()["preprocessor_config.json"])
     save_weights(OpenVLA(config).bfloat16().state_dict(), base, max_shard_bytes=30_000_000)
     files = [file.stat().st_size for file in base.glob("*.safetensors")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",

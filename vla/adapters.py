@@ -87,7 +87,7 @@ def read_adapter(folder: Path | None) -> Adapter | None:
     if name := first_not_finite(weights):
         raise UserError(f"{file} has {published_name(name)} with values that are not finite: {AGAIN}")
     ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
-    held = max((value.shape[0] for name, value in weights.items() if ".lora_A." in name), default=0)
+    held = max((value.shape[0] for name, value in weights.items() if ".lora_A." in name and value.dim()), default=0)
     if max(ranks) > max(held, LARGEST_RANK):
         raise UserError(
             f"{folder / ADAPTER_CONFIG} has r {max(ranks)}, the largest factor in {file.name} has {held} rows: {AGAIN}"

@@ -6,6 +6,7 @@ or the wrong statistics cost tens of points of success without a word otherwise.
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,9 @@ def read_normalization(config: dict, side_files: dict[str, bytes], path: str) ->
 
 # ---------------------------------------------------------------------- weights
 def has_weights(folder: Path) -> bool:
-    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+    return os.path.lexists(folder / WEIGHTS) or os.path.lexists(
+        folder / INDEX
+    )  # a broken link is named when it is read
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -160,9 +163,9 @@ def shard_paths(folder: Path) -> list[Path]:
     Raises:
         UserError: neither is there, or a shard is missing.
     """
-    if (folder / WEIGHTS).exists():
+    if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
+    if not os.path.lexists(folder / INDEX):
         raise UserError(no_weights(folder))
     names = sorted(set(weight_map(folder).values()))
     for name in names:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas import UserError
 from vla.fused import use_fused_layers
 from vla.graphs import GraphedCall, GraphStore, can_capture
 from vla.vision import TowerSpec, VisionBackbone, dinov2_spec, siglip_spec
@@ -36,13 +37,14 @@ def tower_specs(config: dict) -> tuple[TowerSpec, TowerSpec]:
     """config.json -> (DINOv2, SigLIP). `vision_dims`, two dicts, overrides the sizes that the timm names imply.
 
     Raises:
-        ValueError: other towers than OpenVLA's two.
+        UserError: other towers than OpenVLA's two.
     """
     names = config.get("timm_model_ids", [])
     if "vision_dims" in config:
-        dims = [dict(entry) for entry in config["vision_dims"]]
+        sizes = ("embed_dim", "depth", "num_heads", "patch_size")
+        dims = [{key: entry[key] for key in sizes if key in entry} for entry in config["vision_dims"]]
     elif names != list(TIMM_DIMS):
-        raise ValueError(f"config.json names the vision towers {names}: only {list(TIMM_DIMS)} are supported")
+        raise UserError(f"config.json names the vision towers {names}: only {list(TIMM_DIMS)} are supported")
     else:
         dims = [dict(zip(("embed_dim", "depth", "num_heads"), TIMM_DIMS[name])) for name in names]
     for entry, image_size in zip(dims, config["image_sizes"]):

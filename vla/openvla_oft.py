@@ -13,6 +13,7 @@ Source: moojink/openvla-oft with its fork of transformers (bidirectional attenti
 
 import torch
 
+from schemas import UserError
 from vla.graphs import GraphedCall, can_capture
 from vla.openvla import Choose, OpenVLA, positions
 
@@ -28,12 +29,12 @@ class OpenVLAOFT(OpenVLA):
         stop_token: end the sequence in </s> (moojink's checkpoints), or not (RLinf's).
 
     Raises:
-        ValueError: the config asks for causal attention.
+        UserError: the config asks for causal attention.
     """
 
     def __init__(self, config: dict, num_tokens: int, stop_token: bool = False):
         if config.get("is_causal") or config["text_config"].get("is_causal"):
-            raise ValueError(
+            raise UserError(
                 "config.json says is_causal, but OpenVLA-OFT reads its placeholders with bidirectional attention: load "
                 "an autoregressive checkpoint with --model_type openvla, or remove the key from an OFT checkpoint"
             )

@@ -297,7 +297,16 @@ def make_model(
         return model, digest({name: entry(parameter.to(dtype)) for name, parameter in model.named_parameters()})
     headers = read_headers(folder, shard_paths(folder))
     check_sizes(config, headers, folder)
-    model = build_model(model_type, config, chunk_size, stop_token, on_meta=True)
+    try:
+        model = build_model(model_type, config, chunk_size, stop_token, on_meta=True)
+    except UserError:
+        raise
+    except Exception as error:  # transformers' checks raise errors of ten kinds
+        said = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{folder}/config.json has a text_config of which no Llama can be made ({said}): use the config.json that "
+            "the model was published with"
+        ) from error
     return model, stream_weights(model, folder, headers, dtype, device)
 
 

@@ -103,7 +103,6 @@ def check_added_tokens(tokenizer: Tokenizer, side_files: dict[str, bytes], path:
     content = parse_json(side_files.get("tokenizer_config.json", b"{}"), source, AGAIN)
     config = check(TokenizerConfig, content, source, AGAIN)
     bos = config.bos_token or BOS
-    bos = bos if isinstance(bos, str) else bos.content
     wanted = [(bos, BOS_ID, source)]
     wanted += [(token.content, int(number), source) for number, token in config.added_tokens_decoder.items()]
     source = f"{path}/added_tokens.json"
