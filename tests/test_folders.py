@@ -864,20 +864,21 @@ def test_statistics_of_another_key_are_the_users_choice(base, adapter, copy):
 
 
 @pytest.mark.parametrize("what", ["weights", "statistics"])
-def test_a_resumed_run_refuses_another_base(base, copy, tmp_path, what):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_resumed_run_refuses_another_base(base, copy, tmp_path, lora_rank, what):
     """state.json notes the base of every run, with adapter and without."""
-    from vla.checkpoint import load_checkpoint, trained_shapes
+    from vla.checkpoint import adapter_settings, check_same_model, trained_shapes
 
     place = copy(base, "place")
-    for lora_rank in (0, 2):
-        policy = load_policy(str(base), lora_rank=lora_rank)
-        engine = SimpleNamespace(module=policy, zero_optimization_stage=lambda: 0)
-        state = {"iteration": 1, "global_step": 8, "trained": trained_shapes(engine), "base": policy.files.base}
-        (tmp_path / "state.json").write_text(json.dumps(state))
-        other_base(place, what)
-        engine.module = load_policy(str(place), lora_rank=lora_rank)
-        with pytest.raises(UserError, match=f"the run in .* was trained on another base.*{CHANGES[what]}"):
-            load_checkpoint(engine, tmp_path, 0, 1)
+    engine = SimpleNamespace(module=load_policy(str(base), lora_rank=lora_rank), zero_optimization_stage=lambda: 0)
+    noted = {"trained": trained_shapes(engine), "base": engine.module.files.base, "adapter": adapter_settings(engine)}
+    state = SimpleNamespace(**json.loads(json.dumps(noted)))
+    engine.module = load_policy(str(place), lora_rank=lora_rank)
+    check_same_model(engine, state, tmp_path)
+    other_base(place, what)
+    engine.module = load_policy(str(place), lora_rank=lora_rank)
+    with pytest.raises(UserError, match=f"{tmp_path} was trained on another base.*{CHANGES[what]}"):
+        check_same_model(engine, state, tmp_path)
 
 
 # ------------------------------------------------------------------ what sentences advise
