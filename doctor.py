@@ -242,7 +242,7 @@ def check_ops() -> Finding:
     if found not in (True, False):
         remedy = "wait for it" if found.certain else f"where nobody compiles there, run `rm {lock.path}`"
         return mend(f"{found.words} compiles in {folder}", remedy)
-    removed = f"removed {lock.path}, which no process held; " if found else ""
+    removed = f"{lock.path} is removed, since no process held it, and " if found else ""
     if facts["gpus"]:
         return ok(f"{removed}{folder.parent} can be written; on GPUs nothing has to be compiled")
     if not (folder / f"{folder.name}.so").exists():

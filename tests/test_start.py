@@ -71,7 +71,7 @@ class Said(list):
 
     def say(self, words: str) -> None:
         self.append(words)
-        if words.startswith("waiting"):
+        if words.startswith("this start waits"):
             self.calls.pop()()
 
 
@@ -93,7 +93,7 @@ def acquire(folder: Path) -> None:
 def test_a_lock_that_nobody_holds_is_removed_and_said(folder, said):
     (folder / "lock").touch()
     acquire(folder)
-    assert said == [f"removed {folder / 'lock'}: no process held it, a compiler was ended before it was through"]
+    assert said == [f"the lock {folder / 'lock'} is removed: no process held it"]
     acquire(folder)
     assert len(said) == 1
 
@@ -102,7 +102,7 @@ def test_a_lock_that_nobody_holds_is_removed_and_said(folder, said):
 def test_a_lock_of_another_kind_is_no_hang(folder, said, make):
     make(folder / "lock")
     acquire(folder)
-    assert said[0].startswith("removed")
+    assert said == [f"the lock {folder / 'lock'} is removed: no process held it"]
 
 
 @pytest.mark.parametrize("kind", ["ours", "torch"])
@@ -112,7 +112,7 @@ def test_a_held_lock_is_waited_for_by_name(folder, said, kind):
         acquire(folder)
         assert other.wait(timeout=60) == 0, other.stderr.read()  # nobody took its lock away
     (line,) = said
-    assert line.startswith(f"waiting for process {other.pid} ({sys.executable} -c import sys from")
+    assert line.startswith(f"this start waits for process {other.pid} ({sys.executable} -c import sys from")
     assert line.endswith(f"which compiles in {folder}")
 
 
@@ -121,7 +121,7 @@ def test_a_holder_that_is_killed_is_not_waited_for(folder, said, kind):
     with held(kind, folder / "lock") as other:
         said.calls.append(other.kill)
         acquire(folder)
-    assert [line.split()[0] for line in said] == ["waiting", "removed"]
+    assert [" ".join(line.split()[:2]) for line in said] == ["this start", "the lock"]
 
 
 def test_torch_waits_for_our_lock(folder):
@@ -140,7 +140,8 @@ def test_a_compiler_that_outlived_its_rank_is_waited_for(folder, said, tmp_path)
         acquire(folder)
         assert other.poll() is None
         other.kill()
-    assert said[0].startswith(f"waiting for process {process.pid} ({compiler} 600)") and said[-1].startswith("removed")
+    assert said[0].startswith(f"this start waits for process {process.pid} ({compiler} 600)")
+    assert said[-1].endswith("is removed: no process held it")
 
 
 ONE_OF_MANY = """
@@ -169,7 +170,7 @@ def test_of_many_starts_one_removes_the_lock_and_one_at_a_time_compiles(folder):
     assert not any(one.returncode for one in many), answers
     times = sorted(tuple(map(float, out.split())) for out, _ in answers)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(times))
-    assert "".join(err for _, err in answers).count("removed") == 1
+    assert "".join(err for _, err in answers).count("is removed") == 1
     assert left_in(folder) == ["some_op.so"]
 
 
@@ -183,7 +184,7 @@ def test_a_lock_of_another_machine_is_left_alone(folder, monkeypatch, capsys, cl
     monkeypatch.setattr(extensions, "UNCERTAIN_SECONDS", 0.3)
     with pytest.raises(UserError, match=f"{folder / 'lock'} is still held, by {words}: .* run `rm {folder / 'lock'}`"):
         Lock(str(folder / "lock")).try_acquire()
-    assert capsys.readouterr().err == f"waiting for {words}, which compiles in {folder}\n"
+    assert capsys.readouterr().err == f"this start waits for {words}, which compiles in {folder}\n"
     assert (folder / "lock").exists()
     (folder / extensions.CLAIM).write_text(f"{socket.gethostname()} 4711\n")  # by a start of this machine, which died
     acquire(folder)
@@ -253,7 +254,7 @@ def test_torch_compiles_under_our_lock(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     first, second = [line for line in said.splitlines() if str(tmp_path / "ops" / "small") in line]
-    assert first.startswith("removed ") and second.startswith("DeepSpeed compiles small into")
+    assert first.endswith(" is removed: no process held it") and second.startswith("DeepSpeed compiles small into")
     assert (tmp_path / "ops" / "small" / "small.so").exists() and not (tmp_path / "ops" / "small" / "lock").exists()
 
 
@@ -308,7 +309,7 @@ def test_a_start_behind_a_dead_lock_says_so_and_starts(tmp_path):
         [sys.executable, "-c", ONE_RANK], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
-    assert f"removed {lock}: no process held it" in run.stderr and "compiles" not in run.stderr
+    assert f"the lock {lock} is removed: no process held it" in run.stderr and "compiles" not in run.stderr
     assert library.stat().st_mtime_ns == made and not lock.exists()
     total, ports = answer(run.stdout)
     assert total == 1 and ports and set(ports) == {"127.0.0.1"}

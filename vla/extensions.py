@@ -256,11 +256,11 @@ class Lock:
         while True:
             found = self.look()
             if found is True:
-                say(f"removed {self.path}: no process held it, a compiler was ended before it was through")
+                say(f"the lock {self.path} is removed: no process held it")
             elif found:
                 now = time.monotonic()
                 if now >= say_again and not found.sibling and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                    say(f"waiting for {found.words}, which compiles in {self.folder}")
+                    say(f"this start waits for {found.words}, which compiles in {self.folder}")
                     say_again = now + SAY_AGAIN_SECONDS
                 if not found.certain and now - began > UNCERTAIN_SECONDS:
                     self.leave()
