@@ -217,6 +217,14 @@ def compute_gae(
     return advantages, torch.where(valid, advantages + values, 0.0)
 
 
+def used_advantages(valid: torch.Tensor, logprob_level: str) -> torch.Tensor:
+    """Advantages that clipped_surrogate reads, bool [T, N, C]: of all executed actions, or of a chunk's first alone."""
+    used = valid.clone()
+    if logprob_level == "chunk":
+        used[..., 1:] = False
+    return used
+
+
 def clipped_surrogate(
     new_logprobs: torch.Tensor, mb: MicroBatch, total_weight: float, *, logprob_level: str, clip_ratio_low: float,
     clip_ratio_high: float, dual_clip: float | None,
@@ -440,9 +448,7 @@ def main(args: Args) -> None:
             buffer.rewards, buffer.values, buffer.valid, buffer.dones, buffer.final_values, next_values,
             args.gamma, args.gae_lambda,
         )  # [T, N, C] each  # fmt: skip
-        used = buffer.valid.clone()  # [T, N, C], the advantages that the policy's loss reads
-        if args.logprob_level == "chunk":
-            used[..., 1:] = False
+        used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
         if args.norm_adv:
             advantages = normalize(advantages, used)  # over all ranks
 

@@ -9,7 +9,8 @@ from conftest import split_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_ppo import compute_gae, has_future, ppo_loss
+from train_ppo import compute_gae, has_future, ppo_loss, used_advantages
+from vla.distributed import normalize
 from vla.policy import Evaluation, PolicyInputs
 from vla.regularization import fan_kl
 from vla.rollout_buffer import MicroBatch
@@ -120,6 +121,25 @@ def test_an_episode_lost_with_its_worker_is_cut_at_the_frame_it_was_lost_on():
     final_values = torch.tensor([[0.0], [0.5], [0.0]])
     _, returns = compute_gae(rewards, values, valid, dones, final_values, torch.tensor([0.6]), 1.0, 1.0)
     assert torch.allclose(returns[:, 0, 0], torch.tensor([0.7, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+def test_the_advantages_that_the_loss_reads_are_those_that_are_normalised(level):
+    """The actions of a chunk differ, so that those that are not read would spoil mean and variance."""
+    generator = torch.Generator().manual_seed(0)
+    advantages = torch.randn(5, 4, 3, generator=generator) + torch.tensor([0.0, 50.0, 90.0])
+    valid = torch.rand(5, 4, 3, generator=generator) < 0.9
+    valid[..., 0] = True
+    used = used_advantages(valid, level)
+    read = advantages.clone().requires_grad_()
+    for t in range(5):
+        mb = micro_batch(torch.zeros(4, 3, 7), torch.zeros(4, 3), read[t], torch.zeros(4, 3), valid[t])
+        loss_of(torch.zeros(4, 3, 7), torch.zeros(4, 3, 7), torch.zeros(4, 3), mb, 1.0, **FLAGS | {
+            "logprob_level": level, "vf_coef": 0.0,
+        })[0].backward()  # fmt: skip
+    assert torch.equal(read.grad != 0, used)
+    normalised = normalize(advantages, used)[used]
+    assert normalised.mean().abs() < 1e-5 and normalised.std() == pytest.approx(1.0, abs=1e-4)
 
 
 # ------------------------------------------------------------------ loss
