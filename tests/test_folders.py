@@ -713,6 +713,7 @@ SETTINGS = {
     "excluded by expression": dict(exclude_modules=r"vision_backbone\..*"),
     "expression": dict(target_modules=r"language_model\..*\.(q_proj|down_proj)"),
     "layers": dict(target_modules=["q_proj", "fc1"], layers_to_transform=[1], layers_pattern=["layers", "blocks"]),
+    "all linear": dict(target_modules="all-linear"),
     "one layer": dict(target_modules=["q_proj"], layers_to_transform=0),
     "dropout": dict(lora_dropout=0.3),
     "fan": dict(fan_in_fan_out=True, target_modules=["q_proj", "fc2"]),

@@ -4,15 +4,16 @@ A folder holds config.json, model.safetensors (or shards with model.safetensors.
 preprocessor_config.json, optionally dataset_statistics.json (merged over config.json's norm_stats) and
 value_head.safetensors. An adapter is adapter_config.json and adapter_model.safetensors as peft writes them, in a folder
 of its own (`lora_path`) or beside the weights; a folder with an adapter alone names its base model in
-base_model_name_or_path.
+base_model_name_or_path. Our own adapters have adapter_base.json beside them, digests of the base they were trained on,
+and load on no other.
 
 Weights are read tensor by tensor from mapped shards into a model built without memory, in the precision and on the
 device they are wanted, so the host never holds more than the model and one shard's pages. Under ZeRO-3 what is read is
 the whole model that every rank acts with in the rollout (stages.make_rollout_copy); the engine's shards are cut from it
 and there is no second whole copy.
 
-Whatever does not fit is an error that names it: a wrong base, missing keys or the wrong statistics cost tens of points
-of success without a word otherwise.
+folders.py reads a folder's files, adapters.py its adapter, tokenizer.py its tokenizer; what does not fit is an error
+that names it.
 """
 
 import json
@@ -290,11 +291,14 @@ def make_model(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[OpenVLA, str]:
-    """The network with the weights of a folder, or random ones, and digest() of them."""
+    """The network with the weights of a folder and digest() of them, or with random ones and how they were drawn.
+
+    (Of random ones a digest would not hold on a machine with other vector instructions: their last bits differ.)
+    """
     if folder is None:
         model = build_model(model_type, config, chunk_size, stop_token, on_meta=False)
         model.init_weights()
-        return model, digest({name: entry(parameter.to(dtype)) for name, parameter in model.named_parameters()})
+        return model, f"drawn from seed {torch.initial_seed()} in {dtype}"
     headers = read_headers(folder, shard_paths(folder))
     check_sizes(config, headers, folder)
     try:
