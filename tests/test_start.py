@@ -124,6 +124,18 @@ def test_a_holder_that_is_killed_is_not_waited_for(folder, said, kind):
     assert [" ".join(line.split()[:2]) for line in said] == ["this start", "the lock"]
 
 
+@pytest.mark.parametrize("claim", ["", "of a dead process"])
+def test_a_start_behind_one_that_waits_names_whom_that_one_waits_for(folder, claim):
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    with held("torch", folder / "lock") as other:
+        waits = Lock(folder / "lock")
+        assert waits.look().words.startswith(f"process {other.pid} (")
+        (folder / extensions.CLAIM).write_text(claim and f"{socket.gethostname()} {dead.pid}")
+        assert Lock(folder / "lock").look().words.startswith(f"process {other.pid} (")
+        waits.leave()
+
+
 def test_torch_waits_for_our_lock(folder):
     with held("ours", folder / "lock"):
         assert not FileBaton(str(folder / "lock")).try_acquire()

@@ -203,13 +203,13 @@ class Lock:
         return remove_if_dead(self.path)
 
     def _claimant(self) -> Holder:
-        """Who has the claim."""
+        """Who has the claim; where that is another start that waits itself, whom it waits for."""
         host, process = read_claim(self.folder) or ("", 0)
-        if host == socket.gethostname():
+        if host == socket.gethostname() and command_of(process):
             return Holder(named(process), sibling=parent_of(process) == os.getppid())
-        if host:
+        if host not in ("", socket.gethostname()):
             return Holder(f"process {process} on {host}")
-        with contextlib.suppress(FileNotFoundError):  # it waits itself
+        with contextlib.suppress(FileNotFoundError):
             return holder_of(self.path) or Holder("another start")
         return Holder("another start")
 
