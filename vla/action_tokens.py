@@ -8,8 +8,8 @@ Source: openvla/openvla, prismatic/vla/action_tokenizer.py and prismatic/extern/
 
 import torch
 
-NUM_BINS = 256
-ACTION_DIM = 7
+from schemas.policies import ACTION_DIM as ACTION_DIM  # for whoever asks here
+from schemas.policies import NUM_BINS
 
 
 class ActionTokens:

@@ -17,7 +17,6 @@ from torch import nn
 
 from schemas import UserError, check, parse_json
 from schemas.policies import (
-    NUM_BINS,
     ActionStatistics,
     AdapterBase,
     PolicyConfig,
@@ -25,6 +24,7 @@ from schemas.policies import (
     Statistics,
     WeightIndex,
 )  # fmt: skip
+from vla.action_tokens import NUM_BINS
 from vla.tensors import digest, entry, is_finite, open_shard, read_small
 from vla.vision import VisionBackbone
 
