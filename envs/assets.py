@@ -22,6 +22,7 @@ import sapien
 from PIL import Image
 from sapien.physx import PhysxMaterial
 
+from envs.scratch import scratch_folder
 from envs.variants import ASSET_PACKS
 
 TABLE_HEIGHT = 0.8695  # top of the published stage mesh in the workspace
@@ -504,8 +505,7 @@ class BuiltinAssets:
     @functools.cached_property
     def robot_urdf(self) -> str:
         """Path of the arm's URDF, in a cache folder of this user, because ManiSkill reads robots from files."""
-        folder = Path(tempfile.gettempdir()) / f"solovla_{os.getuid()}"
-        folder.mkdir(exist_ok=True)
+        folder = scratch_folder()
         _write_once(folder / "widowx_boxes.srdf", robot_srdf_text())
         _write_once(folder / "widowx_boxes.urdf", robot_urdf_text())
         return str(folder / "widowx_boxes.urdf")

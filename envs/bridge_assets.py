@@ -13,12 +13,13 @@ Every file is looked into before SAPIEN gets it: SAPIEN's loaders print and go o
 from __future__ import annotations
 
 import functools
-import json
+import io
 import os
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sapien
@@ -26,12 +27,15 @@ from PIL import Image
 from sapien.physx import PhysxMaterial
 
 from envs.assets import OBJECTS, RECEPTACLES, TABLES, Model, Table, resized
+from schemas import UserError, check, parse_json
+from schemas.assets import Accessor, BodyEntry, Gltf, TableEntry, View
 
 REMEDY = "fetch what is missing with `python doctor.py --download`"
 STAGE = "stages/bridge_table_1_v1.glb"
 STAGE_POSITION = (2.0634, 2.8313, 0.0)
 STAGE_QUATERNION = (0.707, 0.707, 0, 0)  # as published, not quite a unit one
 VISUALS = ("textured.obj", "textured.dae", "textured.glb")  # in the published order of preference
+MAX_PIXELS = 8192 * 8192  # of a picture; the published ones have 640 x 480, textures 4096 x 4096
 ARM_SHINE = dict(specular=0.9, roughness=0.3)
 
 
@@ -85,14 +89,16 @@ class Layout:
         files = [urdf, self.robot / "wx250s.srdf", self.robot / "interbotix_black.png"]
         if urdf.is_file():
             text = re.sub(r"<!--.*?-->", "", read_text(urdf), flags=re.DOTALL)
-            files += [self.robot / name for name in sorted(set(re.findall(r'<mesh\s+filename="([^"]+)"', text)))]
+            names = sorted(set(re.findall(r'<mesh\s+filename="([^"]+)"', text)))
+            files += [named_by(urdf, name, self.robot) for name in names]
         return files
 
 
 def _dae_pictures(path: Path) -> list[Path]:
     if path.suffix != ".dae" or not path.is_file():
         return []
-    return [path.parent / name for name in re.findall(r"<init_from>([^<]+\.(?:png|jpg))</init_from>", read_text(path))]
+    names = re.findall(r"<init_from>([^<]+\.\w+)</init_from>", read_text(path))
+    return [named_by(path, name, path.parent) for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,22 +125,41 @@ def read_text(path: Path) -> str:
         raise _bad(path, "not a text") from error
 
 
-def read_database(path: Path, keys: list[str]) -> dict:
-    """A model_db.json that has the published entries in the published order."""
+def parsed(path: Path, content: bytes, schema: Any) -> Any:
+    """JSON of an asset as an object of the schema, or one clear sentence."""
+    source, remedy = f"asset {path} is damaged: it", f"delete it and {REMEDY}"
     try:
-        database = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise _bad(path, f"no JSON: {error}") from error
-    if not isinstance(database, dict) or list(database) != keys:
+        return check(schema, parse_json(content, source, remedy), source, remedy)
+    except UserError as error:
+        raise RuntimeError(f"{error}.") from error
+
+
+def read_database(path: Path, entry: type, keys: list[str]) -> dict:
+    """A model_db.json that has the published entries in the published order."""
+    database = parsed(path, read_bytes(path), dict[str, entry])
+    if list(database) != keys:
         raise _bad(path, f"not the {len(keys)} published entries")
     return database
+
+
+def named_by(path: Path, name: str, root: Path) -> Path:
+    """A file that another one names, which must lie below `root`: a published asset reads nothing of its user's."""
+    place = Path(os.path.normpath(path.parent / name))
+    if not place.is_relative_to(os.path.normpath(root)) or not name.isprintable() or ":" in name or "\\" in name:
+        raise _bad(path, f"it names {name!r}, which is not in its folder")
+    return place
 
 
 @functools.cache
 def checked(path: Path) -> str:
     """The path as text, once the file is known to be whole."""
-    checks = {".obj": _check_obj, ".stl": _check_stl, ".glb": _check_glb, ".dae": _check_dae, ".png": _check_picture}
+    checks = {
+        ".obj": _check_obj, ".stl": _check_stl, ".glb": _check_glb, ".dae": _check_dae, ".urdf": _xml,
+        ".png": _check_picture, ".jpg": _check_picture,
+    }  # fmt: skip
     try:
+        if path.suffix not in checks:
+            raise ValueError("a file of no known kind")
         checks[path.suffix](path)
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise _bad(path, str(error) or type(error).__name__) from error
@@ -151,6 +176,19 @@ def _check_obj(path: Path) -> None:
         raise ValueError("no solid")
     if np.abs(index).max() > len(points) or not index.all():
         raise ValueError("a face names a vertex that is not there")
+    for line in lines:
+        if line.startswith("mtllib "):
+            _check_material(named_by(path, line.split(maxsplit=1)[1].strip(), path.parent))
+
+
+def _check_material(path: Path) -> None:
+    """The pictures that an .obj's materials name; meshes of one robot share a picture one folder up."""
+    if not path.exists():  # many published ones lack theirs, and are grey
+        return
+    for line in read_text(path).splitlines():
+        words = line.split(maxsplit=1)
+        if len(words) == 2 and words[0].lower().startswith(("map_", "bump", "disp", "decal", "refl")):
+            named_by(path, words[1].split()[-1], path.parent.parent)
 
 
 def _check_stl(path: Path) -> None:
@@ -163,17 +201,24 @@ def _check_stl(path: Path) -> None:
         raise ValueError("a corner that is no number")
 
 
-def _check_dae(path: Path) -> None:
+def _xml(path: Path) -> ElementTree.Element:
+    text = read_text(path)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # which could name other files, or grow without end
+        raise ValueError("XML with a document type")
     try:
-        root = ElementTree.fromstring(read_text(path))
+        return ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(f"no XML: {error}") from error
+
+
+def _check_dae(path: Path) -> None:
+    root = _xml(path)
     arrays = [element for element in root.iter() if element.tag.endswith("float_array")]
     if not arrays:
         raise ValueError("no geometry")
     for array in arrays:
         values = np.array((array.text or "").split(), dtype=np.float64)
-        if len(values) != int(array.get("count")) or not np.isfinite(values).all():
+        if str(len(values)) != array.get("count") or not np.isfinite(values).all():
             raise ValueError(f"array {array.get('id')} is not {array.get('count')} numbers")
     for picture in _dae_pictures(path):
         checked(picture)
@@ -186,35 +231,32 @@ def _check_glb(path: Path) -> None:
     if magic != b"glTF" or version != 2 or length != len(data):
         raise ValueError(f"not a whole glTF 2 file of {len(data)} bytes")
     size, kind = struct.unpack_from("<I4s", data, 12)
-    scene = json.loads(data[20 : 20 + size].decode())
     start = 20 + size
     binary_size, _ = struct.unpack_from("<I4s", data, start)
     binary = data[start + 8 : start + 8 + binary_size]
-    if kind != b"JSON" or len(binary) != binary_size or not scene["meshes"]:
+    if kind != b"JSON" or len(binary) != binary_size:
         raise ValueError("broken chunks")
-    views = scene["bufferViews"]
-    for view in views:
-        if view.get("byteOffset", 0) + view["byteLength"] > len(binary):
-            raise ValueError("a buffer view beyond the end")
-    for accessor in scene["accessors"]:
+    scene = parsed(path, data[20:start], Gltf)
+    views = scene.bufferViews
+    if any(view.byteOffset + view.byteLength > len(binary) for view in views):
+        raise ValueError("a buffer view beyond the end")
+    for accessor in scene.accessors:
         _check_accessor(accessor, views, binary)
-    for image in scene.get("images", []):
-        view = views[image["bufferView"]]
-        first = view.get("byteOffset", 0)
-        _decode_picture(binary[first : first + view["byteLength"]])
+    for image in scene.images:
+        view = views[image.bufferView]
+        _decode_picture(binary[view.byteOffset : view.byteOffset + view.byteLength])
 
 
-def _check_accessor(accessor: dict, views: list[dict], binary: bytes) -> None:
+def _check_accessor(accessor: Accessor, views: list[View], binary: bytes) -> None:
     kinds = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
-    width = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}[accessor["type"]]
-    kind = np.dtype(kinds[accessor["componentType"]])
-    view = views[accessor["bufferView"]]
-    stride = view.get("byteStride", width * kind.itemsize)
-    first = accessor.get("byteOffset", 0)
-    if first + stride * (accessor["count"] - 1) + width * kind.itemsize > view["byteLength"]:
+    width = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}[accessor.type]
+    kind = np.dtype(kinds[accessor.componentType])
+    view = views[accessor.bufferView]
+    stride = view.byteStride or width * kind.itemsize
+    if accessor.byteOffset + stride * (accessor.count - 1) + width * kind.itemsize > view.byteLength:
         raise ValueError("an accessor beyond its buffer view")
     if kind.kind == "f" and stride == width * kind.itemsize:
-        values = np.frombuffer(binary, kind, accessor["count"] * width, view.get("byteOffset", 0) + first)
+        values = np.frombuffer(binary, kind, accessor.count * width, view.byteOffset + accessor.byteOffset)
         if not np.isfinite(values).all():
             raise ValueError("a coordinate that is no number")
 
@@ -225,11 +267,12 @@ def _check_picture(path: Path) -> None:
 
 def _decode_picture(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3]."""
-    import io
-
     try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError) as error:  # PIL raises either for a broken picture
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))  # PIL starts other programs for some formats
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels")
+        return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # whatever PIL raises for a broken picture
         raise ValueError(f"no picture: {error}") from error
 
 
@@ -259,35 +302,20 @@ class BridgeAssets:
         self.tables = self._tables()
 
     def _models(self, kind: str, known: tuple[Model, ...]) -> tuple[Model, ...]:
-        path = self.layout.databases[kind]
-        database = read_database(path, [model.key for model in known])
-        try:
-            return tuple(
-                Model(
-                    key,
-                    entry["name"],
-                    tuple(map(float, entry["bbox"]["min"])),
-                    tuple(map(float, entry["bbox"]["max"])),
-                    float(entry["density"]),
-                    grasp=model.grasp,
-                )
-                for (key, entry), model in zip(database.items(), known)
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise _bad(path, f"an entry without name, bbox or density: {error}") from error
+        database = read_database(self.layout.databases[kind], BodyEntry, [model.key for model in known])
+        return tuple(
+            Model(key, entry.name, entry.bbox.min, entry.bbox.max, entry.density, grasp=model.grasp)
+            for (key, entry), model in zip(database.items(), known)
+        )
 
     def _tables(self) -> tuple[Table, ...]:
-        path = self.layout.databases["table"]
-        database = read_database(path, [table.key for table in TABLES])
-        try:
-            return tuple(Table(key, entry["name"], float(entry["mix"])) for key, entry in database.items())
-        except (KeyError, TypeError, ValueError) as error:
-            raise _bad(path, f"an entry without name or mix: {error}") from error
+        database = read_database(self.layout.databases["table"], TableEntry, [table.key for table in TABLES])
+        return tuple(Table(key, entry.name, entry.mix) for key, entry in database.items())
 
     @functools.cached_property
     def robot_urdf(self) -> str:
         for path in self.layout._robot_files():
-            if path.suffix in (".obj", ".stl", ".png"):
+            if path.suffix in (".urdf", ".obj", ".stl", ".png"):
                 checked(path)
         return str(self.layout.robot / "wx250s.urdf")
 

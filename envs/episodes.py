@@ -7,12 +7,14 @@ holds out one id in eight for evaluation in both. Pure Python: importing this im
 from __future__ import annotations
 
 import difflib
+import re
 import zlib
 
 from envs import variants
 
 NUM_SEEDS = 2**31 - 1  # ManiSkill's seeds are 0 .. 2^31 - 2
 FAMILY = "PutOnPlateInScene25"
+ID = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:)?[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 
 
 def in_family(env_id: str) -> bool:
@@ -21,6 +23,11 @@ def in_family(env_id: str) -> bool:
 
 def check_env_id(env_id: str, obj_set: str, instruction: str | None) -> None:
     """One sentence for what can be known of an id without ManiSkill's registry."""
+    if not ID.fullmatch(env_id):
+        raise ValueError(
+            f"env_id {env_id[:100]!r} is no id: it has letters, digits, '-', '_' and '.', such as 'PickCube-v1', and "
+            "'module:' before it where importing a module registers it."
+        )
     if in_family(env_id):
         variants.lookup(env_id, obj_set)
         if instruction is not None:

@@ -133,10 +133,7 @@ def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> Base
     """The env without wrappers, or one sentence that names what is missing."""
     module, _, name = env_id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"env_id {env_id!r}: {error}; put the folder that has it on PYTHONPATH.") from error
+        _import(env_id, module)
     if name not in REGISTERED_ENVS:
         near = difflib.get_close_matches(name, REGISTERED_ENVS, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -165,6 +162,20 @@ def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> Base
             f"'none' and control_mode {CONTROL_MODE!r}."
         ) from error
     return env.unwrapped
+
+
+def _import(env_id: str, module: str) -> None:
+    """Run the code of the module that registers a task. Raises ValueError, one sentence, whatever that code does."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"env_id {env_id!r}: {error}; put the folder that has it on PYTHONPATH.") from error
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"env_id {env_id!r}: importing {module} ended in {type(error).__name__} ({said}): "
+            f"`python -c 'import {module}'` shows where."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ bit for bit without it, by test.
 """
 
 import dataclasses
-import os
 import re
 import shutil
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import sapien
 from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig, set_shader_pack
+
+from envs.scratch import scratch_folder
 
 DECLARATION = re.compile(r"layout\([^)]*\) uniform sampler2D samplerBRDFLUT;\n")
 LOOKUP = re.compile(r"texture\(samplerBRDFLUT, [^;]*\)\.xy")
@@ -41,19 +42,20 @@ def select(config: ShaderConfig) -> None:
 
 
 def write_pack(stock: Path) -> Path | None:
-    """The stock "minimal" pack without its table, in the temporary folder; made once per machine, user and SAPIEN.
+    """The stock "minimal" pack without its table, in the scratch folder; made once per machine, user and SAPIEN.
 
-    None where the stock pack has other lines than expected, or nothing can be written.
+    None where the stock pack has other lines than expected, or nothing can be written. Raises RuntimeError where the
+    scratch folder is not this user's alone.
     """
-    place = Path(tempfile.gettempdir()) / f"solovla_shaders_{os.getuid()}_{version('sapien')}"
-    if (place / "minimal").is_dir() and place.stat().st_uid == os.getuid():
-        return place / "minimal"
     try:
+        place = scratch_folder() / f"shaders_{version('sapien')}"
+        if (place / "minimal").is_dir():
+            return place / "minimal"
         texts = {path.name: path.read_text() for path in (stock / "minimal").iterdir()}
         slim = {name: LOOKUP.sub("vec2(0)", DECLARATION.sub("", text)) for name, text in texts.items()}
         if slim == texts or any("BRDFLUT" in text for text in slim.values()):
             return None
-        beside = Path(tempfile.mkdtemp(prefix=place.name))
+        beside = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))
         shutil.copytree(stock / "common", beside / "common")  # what the pack includes
         (beside / "minimal").mkdir()
         for name, text in slim.items():

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -496,6 +498,33 @@ def _spoil(path: Path, change) -> None:
     path.write_bytes(change(data))
 
 
+DB = "carrot/more_carrot/model_db.json"
+GLB = "carrot/more_carrot/003_bread_1/textured.glb"
+URDF, DAE = "robots/widowx/wx250s.urdf", "carrot/more_plate/001_plate_simpler/textured.dae"
+
+
+def with_json(data: bytes, old: bytes, new: bytes) -> bytes:
+    """A .glb whose description has every `old` replaced by `new`; for "[{" the one of its buffers alone."""
+    (size,) = struct.unpack_from("<I", data, 12)
+    text = data[20 : 20 + size]
+    at = text.index(b'"buffers"') if old == b"[{" else text.index(old)
+    text = text[:at] + text[at:].replace(old, new, 1)
+    text += b" " * (-len(text) % 4)
+    rest = data[20 + size :]
+    return (
+        struct.pack("<4sII", b"glTF", 2, 20 + len(text) + len(rest))
+        + struct.pack("<I4s", len(text), b"JSON")
+        + text
+        + rest
+    )
+
+
+def huge_png() -> bytes:
+    """A header that claims 100,000 x 100,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + bytes(8)
+
+
 @needs_assets
 @pytest.mark.parametrize(
     "name, change, use",
@@ -503,8 +532,8 @@ def _spoil(path: Path, change) -> None:
         ("carrot/more_carrot/003_bread_1/collision.obj", lambda data: data[: len(data) // 2], "object"),
         ("carrot/more_carrot/003_bread_1/collision.obj", lambda data: data.replace(b"v 0.", b"v x.", 1), "object"),
         ("carrot/more_carrot/003_bread_1/collision.obj", lambda data: b"", "object"),
-        ("carrot/more_carrot/003_bread_1/textured.glb", lambda data: data[:-100], "object"),
-        ("carrot/more_carrot/003_bread_1/textured.glb", lambda data: b"<html>404</html>", "object"),
+        (GLB, lambda data: data[:-100], "object"),
+        (GLB, lambda data: b"<html>404</html>", "object"),
         ("carrot/more_plate/001_plate_simpler/textured.dae", lambda data: data[:2000], "receptacle"),
         ("carrot/more_plate/001_plate_simpler/plate_texture.png", lambda data: data[: len(data) // 2], "receptacle"),
         ("carrot/more_table/imgs/001_table_simpler.png", lambda data: data[: len(data) // 2], "picture"),
@@ -514,8 +543,25 @@ def _spoil(path: Path, change) -> None:
         ("carrot/more_plate/model_db.json", lambda data: b"{}", "database"),
         ("carrot/more_carrot/model_db.json", lambda data: data.replace(b'"density"', b'"weight"', 1), "database"),
         ("tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb", lambda data: data[:500], "stage"),
+        (DB, lambda data: data.replace(b"1044", b"NaN", 1), "database"),
+        (DB, lambda data: data.replace(b"1044", b"-1", 1), "database"),
+        (DB, lambda data: data.replace(b'"density"', b'"name": "x", "name"', 1), "database"),
+        (DB, lambda data: b"[" * 100_000, "database"),
+        (GLB, lambda data: with_json(data, b'"buffers"', b'"nuffers"'), "object"),
+        (GLB, lambda data: with_json(data, b'"count":', b'"count":-'), "object"),
+        (GLB, lambda data: with_json(data, b"{", b"[" * 99_999), "object"),
+        ("carrot/more_table/imgs/001_table_simpler.png", lambda data: huge_png(), "picture"),
+        ("carrot/more_table/imgs/001_table_simpler.png", lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n", "picture"),
+        (URDF, lambda data: b'<!DOCTYPE r [<!ENTITY a "b">]>' + data, "robot"),
+        (URDF, lambda data: data[:3000], "robot"),
+        # files that name others, outside their folder
+        (URDF, lambda data: data.replace(b'"meshes_wx250s/', b'"../../', 1), "robot"),
+        (URDF, lambda data: data.replace(b'"meshes_wx250s/', b'"/etc/', 1), "robot"),
+        (DAE, lambda data: data.replace(b">plate_texture.png<", b">../../../../x.png<"), "receptacle"),
+        ("carrot/more_carrot/003_bread_1/collision.obj", lambda data: b"mtllib ../../x.mtl\n" + data, "object"),
+        (GLB, lambda data: with_json(data, b"[{", b'[{"uri":"/etc/x",'), "object"),
     ],
-)
+)  # fmt: skip
 def test_damaged_files_are_named(copied, name, change, use):
     import sapien
 
@@ -534,6 +580,15 @@ def test_damaged_files_are_named(copied, name, change, use):
         else:
             assert pack.robot_urdf
     assert "\n" not in str(caught.value) and "doctor.py --download" in str(caught.value)
+
+
+@needs_assets
+@pytest.mark.parametrize("name", [DB, URDF, "carrot/more_table/textures/017.png"])
+def test_pipes_among_the_assets_are_not_waited_for(copied, name):
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    with pytest.raises(RuntimeError, match=rf"lacks 1 files: {re.escape(str(copied / name))}: fetch"):
+        bridge(copied)
 
 
 @needs_assets
@@ -591,11 +646,62 @@ def test_the_smaller_shader_pack_draws_the_same_picture(monkeypatch):
     assert (pictures[0] == pictures[1]).all() and pictures[0].float().std() > 10
 
 
-def test_an_unknown_shader_pack_is_left_alone(tmp_path, monkeypatch):
+# ------------------------------------------------------------------ the scratch folder
+@pytest.fixture
+def scratch(tmp_path, monkeypatch) -> Path:
+    """Where the scratch folder will be."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / f"solovla_{os.getuid()}"
+
+
+def test_the_scratch_folder_is_this_users_alone(scratch):
+    from envs.scratch import scratch_folder
+
+    old = os.umask(0)  # whatever is asked for elsewhere
+    try:
+        assert scratch_folder() == scratch and scratch.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(old)
+    scratch.chmod(0o755)  # as earlier versions made it
+    assert scratch_folder() == scratch and scratch.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda place: place.symlink_to(place.parent),
+        lambda place: place.symlink_to("nothing"),
+        lambda place: place.write_text("a file"),
+        lambda place: (place.mkdir(), place.chmod(0o777)),
+        pytest.param(
+            lambda place: (place.mkdir(), os.chown(place, 65534, 65534)),
+            marks=pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away"),
+        ),
+    ],
+)
+def test_a_scratch_folder_that_somebody_else_made_is_refused(scratch, prepare):
+    """Robots and shaders are read back from it: one sentence, and nothing is put there."""
+    from envs import shaders
+    from envs.assets import BuiltinAssets
+
+    prepare(scratch)
+    stock = Path(shaders.sapien.__file__).parent / "vulkan_shader"
+    for use in (lambda: BuiltinAssets().robot_urdf, lambda: shaders.write_pack(stock)):
+        with pytest.raises(
+            RuntimeError, match=f"{scratch} is not a folder of this user alone: remove it, or set TMPDIR"
+        ):
+            use()
+    assert not scratch.is_dir() or not list(scratch.glob("*.urdf"))
+
+
+def test_there_is_one_scratch_folder():
+    places = [path.name for path in (ROOT / "envs").glob("*.py") if "gettempdir" in path.read_text()]
+    assert places == ["scratch.py"]
+
+
+def test_an_unknown_shader_pack_is_left_alone(tmp_path, scratch):
     from envs import shaders
 
-    monkeypatch.setattr(shaders.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(shaders.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "stock" / "minimal").mkdir(parents=True)
     (tmp_path / "stock" / "common").mkdir()
     lookup = tmp_path / "stock" / "minimal" / "gbuffer.frag"
@@ -607,6 +713,4 @@ def test_an_unknown_shader_pack_is_left_alone(tmp_path, monkeypatch):
         "vec2 b = texture(samplerBRDFLUT, vec2(r, n)).xy;\n"
     )
     assert (shaders.write_pack(tmp_path / "stock") / "gbuffer.frag").read_text() == "vec2 b = vec2(0);\n"
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("solovla")] == [
-        f"solovla_shaders_{shaders.os.getuid()}_{shaders.version('sapien')}"
-    ]
+    assert [path.name for path in scratch.iterdir()] == [f"shaders_{shaders.version('sapien')}"]
