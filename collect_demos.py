@@ -21,7 +21,7 @@ from envs import make_envs
 from envs.demonstrations import PART_SIZE, DemoFolder, Demonstration, Recipe, attempts, check_expert_knows
 from envs.registration import CONTROL_MODE
 from schemas import UserError
-from schemas.flags import Count, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
+from schemas.flags import Count, EnvId, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
 from vla.cli import parse_args
 from vla.distributed import REQUEUE, checked, run_main
 from vla.startup import check_scene_memory
@@ -43,7 +43,7 @@ class Args:
     max_rotation: Positive = 0.2  # radians per step
     # the expert acts on where the arm is, which a picture shows, not on where it was sent: for policies of one frame
     measured_pose: bool = False
-    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
+    env_id: EnvId = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # bodies made by code, or the published meshes and photographs
     asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)

@@ -33,6 +33,7 @@ from schemas.flags import (
     Chunk,
     Count,
     CountOrNone,
+    EnvId,
     Envs,
     Episodes,
     EpisodeSteps,
@@ -115,7 +116,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
 
     # ---- env
-    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    env_id: EnvId = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
     instruction: Text | None = None  # what the policy is told in an env that is not of the family
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
@@ -378,7 +379,7 @@ def main(args: Args) -> None:
             args.image_size, "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
         )  # fmt: skip
         device = setup_distributed(args.seed)
-        default_dir = f"runs/grpo_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
+        default_dir = f"runs/grpo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
         check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
         in_words = sizes.in_words(launch.world_size, args.chunk_size, args.num_env_workers)

@@ -29,6 +29,7 @@ from schemas.flags import (
     Chunk,
     Count,
     CountOrNone,
+    EnvId,
     Envs,
     Episodes,
     EpisodeSteps,
@@ -105,7 +106,7 @@ class Args:
 
     # ---- demonstrations, and the env that they are from
     demos: Text = "demos"  # folder that collect_demos.py made; its statistics are known by the name of its env_id
-    env_id: Text = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
+    env_id: EnvId = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
     instruction: Text | None = None  # what the policy is told in an env that is not of the family
     obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
     asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
@@ -266,7 +267,7 @@ def main(args: Args) -> None:
             "--num_eval_envs, --num_env_workers and --image_size",
         )  # fmt: skip
         device = setup_distributed(args.seed)
-        default_dir = f"runs/sft_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
+        default_dir = f"runs/sft_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
         export_dir = export_folder(run_dir, args.export_dir, flag_value(sys.argv[1:], "export_dir") is not None)
         num_iterations = args.num_updates // args.updates_per_iteration

@@ -7,27 +7,31 @@ holds out one id in eight for evaluation in both. Pure Python: importing this im
 from __future__ import annotations
 
 import difflib
-import re
 import zlib
 
 from envs import variants
+from schemas.flags import ENV_ID
 
 NUM_SEEDS = 2**31 - 1  # ManiSkill's seeds are 0 .. 2^31 - 2
 FAMILY = "PutOnPlateInScene25"
-ID = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:)?[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 
 
 def in_family(env_id: str) -> bool:
     return env_id in variants.VARIANTS
 
 
+def check_id(env_id: str) -> None:
+    """Raise ValueError unless this is an identifier: ids become names of folders and modules."""
+    if not ENV_ID.fullmatch(env_id):
+        raise ValueError(
+            f"env_id {env_id[:100]!r} is no id: give one such as 'PickCube-v1', or 'my_module:MyTask-v1' where importing "
+            "my_module registers it."
+        )
+
+
 def check_env_id(env_id: str, obj_set: str, instruction: str | None) -> None:
     """One sentence for what can be known of an id without ManiSkill's registry."""
-    if not ID.fullmatch(env_id):
-        raise ValueError(
-            f"env_id {env_id[:100]!r} is no id: it has letters, digits, '-', '_' and '.', such as 'PickCube-v1', and "
-            "'module:' before it where importing a module registers it."
-        )
+    check_id(env_id)
     if in_family(env_id):
         variants.lookup(env_id, obj_set)
         if instruction is not None:
@@ -65,6 +69,7 @@ def start_state(env_id: str, obj_set: str, episode_id: int, protocol: str) -> va
 
 def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
     """The first `num_episodes` of one fixed sequence of distinct held-out ids; a longer list begins with a shorter."""
+    check_id(env_id)
     if in_family(env_id) or FAMILY in env_id:
         return variants.eval_episode_ids(env_id, obj_set, num_episodes)
     chosen: dict[int, None] = {}  # keeps order

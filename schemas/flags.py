@@ -47,5 +47,16 @@ def plain(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(plain)]
+ENV_ID = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:)?[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)  # module:Id or Id
+
+
+def identifier(env_id: str) -> str:
+    """Folders are named after it and it is shown in pages, so it is no path and no sentence."""
+    if not ENV_ID.fullmatch(env_id):
+        raise ValueError("an id such as PickCube-v1 or my_module:MyTask-v1")
+    return env_id
+
+
+EnvId = Annotated[str, AfterValidator(identifier)]
 Item = TypeVar("Item")
 NonEmpty = Annotated[tuple[Item, ...], Field(min_length=1)]

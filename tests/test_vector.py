@@ -516,12 +516,36 @@ def test_a_task_of_ones_own_needs_its_module_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "code, said",
+    [
+        ("1 / 0", "ended in ZeroDivisionError (division by zero): `python -c 'import {}'` shows where."),
+        ("raise SystemExit('no\\nlicence')", "ended in SystemExit (no licence)"),
+        ("def broken(", "ended in SyntaxError"),
+        ("import there_is_no_such_module", "No module named 'there_is_no_such_module'; put the folder"),
+        ("pass", "unknown env_id '{}:Mine-v1'"),
+    ],
+)
+def test_a_module_that_fails_is_one_sentence(tmp_path, monkeypatch, code, said):
+    """The code of a task of one's own, whatever it does as it is imported."""
+    name = f"own_task_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        world.make_envs(f"{name}:Mine-v1", 1, **TINY)
+    assert said.format(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         (dict(instruction=None), "needs an instruction"),
         (dict(instruction="  "), "needs an instruction"),
         (dict(env_id="PickCub-v1"), "did you mean 'PickCube-v1'"),
         (dict(env_id="nowhere:PickCube-v1"), "No module named 'nowhere'"),
+        (dict(env_id="a/b"), "env_id 'a/b' is no id"),
+        (dict(env_id="../tasks:Mine-v1"), "is no id: give one such as 'PickCube-v1'"),
+        (dict(env_id="Cube\n-v1"), r"env_id 'Cube\\n-v1' is no id"),
+        (dict(env_id=""), "env_id '' is no id"),
         (dict(env_id="MS-CartpoleBalance-v1"), "pd_ee_delta_pose"),
         (dict(env_id="PushT-v1"), r"actions of shape \(6,\)"),
         (dict(env_id="Empty-v1"), "reports no success"),
