@@ -24,8 +24,8 @@ def check_id(env_id: str) -> None:
     """Raise ValueError unless this is an identifier: ids become names of folders and modules."""
     if not ENV_ID.fullmatch(env_id):
         raise ValueError(
-            f"env_id {env_id[:100]!r} is no id: give one such as 'PickCube-v1', or 'my_module:MyTask-v1' where importing "
-            "my_module registers it."
+            f"env_id {env_id[:100]!r} is no id: give one such as 'PickCube-v1', or 'my_module:MyTask-v1' where "
+            "importing my_module registers it."
         )
 
 

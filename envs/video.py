@@ -19,7 +19,14 @@ from PIL import Image, ImageDraw
 MIN_TILE_HEIGHT = 240  # smaller pictures are enlarged by a whole factor, so that captions can be read
 LINE_HEIGHT, MARGIN = 14, 4
 MAX_CAPTION = 500  # characters of a line that are looked at
+MAX_CHARACTERS = 400  # of a caption's line: more than fits into all rows
 CAPTION_ROWS = 4  # fixed, because a video's frames all have one size: a long instruction takes two, step and outcome
+
+
+def drawable(line: str) -> str:
+    """What the font may be asked to draw: a caption is data, whoever wrote it. What cannot be printed becomes "?"."""
+    cut = line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]} ..."
+    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in cut)
 
 
 def _fitted(lines: Sequence[str], width: float, length: Callable[[str], float]) -> list[str]:

@@ -230,7 +230,11 @@ class WorkerGroup:
         return value
 
     def _name(self) -> str:
-        return f"the worker of envs {self.offset} to {self.offset + self.count - 1} (process {self._process.pid})"
+        """Which envs it holds, and which episodes they were in when it last answered."""
+        ids = [position.episode_id for position in self._positions if position.episode_id is not None]
+        shown = f"episode{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:8]))}{', ...' * (len(ids) > 8)}"
+        where = f"{self._spec.env_id}, {shown if ids else 'before its first episode'}, process {self._process.pid}"
+        return f"the worker of envs {self.offset} to {self.offset + self.count - 1} ({where})"
 
     def _stacks(self) -> str:
         return os.pread(self._stacks_fd, STACK_BYTES, 0).decode(errors="replace").rstrip()

@@ -289,7 +289,11 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         envs._groups[0]._timeout = 1.5
         fault.write_text("hang")
         begin = time.monotonic()
-        with pytest.warns(RuntimeWarning, match=r"(?s)no answer for 1.5 s; it hung here:.*in execute_or_fail"):
+        with pytest.warns(
+            RuntimeWarning,
+            match=r"(?s)envs 0 to 1 \(PutOnPlate\S+-v3, episodes 7, 8, process \d+\) gave no answer for 1.5 s; it hung "
+            r"here:.*in execute_or_fail",
+        ):
             infos = envs.step(still)[4]
         assert 1.5 < time.monotonic() - begin < 60
         fault.unlink()
@@ -322,6 +326,35 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         assert not alive(pid)
     with pytest.raises(RuntimeError, match="closed"):
         envs.step(still)
+
+
+def listening(process: int) -> set[str]:
+    """Sockets of a process that somebody else could connect to: TCP and UDP ones, and those with a path."""
+    held = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir() if link.exists() or link.is_symlink()}
+    found = set()
+    for kind, column in (("tcp", 9), ("tcp6", 9), ("udp", 9), ("udp6", 9)):
+        for line in Path(f"/proc/{process}/net/{kind}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == ("0A" if kind.startswith("tcp") else "07"):  # LISTEN; unconnected
+                found |= {f"{kind} {fields[1]}"} if f"socket:[{fields[column]}]" in held else set()
+    for line in Path(f"/proc/{process}/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if len(fields) > 7 and f"socket:[{fields[6]}]" in held:  # it has a name
+            found.add(f"unix {fields[7]}")
+    return found
+
+
+def test_workers_listen_nowhere_and_ask_nobody(fault):
+    """They talk over a socket pair that nobody else can open, and their standard input is empty."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:  # this would be found
+        assert listening(os.getpid()) == {f"tcp 0100007F:{server.getsockname()[1]:04X}"}
+    with make(2, num_env_workers=2) as envs:
+        envs.reset()
+        for process in (os.getpid(), *(group._process.pid for group in envs._groups)):
+            assert not listening(process)
+        assert all(os.readlink(f"/proc/{group._process.pid}/fd/0") == os.devnull for group in envs._groups)
 
 
 def test_a_loss_in_reset_drops_nothing_and_skips_no_episode(fault):
@@ -617,6 +650,27 @@ def test_captions_cover_nothing_and_fit(tmp_path, image_size, factor):
     rows = video._fitted([text, "step 37  return 1.20", "success"], 280, lambda line: 6 * len(line))
     assert rows[1].endswith(" ...") and rows[2:] == ["step 37 return 1.20", "success"] and len(rows) == 4
     assert max(map(len, rows)) <= 280 / 6 + 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines\r\nand\ttabs", "put \U0001f955 on \U0001f37d\ufe0f",
+        "\u628a\u80e1\u841d\u535c\u653e\u5728\u76d8\u5b50\u4e0a",
+        "\u0636\u0639 \u202e\u0627\u0644\u062c\u0632\u0631\u0629",
+        "\x00\x07\x1b[31m red", "\ud800 half a letter", "e" + "\u0301" * 500, "$x_y_{z$ <b>%s {0}\\n",
+        "word" * 100_000,
+        "many words " * 100_000, "", " ",
+    ],
+)  # fmt: skip
+def test_any_text_can_be_a_caption(text):
+    """One picture of the usual size within a second or so, with something in its strip where there is a text."""
+    from envs import video
+
+    begin = time.monotonic()
+    tile = video.VideoWriter._tile(np.zeros((96, 96, 3), np.uint8), [text, "success"])
+    assert tile.shape == (96 * 3 + 4 * 14 + 4, 96 * 3, 3) and time.monotonic() - begin < 20
+    assert tile[2:16].any() == bool(text.strip()) or text.strip() == ""
 
 
 def test_frames_are_not_kept(tmp_path):
