@@ -76,6 +76,7 @@ from vla.preemption import StopRequest
 from vla.pretrained import TINY_PRESETS, load_policy
 from vla.report import plot_comparison, write_report
 from vla.results import assemble, compare, comparison_table, headline, markdown_table
+from vla.resume import check_present
 from vla.settings import FAMILY, Setting, parse_settings
 from vla.text import one_line, without_machine
 
@@ -290,9 +291,13 @@ def parse(argv: list[str]) -> Args:
     layers, checkpoint = [], resolved_input("checkpoint", flag_value(argv, "checkpoint"))
     if checkpoint and not flag_value(argv, "compare"):
         saved = find_checkpoint(checkpoint)[1]
-        values = {name: saved[name] for name in (*MODEL_FLAGS, *WORLD_FLAGS) if name in saved}
-        layers.append(Layer(f"{checkpoint}: its run's args.json", values, (ROOT, *Path(checkpoint).resolve().parents)))
-    return parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
+        source, wanted = f"{checkpoint}: its run's args.json", (*MODEL_FLAGS, *WORLD_FLAGS)
+        values = {name: saved[name] for name in wanted if name in saved}
+        layers.append(Layer(source, values, (ROOT, *Path(checkpoint).resolve().parents)))
+    args = parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
+    if layers and saved:
+        check_present(saved, [name for name in wanted if flag_value(argv, name) is None], source)
+    return args
 
 
 # ---------------------------------------------------------------------- the output folder

@@ -147,7 +147,7 @@ def try_one(trial: Trial, base: Path, place: Path) -> dict:
     elif code == 0:
         ending = "taken"
     elif code == 2 and len(said) == 1 and "Traceback" not in text:
-        ending = "sentence" if trial.names in said[0] else "unnamed"
+        ending = "sentence" if trial.names in text else "unnamed"
     written = sorted(str(path) for path in listing(folder) - before)
     os.chdir("/")
     return {
@@ -342,7 +342,7 @@ def change_weights(path: str, change: Callable[[dict], None]) -> Callable[[Path]
 
 def not_finite(value: float) -> Callable[[dict], None]:
     def change(tensors: dict) -> None:
-        name = sorted(tensors)[-1]
+        name = next(name for name in sorted(tensors) if tensors[name].is_floating_point() and tensors[name].numel())
         tensors[name].view(-1)[0] = value
 
     return change
@@ -360,7 +360,7 @@ def as_integers(tensors: dict) -> None:
 
 
 def cut_rows(tensors: dict) -> None:
-    name = next(name for name in sorted(tensors) if tensors[name].dim())
+    name = next(name for name in sorted(tensors) if tensors[name].dim() and len(tensors[name]))
     tensors[name] = tensors[name][1:].clone()
 
 

@@ -389,11 +389,17 @@ def test_a_damaged_episode_is_named(tmp_path, damage, sentence):
     assert path.read_bytes() == b"\n".join(lines)
 
 
+def run_flags(**flags: object) -> dict:
+    """What a run's args.json says of model and world, by default what evaluate.py has too."""
+    defaults = dataclasses.asdict(evaluate.Args())
+    return {name: defaults[name] for name in (*evaluate.MODEL_FLAGS, *evaluate.WORLD_FLAGS)} | flags
+
+
 def fake_checkpoint(folder: Path, *files: str, flags: dict | None = None) -> Path:
     """A run folder whose newest checkpoint has these files."""
     policy = folder / "checkpoints" / "iteration_000004" / "policy"
     policy.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(flags or {}))
+    (folder / "args.json").write_text(json.dumps(run_flags(**flags or {})))
     for name in files:
         (policy / name).write_text("{}")
     return policy
@@ -445,7 +451,7 @@ def test_a_strangers_run_adds_no_flag_and_imports_nothing(tmp_path, monkeypatch)
         (tmp_path / "run" / "args.json").write_text(json.dumps({"image_size": value}))
         with pytest.raises(UserError, match=r"args\.json has image_size"):
             evaluate.parse(["--checkpoint", str(policy)])
-    (tmp_path / "run" / "args.json").write_text(json.dumps({"instruction": "--settings payload:X-v1"}))
+    (tmp_path / "run" / "args.json").write_text(json.dumps(run_flags(instruction="--settings payload:X-v1")))
     assert evaluate.parse(["--checkpoint", str(policy)]).instruction == "--settings payload:X-v1"
     assert not (tmp_path / "OWNED").exists() and "payload" not in sys.modules
 
@@ -461,6 +467,8 @@ def test_a_strangers_run_adds_no_flag_and_imports_nothing(tmp_path, monkeypatch)
         ('{"value_learning_rate": "fast"}', "has value_learning_rate"),
         ('{"sim_freq": NaN}', "has sim_freq"),
         ('{"model_type": "pi0"}', "has model_type"),
+        ('{"unnorm_key": "bridge_orig"}', "has no model_type"),
+        (json.dumps({"model_type": "openvla", "dtype": "float32"}), "has no unnorm_key"),
     ],
 )
 def test_a_damaged_args_json_is_one_sentence(tmp_path, content, sentence):

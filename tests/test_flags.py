@@ -82,7 +82,7 @@ def test_every_whole_number_has_an_upper_end(args_class, name):
 @pytest.mark.parametrize("args_class, name", flags_of(str))
 def test_no_text_is_empty(args_class, name):
     for value in ("", " "):
-        refused(args_class, name, value, "a (text that is not empty|name)")
+        refused(args_class, name, value, "(a (text that is not empty|name)|an id such as)")
 
 
 @pytest.mark.parametrize(

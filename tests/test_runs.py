@@ -340,6 +340,14 @@ SAVED = {"learning_rate": 1e-4, "image_size": [96, 96], "lora_rank": 4, "max_pro
 SAVED |= {"lora_path": "runs/a", "value_clip": None, "model_path": "here/openvla", "unnorm_key": "bridge_orig"}
 
 
+@pytest.mark.parametrize("name", ["lora_rank", "unnorm_key", "image_size"])
+def test_a_flag_that_makes_the_policy_is_not_replaced_by_a_default(tmp_path, name):
+    fake_checkpoint(tmp_path, 1)
+    (tmp_path / "args.json").write_text(json.dumps({key: value for key, value in SAVED.items() if key != name}))
+    with pytest.raises(UserError, match=f"args.json has no {name}: copy the run folder again"):
+        open_run(None, str(tmp_path), "", SAVED)
+
+
 def test_changes_are_told():
     now = SAVED | {"learning_rate": 5e-5, "value_clip": 0.2, "max_prompt_length": 30, "run_dir": "b"}
     now |= {"model_path": "there/openvla", "image_size": (96, 96), "lora_path": "runs/../runs/a", "new_flag": 1}

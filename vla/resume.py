@@ -1,6 +1,7 @@
 """Which flags a run may change when it goes on, and which would make its policy, its world or its log another's."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from schemas import UserError, read_json
@@ -44,6 +45,9 @@ FIXED = {
     "updates_per_iteration": "iterations would count other updates",
     "batch_size": "updates would see other samples",
 }
+
+# train_sft.py had these two not from the start, so args.json of an older run may lack them
+ADDED_LATER = ("instruction", "sim_backend")
 
 # flag -> why it may change; every change is said
 MAY_CHANGE = dict.fromkeys(
@@ -108,6 +112,17 @@ def changed_flags(saved: dict, now: dict) -> list[str]:
     return changes
 
 
+def check_present(saved: dict, wanted: Iterable[str], source: Path | str) -> None:
+    """Raise UserError where args.json lacks a flag without which the policy or its world would be the script's default.
+
+    Args:
+        saved: its content. wanted: names of flags. source: the file, as the sentence names it.
+    """
+    for name in wanted:
+        if name not in saved and name not in ADDED_LATER:
+            raise UserError(f"{source} has no {name}: copy the run folder again, or write the value into it")
+
+
 def same_value(name: str, saved: object, now: object) -> bool:
     """Paths are the same where they lead to the same place."""
     if name == "lora_path" and isinstance(saved, str) and isinstance(now, str):
@@ -125,9 +140,10 @@ def check_resumed(run_dir: Path, now: dict) -> list[str]:
     """changed_flags() of a run folder.
 
     Raises:
-        UserError: args.json can not be read, or a flag changes that has to stay.
+        UserError: args.json can not be read, lacks a flag that has to stay, or has another value of it.
     """
     remedy = "copy the run folder again, or start a new run"
     saved = read_json(run_dir / "args.json", SavedFlags, remedy)
+    check_present(saved, [name for name in FIXED if name in now], run_dir / "args.json")
     folders = (ROOT, *run_dir.resolve().parents)  # as vla/flag_files.py reads them
     return changed_flags({name: resolved(name, value, folders) for name, value in saved.items()}, now)
