@@ -179,6 +179,8 @@ def parse_json(content: bytes, source: str, remedy: str) -> Any:
         raise UserError(f"{source} is not UTF-8 text: {remedy}") from None
     except RecursionError:
         raise UserError(f"{source} is nested too deeply: {remedy}") from None
-    except json.JSONDecodeError as error:
+    except UserError:
+        raise
+    except ValueError as error:  # json.JSONDecodeError, or a whole number of thousands of digits
         what = "is empty" if not content.strip() else f"is not valid JSON ({error})"
         raise UserError(f"{source} {what}: {remedy}") from None

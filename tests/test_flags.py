@@ -156,6 +156,13 @@ def test_a_wrong_flag_is_named_whatever_the_terminal_can_write(monkeypatch, enco
         (b"seed: !!python/object/apply:os.getcwd []\n", "is not valid yaml"),
         (b"config: x\n", "belongs on the command line"),
         (b"1: 2\n", "unknown key '1'"),
+        (b"? [1, 2]\n: 3\n", "line 1: a key is no text"),
+        (b"seed: 1\n? {a: 1}\n: 3\n", "line 2: a key is no text"),
+        (b"num_envs: !!binary aGVsbG8=\n", "could not determine a constructor for the tag"),
+        (b"seed: !!timestamp 2020-01-01\n", "could not determine a constructor for the tag"),
+        (b"logger_backends: !!set {tensorboard}\n", "could not determine a constructor for the tag"),
+        (b"image_size: &a [*a, 1]\n", "line 1: an alias stands for a list"),
+        (b"image_size:\n- &a [1]\n- &b [*a, *a]\n- [*b, *b]\n", "line 3: an alias stands for a list"),
     ],
 )  # fmt: skip
 def test_a_wrong_yaml_file_is_one_sentence_that_names_it(tmp_path, content, said):
@@ -164,6 +171,11 @@ def test_a_wrong_yaml_file_is_one_sentence_that_names_it(tmp_path, content, said
     with pytest.raises(UserError) as caught:
         parse("--config", str(file))
     assert str(caught.value).startswith(str(file)) and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_number_may_stand_for_another(tmp_path):
+    (tmp_path / "a.yaml").write_text("num_envs: &n 8\nnum_eval_envs: *n\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"num_envs": 8, "num_eval_envs": 8}
 
 
 def test_numbers_in_yaml_are_read_as_people_mean_them(tmp_path):

@@ -29,6 +29,7 @@ class Example(Schema):
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"size": 1, "size": 2, "rate": 0}', "has the key 'size' twice"),
+        (b'{"size": 1' + b"0" * 5000 + b', "rate": 0}', "is not valid JSON (Exceeds the limit"),
         (b"[1, 2]", "must be an object with keys"),
         (b'{"rate": 0}', "has no size"),
         (b'{"size": 0, "rate": 0}', "has size 0, it must be at least 1"),

@@ -22,6 +22,8 @@ INPUTS = ("model_path", "lora_path", "asset_dir", "demos", "deepspeed_config", "
 OUTPUTS = ("run_dir", "export_dir", "output")  # what a script makes
 COMMAND_LINE_ONLY = ("config", "resume", "local_rank")
 MAX_YAML_BYTES = 2**20
+# of yaml's kinds of values, those that a flag can have; None: what becomes of all others, an error
+PLAIN_TAGS = (None, *(f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map".split()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +43,30 @@ class Layer:
 
 # ---------------------------------------------------------------------- reading
 class StrictLoader(yaml.SafeLoader):
-    """Plain yaml: a key stands once, and numbers are read as people mean them.
+    """Plain yaml: texts, numbers, lists and keys. A key stands once, and numbers are read as people mean them.
 
     YAML 1.1 takes 3e-5 for a text, 010 for 8 and 1:40 for 100. Here the first is a number (as in YAML 1.2) and the
     other two are texts, which no numeric flag takes.
+    Lists are written out: one that refers to itself, or ten times to another, would have no end.
     """
 
     yaml_implicit_resolvers: typing.ClassVar = {}  # filled below
+    yaml_constructors: typing.ClassVar = {
+        tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in PLAIN_TAGS
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if mark is not None and not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(None, None, "an alias stands for a list: write the list out", mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             known = key.replace("-", "_") if isinstance(key, str) else key
             if known in seen:

@@ -337,9 +337,7 @@ class Logger:
         lines = read_lines(path)
         if lines and lines[-1]["iteration"] == iteration:
             lines[-1] |= self.evaluation
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(partial, path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
             self.evaluation = {}
 
     def _scalars(self, metrics: dict[str, float], global_step: int) -> None:
