@@ -882,6 +882,33 @@ def test_a_resumed_run_refuses_another_base(base, copy, tmp_path, lora_rank, wha
         check_same_model(engine, state, tmp_path)
 
 
+@pytest.mark.parametrize("what", ["factors", "scale", "nothing"])
+def test_a_resumed_run_refuses_another_adapter_in_its_base(base, adapter, copy, tmp_path, what):
+    """What --merge_lora added to the weights is part of what the run's own adapter was trained on."""
+    from vla.checkpoint import adapter_settings, check_same_model, trained_shapes
+
+    def loaded() -> SimpleNamespace:
+        policy = load_policy(str(base), lora_path=str(place), merge_lora=True, lora_rank=2)
+        return SimpleNamespace(module=policy, zero_optimization_stage=lambda: 0)
+
+    place = copy(adapter, "place")
+    engine = loaded()
+    noted = {"trained": trained_shapes(engine), "base": engine.module.files.base, "adapter": adapter_settings(engine)}
+    state = SimpleNamespace(**json.loads(json.dumps(noted)))
+    if what == "factors":
+        file = place / "adapter_model.safetensors"
+        save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    elif what == "scale":
+        edit(place, "adapter_config.json", lora_alpha=77)
+    else:
+        place = place.rename(tmp_path / "elsewhere")
+        edit(place, "adapter_config.json", base_model_name_or_path="openvla/openvla-7b")
+        check_same_model(loaded(), state, tmp_path)
+        return
+    with pytest.raises(UserError, match=r"was trained on another base.*its weights differ"):
+        check_same_model(loaded(), state, tmp_path)
+
+
 # ------------------------------------------------------------------ what sentences advise
 READERS = (
     "pretrained",

@@ -338,6 +338,7 @@ def test_no_place_names_what_is_no_flag():
 
 SAVED = {"learning_rate": 1e-4, "image_size": [96, 96], "lora_rank": 4, "max_prompt_length": 20, "run_dir": "a"}
 SAVED |= {"lora_path": "runs/a", "value_clip": None, "model_path": "here/openvla", "unnorm_key": "bridge_orig"}
+SAVED |= {"merge_lora": False}
 
 
 @pytest.mark.parametrize("name", ["lora_rank", "unnorm_key", "image_size"])
@@ -357,6 +358,11 @@ def test_changes_are_told():
     ]  # fmt: skip
 
 
+def test_an_adapter_may_lie_elsewhere_on_another_machine():
+    now = SAVED | {"model_path": "/data/openvla", "lora_path": "/data/adapter"}
+    assert [change.split()[0] for change in changed_flags(SAVED, now)] == ["--lora_path", "--model_path"]
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -364,6 +370,7 @@ def test_changes_are_told():
         ({"unnorm_key": "fractal"}, "--unnorm_key bridge_orig -> fractal can not go on: its actions"),
         ({"image_size": (64, 96)}, "--image_size 96 96 -> 64 96 can not go on: its pictures"),
         ({"lora_path": None}, "--lora_path runs/a -> none can not go on"),
+        ({"merge_lora": True}, "--merge_lora False -> True can not go on"),
         ({"max_prompt_length": 10}, "--max_prompt_length 20 -> 10 can not go on: longer padding"),
     ],
 )

@@ -4,6 +4,7 @@ What adapter_config.json asks for is what peft would compute with it, to the las
 are honoured, those that have no effect on a trained adapter, and what is refused stand in schemas/policies.py.
 """
 
+import json
 import re
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from schemas.policies import WITHOUT_EFFECT, AdapterConfig
 from vla.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AGAIN, FLOATS, check_keys
 from vla.fused import use_fused_layers
 from vla.openvla import OpenVLA
-from vla.tensors import first_not_finite, open_shard, read_small
+from vla.tensors import digest, entry, first_not_finite, open_shard, read_small
 
 # RLinf's targets; "proj" also hits the patch embedding's convolution
 LORA_TARGETS = [
@@ -93,6 +94,13 @@ def read_adapter(folder: Path | None) -> Adapter | None:
             f"{folder / ADAPTER_CONFIG} has r {max(ranks)}, the largest factor in {file.name} has {held} rows: {AGAIN}"
         )
     return Adapter(folder, config, weights)
+
+
+def digest_of(adapter: Adapter) -> str:
+    """A text that changes with whatever decides what the adapter adds to the weights."""
+    settings = {key: adapter.config[key] for key in HONOURED if adapter.config.get(key) is not None}
+    entries = {name: entry(value) for name, value in adapter.weights.items()}
+    return digest(entries | {ADAPTER_CONFIG: (json.dumps(settings, sort_keys=True), (), 0)})
 
 
 def read_adapter_config(folder: Path) -> dict:

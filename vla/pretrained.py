@@ -27,7 +27,7 @@ from torch import nn
 
 from schemas import UserError, parse_json
 from vla.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
-from vla.adapters import find_adapter, merge_state, published_name, read_adapter, with_adapter
+from vla.adapters import digest_of, find_adapter, merge_state, published_name, read_adapter, with_adapter
 from vla.folders import (
     ADAPTER_BASE,
     ADAPTER_CONFIG,
@@ -115,7 +115,7 @@ class PolicyFiles:
     config: dict  # config.json, without the statistics merged over it
     side_files: dict[str, bytes]  # name -> content
     adapter_config: dict | None  # peft's adapter_config.json; base_model_name_or_path None: the base is saved beside it
-    base: dict  # folders.describe_base() of what was loaded, before any training
+    base: dict  # folders.describe_base() of what was loaded and merged, before any training
 
 
 def load_policy(
@@ -182,6 +182,7 @@ def load_policy(
         model, weights = make_model(model_type, config, chunk_size, oft_stop_token, base_folder, dtype, device)
         base = describe_base(weights, config, side_files, unnorm_key, stats, normalization)
         check_base(read_base(adapter_folder), base, str(adapter_folder), str(base_folder or path))
+        base["weights"] += f", with {digest_of(adapter)} merged in" if merge_lora and adapter else ""
         critic = make_critic(model.hidden_size, chunk_size, value_head, (adapter_folder, folder))
         model, adapter_config = with_adapter(model, adapter, lora_rank, lora_alpha, lora_scope, merge_lora, base_folder)
     cast_parameters(model, dtype)

@@ -86,6 +86,8 @@ MAY_CHANGE |= dict.fromkeys(
     ),
     "how large its steps are from here on",
 )  # fmt: skip
+# may lie elsewhere: what it adds to the weights, or its settings where it is trained on, are checked by contents
+MAY_MOVE = ("lora_path",)
 MAY_GROW = {"max_prompt_length": "longer padding changes no action, but a shorter one may not hold its prompts"}
 
 
@@ -106,7 +108,7 @@ def changed_flags(saved: dict, now: dict) -> list[str]:
         if name in MAY_GROW:
             if value < saved[name]:
                 raise UserError(f"{change} can not go on: {MAY_GROW[name]}, so leave it out or raise it")
-        elif name not in MAY_CHANGE:
+        elif name not in MAY_CHANGE and not (name in MAY_MOVE and saved[name] and value):
             raise UserError(f"{change} can not go on: {FIXED[name]}, so leave it out or start a new run")
         changes.append(change)
     return changes
