@@ -22,7 +22,6 @@ import os
 import re
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +76,7 @@ from vla.pretrained import TINY_PRESETS, load_policy
 from vla.report import plot_comparison, write_report
 from vla.results import assemble, compare, comparison_table, headline, markdown_table
 from vla.resume import check_present
+from vla.safe_files import checksum
 from vla.settings import FAMILY, Setting, parse_settings
 from vla.text import one_line, without_machine
 
@@ -203,10 +203,16 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
 
 
 def args_of(policy: Path) -> Path | None:
-    """The args.json of the run that a folder <run>/checkpoints/iteration_*/policy is of; None where there is none."""
-    above = policy.resolve().parents
-    found = above[2] / "args.json" if policy.name == "policy" and len(above) > 2 else None
-    return found if found is not None and found.exists() else None
+    """The args.json of the run that a folder <run>/checkpoints/iteration_*/policy is of; None where there is none.
+
+    A checkpoint that is linked from a run lies elsewhere: its run is the one that it is reached through.
+    """
+    for place in (policy.absolute(), policy.resolve()):
+        if place.name == "policy" and len(place.parents) > 2:
+            found = place.parents[2] / "args.json"
+            if found.exists():
+                return found
+    return None
 
 
 def check_task(trained_on: str | None, settings: list[Setting]) -> None:
@@ -278,11 +284,7 @@ def fingerprint(*folders: Path | None) -> dict[str, str]:
             found[folder.name] = "random weights from the seed"
             continue
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-            crc = 0
-            with path.open("rb") as file:
-                while chunk := file.read(2**24):
-                    crc = zlib.crc32(chunk, crc)
-            found[f"{'adapter ' * number}{path.name}"] = f"{path.stat().st_size} bytes, {crc:08x}"
+            found[f"{'adapter ' * number}{path.name}"] = f"{path.stat().st_size} bytes, {checksum(path):08x}"
     return found
 
 

@@ -437,6 +437,18 @@ def test_a_checkpoint_is_found_and_brings_its_flags(tmp_path):
         evaluate.find_checkpoint(str(tmp_path / "nowhere"))
 
 
+def test_a_checkpoint_that_lies_on_another_disk_keeps_the_flags_of_its_run(tmp_path):
+    """It is linked from its run; with other flags the policy would be read in another way without a word."""
+    flags = {"value_learning_rate": 1e-3, "sim_freq": 100}
+    policy = fake_checkpoint(tmp_path / "run", "config.json", "value_head.safetensors", flags=flags)
+    link = policy.parent
+    moved = link.rename(tmp_path / link.name)
+    link.symlink_to(moved)
+    (tmp_path / "run2").symlink_to(tmp_path / "run")
+    for path in (tmp_path / "run", link, policy, tmp_path / "run2"):
+        assert evaluate.parse(["--checkpoint", str(path)]).sim_freq == 100, path
+
+
 def test_a_strangers_run_adds_no_flag_and_imports_nothing(tmp_path, monkeypatch):
     """Its args.json is data: list items, texts and env ids in it are no words of a command line."""
     (tmp_path / "payload.py").write_text("import pathlib\npathlib.Path(__file__).with_name('OWNED').touch()\n")
