@@ -52,7 +52,7 @@ from schemas.flags import (
 )
 from schemas.lock import check_free, hold_folder
 from vla.checkpoint import check_policy_contents, complete_checkpoints
-from vla.cli import flag_value, parse_layers, resolved_input
+from vla.cli import flag_value, parse_layers, resolved_input, typed_flags
 from vla.distributed import (
     UserError,
     agree,
@@ -298,7 +298,7 @@ def parse(argv: list[str]) -> Args:
         layers.append(Layer(source, values, (ROOT, *Path(checkpoint).resolve().parents)))
     args = parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
     if layers and saved:
-        check_present(saved, [name for name in wanted if flag_value(argv, name) is None], source)
+        check_present(saved, set(wanted) - typed_flags(argv), source)
     return args
 
 

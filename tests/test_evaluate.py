@@ -431,6 +431,8 @@ def test_a_checkpoint_is_found_and_brings_its_flags(tmp_path):
         assert evaluate.find_checkpoint(str(path))[0] == policy
         args = evaluate.parse(["--checkpoint", str(path), "--sim_freq", "250"])
         assert (args.image_size, args.sim_freq, args.num_envs) == ((96, 96), 250, 16)
+        assert evaluate.parse(["--checkpoint", str(path), "--oft-stop-token"]).oft_stop_token
+        assert not evaluate.parse(["--no-oft_stop_token", "--checkpoint", str(path)]).oft_stop_token
     shutil.copytree(policy, tmp_path / "elsewhere" / "policy")  # a published layout: no run is known
     assert evaluate.find_checkpoint(str(tmp_path / "elsewhere" / "policy")) == (tmp_path / "elsewhere" / "policy", {})
     with pytest.raises(UserError, match="is not a folder"):

@@ -45,7 +45,7 @@ def parse_args(args_class: type[ArgsType], argv: list[str], description: str) ->
 def parse_layers(args_class: type[ArgsType], layers: list[Layer], argv: list[str], description: str) -> ArgsType:
     """Flags from files, a later file before an earlier one, and argv before all of them. Raises as parse_args()."""
     argv = with_underscores(argv)
-    typed = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    typed = typed_flags(argv)
     values: dict[str, Any] = {}
     for layer in layers:
         found = checked_values(layer, args_class, flag_value(argv, "env_id"))
@@ -111,6 +111,12 @@ def with_underscores(argv: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         words.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word)
     return words
+
+
+def typed_flags(argv: list[str]) -> set[str]:
+    """Names of the flags in argv, with a value or without: --num-envs 4 is num_envs, --no_auto_reset is auto_reset."""
+    names = {word.partition("=")[0][2:] for word in with_underscores(argv) if word.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
 
 
 def flag_values(argv: list[str], name: str) -> list[str]:

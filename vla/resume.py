@@ -46,8 +46,8 @@ FIXED = {
     "batch_size": "updates would see other samples",
 }
 
-# train_sft.py had these two not from the start, so args.json of an older run may lack them
-ADDED_LATER = ("instruction", "sim_backend")
+# what older versions lack and did as the default does: train_sft.py the first two, train_ppo.py the last
+ADDED_LATER = ("instruction", "sim_backend", "critic")
 
 # flag -> why it may change; every change is said
 MAY_CHANGE = dict.fromkeys(
