@@ -129,12 +129,15 @@ def run_script(script: str, argv: list[str], log: Path, seconds: float) -> int |
     return None
 
 
-def try_one(trial: Trial, base: Path, place: Path) -> dict:
-    """How a trial ends, in a copy of the base folder."""
+def try_one(trial: Trial, base: Path, place: Path) -> dict | None:
+    """How a trial ends, in a copy of the base folder. None: the file has nothing that could be damaged like that."""
     folder = place / "trial"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder)
-    trial.prepare(folder)
+    try:
+        trial.prepare(folder)
+    except StopIteration:
+        return None
     os.chdir(folder)
     before = listing(folder)
     began = time.monotonic()
@@ -600,8 +603,10 @@ def main() -> int:
             if flags.list:
                 print(trial.kind, trial.name)
                 continue
-            answers.append(try_one(trial, base, place))
-            answer = answers[-1]
+            answer = try_one(trial, base, place)
+            if answer is None:
+                continue
+            answers.append(answer)
             if answer["ending"] in flags.show or answer["written"]:
                 took = f"{answer['ending']:9} {answer['seconds']:5.1f} s"
                 print(f"{number}/{len(trials)} {took}  {trial.kind}: {trial.name}")
