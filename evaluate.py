@@ -298,7 +298,8 @@ def parse(argv: list[str]) -> Args:
         layers.append(Layer(source, values, (ROOT, *Path(checkpoint).resolve().parents)))
     args = parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
     if layers and saved:
-        check_present(saved, set(wanted) - typed_flags(argv), source)
+        typed = typed_flags(argv)
+        check_present(saved, [name for name in wanted if name not in typed], source)
     return args
 
 
