@@ -54,6 +54,7 @@ from vla.cli import check_combinations, check_whole_episodes, derive_sizes, pars
 from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, run_main, setup_distributed, world_size
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
+from vla.launch import launched
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
 from vla.policy import Evaluation, VLAPolicy, uniform_noise
 from vla.preemption import Preemption
@@ -65,7 +66,6 @@ from vla.startup import (
     check_iterations_left,
     check_rollout_memory,
     check_scene_memory,
-    launched,
     prompt_room,
     what_applies,
 )

@@ -53,12 +53,13 @@ from vla.distributed import checked, print0, rank, run_main, setup_distributed, 
 from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
 from vla.evaluation import evaluate
 from vla.export import export_folder, export_policy
+from vla.launch import launched
 from vla.logger import Averages, Logger, check_backends, describe_run, due
 from vla.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
 from vla.preemption import Preemption
 from vla.pretrained import load_policy
 from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
-from vla.startup import check_iterations_left, check_scene_memory, launched, prompt_room, what_applies
+from vla.startup import check_iterations_left, check_scene_memory, prompt_room, what_applies
 
 MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
 

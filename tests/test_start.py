@@ -21,11 +21,13 @@ from torch.utils.file_baton import FileBaton
 from vla import extensions
 from vla.distributed import UserError
 from vla.extensions import Lock
+from vla.launch import launched
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys
 from vla.extensions import Lock
+from vla.launch import launched
 from torch.utils.file_baton import FileBaton
 lock = {"ours": Lock, "torch": FileBaton}[sys.argv[1]](sys.argv[2])
 assert lock.try_acquire()
@@ -159,6 +161,7 @@ def test_a_compiler_that_outlived_its_rank_is_waited_for(folder, said, tmp_path)
 ONE_OF_MANY = """
 import sys, time
 from vla.extensions import Lock
+from vla.launch import launched
 lock = Lock(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -219,6 +222,7 @@ def test_file_systems_have_a_name():
 ENDED_WHILE_IT_COMPILES = """
 import subprocess, sys
 from vla.extensions import Lock
+from vla.launch import launched
 lock = Lock(sys.argv[1] + "/lock")
 lock.try_acquire()
 compiler = subprocess.Popen([sys.argv[2], "600"], cwd=sys.argv[1])
@@ -553,3 +557,70 @@ def test_ranks_of_several_nodes_meet_on_the_first_one(cluster):
     (Path(os.environ["FAKE_SLURM"]) / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
     assert submit(cluster, "train_ppo.py", "--run_dir", "runs/x", nodes=2).returncode == 0
     assert json.loads((cluster / "words.json").read_text())[1] == "node1"
+
+
+# ---------------------------------------------------------------------- what an environment leaves to a start
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"RANK": "3"}, "RANK is 3 and WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 and RANK is not set"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is '', it must be a whole number from 0"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1 and WORLD_SIZE 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0', it must be a whole number from 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', it must be a whole number from 1 to 65535"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes without ranks"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes without ranks"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_refused(environment, sentence):
+    with pytest.raises(UserError) as refusal:
+        launched(environment)
+    assert sentence in str(refusal.value)
+
+
+def test_what_launchers_set_is_taken():
+    assert launched({}) == (0, 1, 1, 0)
+    assert launched({"SLURM_STEP_NUM_TASKS": "1", "MASTER_PORT": "29500"}) == (0, 1, 1, 0)
+    of_deepspeed = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_PORT": "29500"}
+    assert launched(of_deepspeed | {"SLURM_STEP_NUM_TASKS": "2"}) == (3, 4, 2, 1)
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "3"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"LOCAL_RANK": ""}])
+def test_a_script_says_so_before_it_waits(environment):
+    code = "from vla.distributed import run_main; run_main(print, lambda: 'parsed')"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=one_rank_environment() | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert "parsed" not in run.stdout
+
+
+STREAMS = """
+import os, sys
+from vla.distributed import run_main
+
+def main(path):
+    for _ in range(3):
+        print("a line", flush=True)
+    os.write(1, b"of a library")
+    with open(path, "w") as file:
+        file.write(str(file.fileno()))
+
+run_main(main, lambda: sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("redirected", [">&-", "<&-", ">&- 2>&-", "| true", "2>&1 | head -c 1"])
+def test_a_run_outlasts_its_streams(tmp_path, redirected):
+    """Nobody reads any more, or there never was a stream: the work is done, and no file takes a stream's number."""
+    (tmp_path / "program.py").write_text(STREAMS)
+    command = f'set -o pipefail; "{sys.executable}" "{tmp_path}/program.py" "{tmp_path}/number" {redirected}'
+    environment = one_rank_environment() | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stderr and "Broken" not in run.stderr, run.stderr
+    assert int((tmp_path / "number").read_text()) > 2

@@ -6,6 +6,7 @@ The scripts run under `deepspeed`, under torchrun, and as plain `python` (one ra
 import contextlib
 import errno
 import faulthandler
+import io
 import ipaddress
 import logging
 import os
@@ -28,6 +29,7 @@ from deepspeed.accelerator import get_accelerator
 
 from schemas import UserError
 from vla.extensions import command_of, keep_ops, parent_of
+from vla.launch import launched
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
@@ -47,8 +49,12 @@ def run_main(main: Callable, parse: Callable) -> None:
     launcher ends all ranks when the first one ends with an error, and exits with its code. So a rank that may have
     nothing of its own to say leaves that to the others.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a folder's name may be none of the terminal's encoding
+    steady_streams()
+    try:
+        launch = launched()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
     try:
         main(parse())
     except SystemExit as stop:
@@ -58,14 +64,14 @@ def run_main(main: Callable, parse: Callable) -> None:
             os._exit(REQUEUE)
         raise
     except KeyboardInterrupt:  # a terminal's Ctrl-C reaches every rank, launcher and helper at once
-        if int(os.environ.get("RANK", "0")) == 0:
+        if launch.rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except UserError as error:
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        first = launch.local_rank == 0
         if lost_rank(error) or (not first and error.__cause__ is None):
             let_others_speak()
-        who = "error" if first else f"error (rank {os.environ['RANK']})"
+        who = "error" if first else f"error (rank {launch.rank})"
         print(f"{who}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except Exception as error:
@@ -74,6 +80,52 @@ def run_main(main: Callable, parse: Callable) -> None:
         raise
     if dist.is_initialized():  # not after an exception: it would wait for what other ranks never send
         dist.destroy_process_group()
+
+
+class SteadyStream(io.TextIOWrapper):
+    """A stream whose reader may go: `| head`, a `tee` that was killed, a terminal that was closed. What is written then
+    is dropped, and the run goes on: its folder holds the same lines."""
+
+    def write(self, text: str) -> int:
+        with self.until_the_reader_goes():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.until_the_reader_goes():
+            super().flush()
+
+    @contextlib.contextmanager
+    def until_the_reader_goes(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for libraries too, and what is in the buffer
+            os.close(nowhere)
+
+
+def steady_streams() -> None:
+    """Streams that take every name in every encoding, and that outlast their readers.
+
+    A closed stream is opened on nothing: the next file that is opened would take its number, and get what libraries
+    print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old, target = getattr(sys, name), os.fdopen(number, "wb", closefd=False)
+        if old is None:  # it was closed
+            setattr(sys, name, SteadyStream(target, "utf-8", "backslashreplace", write_through=True))
+            continue
+        old.flush()
+        kept = dict(line_buffering=old.line_buffering, write_through=old.write_through)
+        setattr(sys, name, SteadyStream(target, old.encoding, "backslashreplace", **kept))
 
 
 def lost_rank(error: BaseException | None) -> bool:

@@ -6,10 +6,10 @@ Nothing here joins the process group: rank and number of ranks are the launcher'
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
 from schemas import UserError
 from vla.folders import read_folder
+from vla.launch import launched
 from vla.policy import PROMPT
 from vla.pretrained import TINY_PRESETS, tiny_side_files
 from vla.tokenizer import read_tokenizer
@@ -18,25 +18,6 @@ GIB = 2**30
 LONGEST_PROMPT = 2048  # tokens; schemas/flags.py's PromptLength
 SCENE_BYTES = 2**20  # of host memory, per env, at least: 1.9 MiB were measured with one object and 16 x 16 pixels
 PROCESS_BYTES = 100 * 2**20  # per process that simulates, at least: 520 MiB were measured, a part of them shared
-
-
-class Launch(NamedTuple):
-    """This process among all, as the launcher says; one of one without a launcher."""
-
-    rank: int
-    world_size: int
-    ranks_here: int  # on this machine
-
-
-def launched() -> Launch:
-    """Raises UserError where a launcher's variable is no number."""
-    asked = {"RANK": "0", "WORLD_SIZE": "1"}
-    try:
-        rank, world_size = (int(os.environ.get(name, default)) for name, default in asked.items())
-        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-        return Launch(rank, world_size, int(here))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE or LOCAL_WORLD_SIZE is no number ({error}): unset it") from None
 
 
 def small_files(model_path: str) -> tuple[dict, dict[str, bytes]]:
