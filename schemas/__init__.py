@@ -77,7 +77,9 @@ def check_flags(flags: Any) -> None:
         first = error.errors()[0]
         name, value = first["loc"][0], values[first["loc"][0]]
         shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        raise UserError(f"--{name} {shown.strip() or repr(shown)} must be {wanted(first)}") from None
+        raise UserError(
+            f"--{name} {shown if shown == shown.strip() != '' else repr(shown)} must be {wanted(first)}"
+        ) from None
 
 
 def file_sentence(error: ValidationError, source: str, remedy: str, key: str = "") -> str:
@@ -174,7 +176,7 @@ def parse_json(content: bytes, source: str, remedy: str) -> Any:
         return found
 
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=without_twins)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_twins)
     except UnicodeDecodeError:
         raise UserError(f"{source} is not UTF-8 text: {remedy}") from None
     except RecursionError:

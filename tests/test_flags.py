@@ -486,3 +486,26 @@ def test_files_of_flags_are_known_to_the_module():
     names = {name for script in SCRIPTS for name in typing.get_type_hints(script.Args)}
     paths = {name for name in names if name.endswith(("_path", "_dir", "_config")) or name in ("demos", "output")}
     assert paths <= {*flag_files.INPUTS, *flag_files.OUTPUTS}
+
+
+@pytest.mark.parametrize("words", [["--auto_reset", "False"], ["--auto-reset=true"], ["--no_auto_reset", "1"]])
+def test_a_switch_takes_no_value(words):
+    flag = words[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
+    with pytest.raises(UserError, match=f"^{flag} takes no value"):
+        parse(*words)
+
+
+def test_a_home_is_one_wherever_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("export_dir: ~/exports/a\n")
+    args = parse("--config=~/mine.yaml", "--run_dir=~/runs/a", "--asset_dir", "~")
+    assert args.export_dir == f"{tmp_path}/exports/a" and args.run_dir == f"{tmp_path}/runs/a"
+    assert args.asset_dir == str(tmp_path)
+    with pytest.raises(UserError, match="begins with a home folder that this machine does not know"):
+        parse("--run_dir", "~nobody_of_this_name/runs")
+
+
+def test_a_blank_in_a_value_is_shown():
+    with pytest.raises(UserError, match="--env_id 'PickCube-v1 ' must be an id"):
+        parse("--env_id", "PickCube-v1 ")

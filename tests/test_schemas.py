@@ -106,3 +106,11 @@ def test_what_is_no_lock_file_is_neither_waited_for_nor_followed(tmp_path, make)
     with pytest.raises(UserError, match=r"^--output x can not be locked"):
         lock_folder(tmp_path, "--output x")
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_what_windows_editors_write_is_read(tmp_path, line_end):
+    """Notepad begins a file with a byte order mark, and ends lines in two bytes."""
+    file = tmp_path / "a.json"
+    file.write_bytes(b"\xef\xbb\xbf" + line_end.join(("{", '"a": 1', "}", "")).encode())
+    assert read_json(file, dict, "") == {"a": 1}

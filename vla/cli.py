@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import os
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +71,7 @@ def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, d
     Raises:
         UserError: one sentence, in the place of tyro's boxed report.
     """
+    check_switches(args_class, argv)
     # tyro draws its box as the encoding of stdout allows, and breaks lines at the terminal's width
     report = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     asked = {"-h", "--help"} & set(argv)
@@ -89,6 +91,17 @@ def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, d
     return args
 
 
+def check_switches(args_class: type, argv: list[str]) -> None:
+    """Raise UserError for `--auto_reset False`: tyro's report of it names the word alone."""
+    types = typing.get_type_hints(args_class)
+    for word, following in itertools.pairwise([*argv, "--"]):
+        name, equals, value = word.removeprefix("--").partition("=")
+        given = value if equals else following
+        switch = name.removeprefix("no_")
+        if word.startswith("--") and types.get(switch) is bool and (equals or not following.startswith("--")):
+            raise UserError(f"--{name} takes no value such as {given!r}: write --{switch} or --no_{switch}")
+
+
 def sentence_of(report: str) -> str:
     """tyro's boxed report of a bad flag, in one sentence."""
     lines = [line.strip("\u2502 ") for line in report.splitlines() if line.startswith("\u2502")]
@@ -100,7 +113,10 @@ def sentence_of(report: str) -> str:
 
 def resolved_input(name: str, value: str | None) -> str | None:
     """A path from the command line leads from the working directory, and else from the repository."""
-    return resolved(name, value, (Path.cwd(), ROOT))
+    try:
+        return resolved(name, value, (Path.cwd(), ROOT))
+    except FileNotFoundError:
+        raise UserError("the working directory has been removed: change into another one") from None
 
 
 # ---------------------------------------------------------------------- words of the command line

@@ -7,6 +7,7 @@ or from a folder above the run.
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Hashable, Iterable
@@ -18,7 +19,8 @@ from schemas import UserError, check, read_json, require_file
 from vla.pretrained import TINY_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ("model_path", "lora_path", "asset_dir", "demos", "deepspeed_config", "checkpoint", "resume")  # what is there
+# what is there
+INPUTS = ("model_path", "lora_path", "asset_dir", "demos", "deepspeed_config", "checkpoint", "compare", "resume")
 OUTPUTS = ("run_dir", "export_dir", "output")  # what a script makes
 COMMAND_LINE_ONLY = ("config", "resume", "local_rank")
 MAX_YAML_BYTES = 2**20
@@ -120,7 +122,7 @@ def yaml_layer(name: str) -> Layer:
     """The flags in a preset that --config names: looked for from the working directory, then from the repository."""
     if not name.strip():
         raise UserError("--config is empty: give a yaml file, or leave the flag out")
-    path = next((found for found in (Path(name), ROOT / name) if found.exists()), None)
+    path = next((found for found in (Path(in_home(name)), ROOT / name) if found.exists()), None)
     if path is None:
         known = ", ".join(str(found.relative_to(ROOT)) for found in sorted((ROOT / "yaml").glob("*.yaml")))
         raise UserError(f"--config {name} does not exist: there are {known}")
@@ -182,14 +184,29 @@ def script_that_knows(name: str) -> str | None:
 
 
 # ---------------------------------------------------------------------- paths
+def in_home(path: str) -> str:
+    """~/runs as /home/you/runs: a shell leaves it as it is in --run_dir=~/runs, in quotes and in a file.
+
+    Raises:
+        UserError: there is no such home. A folder named ~ would be made here, and `rm -r ~` removes another one.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path} begins with a home folder that this machine does not know: write the whole path")
+    return expanded
+
+
 def resolved(name: str, value: Any, folders: Iterable[Path]) -> Any:
     """A flag's value with a relative path leading from the first of the folders where there is such a thing.
 
     It stays relative where the working directory is the repository, so relative paths that a run keeps always lead from
     there. The names of tiny presets are no paths, and what is nowhere stays as it is.
     """
+    if name in INPUTS and isinstance(value, tuple):
+        return tuple(resolved(name, one, folders) for one in value)
     if name not in (*INPUTS, *OUTPUTS) or not isinstance(value, str) or value in TINY_PRESETS:
         return value
+    value = in_home(value)
     for folder in folders if not Path(value).is_absolute() else ():
         if name in OUTPUTS or (folder / value).exists():
             return value if folder.resolve() == ROOT == Path.cwd() else str(folder.resolve() / value)
