@@ -1,8 +1,9 @@
 """What a DeepSpeed config may hold. Keys that are not named here go to DeepSpeed as they are."""
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from schemas import Schema
 
@@ -48,3 +49,11 @@ class DeepSpeedConfig(Schema):
     zero_optimization: ZeroOptimization = ZeroOptimization()
     bf16: Bf16 = Bf16()
     fp16: Fp16 = Fp16()
+
+    @model_validator(mode="after")
+    def without_misspelt_keys(self) -> "DeepSpeedConfig":
+        """DeepSpeed leaves out what it does not know: `zero_optimisation` would be stage 0 without a word."""
+        for name in self.model_extra or {}:
+            if near := difflib.get_close_matches(name, type(self).model_fields, n=1, cutoff=0.8):
+                raise ValueError(f"written with {near[0]!r} in the place of {name!r}")
+        return self

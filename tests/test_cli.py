@@ -186,3 +186,10 @@ def test_every_preset_counts_whole_episodes(preset):
 def test_a_logger_that_is_not_installed_is_refused():
     with pytest.raises(UserError, match="pip install wandb"):
         check_backends(("tensorboard", "wandb"))
+
+
+@pytest.mark.parametrize("key", ["zero_optimisation", "Zero_optimization", "zero-optimization"])
+def test_a_misspelt_key_of_deepspeeds_is_not_left_out(tmp_path, key):
+    (tmp_path / "d.json").write_text(f'{{"{key}": {{"stage": 3}}}}')
+    with pytest.raises(UserError, match=f"written with 'zero_optimization' in the place of '{key}'"):
+        read_deepspeed_config(str(tmp_path / "d.json"), "float32", "none")
