@@ -498,9 +498,9 @@ def test_a_switch_takes_no_value(words):
 def test_a_home_is_one_wherever_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text("export_dir: ~/exports/a\n")
+    (tmp_path / "mine.yaml").write_text("lora_path: ~/adapters/a\n")
     args = parse("--config=~/mine.yaml", "--run_dir=~/runs/a", "--asset_dir", "~")
-    assert args.export_dir == f"{tmp_path}/exports/a" and args.run_dir == f"{tmp_path}/runs/a"
+    assert args.lora_path == f"{tmp_path}/adapters/a" and args.run_dir == f"{tmp_path}/runs/a"
     assert args.asset_dir == str(tmp_path)
     with pytest.raises(UserError, match="begins with a home folder that this machine does not know"):
         parse("--run_dir", "~nobody_of_this_name/runs")
