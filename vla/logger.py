@@ -244,8 +244,13 @@ class Logger:
         if not self.enabled:
             yield None
             return
-        (self.run_dir / "videos").mkdir(exist_ok=True)
-        with writer(self.run_dir / "videos" / f"eval_{iteration:06d}.mp4") as video:
+        folder = self.run_dir / "videos"
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:  # a link to a disk that is gone, a file
+            said = f"{folder} can not be a folder of videos ({error.strerror})"
+            raise UserError(f"{said}: move it away, then --resume goes on") from error
+        with writer(folder / f"eval_{iteration:06d}.mp4") as video:
             yield video
 
     def lacks_evaluation(self, iteration: int) -> bool:
