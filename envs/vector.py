@@ -25,6 +25,7 @@ import torch
 from envs import episodes
 from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
 from envs.workers import LocalGroup, WorkerGroup
+from schemas import UserError
 
 # what one action may ask for, per dimension: the family's controller takes these as its bounds, and nothing sensible is
 # beyond them; any gripper value has a meaning (above 0.5 opens)
@@ -233,12 +234,12 @@ class VectorEnv:
             )
         if not np.isfinite(actions).all():
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
-            raise ValueError(
+            raise UserError(
                 f"actions{list(index)} is {actions[index]}: actions must be finite, so check the policy's outputs."
             )
         if (beyond := np.abs(actions) > ACTION_LIMITS + 1e-6).any():
             index = tuple(int(i) for i in np.argwhere(beyond)[0])
-            raise ValueError(
+            raise UserError(
                 f"actions{list(index)} is {actions[index]:g}: one action moves by at most 1 m and turns by at most "
                 "pi/2 rad per axis, so check the units (unnorm_key)."
             )

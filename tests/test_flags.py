@@ -22,6 +22,7 @@ import train_ppo
 import train_sft
 import yaml
 from envs import check_envs, every_instruction, make_envs
+from envs.vector import VectorEnv
 from schemas import check_flags
 from vla import flag_files, startup
 from vla.cli import derive_sizes, flag_value, flag_values, parse_args, pick
@@ -509,3 +510,10 @@ def test_a_home_is_one_wherever_it_is_written(tmp_path, monkeypatch):
 def test_a_blank_in_a_value_is_shown():
     with pytest.raises(UserError, match="--env_id 'PickCube-v1 ' must be an id"):
         parse("--env_id", "PickCube-v1 ")
+
+
+@pytest.mark.parametrize("value, sentence", [(9.0, "check the units"), (math.nan, "actions must be finite")])
+def test_actions_of_other_statistics_are_the_users_to_mend(value, sentence):
+    """dataset_statistics.json of another robot, or in other units, is found by the first action."""
+    with pytest.raises(UserError, match=sentence):
+        VectorEnv._checked(None, [[[value] * 7]], 1)
