@@ -386,11 +386,11 @@ def test_shipped_configs_are_accepted():
 
 
 # ---------------------------------------------------------------------- the whole script, killed and stopped
-def flags(**changes: int) -> list[str]:
+def flags(preset: str = PRESET, **changes: int) -> list[str]:
     """Of a run that takes seconds."""
     return [
         "--config",
-        PRESET,
+        preset,
         *(word for name, value in (SHORT | changes).items() for word in (f"--{name}", str(value))),
     ]
 
@@ -569,10 +569,10 @@ def test_ctrl_c_saves_the_run(tmp_path):
 @pytest.mark.slow
 def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "train_grpo.py", *flags(num_iterations=50, save_freq=0, group_size=2)]
-    command += ["--config", "yaml/quickstart_grpo_openvla.yaml", "--run_dir", str(run_dir)]
-    run = subprocess.Popen(command, cwd=ROOT)
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    short = flags("yaml/quickstart_grpo_openvla.yaml", num_iterations=50, save_freq=0, group_size=2)
+    run = subprocess.Popen([sys.executable, "train_grpo.py", *short, "--run_dir", str(run_dir)], cwd=ROOT)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() or run.poll() is not None, "first iteration")
+    assert run.poll() is None
     (run_dir / "stop").touch()
     assert run.wait(timeout=120) == REQUEUE
     assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None
