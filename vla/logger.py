@@ -224,10 +224,8 @@ class Logger:
             name = f"run_from_iteration_{self.start_iteration:06d}.json"
             write_whole(self.run_dir / name, json.dumps(description, indent=2) + "\n")
             write_whole(self.run_dir / "args.json", json.dumps(description["args"], indent=2) + "\n")
-            sizes = "  ".join(f"{name} {value}" for name, value in description["sizes"].items())
-            tqdm.write(
-                f"{self.run_dir}: {description['num_ranks']} ranks on {description['device']}; per rank: {sizes}"
-            )
+            ranks = description["num_ranks"]
+            tqdm.write(f"{self.run_dir}: {ranks} rank{'s' * (ranks > 1)} on {description['device']}")
             if self.start_iteration == 0 and not self.evaluation:
                 tqdm.write(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
 
