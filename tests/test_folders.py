@@ -738,7 +738,7 @@ def test_an_adapter_computes_what_peft_computes(base, tmp_path, name):
     assert torch.allclose(logits_of(policy.model, policy), expected, atol=1e-5)
     assert (logits_of(plain.model, plain) - expected).abs().max() > 1e-2
     merged = load_policy(str(base), lora_path=str(tmp_path), merge_lora=True).eval()
-    assert torch.allclose(logits_of(merged.model, merged), expected, atol=1e-4)
+    assert torch.allclose(logits_of(merged.model, merged), expected, atol=1e-5 * expected.abs().max())
 
 
 def test_a_converted_pissa_adapter_computes_what_was_trained(base, tmp_path):
@@ -762,12 +762,12 @@ def test_a_converted_pissa_adapter_computes_what_was_trained(base, tmp_path):
     policy.model.load_state_dict(theirs.state_dict())
     save_policy(policy, policy.state_dict(), tmp_path / "merged")  # what the sentence advises
     merged = load_policy(str(tmp_path / "merged")).eval()
-    assert torch.allclose(logits_of(merged.model, merged), expected, atol=1e-4)
+    assert torch.allclose(logits_of(merged.model, merged), expected, atol=1e-5 * expected.abs().max())
     peft_model.save_pretrained(
         str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
     converted = load_policy(str(base), lora_path=str(tmp_path / "plain")).eval()
-    assert torch.allclose(logits_of(converted.model, converted), expected, atol=1e-4)
+    assert torch.allclose(logits_of(converted.model, converted), expected, atol=1e-5 * expected.abs().max())
 
 
 # ------------------------------------------------------------------ the base of an adapter
