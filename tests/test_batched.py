@@ -305,7 +305,7 @@ def test_settlers_give_what_the_env_settles():
     finally:
         settlers.close()
     settlers.close()
-    failing = Settlers(env_id, 1, asset_pack="bridge", asset_dir="/nowhere")
+    failing = Settlers(env_id, 1, asset_pack="bridge", asset_dir="/proc/nowhere")
     with pytest.raises(RuntimeError, match=r"settles start states.*is not a folder"):
         failing.get(starts[0])
     failing.close()
