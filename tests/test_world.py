@@ -595,7 +595,11 @@ def test_pipes_among_the_assets_are_not_waited_for(copied, name):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("shut", ["carrot", "carrot/more_table/imgs/001_table_simpler.png"])
 def test_unreadable_assets_are_named(copied, shut):
-    """Root may read everything, so this is tried as another user."""
+    """Root may read everything, so this is tried as another user.
+
+    That user may not be able to read the folder that holds this environment. A whole picture is therefore read first:
+    nothing is left that Python would import afterwards.
+    """
     path = copied / shut
     if path.is_file():
         _spoil(path, lambda data: data)
@@ -606,11 +610,12 @@ def test_unreadable_assets_are_named(copied, shut):
     code = (
         "import os, sys\n"
         "from envs.bridge_assets import BridgeAssets\n"
+        "BridgeAssets(sys.argv[2]).picture(0, 64, 48)\n"
         "os.setuid(65534)\n"
         "try:\n    BridgeAssets(sys.argv[1]).picture(0, 64, 48)\n"
         "except RuntimeError as error:\n    print(error)"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(copied)], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code, str(copied), str(ASSETS)], cwd=ROOT, capture_output=True, text=True)
     path.chmod(0o755)
     assert re.search(rf"{re.escape(str(path))}.*may not be read by this user", out.stdout), out.stdout + out.stderr
 
