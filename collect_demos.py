@@ -24,7 +24,7 @@ from schemas import UserError
 from schemas.flags import Count, EnvId, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
 from vla.cli import parse_args
 from vla.distributed import REQUEUE, checked, run_main
-from vla.startup import check_scene_memory
+from vla.start.checks import check_scene_memory
 
 ENVS_PER_WORKER = 8
 HOPELESS = 64  # tries without one success
@@ -65,14 +65,23 @@ def main(args: Args) -> None:
             image_size=args.image_size,
         )
         recipe = Recipe(
-            args.env_id, max_episode_steps=args.max_episode_steps, seed=args.seed, action_noise=args.action_noise,
-            filter_idle=args.filter_idle, max_translation=args.max_translation, max_rotation=args.max_rotation,
-            measured_pose=args.measured_pose, **world | {"image_size": list(args.image_size)},
-        )  # fmt: skip
+            args.env_id,
+            max_episode_steps=args.max_episode_steps,
+            seed=args.seed,
+            action_noise=args.action_noise,
+            filter_idle=args.filter_idle,
+            max_translation=args.max_translation,
+            max_rotation=args.max_rotation,
+            measured_pose=args.measured_pose,
+            **world | {"image_size": list(args.image_size)},
+        )
         replay = dict(
-            obs_mode="rgb+segmentation", control_mode=CONTROL_MODE, sim_backend="physx_cpu", render_backend="cpu",
+            obs_mode="rgb+segmentation",
+            control_mode=CONTROL_MODE,
+            sim_backend="physx_cpu",
+            render_backend="cpu",
             asset_dir=args.asset_dir,
-        )  # fmt: skip
+        )
         folder = DemoFolder(Path(args.output), recipe, world | replay)
         if folder.count() >= args.num_demos:
             if not folder.is_finished():
@@ -82,9 +91,14 @@ def main(args: Args) -> None:
         num_envs = ENVS_PER_WORKER * max(1, args.num_env_workers)
         check_scene_memory(num_envs, args.num_env_workers, args.image_size, "--num_env_workers and --image_size")
         envs = make_envs(
-            args.env_id, num_envs, seed=args.seed, asset_dir=args.asset_dir,
-            max_episode_steps=args.max_episode_steps, num_env_workers=args.num_env_workers, **world,
-        )  # fmt: skip
+            args.env_id,
+            num_envs,
+            seed=args.seed,
+            asset_dir=args.asset_dir,
+            max_episode_steps=args.max_episode_steps,
+            num_env_workers=args.num_env_workers,
+            **world,
+        )
         count, tried = folder.begin()
     asked = EndRequest()
     pending, found = [], 0

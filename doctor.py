@@ -151,9 +151,14 @@ def end_with_doctor() -> Callable[[], None]:
 def ask(command: list[str], seconds: float) -> subprocess.CompletedProcess:
     """Run a command of a broken machine: it may raise, abort or hang. Raises TimeoutExpired; it ends with doctor."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, stdin=subprocess.DEVNULL,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
         preexec_fn=end_with_doctor(),
-    )  # fmt: skip
+    )
 
 
 @functools.cache
@@ -233,7 +238,7 @@ def check_ops() -> Finding:
         why = facts["why"] or "not yours to write to"
         remedy = "run `export TORCH_EXTENSIONS_DIR=$HOME/torch_extensions`, or name another folder of yours"
         return mend(f"DeepSpeed can not keep compiled ops in {facts['ops']} ({why})", remedy)
-    from vla.extensions import Lock  # with torch, which has just been seen to start
+    from vla.start.extensions import Lock  # with torch, which has just been seen to start
 
     folder = Path(facts["ops"])
     lock = Lock(folder / "lock")
@@ -321,10 +326,15 @@ def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) ->
             command = [sys.executable, "-c", program]
             processes.append(
                 subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
                     preexec_fn=end_with_doctor(),
                 )
-            )  # fmt: skip
+            )
         try:
             returncodes = wait_for_all(processes, seconds)
         finally:
@@ -400,7 +410,7 @@ def check_disk() -> Finding:
 
 def check_assets() -> Finding:
     """The builtin pack is made by code; the published one is optional."""
-    from envs.bridge_assets import Layout
+    from envs.assets.bridge import Layout
 
     layout = Layout(None)
     missing = layout.missing()
@@ -412,8 +422,8 @@ def check_assets() -> Finding:
 
 def check_checkpoints() -> Finding:
     """Every folder in checkpoints/ that holds weights has a config and opens; cut-off files are told by their size."""
-    from vla.folders import shard_paths
-    from vla.tensors import open_shard
+    from vla.files.tensors import open_shard
+    from vla.models.published import shard_paths
 
     place = ROOT / "checkpoints"
     folders = sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else []
@@ -436,10 +446,18 @@ def check_checkpoints() -> Finding:
 
 
 CHECKS = {
-    "python": check_python, "packages": check_packages, "torch": check_torch, "compiler": check_compiler,
-    "ops": check_ops, "renderer": check_renderer, "shm": check_shm, "launch": check_launch, "disk": check_disk,
-    "assets": check_assets, "checkpoints": check_checkpoints,
-}  # fmt: skip
+    "python": check_python,
+    "packages": check_packages,
+    "torch": check_torch,
+    "compiler": check_compiler,
+    "ops": check_ops,
+    "renderer": check_renderer,
+    "shm": check_shm,
+    "launch": check_launch,
+    "disk": check_disk,
+    "assets": check_assets,
+    "checkpoints": check_checkpoints,
+}
 
 
 NEEDS = {"launch": ("ops",)}  # rows that are not tried while one of these needs mending: they would wait for it
@@ -454,7 +472,7 @@ def examine(name: str) -> Finding:
 
 
 def download(asset_dir: str | None, mirror: str | None) -> int:
-    from envs.download import default_asset_dir, fetch_assets
+    from envs.assets.download import default_asset_dir, fetch_assets
     from schemas import UserError
 
     try:
@@ -469,8 +487,8 @@ def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags
     from schemas import UserError, check_flags
     from schemas.flags import Count, Positive
     from vla.cli import parse_args
-    from vla.engine import read_deepspeed_config, zero_stage
-    from vla.memory_plan import Recipe, advice, make_plan, table
+    from vla.training.engine import read_deepspeed_config, zero_stage
+    from vla.training.memory_plan import Recipe, advice, make_plan, table
 
     script = "train_grpo" if "grpo" in Path(configs[0]).name else "train_ppo"  # whose defaults hold
     ranges = dataclasses.make_dataclass("Ranges", [("num_gpus", Count), ("gpu_memory", Positive)])
@@ -480,10 +498,11 @@ def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags
         settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
         known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
         recipe = Recipe(
-            **{name: flags[name] for name in known}, critic=flags.get("critic") == "hidden",
+            **{name: flags[name] for name in known},
+            critic=flags.get("critic") == "hidden",
             zero_stage=zero_stage(settings),
             cpu_adam="offload_optimizer" in settings.get("zero_optimization", {}),
-        )  # fmt: skip
+        )
         print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory)))
         fits, sentence = advice(recipe, num_gpus, gpu_memory)
     except UserError as error:

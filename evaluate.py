@@ -51,7 +51,6 @@ from schemas.flags import (
     Text,
 )
 from schemas.lock import check_free, hold_folder
-from vla.checkpoint import check_policy_contents, complete_checkpoints
 from vla.cli import flag_value, parse_layers, resolved_input, typed_flags
 from vla.distributed import (
     UserError,
@@ -64,30 +63,44 @@ from vla.distributed import (
     run_main,
     setup_distributed,
     world_size,
-)  # fmt: skip
-from vla.engine import DTYPES
-from vla.episode_log import EpisodeLog, Progress
-from vla.evaluation import NEVER, Actor, PolicyActor, Stop, outcome, replay, run_episodes
-from vla.flag_files import ROOT, Layer, read_yaml
+)
+from vla.evaluation.episode_log import EpisodeLog, Progress
+from vla.evaluation.episodes import NEVER, Actor, PolicyActor, Stop, outcome, replay, run_episodes
+from vla.evaluation.report import plot_comparison, write_report
+from vla.evaluation.settings import FAMILY, Setting, parse_settings
+from vla.evaluation.statistics import assemble, compare, comparison_table, headline, markdown_table
+from vla.files.trees import checksum
 from vla.logger import describe_run, without_places
-from vla.policy import VLAPolicy
-from vla.preemption import StopRequest
-from vla.pretrained import TINY_PRESETS, load_policy
-from vla.report import plot_comparison, write_report
-from vla.results import assemble, compare, comparison_table, headline, markdown_table
-from vla.resume import check_present
-from vla.safe_files import checksum
-from vla.settings import FAMILY, Setting, parse_settings
+from vla.models.loading import load_policy
+from vla.models.policy import VLAPolicy
+from vla.models.tiny import TINY_PRESETS
+from vla.start.flag_files import ROOT, Layer, read_yaml
+from vla.start.resume import check_present
 from vla.text import one_line, without_machine
+from vla.training.checkpoint import check_policy_contents, complete_checkpoints
+from vla.training.engine import DTYPES
+from vla.training.preemption import StopRequest
 
 PUBLISHED = Path(__file__).resolve().parent / "benchmarks" / "published.yaml"
 MODEL_FLAGS = (
-    "model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype",
-)  # fmt: skip
+    "model_type",
+    "unnorm_key",
+    "image_resize",
+    "oft_stop_token",
+    "max_prompt_length",
+    "dtype",
+)
 REMEDY = "copy the run folder again, or give its policy folder alone as --checkpoint"
 WORLD_FLAGS = (
-    "instruction", "asset_pack", "asset_dir", "protocol", "image_size", "sim_freq", "sim_backend", "max_episode_steps",
-)  # fmt: skip
+    "instruction",
+    "asset_pack",
+    "asset_dir",
+    "protocol",
+    "image_size",
+    "sim_freq",
+    "sim_backend",
+    "max_episode_steps",
+)
 
 
 @dataclass
@@ -259,10 +272,18 @@ def load_actor(args: Args, checkpoint: Path, device: torch.device | str) -> VLAP
     """The policy as it was trained: what a run's flags or the folder say of it is known by now."""
     check_policy_contents(checkpoint)
     policy = load_policy(
-        str(checkpoint), args.model_type, unnorm_key=args.unnorm_key, dtype=DTYPES[args.dtype],
-        image_resize=args.image_resize, oft_stop_token=args.oft_stop_token, lora_path=args.lora_path, value_head=False,
-        max_prompt_length=args.max_prompt_length, device=device, seed=args.seed,
-    )  # fmt: skip
+        str(checkpoint),
+        args.model_type,
+        unnorm_key=args.unnorm_key,
+        dtype=DTYPES[args.dtype],
+        image_resize=args.image_resize,
+        oft_stop_token=args.oft_stop_token,
+        lora_path=args.lora_path,
+        value_head=False,
+        max_prompt_length=args.max_prompt_length,
+        device=device,
+        seed=args.seed,
+    )
     return policy.requires_grad_(False).eval()
 
 
@@ -397,9 +418,14 @@ def choose_published(names: tuple[str, ...]) -> dict[str, dict]:
 
 # ---------------------------------------------------------------------- one setting
 def run_setting(
-    envs, name: str, episode_ids: list[int], actors: dict[float, Actor], log: EpisodeLog, progress: Progress,
+    envs,
+    name: str,
+    episode_ids: list[int],
+    actors: dict[float, Actor],
+    log: EpisodeLog,
+    progress: Progress,
     stop: Stop = NEVER,
-) -> bool:  # fmt: skip
+) -> bool:
     """What the log still lacks, temperature by temperature. False on every rank: one was asked to stop."""
     for temperature, actor in actors.items():
         missing = log.missing(name, temperature, episode_ids)
@@ -533,10 +559,14 @@ def main(args: Args) -> None:
         own_world = world | {"instruction": None if one.env_id in VARIANTS else args.instruction}
         with checked():  # such as assets that are missing
             envs = make_envs(
-                one.env_id, local_num_envs, obj_set=one.obj_set,
-                num_env_workers=min(args.num_env_workers, local_num_envs), worker_timeout=args.worker_timeout,
-                render_backend=args.render_backend, **own_world,
-            )  # fmt: skip
+                one.env_id,
+                local_num_envs,
+                obj_set=one.obj_set,
+                num_env_workers=min(args.num_env_workers, local_num_envs),
+                worker_timeout=args.worker_timeout,
+                render_backend=args.render_backend,
+                **own_world,
+            )
         with envs:
             if run_setting(envs, one.name, own_ids, actors, log, progress, stop):
                 videos[one.name] = films(log.episodes(one.name, first, own_ids), *plan)

@@ -51,26 +51,20 @@ from schemas.flags import (
     Seed,
     Text,
 )
-from vla.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, setup_distributed, world_size
-from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
-from vla.evaluation import evaluate
-from vla.launch import launched
+from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
-from vla.policy import Evaluation, VLAPolicy, uniform_noise
-from vla.preemption import Preemption
-from vla.pretrained import load_policy
-from vla.regularization import regularization
-from vla.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
-from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
-from vla.startup import (
-    check_iterations_left,
-    check_rollout_memory,
-    check_scene_memory,
-    prompt_room,
-    what_applies,
-)
+from vla.models.loading import load_policy
+from vla.models.policy import Evaluation, VLAPolicy, uniform_noise
+from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
+from vla.start.launch import launched
+from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
+from vla.training.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
+from vla.training.preemption import Preemption
+from vla.training.regularization import regularization
+from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
+from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
 
 # what an iteration without update logs as 0
 UPDATE_METRICS = """train/loss train/actor/policy_loss train/actor/approx_kl train/actor/clip_fraction
@@ -178,9 +172,15 @@ class Args:
 
 
 def clipped_surrogate(
-    new_logprobs: torch.Tensor, mb: MicroBatch, total_weight: float, *, logprob_level: str, clip_ratio_low: float,
-    clip_ratio_high: float, dual_clip: float | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    new_logprobs: torch.Tensor,
+    mb: MicroBatch,
+    total_weight: float,
+    *,
+    logprob_level: str,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    dual_clip: float | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), two-sided clip (DAPO, arXiv 2503.14476), dual clip (arXiv
     1912.09729).
 
@@ -273,9 +273,14 @@ def compute_group_advantages(
 
 
 def roll_out(
-    actor: VLAPolicy, envs, episode_ids: list[int], noise: Iterator[torch.Tensor], temperature: float,
-    buffer: RolloutBuffer, device: torch.device,
-) -> list[dict[str, float]]:  # fmt: skip
+    actor: VLAPolicy,
+    envs,
+    episode_ids: list[int],
+    noise: Iterator[torch.Tensor],
+    temperature: float,
+    buffer: RolloutBuffer,
+    device: torch.device,
+) -> list[dict[str, float]]:
     """One episode per env, from given start states, into the buffer; an env whose episode has ended rests.
 
     Args:
@@ -295,7 +300,7 @@ def roll_out(
                 nothing = torch.zeros(len(dones))  # no critic
                 buffer.add_outcome(
                     t - 1, here, rewards=rewards, valid=infos["valid"], dones=dones, final_values=nothing
-                )  # fmt: skip
+                )
                 buffer.forget(here, infos["dropped"], before=t - 1)  # lost with a worker: they have begun again
                 episodes += rows(infos["episode"])
                 to_end[part] -= len(infos["ended"])
@@ -349,9 +354,7 @@ def fill_dead_groups(buffer: RolloutBuffer, spare: RolloutBuffer, group_size: in
     dead = (~live_groups(buffer, group_size)).nonzero()  # [K, 1]
     live = live_groups(spare, group_size).nonzero()[: len(dead)]  # [K, 1]
     member = torch.arange(group_size)
-    buffer.replace(
-        (dead[: len(live)] * group_size + member).flatten(), spare, (live * group_size + member).flatten()
-    )  # fmt: skip
+    buffer.replace((dead[: len(live)] * group_size + member).flatten(), spare, (live * group_size + member).flatten())
 
 
 def main(args: Args) -> None:
@@ -375,9 +378,11 @@ def main(args: Args) -> None:
         here = launch.ranks_here
         check_rollout_memory(args.model_path, here * T * N)
         check_scene_memory(
-            here * (N + sizes.local_num_eval_envs), here * (sizes.num_env_workers + sizes.num_eval_env_workers),
-            args.image_size, "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
-        )  # fmt: skip
+            here * (N + sizes.local_num_eval_envs),
+            here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+            args.image_size,
+            "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
+        )
         device = setup_distributed(args.seed)
         default_dir = f"runs/grpo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
@@ -404,9 +409,14 @@ def main(args: Args) -> None:
         policy.preprocess(envs.reset())  # instructions that do not fit the prompt end the run here
         begin_run(run_dir, checkpoint)
         logger = Logger(
-            run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, args.logger_backends,
+            run_dir,
+            rank() == 0,
+            sizes.num_iterations,
+            start_iteration,
+            global_step,
+            args.logger_backends,
             **pick(args, Logger),
-        )  # fmt: skip
+        )
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 

@@ -49,28 +49,22 @@ from schemas.flags import (
     Seed,
     Text,
 )
-from vla.checkpoint import begin_run, load_checkpoint, load_critic, open_run, save_checkpoint
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, run_main, setup_distributed, world_size
-from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
-from vla.evaluation import evaluate
-from vla.launch import launched
+from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
-from vla.policy import Evaluation, VLAPolicy, uniform_noise
-from vla.preemption import Preemption
-from vla.pretrained import load_policy
-from vla.regularization import regularization
-from vla.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
-from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
-from vla.startup import (
-    check_iterations_left,
-    check_rollout_memory,
-    check_scene_memory,
-    prompt_room,
-    what_applies,
-)
-from vla.state_critic import StateCritic
-from vla.value_head import value_errors
+from vla.models.loading import load_policy
+from vla.models.policy import Evaluation, VLAPolicy, uniform_noise
+from vla.models.value_head import value_errors
+from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
+from vla.start.launch import launched
+from vla.training.checkpoint import begin_run, load_checkpoint, load_critic, open_run, save_checkpoint
+from vla.training.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
+from vla.training.preemption import Preemption
+from vla.training.regularization import regularization
+from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
+from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.training.state_critic import StateCritic
 
 # evaluation runs every episode once, to its end
 ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
@@ -187,9 +181,15 @@ def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap:
 
 
 def compute_gae(
-    rewards: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, dones: torch.Tensor, final_values: torch.Tensor,
-    next_values: torch.Tensor, gamma: float, gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    dones: torch.Tensor,
+    final_values: torch.Tensor,
+    next_values: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) at action resolution, across the actions of a chunk.
 
     delta_k = r_k + gamma * V_{k+1} - V_k and A_k = delta_k + gamma * lambda * A_{k+1}, k over executed actions. Where
@@ -227,9 +227,15 @@ def used_advantages(valid: torch.Tensor, logprob_level: str) -> torch.Tensor:
 
 
 def clipped_surrogate(
-    new_logprobs: torch.Tensor, mb: MicroBatch, total_weight: float, *, logprob_level: str, clip_ratio_low: float,
-    clip_ratio_high: float, dual_clip: float | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    new_logprobs: torch.Tensor,
+    mb: MicroBatch,
+    total_weight: float,
+    *,
+    logprob_level: str,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    dual_clip: float | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), two-sided clip (DAPO, arXiv 2503.14476), dual clip (arXiv
     1912.09729).
 
@@ -278,9 +284,16 @@ def clipped_surrogate(
 
 
 def ppo_loss(
-    new: Evaluation, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict,
-    value_clip: float | None, huber_delta: float, vf_coef: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    new: Evaluation,
+    mb: MicroBatch,
+    total_weight: float,
+    *,
+    surrogate: dict,
+    regularizers: dict,
+    value_clip: float | None,
+    huber_delta: float,
+    vf_coef: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """clipped_surrogate + regularization + clipped Huber value loss (the last where vf_coef is not 0).
 
     Args:
@@ -333,9 +346,11 @@ def main(args: Args) -> None:
         here = launch.ranks_here
         check_rollout_memory(args.model_path, here * T * N)
         check_scene_memory(
-            here * (N + sizes.local_num_eval_envs), here * (sizes.num_env_workers + sizes.num_eval_env_workers),
-            args.image_size, "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
-        )  # fmt: skip
+            here * (N + sizes.local_num_eval_envs),
+            here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+            args.image_size,
+            "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
+        )
         device = setup_distributed(args.seed)
         default_dir = f"runs/ppo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
@@ -352,9 +367,7 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
     hand_over = HandOver(engine, rollout_copy, args.offload)
     guard = StepGuard(run_dir, rank())
-    loss_flags = pick(
-        args, ppo_loss, surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization)
-    )  # fmt: skip
+    loss_flags = pick(args, ppo_loss, surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     if privileged:
         loss_flags["vf_coef"] = 0.0
     fan_sigma = args.fan_sigma if args.fan_coef else None
@@ -376,9 +389,14 @@ def main(args: Args) -> None:
                 load_critic(critic, checkpoint)
         begin_run(run_dir, checkpoint)
         logger = Logger(
-            run_dir, rank() == 0, sizes.num_iterations, start_iteration, global_step, args.logger_backends,
+            run_dir,
+            rank() == 0,
+            sizes.num_iterations,
+            start_iteration,
+            global_step,
+            args.logger_backends,
             **pick(args, Logger),
-        )  # fmt: skip
+        )
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, critic)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
@@ -424,9 +442,13 @@ def main(args: Args) -> None:
                         final_values = final_values * bootstrapped
                         final_values[dropped] = buffer.values[t - 1, here, 0][dropped]
                         buffer.add_outcome(
-                            t - 1, here, rewards=rewards, valid=infos["valid"], final_values=final_values,
+                            t - 1,
+                            here,
+                            rewards=rewards,
+                            valid=infos["valid"],
+                            final_values=final_values,
                             dones=terminations | truncations | dropped,
-                        )  # fmt: skip
+                        )
                         episodes += rows(infos["episode"])
                         if critic:
                             buffer.values[t - 1, here] = critic.store(t - 1, here, infos["states"])
@@ -446,9 +468,15 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ advantage
         advantages, returns = compute_gae(
-            buffer.rewards, buffer.values, buffer.valid, buffer.dones, buffer.final_values, next_values,
-            args.gamma, args.gae_lambda,
-        )  # [T, N, C] each  # fmt: skip
+            buffer.rewards,
+            buffer.values,
+            buffer.valid,
+            buffer.dones,
+            buffer.final_values,
+            next_values,
+            args.gamma,
+            args.gae_lambda,
+        )  # [T, N, C] each
         used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
         if args.norm_adv:
             advantages = normalize(advantages, used)  # over all ranks
@@ -492,7 +520,7 @@ def main(args: Args) -> None:
         if stopped or due(iteration, args.save_freq, sizes.num_iterations):
             saved = save_checkpoint(
                 engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints, critic
-            )  # fmt: skip
+            )
             if stopped:  # --resume makes the evaluation again
                 preemption.leave(saved)
 

@@ -46,20 +46,20 @@ from schemas.flags import (
     Seed,
     Text,
 )
-from vla import augmentation
-from vla.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import checked, print0, rank, run_main, setup_distributed, world_size
-from vla.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
-from vla.evaluation import evaluate
-from vla.export import export_folder, export_policy
-from vla.launch import launched
+from vla.evaluation.episodes import evaluate
+from vla.evaluation.model_card import export_folder, export_policy
 from vla.logger import Averages, Logger, check_backends, describe_run, due
-from vla.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
-from vla.preemption import Preemption
-from vla.pretrained import load_policy
-from vla.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
-from vla.startup import check_iterations_left, check_scene_memory, prompt_room, what_applies
+from vla.models.loading import load_policy
+from vla.models.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
+from vla.start.checks import check_iterations_left, check_scene_memory, prompt_room, what_applies
+from vla.start.launch import launched
+from vla.training import augmentation
+from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
+from vla.training.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
+from vla.training.preemption import Preemption
+from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
 MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
 
@@ -225,9 +225,14 @@ def check_sizes(*, num_updates: int, updates_per_iteration: int, batch_size: int
 
 
 def read_batch(
-    demos: Demos, policy: VLAPolicy, index: torch.Tensor, draws: torch.Tensor | None, device: torch.device,
-    label_sigma: float = 0.0, noise: torch.Tensor | None = None,
-) -> CloneBatch:  # fmt: skip
+    demos: Demos,
+    policy: VLAPolicy,
+    index: torch.Tensor,
+    draws: torch.Tensor | None,
+    device: torch.device,
+    label_sigma: float = 0.0,
+    noise: torch.Tensor | None = None,
+) -> CloneBatch:
     """Samples [B] from the file; draws [B, 6] augment their pictures, None leaves them. noise: uniform [B, C, D], which
     decides what is written where label_sigma spreads the targets."""
     obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
@@ -264,9 +269,11 @@ def main(args: Args) -> None:
         told = every_instruction(args.env_id, args.obj_set, args.instruction) | set(demos.instructions)
         args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
         check_scene_memory(
-            launch.ranks_here * num_eval_envs, launch.ranks_here * workers, args.image_size,
+            launch.ranks_here * num_eval_envs,
+            launch.ranks_here * workers,
+            args.image_size,
             "--num_eval_envs, --num_env_workers and --image_size",
-        )  # fmt: skip
+        )
         device = setup_distributed(args.seed)
         default_dir = f"runs/sft_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
@@ -297,9 +304,15 @@ def main(args: Args) -> None:
             start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, 0, 0)
         begin_run(run_dir, checkpoint)
         logger = Logger(
-            run_dir, rank() == 0, num_iterations, start_iteration, num_seen, args.logger_backends, "decisions",
+            run_dir,
+            rank() == 0,
+            num_iterations,
+            start_iteration,
+            num_seen,
+            args.logger_backends,
+            "decisions",
             **pick(args, Logger),
-        )  # fmt: skip
+        )
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         preemption = Preemption(engine, run_dir, args.keep_checkpoints)
         logger.describe(describe_run(asdict(args), sizes, world_size()))
@@ -337,7 +350,7 @@ def main(args: Args) -> None:
                     batch = read_batch(demos, policy, part, part_draws, device, args.label_sigma, part_noise)
                     losses, predicted = engine(
                         batch.inputs, tokens=batch.tokens, written=batch.written, label_sigma=args.label_sigma
-                    )  # fmt: skip
+                    )
                     decoded = policy.action_tokens.decode(predicted).float().to(device)
                     loss, metrics = clone_loss(losses, predicted, batch, decoded, total)
                     guard.see(backward(engine, loss, last=number == len(parts)), batch, loss)

@@ -4,11 +4,11 @@
     python benchmarks/bench.py --only limits quickstart         # some of it
     python benchmarks/bench.py --machine my_laptop --minutes 30
 
-Parts are measured by benchmarks/parts.py, whole iterations by the real script through the real launcher: time/* of its
-metrics.jsonl, median without the first iteration. Shares are of what the machine can do, measured in the same run: a
-large matrix product, copying memory. What no such limit is known of (physics, the task's arithmetic) has its share of
-an env step. What is not done when the minutes are over stands in the table as not done. Results are written as JSON
-and as the table; benchmarks/plan.py predicts other runs from the JSON.
+Parts are measured by benchmarks/components.py, whole iterations by the real script through the real launcher: time/*
+of its metrics.jsonl, median without the first iteration. Shares are of what the machine can do, measured in the same
+run: a large matrix product, copying memory. What no such limit is known of (physics, the task's arithmetic) has its
+share of an env step. What is not done when the minutes are over stands in the table as not done. Results are written as
+JSON and as the table; benchmarks/cost_model.py predicts other runs from the JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.soak import free_port
 from envs.workers import WORKER_CODE
 from vla.logger import cpu_name, describe_run, read_lines, without_places
-from vla.stages import GIB
+from vla.training.stages import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "yaml/quickstart_ppo_openvlaoft.yaml"
@@ -48,9 +48,14 @@ CHUNK_1 = {"model_type": "openvla", "model_path": "openvla-tiny", "chunk_size": 
 CHUNK_8 = {"model_path": "openvla-oft-tiny", "chunk_size": 8, **UNTRAINED}
 CLOCKED = {"num_eval_episodes": 2, "num_eval_envs": 2, "save_freq": 0, "eval_freq": 0}
 PUBLISHED_ENV = {
-    "env_id": "PutOnPlateInScene25Main-v3", "image_size": (640, 480), "sim_freq": 500, "num_envs": 2,
-    "num_steps": 48, "max_episode_steps": 12, "num_minibatches": 1,
-}  # fmt: skip
+    "env_id": "PutOnPlateInScene25Main-v3",
+    "image_size": (640, 480),
+    "sim_freq": 500,
+    "num_envs": 2,
+    "num_steps": 48,
+    "max_episode_steps": 12,
+    "num_minibatches": 1,
+}
 ONE_MINIBATCH = {"num_minibatches": 1}
 TWO_WORKERS = {"num_env_workers": 2}
 SHORTER = {"num_steps": 32, "num_iterations": 3}
@@ -155,8 +160,8 @@ def environment_of(accelerator: str = "cpu", **more: str) -> dict:
 
 
 def measure_parts(ranks: int, what: tuple[str, ...], flags: dict, seconds: float, accelerator: str = "cpu") -> list:
-    """Entries of benchmarks/parts.py, on so many ranks at the same time."""
-    command = [sys.executable, "benchmarks/parts.py", "--config", CONFIG, "--what", *what, *to_words(flags)]
+    """Entries of benchmarks/components.py, on so many ranks at the same time."""
+    command = [sys.executable, "benchmarks/components.py", "--config", CONFIG, "--what", *what, *to_words(flags)]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     numbers = [{"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
     environments = [environment_of(accelerator, **group, **number) for number in numbers]
@@ -195,9 +200,7 @@ def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
         raise RuntimeError("no env worker was found that could be moved: all of it ran on one core")
 
 
-def measure_iterations(
-    ranks: int, flags: dict, seconds: float, accelerator: str = "cpu", apart: bool = False
-) -> dict:  # fmt: skip
+def measure_iterations(ranks: int, flags: dict, seconds: float, accelerator: str = "cpu", apart: bool = False) -> dict:
     """The script through the launcher, in a temporary run folder."""
     with tempfile.TemporaryDirectory() as folder, workers_on_a_core_of_their_own(apart) as before:
         command = [*before, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
@@ -218,8 +221,8 @@ def measure_iterations(
 
 
 def measure_model(flags: dict, seconds: float) -> dict:
-    """What benchmarks/model.py says of one process with one thread: acting, and a LoRA update in fp32."""
-    command = [sys.executable, "benchmarks/model.py", "--update", *to_words(flags)]
+    """What benchmarks/model_speed.py says of one process with one thread: acting, and a LoRA update in fp32."""
+    command = [sys.executable, "benchmarks/model_speed.py", "--update", *to_words(flags)]
     printed = run_group([command], [environment_of()], seconds)
     return {"part": "model", "ranks": 1, **json.loads(printed.splitlines()[-1])}
 
@@ -398,9 +401,10 @@ def machine() -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
         "load_before": os.getloadavg()[0],
-    }  # fmt: skip
+    }
 
 
 def machine_name(host: dict, accelerator: str = "") -> str:
@@ -448,9 +452,13 @@ def main(flags: argparse.Namespace) -> int:
     lines = [*header(description, host), "", *table(rows, not_done), "", quickstart_sentence(measured)]
     lines.append(f"{(time.monotonic() - began) / 60:.1f} minutes")
     content = {
-        "kind": "bench", "description": description, "machine": host, "measured": measured, "not_done": not_done,
+        "kind": "bench",
+        "description": description,
+        "machine": host,
+        "measured": measured,
+        "not_done": not_done,
         "rows": [row._asdict() for row in rows],
-    }  # fmt: skip
+    }
     print("\n".join(lines))
     files = new_files(flags.output, flags.machine or machine_name(host))
     write_results(files, content, lines)

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vla.memory_plan import LiveBytes, Recipe, meta_inputs, policy_of, set_checkpointing
-from vla.policy import VLAPolicy, uniform_noise
+from vla.models.policy import VLAPolicy, uniform_noise
+from vla.training.memory_plan import LiveBytes, Recipe, meta_inputs, policy_of, set_checkpointing
 
 MODEL_FLAGS = ("model_path", "model_type", "chunk_size", "lora_rank", "lora_scope", "dtype", "max_prompt_length")
 
@@ -24,7 +24,7 @@ def meta_policy_of(flags: dict, critic: bool = True) -> VLAPolicy:
 
 def is_known(model_path: str) -> bool:
     """False: memory_plan takes the model for one of the published size."""
-    from vla.pretrained import TINY_PRESETS
+    from vla.models.tiny import TINY_PRESETS
 
     return model_path in TINY_PRESETS or (Path(model_path) / "config.json").is_file()
 

@@ -22,9 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vla.distributed import all_reduce_max, all_reduce_sum, barrier, print0, rank, setup_distributed, world_size
-from vla.engine import DTYPES, build_engine, read_deepspeed_config
-from vla.pretrained import load_policy
-from vla.stages import HandOver, make_rollout_copy, rollout_stage
+from vla.models.loading import load_policy
+from vla.training.engine import DTYPES, build_engine, read_deepspeed_config
+from vla.training.stages import HandOver, make_rollout_copy, rollout_stage
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -40,14 +40,23 @@ def main(flags: argparse.Namespace) -> None:
     config = read_deepspeed_config("ds_configs/zero3.json", flags.dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # at tiny sizes all would stay gathered
     policy = load_policy(
-        flags.model_path, flags.model_type, chunk_size=flags.chunk_size, lora_rank=flags.lora_rank,
-        dtype=DTYPES[flags.dtype], device=device,
-    )  # fmt: skip
+        flags.model_path,
+        flags.model_type,
+        chunk_size=flags.chunk_size,
+        lora_rank=flags.lora_rank,
+        dtype=DTYPES[flags.dtype],
+        device=device,
+    )
     rollout_copy = make_rollout_copy(policy, 3)
     engine = build_engine(
-        policy, config, micro_batch_size=1, learning_rate=1e-4, value_learning_rate=1e-4, weight_decay=0.0,
+        policy,
+        config,
+        micro_batch_size=1,
+        learning_rate=1e-4,
+        value_learning_rate=1e-4,
+        weight_decay=0.0,
         max_grad_norm=1.0,
-    )  # fmt: skip
+    )
     hand_over = HandOver(engine, rollout_copy)
     inputs = policy.preprocess(
         {

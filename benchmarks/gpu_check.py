@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import bench
 from benchmarks.bench import Row
-from benchmarks.model import PRESETS, random_inputs, random_policy
+from benchmarks.model_speed import PRESETS, random_inputs, random_policy
 from envs.variants import train_episode_id
 from vla.distributed import rank, setup_distributed
-from vla.engine import backward, build_engine, read_deepspeed_config
 from vla.logger import describe_run, without_places
-from vla.memory_plan import Recipe, make_plan
-from vla.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.training.engine import backward, build_engine, read_deepspeed_config
+from vla.training.memory_plan import Recipe, make_plan
+from vla.training.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage
 
 NO_CARD = (
     "error: torch sees no NVIDIA card here (torch.cuda.is_available() is False): run this on a machine that has one; "
@@ -76,20 +76,20 @@ def card(flags: argparse.Namespace, seconds: float) -> Found:
 
 
 def graphs(flags: argparse.Namespace, seconds: float) -> Found:
-    """tests/test_graphs.py; a test that was skipped has shown nothing."""
-    said = run(["-m", "pytest", "-q", "-m", "gpu", "tests/test_graphs.py"], seconds).splitlines()[-1]
+    """tests/models/test_cuda_graphs.py; a test that was skipped has shown nothing."""
+    said = run(["-m", "pytest", "-q", "-m", "gpu", "tests/models/test_cuda_graphs.py"], seconds).splitlines()[-1]
     if "skipped" in said or "passed" not in said:
         raise RuntimeError(f"the tests did not run: {said}")
     return [], [Row("graphs equal eager", said, 1, "yes")]
 
 
 def offload(flags: argparse.Namespace, seconds: float) -> Found:
-    """tests/engine_program.py, on one rank; a process each, since cuBLAS keeps 64 MiB from its first call on."""
+    """tests/helpers/engine_program.py, on one rank. Each has a process: cuBLAS keeps 64 MiB from its first call on."""
     measured, rows = [], []
     for settings in OFFLOAD:
         scenarios = [["losses", {**settings, "offload": how}] for how in ("none", "stage")]
         kept, moved = (
-            result_of(run(["tests/engine_program.py", json.dumps([scenario])], seconds / len(OFFLOAD) / 2))
+            result_of(run(["tests/helpers/engine_program.py", json.dumps([scenario])], seconds / len(OFFLOAD) / 2))
             for scenario in scenarios
         )
         setting = ", ".join(f"{name} {value}" for name, value in settings.items())
@@ -113,10 +113,14 @@ def model(model_type: str) -> Callable[[argparse.Namespace, float], Found]:
     def measured_model(flags: argparse.Namespace, seconds: float) -> Found:
         words = ["--preset", flags.preset, "--model_type", model_type, "--device", "cuda", "--dtype", "bfloat16"]
         words += ["--batch", str(flags.batch), "--repeats", "3", "--update"]
-        one = json.loads(run(["benchmarks/model.py", *words, "--gradient_checkpointing"], seconds / 2).splitlines()[-1])
+        one = json.loads(
+            run(["benchmarks/model_speed.py", *words, "--gradient_checkpointing"], seconds / 2).splitlines()[-1]
+        )
         entries, rows = model_entries(one, flags.preset, model_type), model_rows(one, f"{flags.preset}, {model_type}")
         if model_type == "openvla":  # where memory allows it; the other model's forward is the same
-            kept = json.loads(run(["benchmarks/model.py", *words, "--repeats", "1"], seconds / 2).splitlines()[-1])
+            kept = json.loads(
+                run(["benchmarks/model_speed.py", *words, "--repeats", "1"], seconds / 2).splitlines()[-1]
+            )
             entries.append({"part": "update, activations kept", "ranks": 1, "printed": kept})
             rows += update_rows(kept, f"{flags.preset}, {model_type}, activations kept")
         return entries, rows
@@ -125,17 +129,21 @@ def model(model_type: str) -> Callable[[argparse.Namespace, float], Found]:
 
 
 def model_entries(one: dict, preset: str, model_type: str) -> list[dict]:
-    """What benchmarks/model.py printed, as benchmarks/plan.py reads it."""
+    """What benchmarks/model_speed.py printed, as benchmarks/cost_model.py reads it."""
     chunk_size, batch = 8 if model_type == "openvla_oft" else 1, one["batch"]
     same = {"ranks": 1, "model_path": preset, "model_type": model_type, "chunk_size": chunk_size, "printed": one}
     acting = [[batch, batch * chunk_size / one["act_actions_per_s"]]]
     return [
         {**same, "part": "act", "points": acting},
         {
-            **same, "part": "update", "micro_batch_size": batch, "seconds": batch / one["update_samples_per_s"],
-            "step_seconds": 0.0, "gradient_checkpointing": True,
+            **same,
+            "part": "update",
+            "micro_batch_size": batch,
+            "seconds": batch / one["update_samples_per_s"],
+            "step_seconds": 0.0,
+            "gradient_checkpointing": True,
         },
-    ]  # fmt: skip
+    ]
 
 
 def model_rows(one: dict, setting: str) -> list[Row]:
@@ -253,11 +261,24 @@ def part_zero3(flags: argparse.Namespace) -> dict:
 def planned_gib(flags: argparse.Namespace) -> dict[str, float]:
     """doctor.py's peaks for the same run of openvla-7b, without what torch does not allocate."""
     recipe = Recipe(
-        model_path="openvla-7b", model_type="openvla", chunk_size=1, lora_rank=32, lora_scope="all", dtype="bfloat16",
-        critic=True, max_prompt_length=30, gradient_checkpointing=True, micro_batch_size=flags.batch,
-        num_envs=flags.batch, num_eval_envs=1, num_steps=1, num_env_workers=0, offload=flags.offload, zero_stage=3,
+        model_path="openvla-7b",
+        model_type="openvla",
+        chunk_size=1,
+        lora_rank=32,
+        lora_scope="all",
+        dtype="bfloat16",
+        critic=True,
+        max_prompt_length=30,
+        gradient_checkpointing=True,
+        micro_batch_size=flags.batch,
+        num_envs=flags.batch,
+        num_eval_envs=1,
+        num_steps=1,
+        num_env_workers=0,
+        offload=flags.offload,
+        zero_stage=3,
         cpu_adam=False,
-    )  # fmt: skip
+    )
     plan = make_plan(recipe, 1)
     system = sum(size for name, size in plan.rollout.items() if name.endswith("(assumed)"))
     return {f"{stage}_planned_gib": (plan.peak(stage) - system) / GIB for stage in ("rollout", "update")}
@@ -267,8 +288,8 @@ def part_render(flags: argparse.Namespace) -> dict:
     """One env, expert actions; some of its pictures go to a file."""
     import sapien
 
-    from benchmarks.env import expert_actions
-    from benchmarks.parts import Stopwatch, instrumented
+    from benchmarks.components import Stopwatch, instrumented
+    from benchmarks.env_speed import expert_actions
     from envs import num_start_states, variants
     from envs.put_on_plate import build
 
@@ -292,12 +313,23 @@ def part_render(flags: argparse.Namespace) -> dict:
     steps = watch.calls["advance"]
     physics = watch.per("physics", steps)
     return {
-        "part": "env", "ranks": 1, "env_id": MAIN, "image_size": [640, 480], "sim_freq": 500, "asset_pack": "builtin",
-        "max_episode_steps": 80, "render": flags.render_backend, "device": device, "physics_s": physics,
-        "task_s": watch.per("advance", steps) - physics, "picture_s": watch.per("picture", watch.calls["picture"]),
-        "reset_s": 0.0, "resets_per_step": 0.0, "steps": steps,
+        "part": "env",
+        "ranks": 1,
+        "env_id": MAIN,
+        "image_size": [640, 480],
+        "sim_freq": 500,
+        "asset_pack": "builtin",
+        "max_episode_steps": 80,
+        "render": flags.render_backend,
+        "device": device,
+        "physics_s": physics,
+        "task_s": watch.per("advance", steps) - physics,
+        "picture_s": watch.per("picture", watch.calls["picture"]),
+        "reset_s": 0.0,
+        "resets_per_step": 0.0,
+        "steps": steps,
         "has_lavapipe": "llvmpipe" in sapien.render.get_device_summary(),
-    }  # fmt: skip
+    }
 
 
 def part_batch(flags: argparse.Namespace) -> dict:
@@ -348,9 +380,13 @@ def main(flags: argparse.Namespace) -> int:
             not_done[part] = f"{type(failure).__name__}: {failure}".replace("|", "/").replace("\n", " ")[:300]
         lines = [*bench.header(description, host), "", *bench.table(rows, not_done)]
         content = {
-            "kind": "gpu_check", "description": description, "machine": host | {"card": name}, "measured": measured,
-            "not_done": not_done, "rows": [row._asdict() for row in rows],
-        }  # fmt: skip
+            "kind": "gpu_check",
+            "description": description,
+            "machine": host | {"card": name},
+            "measured": measured,
+            "not_done": not_done,
+            "rows": [row._asdict() for row in rows],
+        }
         # after every part: a run that is cut off keeps what it has
         bench.write_results(files, content, lines)
     print("\n".join(lines))

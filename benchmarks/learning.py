@@ -18,16 +18,15 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
-from matplotlib import pyplot as plt
-
 import yaml
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from vla.evaluation.settings import FAMILY  # noqa: E402
+from vla.evaluation.statistics import COLUMNS, by_temperature  # noqa: E402
 from vla.logger import read_lines, without_places  # noqa: E402
-from vla.results import COLUMNS, by_temperature  # noqa: E402
-from vla.settings import FAMILY  # noqa: E402
 from vla.text import drawn  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -37,8 +36,14 @@ NUM_EPISODES = 256
 DESCRIPTION = "run_from_iteration_000000"
 # of a run's flags, those that evaluate.py needs for a policy that is no run folder
 EVAL_FLAGS = (
-    "model_type", "unnorm_key", "dtype", "max_prompt_length", "asset_pack", "sim_freq", "max_episode_steps",
-)  # fmt: skip
+    "model_type",
+    "unnorm_key",
+    "dtype",
+    "max_prompt_length",
+    "asset_pack",
+    "sim_freq",
+    "max_episode_steps",
+)
 BEGIN, END = "<!-- drawn by benchmarks/learning.py -->", "<!-- end of what is drawn -->"
 
 

@@ -1,4 +1,4 @@
-"""A step done the way RL4VLA's env does it, for benchmarks/env.py to compare with.
+"""A step done the way RL4VLA's env does it, for benchmarks/env_speed.py to compare with.
 
 It stands for what the published env (arXiv 2505.19789) computes per step, not for its lines, which are not ours to
 carry. Alike: every object of the set is in the scene (25 and one receptacle in Main-v3), the ones not chosen parked
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from mani_skill.utils import common
 
-from envs.batched import BatchedPutOnPlate
+from envs.gpu.simulation import BatchedPutOnPlate
 from envs.put_on_plate import CAMERA, GRASP_MIN_FORCE, ON_MIN_FORCE, WidowX250S
 
 

@@ -25,12 +25,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vla.checkpoint import complete_checkpoints, damage  # noqa: E402
+from vla.training.checkpoint import complete_checkpoints, damage  # noqa: E402
 
 SMALL = {
-    "num_envs": 4, "num_steps": 16, "max_episode_steps": 8, "num_minibatches": 2, "micro_batch_size": 8,
-    "num_eval_episodes": 2, "num_eval_envs": 2, "eval_freq": 0,
-}  # fmt: skip
+    "num_envs": 4,
+    "num_steps": 16,
+    "max_episode_steps": 8,
+    "num_minibatches": 2,
+    "micro_batch_size": 8,
+    "num_eval_episodes": 2,
+    "num_eval_envs": 2,
+    "eval_freq": 0,
+}
 MARK = "SOLOVLA_SOAK"  # in the environment of everything that is started here
 END_SECONDS = 90.0  # for the ranks of a killed launcher to notice, save and end
 
@@ -43,7 +49,7 @@ def free_port() -> str:
 def start(ranks: int, mark: str, log: Path, **flags: object) -> subprocess.Popen:
     """`deepspeed --num_gpus RANKS train_ppo.py ...` on CPUs; what it prints goes to `log`."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
-    command += ["train_ppo.py"] + ([] if "resume" in flags else ["--config", "tests/ppo_random_openvla.yaml"])
+    command += ["train_ppo.py"] + ([] if "resume" in flags else ["--config", "tests/helpers/ppo_random_openvla.yaml"])
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: mark}
     with log.open("a") as file:

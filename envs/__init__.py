@@ -75,8 +75,8 @@ def make_envs(
         worker_timeout: seconds after which a worker that gives no answer is replaced, like one that died. Envs in this
             process: all stacks go to stderr and the process ends with exit code 1.
         sim_backend: "physx_cpu": one scene per env, bit for bit repeatable; "physx_cuda": all envs in one batch on the
-            GPU, physics and pictures, repeatable only in its start states (`envs/batched.py`), for the family alone;
-            "auto": the second where there is a CUDA device and nothing speaks against it.
+            GPU, physics and images, for the family only. Only its start states are repeatable
+            (`envs/gpu/simulation.py`). "auto": the second where there is a CUDA device and nothing speaks against it.
         render_backend: who draws what physx_cpu simulates: "cpu" (Mesa's lavapipe; where there is none, SAPIEN takes
             the first GPU), "cuda" (this process's GPU), or "auto": the GPU where SAPIEN can draw on it.
         auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
@@ -93,9 +93,24 @@ def make_envs(
     simulator = group.resolve_backend(sim_backend, env_id, pipeline_stages)
     drawn_by = group.resolve_render_backend(render_backend, simulator)
     spec = group.EnvSpec(
-        env_id, num_envs, obj_set, asset_pack, asset_dir, tuple(image_size), sim_freq, max_episode_steps, auto_reset,
-        ignore_terminations, protocol, seed, first_env, instruction, simulator, drawn_by, privileged,
-    )  # fmt: skip
+        env_id,
+        num_envs,
+        obj_set,
+        asset_pack,
+        asset_dir,
+        tuple(image_size),
+        sim_freq,
+        max_episode_steps,
+        auto_reset,
+        ignore_terminations,
+        protocol,
+        seed,
+        first_env,
+        instruction,
+        simulator,
+        drawn_by,
+        privileged,
+    )
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
 
 
@@ -116,6 +131,6 @@ def check_envs(env_id: str, num_envs: int, **settings) -> None:
     spec.check(workers, stages, settings["worker_timeout"])
     group.check_module(env_id)
     if settings["asset_pack"] == "bridge":
-        from envs.bridge_assets import BridgeAssets  # imports sapien
+        from envs.assets.bridge import BridgeAssets  # imports sapien
 
         BridgeAssets(settings["asset_dir"])

@@ -93,9 +93,13 @@ class Attempt:
     def __init__(self, number: int, recipe: Recipe, total: int):
         episode_id = variants.train_episode_id(total, recipe.seed, 0, number)
         self.expert = Expert(
-            recipe.max_translation, recipe.max_rotation, close_steps=1, patience=1, slack=2.5 * recipe.action_noise,
+            recipe.max_translation,
+            recipe.max_rotation,
+            close_steps=1,
+            patience=1,
+            slack=2.5 * recipe.action_noise,
             measured=recipe.measured_pose,
-        )  # fmt: skip
+        )
         self.noise, self.noise_std = np.random.default_rng((recipe.seed, number)), recipe.action_noise
         self.demo = Demonstration(number, episode_id, "")
 
@@ -309,9 +313,13 @@ def action_statistics(labels: list[np.ndarray]) -> dict:
     """Labels of all episodes, [T, 7] each -> an entry of a published dataset_statistics.json."""
     actions = np.concatenate(labels).astype(np.float64)
     columns = {
-        "mean": actions.mean(0), "std": actions.std(0), "max": actions.max(0), "min": actions.min(0),
-        "q01": np.quantile(actions, 0.01, axis=0), "q99": np.quantile(actions, 0.99, axis=0),
-    }  # fmt: skip
+        "mean": actions.mean(0),
+        "std": actions.std(0),
+        "max": actions.max(0),
+        "min": actions.min(0),
+        "q01": np.quantile(actions, 0.01, axis=0),
+        "q99": np.quantile(actions, 0.99, axis=0),
+    }
     action = {name: column.tolist() for name, column in columns.items()} | {"mask": MASK}
     return {"action": action, "num_transitions": len(actions), "num_trajectories": len(labels)}
 
@@ -518,7 +526,7 @@ class Demos:
         """Raises UserError where one of these settings is not the one that the set was made with."""
         given = dict(
             env_id=env_id, asset_pack=asset_pack, protocol=protocol, image_size=list(image_size), sim_freq=sim_freq
-        )  # fmt: skip
+        )
         for key, value in given.items():
             made = self.recipe[key]
             if made != value:

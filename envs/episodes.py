@@ -86,7 +86,7 @@ def every_instruction(env_id: str, obj_set: str, instruction: str | None) -> set
     """All that the policy can be told in an env: the family's own sentences, or the one that is given."""
     if not in_family(env_id):
         return {instruction} - {None}
-    from envs.assets import OBJECTS, RECEPTACLES  # imports sapien
+    from envs.assets.catalog import OBJECTS, RECEPTACLES  # imports sapien
 
     found, told = variants.lookup(env_id, obj_set), range(0, 1)
     if found.extra is not None and found.extra.kind == "wording":
@@ -101,7 +101,7 @@ def every_instruction(env_id: str, obj_set: str, instruction: str | None) -> set
 
 def instructions(env_id: str, obj_set: str, episode_ids: list[int]) -> list[str]:
     """What the policy is told in these episodes of the family, found without simulating; the same in both packs."""
-    from envs.assets import OBJECTS, RECEPTACLES  # imports sapien
+    from envs.assets.catalog import OBJECTS, RECEPTACLES  # imports sapien
 
     starts = [variants.decode(env_id, obj_set, episode_id) for episode_id in episode_ids]
     return [

@@ -18,9 +18,17 @@ ACTION_DIM = 7
 CONTROL_FREQ = 5  # Hz, of the PutOnPlateInScene25 family; other envs have their own
 # settings under which replayed actions lead to the same state
 REPLAY_KEYS = (
-    "env_id", "obj_set", "asset_pack", "sim_freq", "max_episode_steps", "ignore_terminations", "protocol", "seed",
-    "instruction", "sim_backend",
-)  # fmt: skip
+    "env_id",
+    "obj_set",
+    "asset_pack",
+    "sim_freq",
+    "max_episode_steps",
+    "ignore_terminations",
+    "protocol",
+    "seed",
+    "instruction",
+    "sim_backend",
+)
 SIM_BACKENDS = ("physx_cpu", "physx_cuda", "auto")
 RENDER_BACKENDS = ("cpu", "cuda", "auto")
 EPISODE_METRICS = ("success_once", "success_at_end", "return", "episode_len", "reward")

@@ -41,7 +41,8 @@ from mani_skill.utils.registration import REGISTERED_ENVS, register_env
 from mani_skill.utils.structs.pose import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
-from envs import assets, shaders, variants
+from envs import assets, variants
+from envs.assets import shaders
 from envs.kinematics import added_pose
 from envs.registration import CAMERA, CONTROL_MODE, MAX_EPISODE_STEPS
 
@@ -512,9 +513,19 @@ class PutOnPlateInScene(PutOnPlateScene):
         tool, obj, receptacle = self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose
         flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, GRASP_STREAK))
         parts = (
-            tool.p, tool.q, obj.p, obj.q, receptacle.p, receptacle.q, self._robot.qpos, self._object_half,
-            self._receptacle_half, obj.p - tool.p, receptacle.p - obj.p, flags,
-        )  # fmt: skip
+            tool.p,
+            tool.q,
+            obj.p,
+            obj.q,
+            receptacle.p,
+            receptacle.q,
+            self._robot.qpos,
+            self._object_half,
+            self._receptacle_half,
+            obj.p - tool.p,
+            receptacle.p - obj.p,
+            flags,
+        )
         return np.concatenate(parts, dtype=np.float32, casting="unsafe")
 
     def describe(self) -> dict:

@@ -148,40 +148,63 @@ TEXTURES = _extra_sets("texture", 16)
 NAME = "PutOnPlateInScene25"
 
 # one row per env id: what each object set ranges over, and what is done to the picture
-# fmt: off
-VARIANTS: dict[str, Variant] = {variant.env_id: variant for variant in (
-    Variant(f"{NAME}Main-v3", _sets(MAIN, dict(objects=UNSEEN_OBJECTS, tables=UNSEEN_TABLES),
-        dict(objects=EVERY_OBJECT, tables=EVERY_TABLE))),
-    Variant(f"{NAME}Single-v1", _sets(replace(MAIN, objects=FIRST, tables=FIRST), {})),
-    Variant(f"{NAME}MainCarrot-v3", _sets(replace(MAIN, tables=FIRST), dict(objects=UNSEEN_OBJECTS),
-        dict(objects=EVERY_OBJECT))),
-    Variant(f"{NAME}MainImage-v3", _sets(replace(MAIN, objects=FIRST), dict(tables=UNSEEN_TABLES),
-        dict(tables=EVERY_TABLE))),
-    # vision
-    Variant(f"{NAME}VisionImage-v1", _sets(MAIN, dict(tables=UNSEEN_TABLES), dict(tables=EVERY_TABLE))),
-    Variant(f"{NAME}VisionTexture03-v1", TEXTURES, "foreground", 0.3),
-    Variant(f"{NAME}VisionTexture05-v1", TEXTURES, "foreground", 0.5),
-    Variant(f"{NAME}VisionWhole03-v1", TEXTURES, "whole", 0.3),
-    Variant(f"{NAME}VisionWhole05-v1", TEXTURES, "whole", 0.5),
-    # semantics
-    Variant(f"{NAME}Carrot-v1", _sets(MAIN, dict(objects=UNSEEN_OBJECTS), dict(objects=EVERY_OBJECT))),
-    Variant(f"{NAME}Plate-v1", _sets(MAIN, dict(receptacles=range(1, 17)), dict(receptacles=range(0, 17)))),
-    Variant(f"{NAME}Instruct-v1", _extra_sets("wording", 16)),
-    Variant(f"{NAME}MultiCarrot-v1", _sets(
-        Episodes(grids=(GRID_OBJECTS,), extra=Extra("object", 15, 0, 16)),
-        dict(objects=UNSEEN_OBJECTS, extra=Extra("object", 8, 16, 9, skip=16)),
-        dict(objects=EVERY_OBJECT, extra=Extra("object", 24, 0, 25)))),
-    Variant(f"{NAME}MultiPlate-v1", _sets(  # all 21 tables in every set, as published
-        Episodes(grids=(GRID_RECEPTACLES,), tables=EVERY_TABLE, extra=Extra("receptacle", 16, 0, 17)),
-        dict(receptacles=range(1, 17), extra=Extra("receptacle", 15, 1, 16)),
-        dict(receptacles=range(0, 17), extra=Extra("receptacle", 16, 0, 17)))),
-    # execution
-    Variant(f"{NAME}Position-v1", _sets(replace(MAIN, grids=(GRID_HIGH,)), dict(grids=(GRID_RING,), yaws_deg=RING_YAWS),
-        dict(grids=(GRID_HIGH, GRID_RING), yaws_deg=MAIN.yaws_deg + RING_YAWS))),
-    Variant(f"{NAME}EEPose-v1", _extra_sets("arm", 14_375)),
-    Variant(f"{NAME}PositionChangeTo-v1", _sets(Episodes(grids=(GRID_OBJECTS,)), dict(moves=True))),
-)}
-# fmt: on
+VARIANTS: dict[str, Variant] = {
+    variant.env_id: variant
+    for variant in (
+        Variant(
+            f"{NAME}Main-v3",
+            _sets(
+                MAIN, dict(objects=UNSEEN_OBJECTS, tables=UNSEEN_TABLES), dict(objects=EVERY_OBJECT, tables=EVERY_TABLE)
+            ),
+        ),
+        Variant(f"{NAME}Single-v1", _sets(replace(MAIN, objects=FIRST, tables=FIRST), {})),
+        Variant(
+            f"{NAME}MainCarrot-v3",
+            _sets(replace(MAIN, tables=FIRST), dict(objects=UNSEEN_OBJECTS), dict(objects=EVERY_OBJECT)),
+        ),
+        Variant(
+            f"{NAME}MainImage-v3",
+            _sets(replace(MAIN, objects=FIRST), dict(tables=UNSEEN_TABLES), dict(tables=EVERY_TABLE)),
+        ),
+        # vision
+        Variant(f"{NAME}VisionImage-v1", _sets(MAIN, dict(tables=UNSEEN_TABLES), dict(tables=EVERY_TABLE))),
+        Variant(f"{NAME}VisionTexture03-v1", TEXTURES, "foreground", 0.3),
+        Variant(f"{NAME}VisionTexture05-v1", TEXTURES, "foreground", 0.5),
+        Variant(f"{NAME}VisionWhole03-v1", TEXTURES, "whole", 0.3),
+        Variant(f"{NAME}VisionWhole05-v1", TEXTURES, "whole", 0.5),
+        # semantics
+        Variant(f"{NAME}Carrot-v1", _sets(MAIN, dict(objects=UNSEEN_OBJECTS), dict(objects=EVERY_OBJECT))),
+        Variant(f"{NAME}Plate-v1", _sets(MAIN, dict(receptacles=range(1, 17)), dict(receptacles=range(0, 17)))),
+        Variant(f"{NAME}Instruct-v1", _extra_sets("wording", 16)),
+        Variant(
+            f"{NAME}MultiCarrot-v1",
+            _sets(
+                Episodes(grids=(GRID_OBJECTS,), extra=Extra("object", 15, 0, 16)),
+                dict(objects=UNSEEN_OBJECTS, extra=Extra("object", 8, 16, 9, skip=16)),
+                dict(objects=EVERY_OBJECT, extra=Extra("object", 24, 0, 25)),
+            ),
+        ),
+        Variant(
+            f"{NAME}MultiPlate-v1",
+            _sets(  # all 21 tables in every set, as published
+                Episodes(grids=(GRID_RECEPTACLES,), tables=EVERY_TABLE, extra=Extra("receptacle", 16, 0, 17)),
+                dict(receptacles=range(1, 17), extra=Extra("receptacle", 15, 1, 16)),
+                dict(receptacles=range(0, 17), extra=Extra("receptacle", 16, 0, 17)),
+            ),
+        ),
+        # execution
+        Variant(
+            f"{NAME}Position-v1",
+            _sets(
+                replace(MAIN, grids=(GRID_HIGH,)),
+                dict(grids=(GRID_RING,), yaws_deg=RING_YAWS),
+                dict(grids=(GRID_HIGH, GRID_RING), yaws_deg=MAIN.yaws_deg + RING_YAWS),
+            ),
+        ),
+        Variant(f"{NAME}EEPose-v1", _extra_sets("arm", 14_375)),
+        Variant(f"{NAME}PositionChangeTo-v1", _sets(Episodes(grids=(GRID_OBJECTS,)), dict(moves=True))),
+    )
+}
 
 
 @dataclass(frozen=True)

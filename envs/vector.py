@@ -24,7 +24,8 @@ import torch
 
 from envs import episodes
 from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
-from envs.workers import LocalGroup, WorkerGroup
+from envs.local import LocalGroup
+from envs.workers import WorkerGroup
 from schemas import UserError
 
 # what one action may ask for, per dimension: the family's controller takes these as its bounds, and nothing sensible is
@@ -264,7 +265,8 @@ class VectorEnv:
     def load_state_dict(self, state: list[dict]) -> dict | None:
         """Continue where `state` was taken. Returns the observation of that moment, None if before a reset.
 
-        With sim_backend "physx_cuda" episodes under way are replayed on the GPU: not bit for bit (`envs/batched.py`).
+        With sim_backend "physx_cuda" episodes under way are replayed on the GPU, not bit for bit
+        (`envs/gpu/simulation.py`).
         """
         self._check_usable("load_state_dict", needs_reset=False)
         if len(state) != self.num_envs:

@@ -1,12 +1,11 @@
-"""A group of envs in this process or in a worker process, with one interface: start(method, ...), then finish().
+"""A group of envs in a worker process, with the interface of `envs/local.py`: start(method, ...), then finish().
 
 A worker is a fresh interpreter that never sees the parent's `__main__` (which imports DeepSpeed), talks over a socket
 pair and writes images into an unlinked memory file: it ends when the parent ends, however that happens, and nothing
 stays in /dev/shm. It runs `EnvGroup`, the same code that runs in this process with num_env_workers=0.
 
 A worker that dies, raises or hangs is replaced. Its episodes are given up (the next step reports them as dropped);
-three losses without a successful step between them end the run with what the last one said. A simulator that hangs in
-this process can not be replaced: the process writes all stacks to stderr and ends with exit code 1.
+three losses without a successful step between them end the run with what the last one said.
 """
 
 from __future__ import annotations
@@ -22,69 +21,18 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from envs.group import EnvGroup, EnvSpec, Position, empty_result
+from envs.processes import MAX_LOSSES, START_SECONDS, image_arrays, worker_environment
 
-MAX_LOSSES = 3  # of one worker, without a successful step between
-START_SECONDS = 300.0  # to import the simulator, build the envs and compile shaders, at least
 STACK_SECONDS = 2.0  # to write where it hangs
 STACK_BYTES = 1 << 16
 WORKER_CODE = "import sys; from envs.workers import worker_main; worker_main(*map(int, sys.argv[1:]))"
-
-
-def _image_arrays(buffer, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Two uint8 [count, H, W, 3] views of one buffer: observations and final observations."""
-    both = np.frombuffer(buffer, np.uint8).reshape(2, count, *spec.image_shape)
-    return both[0], both[1]
-
-
-@contextlib.contextmanager
-def watched(seconds: float) -> Iterator[None]:
-    """All stacks and exit code 1 if the block takes longer. faulthandler's timer needs no lock of the interpreter, so a
-    simulator that holds it is found too."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-class LocalGroup:
-    """A group in this process, with a worker's interface. What it raises goes straight to the caller."""
-
-    num_restarts = 0
-
-    def __init__(self, spec: EnvSpec, offset: int, count: int, timeout: float, num_settlers: int = 1):
-        """timeout: seconds a call may take. num_settlers: processes that settle start states, for a batch on the GPU
-        alone."""
-        self._timeout = timeout
-        self.images, self.final_images = _image_arrays(
-            bytearray(2 * count * int(np.prod(spec.image_shape))), count, spec
-        )
-        with watched(max(timeout, START_SECONDS)):
-            if spec.sim_backend == "physx_cuda":
-                from envs.batched_group import open_batch
-
-                self._group = open_batch(spec, offset, self.images, self.final_images, num_settlers)
-            else:
-                self._group = EnvGroup(spec, offset, self.images, self.final_images)
-
-    def start(self, method: str, *args) -> None:
-        with watched(self._timeout):
-            self._result = getattr(self._group, method)(*args)
-
-    def finish(self):
-        return self._result
-
-    def close(self) -> None:
-        self._group.close()
 
 
 class WorkerLost(Exception):
@@ -111,7 +59,7 @@ class WorkerGroup:
         self._stacks_fd = os.memfd_create("solovla_stacks")
         try:
             os.ftruncate(self._memory_fd, size)
-            self.images, self.final_images = _image_arrays(mmap.mmap(self._memory_fd, size), count, spec)
+            self.images, self.final_images = image_arrays(mmap.mmap(self._memory_fd, size), count, spec)
             self._spawn()
         except BaseException:
             self.close()
@@ -279,13 +227,6 @@ class WorkerGroup:
             os.close(fd)
 
 
-def worker_environment() -> dict[str, str]:
-    """This environment, with the repository importable, one thread per library and no GPU memory taken by torch."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
-
-
 def _plain(error: Exception) -> Exception | None:
     """The same sentence in an exception that every process can unpickle; None for what is no clear sentence."""
     for kind in (ValueError, RuntimeError, OSError):
@@ -308,7 +249,7 @@ def worker_main(connection_fd: int, memory_fd: int, stacks_fd: int) -> None:
         spec = EnvSpec(**fields)
         memory = mmap.mmap(memory_fd, 2 * count * int(np.prod(spec.image_shape)))
         os.close(memory_fd)
-        group = EnvGroup(spec, offset, *_image_arrays(memory, count, spec))
+        group = EnvGroup(spec, offset, *image_arrays(memory, count, spec))
         connection.send(("ok", None, None))
         while True:
             method, args = connection.recv()

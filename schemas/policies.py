@@ -197,10 +197,23 @@ Layers = Annotated[Any, AfterValidator(one_or_more(int, "a whole number"))]
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 # what says nothing of the function: names, records, settings of a start or of a dropout that is over
 WITHOUT_EFFECT = {
-    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
-    "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "base_model_name_or_path", "peft_type",
-}  # fmt: skip
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "base_model_name_or_path",
+    "peft_type",
+}
 
 
 class AdapterConfig(Schema):

@@ -2,7 +2,7 @@
 #
 # srun starts the ranks itself, so that every one of them gets the cluster's signals: --signal=USR1@300 five minutes
 # before the time limit, SIGTERM when the job is preempted. (The `deepspeed` launcher would die of them and pass none
-# on.) Ranks that were asked to end save and exit with 75; see vla/preemption.py for what a resumed run repeats.
+# on.) Ranks that were asked to end save and exit with 75; see vla/training/preemption.py for what a resumed run repeats.
 #
 #   PYTHON             the interpreter, .venv/bin/python by default
 #   DEEPSPEED_TIMEOUT  minutes after which a collective that a rank does not join ends the run, 30 by default:

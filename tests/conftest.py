@@ -22,7 +22,7 @@ def micro_preset() -> str:
 
     36 patches of 16 pixels, a language model of width 128: of its own, whatever the presets that learn look like.
     """
-    from vla.pretrained import TINY_OPENVLA, TINY_PRESETS
+    from vla.models.tiny import TINY_OPENVLA, TINY_PRESETS
 
     TINY_PRESETS["openvla-micro"] = {
         **TINY_OPENVLA,
@@ -55,14 +55,14 @@ def split_flags(flags: dict) -> dict[str, dict]:
 
 def ppo_loss_of(new_logprobs, entropy, new_values, mb, total_weight, **flags):
     from train_ppo import ppo_loss
-    from vla.policy import Evaluation
+    from vla.models.policy import Evaluation
 
     return ppo_loss(Evaluation(new_logprobs, entropy, new_values), mb, total_weight, **split_flags(flags), **flags)
 
 
 def grpo_loss_of(new_logprobs, entropy, mb, total_weight, **flags):
     from train_grpo import grpo_loss
-    from vla.policy import Evaluation
+    from vla.models.policy import Evaluation
 
     return grpo_loss(Evaluation(new_logprobs, entropy, None), mb, total_weight, **split_flags(flags))
 
@@ -103,7 +103,7 @@ def same(left, right) -> bool:
 
 def as_saved(state):
     """What a checkpoint gives back of env states."""
-    from vla.safe_files import load_tree, save_tree
+    from vla.files.trees import load_tree, save_tree
 
     with tempfile.TemporaryDirectory() as folder:
         save_tree(state, Path(folder) / "state.safetensors")

@@ -22,8 +22,9 @@ import tyro
 
 import schemas
 from schemas import UserError
-from vla.flag_files import INPUTS, OUTPUTS, ROOT, Layer, checked_values, resolved, saved_layer, yaml_layer
-from vla.rollout_buffer import minibatch_block
+from vla import ROOT
+from vla.start.flag_files import INPUTS, OUTPUTS, Layer, checked_values, resolved, saved_layer, yaml_layer
+from vla.training.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")
 

@@ -28,12 +28,13 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from schemas import UserError
-from vla.extensions import command_of, keep_ops, parent_of
-from vla.launch import launched
+from vla.start.extensions import command_of, keep_ops, parent_of
+from vla.start.launch import launched
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
+Engine = deepspeed.DeepSpeedEngine  # the name that the other modules use
 REQUEUE = 75  # exit code: asked to end, everything is saved, start it again with --resume (EX_TEMPFAIL of sysexits.h)
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0

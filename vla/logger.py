@@ -32,13 +32,11 @@ from tqdm import tqdm
 
 from schemas import UserError, check, parse_json, read_json, require_file
 from schemas.runs import Line, Tracking
+from vla import ROOT
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
 from vla.text import without_keys, without_machine
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
-
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def without_places(description: dict) -> dict:

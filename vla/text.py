@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from vla import ROOT
+
 MAX_DRAWN = 80  # characters of a name in a plot
 # passwords in addresses, and the forms that keys of known services have (wandb's is 40 hexadecimal digits)
 KEY = re.compile(

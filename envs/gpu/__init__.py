@@ -1,0 +1,1 @@
+"""All envs of a rank in one batch on the GPU."""

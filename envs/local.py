@@ -1,0 +1,40 @@
+"""A group of envs in this process, with a worker's interface: start(method, ...), then finish().
+
+A simulator that hangs here cannot be replaced. The process writes all stacks to stderr and ends with exit code 1.
+"""
+
+import numpy as np
+
+from envs.group import EnvGroup, EnvSpec
+from envs.processes import START_SECONDS, image_arrays, watched
+
+
+class LocalGroup:
+    """A group in this process, with a worker's interface. What it raises goes straight to the caller."""
+
+    num_restarts = 0
+
+    def __init__(self, spec: EnvSpec, offset: int, count: int, timeout: float, num_settlers: int = 1):
+        """timeout: seconds a call may take. num_settlers: processes that settle start states, for a batch on the GPU
+        alone."""
+        self._timeout = timeout
+        self.images, self.final_images = image_arrays(
+            bytearray(2 * count * int(np.prod(spec.image_shape))), count, spec
+        )
+        with watched(max(timeout, START_SECONDS)):
+            if spec.sim_backend == "physx_cuda":
+                from envs.gpu.group import open_batch
+
+                self._group = open_batch(spec, offset, self.images, self.final_images, num_settlers)
+            else:
+                self._group = EnvGroup(spec, offset, self.images, self.final_images)
+
+    def start(self, method: str, *args) -> None:
+        with watched(self._timeout):
+            self._result = getattr(self._group, method)(*args)
+
+    def finish(self):
+        return self._result
+
+    def close(self) -> None:
+        self._group.close()

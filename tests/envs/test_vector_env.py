@@ -1,0 +1,707 @@
+"""The vector env's machinery: half-batches, workers that fail, other ManiSkill envs behind the same contract."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_saved, busy_actions, same
+
+import envs as world
+from envs import variants, workers
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = "PutOnPlateInScene25Main-v3"
+SMALL = dict(image_size=(48, 48), sim_freq=100)
+CUBE = "PickCube-v1"
+TINY = dict(image_size=(24, 16), instruction="pick up the cube")
+
+
+def make(num_envs: int, **kwargs):
+    return world.make_envs(MAIN, num_envs, **(SMALL | kwargs))
+
+
+def rows(result, part: slice):
+    """What a step of all envs says about the envs in `part`."""
+    obs, rewards, terminations, truncations, infos = result
+    kept = [m for m, i in enumerate(infos["ended"].tolist()) if part.start <= i < part.stop]
+    final = infos["final_observation"]
+    return (
+        {key: value[part] for key, value in obs.items()},
+        rewards[part],
+        terminations[part],
+        truncations[part],
+        {
+            "valid": infos["valid"][part],
+            "dropped": infos["dropped"][part],
+            "ended": infos["ended"][kept] - part.start,
+            "final_observation": {
+                "image": final["image"][kept],
+                "task_description": [final["task_description"][m] for m in kept],
+            },
+            "episode": {key: value[kept] for key, value in infos["episode"].items()},
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition, seconds: float = 15) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_workers_end_when_the_parent_is_killed():
+    code = (
+        "import envs, time\n"
+        f"v = envs.make_envs({MAIN!r}, 1, image_size=(16, 16), sim_freq=100, num_env_workers=1)\n"
+        "print(v._groups[0]._process.pid, flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        assert alive(worker)
+        parent.kill()
+    assert wait_for(lambda: not alive(worker))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reset of some
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_env_workers", [0, 2])
+def test_some_envs_are_reset_while_the_others_go_on(num_env_workers):
+    actions = busy_actions(3, 8, seed=8)
+    with make(3, num_env_workers=num_env_workers, seed=1, image_size=(16, 16)) as envs:
+        with pytest.raises(RuntimeError, match="before reset"):
+            envs.reset(env_indices=[1])
+        first = envs.reset([20, 21, 20])
+        assert torch.equal(first["image"][0], first["image"][2])  # a group of two
+        plain = [envs.step(actions[:, t : t + 4]) for t in (0, 4)]
+        envs.reset([20, 21, 20])
+        envs.step(actions[:, :4])
+        obs = envs.reset([21], env_indices=[2])
+        assert torch.equal(obs["image"][2], first["image"][1]) and torch.equal(
+            obs["image"][:2], plain[0][0]["image"][:2]
+        )
+        shifted = actions[:, 4:].copy()
+        shifted[2] = actions[1, :4]
+        result = envs.step(shifted)
+        assert same(rows(result, slice(0, 2)), rows(plain[1], slice(0, 2)))
+        assert torch.equal(result[0]["image"][2], plain[0][0]["image"][1])  # as env 1 went from the same start
+        envs.reset(env_indices=[2, 0])
+        described = envs.describe()
+        wanted = [variants.train_episode_id(envs.num_start_states, 1, i, 0) for i in (0, 2)]
+        assert [described[0]["episode_id"], described[2]["episode_id"]] == wanted
+        assert [state["elapsed_steps"] for state in described] == [0, 8, 0]
+        for indices, ids, words in (
+            ([0, 0], None, "distinct"),
+            ([3], None, "between 0 and 2"),
+            ([1], [1, 2], "2 episode ids for 1"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                envs.reset(ids, env_indices=indices)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two half-batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_half_batches_equal_whole_ones_and_hide_the_policys_time():
+    actions = busy_actions(5, 12, seed=6)
+    kwargs = dict(auto_reset=True, max_episode_steps=5, seed=3)
+    with make(5, **kwargs) as envs:
+        assert envs.parts == [slice(0, 5)]
+        start, wanted = envs.reset(), [envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)]
+    with make(5, pipeline_stages=2, num_env_workers=2, **kwargs) as envs:
+        assert envs.parts == [slice(0, 2), slice(2, 5)]
+        assert same(envs.reset(), start)
+        first, second = envs.parts
+        envs.step_async(actions[first, :4], part=0)
+        for t in range(0, 12, 4):
+            envs.step_async(actions[second, t : t + 4], part=1)
+            assert same(envs.step_wait(part=0), rows(wanted[t // 4], first))
+            if t < 8:
+                envs.step_async(actions[first, t + 4 : t + 8], part=0)
+            assert same(envs.step_wait(part=1), rows(wanted[t // 4], second))
+
+        # a policy that takes as long for all envs as their simulation does: a third less time in the ideal case
+        chunks, plain, pipelined = 6, [], []
+        chunk = np.zeros((5, 8, 7), np.float32)
+        begin = time.perf_counter()
+        for _ in range(chunks):
+            envs.step(chunk)
+        pause = (time.perf_counter() - begin) / chunks
+        for _ in range(3):
+            begin = time.perf_counter()
+            for _ in range(chunks):
+                time.sleep(pause)
+                envs.step(chunk)
+            plain.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            envs.step_async(chunk[first], part=0)
+            for _ in range(chunks):
+                time.sleep(pause / 2)
+                envs.step_async(chunk[second], part=1)
+                envs.step_wait(part=0)
+                time.sleep(pause / 2)
+                envs.step_async(chunk[first], part=0)
+                envs.step_wait(part=1)
+            envs.step_wait(part=0)
+            pipelined.append(time.perf_counter() - begin)
+        ratio = statistics.median(pipelined) / statistics.median(plain)
+        print(f"a decision of {pause * 1e3:.0f} ms: half-batches take {ratio:.2f} of the time")
+        assert ratio < 0.9
+
+
+def test_half_batches_in_this_process_and_calls_in_the_wrong_order():
+    actions = busy_actions(2, 2)
+    with make(2) as envs:
+        envs.reset([5, 6])
+        wanted = envs.step(actions)
+    with make(2, pipeline_stages=2) as envs:
+        with pytest.raises(RuntimeError, match="reset"):
+            envs.step_async(actions[:1], part=1)
+        envs.reset([5, 6])
+        with pytest.raises(RuntimeError, match="without a step_async"):
+            envs.step_wait(part=1)
+        with pytest.raises(ValueError, match=r"num_envs=1, chunk_size, 7"):
+            envs.step_async(actions, part=1)
+        with pytest.raises(ValueError, match="part 2 does not exist"):
+            envs.step_async(actions[:1], part=2)
+        envs.step_async(actions[1:], part=1)
+        with pytest.raises(RuntimeError, match="twice"):
+            envs.step_async(actions[1:], part=1)
+        calls = (envs.reset, envs.describe, envs.state_dict, lambda: envs.step(actions))
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"part 1 is in its step: call step_wait"):
+                call()
+        assert same(envs.step_wait(part=1), rows(wanted, slice(1, 2)))
+        envs.step_async(actions[:1])
+        assert same(envs.step_wait(), rows(wanted, slice(0, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# workers that die, raise or hang
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_workers_equal_in_process_and_a_killed_one_is_replaced():
+    actions = busy_actions(3, 12, seed=3)
+    chunks = [actions[:, t : t + 4] for t in range(0, 12, 4)] + [actions[:, 4:6]]
+    kwargs = dict(auto_reset=True, max_episode_steps=6, seed=2, privileged=True)
+    with make(3, **kwargs) as envs:
+        total = envs.num_start_states
+        start, undisturbed = envs.reset(), [envs.step(chunk) for chunk in chunks]
+        third = [variants.train_episode_id(total, 2, i, 2) for i in range(3)]
+        begun = envs.reset(third)
+        restarted = envs.step(chunks[3])
+    with make(3, num_env_workers=2, **kwargs) as envs:  # one env and two
+        assert same(envs.reset(), start)
+        assert same([envs.step(chunk) for chunk in chunks[:2]], undisturbed[:2]) and envs.num_restarts == 0
+        assert undisturbed[1][3].all()  # all are in their second episode
+        pids = [group._process.pid for group in envs._groups]
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match=r"(?s)envs 1 to 2 .* killed by SIGKILL.*2 episodes are dropped"):
+            result = envs.step(chunks[2])
+        assert same(rows(result, slice(0, 1)), rows(undisturbed[2], slice(0, 1)))  # the other worker notices nothing
+        now, rewards, terminations, truncations, infos = result
+        assert infos["dropped"].tolist() == [False, True, True] and envs.num_restarts == 1
+        assert not (infos["valid"][1:].any() or rewards[1:].any() or (terminations | truncations)[1:].any())
+        assert infos["ended"].numel() == 0 and rewards.shape == (3, 4)
+        # each is at the start of the next episode of its stream, and goes on as if nothing had happened
+        described = envs.describe()
+        assert [state["episode_id"] for state in described[1:]] == third[1:]
+        assert [state["elapsed_steps"] for state in described] == [4, 0, 0]
+        assert same({key: value[1:] for key, value in now.items()}, {key: value[1:] for key, value in begun.items()})
+        result = envs.step(chunks[3])
+        assert same(rows(result, slice(1, 3)), rows(restarted, slice(1, 3)))
+        assert same(rows(result, slice(0, 1)), rows(undisturbed[3], slice(0, 1))) and result[3][0]  # ended meanwhile
+        assert envs.num_restarts == 1 and not result[4]["dropped"].any()
+        pids = [group._process.pid for group in envs._groups]
+    assert not any(map(alive, pids))
+
+
+@pytest.fixture
+def fault(tmp_path, monkeypatch) -> Path:
+    """The file that makes workers fail (tests/helpers/faulty_worker.py)."""
+    path = tmp_path / "fault"
+    monkeypatch.setenv("SOLOVLA_TEST_FAULT", str(path))
+    worker = Path(__file__).with_name("faulty_worker.py")
+    code = f"import runpy, sys; sys.argv[0] = {str(worker)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    monkeypatch.setattr(workers, "WORKER_CODE", code)
+    return path
+
+
+HANGS_HERE = """
+import ctypes
+from envs.workers import LocalGroup
+
+class Hangs:
+    def step(self):
+        ctypes.PyDLL(None).sleep(60)  # the interpreter's lock is held: no thread of Python's could do anything
+
+group = LocalGroup.__new__(LocalGroup)
+group._group, group._timeout = Hangs(), 1.0
+group.start("step")
+"""
+
+
+def test_a_hang_in_this_process_ends_it_with_its_stack():
+    begin = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", HANGS_HERE], cwd=ROOT, capture_output=True, text=True, timeout=55)
+    assert run.returncode == 1 and time.monotonic() - begin < 50
+    assert "Timeout" in run.stderr and "in step" in run.stderr and "in start" in run.stderr
+
+
+def test_hangs_raises_and_three_losses_in_a_row(fault):
+    still = np.zeros((2, 3, 7), np.float32)
+    with make(2, num_env_workers=1, max_episode_steps=3, worker_timeout=60) as envs:
+        envs.reset([7, 8])
+        start = envs.describe()
+        # given ids: the same episode again; an env that rests has nothing to lose and goes on resting
+        _, _, _, truncations, _ = envs.step(still)
+        assert truncations.all()
+        envs.reset([7, 8])
+        envs.step(still[:, :1])
+        envs._groups[0]._timeout = 1.5
+        fault.write_text("hang")
+        begin = time.monotonic()
+        with pytest.warns(
+            RuntimeWarning,
+            match=r"(?s)envs 0 to 1 \(PutOnPlate\S+-v3, episodes 7, 8, process \d+\) gave no answer for 1.5 s; it hung "
+            r"here:.*in execute_or_fail",
+        ):
+            infos = envs.step(still)[4]
+        assert 1.5 < time.monotonic() - begin < 60
+        fault.unlink()
+        envs._groups[0]._timeout = 60
+        assert infos["dropped"].all() and not infos["valid"].any() and envs.describe() == start
+        # a loss found by describe(): the next step's actions were meant for lost episodes and are not executed
+        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="SIGKILL"):
+            assert envs.describe() == start
+        _, _, _, _, infos = envs.step(still)
+        assert infos["dropped"].all() and envs.describe() == start
+        _, _, _, _, infos = envs.step(still)
+        assert infos["valid"].all() and not infos["dropped"].any()  # a success: losses are counted anew
+        assert envs.num_restarts == 2
+
+        resting = envs.step(still)
+        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="0 episodes are dropped"):
+            after = envs.step(still)
+        assert same(after, resting) and not after[4]["valid"].any()
+
+        envs.reset([7, 8])
+        pid = envs._groups[0]._process.pid
+        fault.write_text("crash")
+        with pytest.warns(RuntimeWarning, match=r"(?s)killed by SIGSEGV.*in execute_or_fail"):
+            assert envs.step(still)[4]["dropped"].all()
+        fault.write_text("raise")
+        with pytest.raises(RuntimeError, match=r"(?s)3 losses in a row.*envs 0 to 1.*Traceback.*ArithmeticError: made"):
+            envs.step(still)
+        assert not alive(pid)
+    with pytest.raises(RuntimeError, match="closed"):
+        envs.step(still)
+
+
+def listening(process: int) -> set[str]:
+    """Sockets of a process that somebody else could connect to: TCP and UDP ones, and those with a path."""
+    held = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir() if link.exists() or link.is_symlink()}
+    found = set()
+    for kind, column in (("tcp", 9), ("tcp6", 9), ("udp", 9), ("udp6", 9)):
+        for line in Path(f"/proc/{process}/net/{kind}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == ("0A" if kind.startswith("tcp") else "07"):  # LISTEN; unconnected
+                found |= {f"{kind} {fields[1]}"} if f"socket:[{fields[column]}]" in held else set()
+    for line in Path(f"/proc/{process}/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if len(fields) > 7 and f"socket:[{fields[6]}]" in held:  # it has a name
+            found.add(f"unix {fields[7]}")
+    return found
+
+
+def test_workers_listen_nowhere_and_ask_nobody(fault):
+    """They talk over a socket pair that nobody else can open, and their standard input is empty."""
+    import socket
+
+    before = listening(os.getpid())  # of tests that this process ran earlier
+    with socket.create_server(("127.0.0.1", 0)) as server:  # this would be found
+        assert listening(os.getpid()) - before == {f"tcp 0100007F:{server.getsockname()[1]:04X}"}
+    with make(2, num_env_workers=2) as envs:
+        envs.reset()
+        assert listening(os.getpid()) <= before
+        assert not any(listening(group._process.pid) for group in envs._groups)
+        assert all(os.readlink(f"/proc/{group._process.pid}/fd/0") == os.devnull for group in envs._groups)
+
+
+def test_a_loss_in_reset_drops_nothing_and_skips_no_episode(fault):
+    with make(1, num_env_workers=1, auto_reset=True, seed=5) as envs:
+        envs.reset()
+        envs.step(np.zeros((1, 1, 7)))
+        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="0 episodes are dropped"):
+            envs.reset()
+        assert envs.describe()[0]["episode_id"] == variants.train_episode_id(envs.num_start_states, 5, 0, 1)
+        infos = envs.step(np.zeros((1, 1, 7)))[4]
+        assert infos["valid"].all() and not infos["dropped"].any()
+
+
+def test_a_loss_in_a_reset_of_some_drops_the_others(fault):
+    with make(2, num_env_workers=1) as envs:
+        envs.reset([5, 6])
+        envs.step(np.zeros((2, 1, 7)))
+        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="2 episodes are dropped"):
+            envs.reset([9], env_indices=[1])
+        assert [(state["episode_id"], state["elapsed_steps"]) for state in envs.describe()] == [(5, 0), (9, 0)]
+        infos = envs.step(np.zeros((2, 1, 7)))[4]
+        assert infos["dropped"].all() and not infos["valid"].any()
+        infos = envs.step(np.zeros((2, 1, 7)))[4]
+        assert infos["valid"].all() and [state["elapsed_steps"] for state in envs.describe()] == [1, 1]
+
+
+def test_no_file_or_process_is_left_behind():
+    files = set(os.listdir("/proc/self/fd"))
+    envs = make(1, num_env_workers=1)
+    pid = envs._groups[0]._process.pid
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.step(np.zeros((1, 1, 7)))
+    assert alive(pid)  # a wrong call harms nobody
+    envs.close()
+    envs.close()
+    assert not alive(pid) and set(os.listdir("/proc/self/fd")) == files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other ManiSkill envs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cube():
+    with world.make_envs(CUBE, 1, **TINY) as envs:
+        yield envs
+
+
+def lift(length: int) -> np.ndarray:
+    """Down, turned about z, gripper open and then closed; float32 [1, length, 7]."""
+    actions = np.zeros((1, length, 7), np.float32)
+    actions[..., 2], actions[..., 5], actions[:, : length // 2, 6] = -0.03, 0.04, 1.0
+    return actions
+
+
+def test_start_states_of_another_env_are_its_seeds(cube):
+    assert cube.num_start_states == world.num_start_states(CUBE) == 2**31 - 1
+    ids = world.eval_episode_ids(CUBE, "train", 200)
+    assert len(set(ids)) == 200 and all(map(world.is_held_out, ids)) and min(ids) >= 0 and max(ids) < 2**31 - 1
+    assert world.eval_episode_ids(CUBE, "train", 7) == ids[:7]
+    assert world.eval_episode_ids("PushCube-v1", "train", 7) != ids[:7]
+    with pytest.raises(ValueError, match="ids 0 to 2147483646"):
+        cube.reset([2**31 - 1])
+
+
+def test_another_env_keeps_the_contract(cube):
+    """Against ManiSkill's own reset and step with pictures: the same pictures, states and flags."""
+    import gymnasium as gym
+
+    theirs = gym.make(
+        CUBE,
+        obs_mode="rgb",
+        reward_mode="sparse",
+        control_mode="pd_ee_delta_pose",
+        sim_backend="physx_cpu",
+        render_backend="cpu",
+        sensor_configs=dict(width=24, height=16),
+    ).unwrapped
+    their_obs, _ = theirs.reset(seed=11, options=dict(reconfigure=True))
+    obs = cube.reset([11])
+    assert obs["task_description"] == ["pick up the cube"]
+    np.testing.assert_array_equal(obs["image"], their_obs["sensor_data"]["base_camera"]["rgb"])
+    actions = lift(4)
+    obs, rewards, terminations, truncations, infos = cube.step(actions)
+    for action in actions[0]:
+        # the Panda's bounds are +-0.1 m and, with ManiSkill's minus sign, +-0.1 rad; its gripper opens at +1
+        units = [*action[:3] / 0.1, *-action[3:6] / 0.1, 1 if action[6] > 0.5 else -1]
+        their_obs, reward, *_ = theirs.step(np.asarray(units, np.float32)[None])
+    np.testing.assert_array_equal(obs["image"], their_obs["sensor_data"]["base_camera"]["rgb"])
+    np.testing.assert_allclose(cube.describe()[0]["state"], theirs.get_state()[0], atol=1e-6)
+    assert not rewards.any() and not reward.any() and infos["valid"].all() and rewards.shape == (1, 4)
+    assert not (terminations.any() or truncations.any()) and cube.describe()[0]["elapsed_steps"] == 4
+    theirs.close()
+
+
+@pytest.mark.parametrize("axis", range(6))
+def test_actions_are_metres_and_radians(cube, axis):
+    cube.reset([3])
+    before = cube.describe()[0]
+    actions = np.zeros((1, 8, 7), np.float32)
+    actions[..., axis], actions[..., 6] = 0.02, 1.0
+    cube.step(actions)
+    after = cube.describe()[0]
+    moved = np.subtract(after["tcp_pose"][:3], before["tcp_pose"][:3])
+    w, x, y, z = before["tcp_pose"][3:]
+    (a, b, c, d) = after["tcp_pose"][3:]
+    turned = 2 * np.array(
+        [-a * x + b * w - c * z + d * y, -a * y + b * z + c * w - d * x, -a * z - b * y + c * x + d * w]
+    )
+    wanted = np.zeros(6)
+    wanted[axis] = 0.16 * 0.4  # the drives lag behind the measured pose: about four tenths of the command
+    np.testing.assert_allclose([*moved, *(turned * np.sign(a * w + b * x + c * y + d * z))], wanted, atol=0.012)
+    assert after["qpos"][-1] > 0.035  # gripper open
+
+
+def test_success_of_another_env_is_a_termination_and_gives_one(cube):
+    """Reward is the increase of success; the task's own flag, switched by hand."""
+    task = cube._groups[0]._group.slots[0].env
+    flags = iter([False, True])
+    evaluate = task.env.evaluate
+    cube.reset([3])
+    task.env.evaluate = lambda: evaluate() | {"success": torch.tensor([next(flags)])}
+    try:
+        _, rewards, terminations, truncations, infos = cube.step(np.zeros((1, 4, 7)))
+    finally:
+        task.env.evaluate = evaluate
+    assert rewards.tolist() == [[0, 1, 0, 0]] and terminations.all() and not truncations.any()
+    assert infos["valid"].tolist() == [[True, True, False, False]]
+    assert infos["episode"]["return"].tolist() == infos["episode"]["success_once"].tolist() == [1]
+
+
+def test_a_chunk_costs_one_picture(cube, monkeypatch):
+    from envs.maniskill_task import ManiSkillTask
+    from envs.put_on_plate import PutOnPlateInScene
+
+    taken = []
+    for kind in (ManiSkillTask, PutOnPlateInScene):
+        picture = kind.render_image
+        monkeypatch.setattr(kind, "render_image", lambda env, picture=picture: taken.append(1) or picture(env))
+    cube.reset([3])
+    with make(2) as envs:
+        envs.reset()
+        taken.clear()
+        envs.step(np.zeros((2, 8, 7)))
+    assert len(taken) == 2
+    cube.step(np.zeros((1, 8, 7)))
+    assert len(taken) == 3
+
+
+def test_an_episode_of_another_env_depends_on_nothing_before_it_and_resumes(cube):
+    actions = lift(4)
+
+    def play(envs):
+        return [envs.reset([21]), envs.step(actions), envs.describe()]
+
+    first = play(cube)
+    cube.reset([4])
+    cube.step(lift(3))
+    assert same(play(cube), first)
+    state, wanted = as_saved(cube.state_dict()), cube.step(actions)
+    with world.make_envs(CUBE, 1, num_env_workers=1, **TINY) as envs:
+        assert same(play(envs), first)
+        envs.reset([5])
+        assert same(envs.load_state_dict(state), first[1][0])
+        assert same(envs.step(actions), wanted)
+    with pytest.raises(ValueError, match="instruction="):
+        cube.load_state_dict([{**state[0], "world": state[0]["world"] | {"instruction": "dance"}}])
+
+
+def test_a_task_of_ones_own_needs_its_module_and_nothing_else(tmp_path):
+    """`module:id` in a worker; the module stands in a folder on PYTHONPATH."""
+    (tmp_path / "my_tasks.py").write_text(
+        "from mani_skill.envs.tasks import PickCubeEnv\n"
+        "from mani_skill.utils.registration import register_env\n"
+        "@register_env('MyPick-v1', max_episode_steps=9)\n"
+        "class MyPick(PickCubeEnv):\n"
+        "    pass\n"
+    )
+    code = (
+        "import envs\n"
+        "with envs.make_envs('my_tasks:MyPick-v1', 1, instruction='mine', image_size=(8, 8), num_env_workers=1) as v:\n"
+        "    v.reset(envs.eval_episode_ids('my_tasks:MyPick-v1', 'train', 1))\n"
+        "    print(v.step([[[0.0] * 7]])[0]['task_description'])"
+    )
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert out.stdout.strip() == "['mine']", out.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("1 / 0", "ended in ZeroDivisionError (division by zero): `python -c 'import {}'` shows where."),
+        ("raise SystemExit('no\\nlicence')", "ended in SystemExit (no licence)"),
+        ("def broken(", "ended in SyntaxError"),
+        ("import there_is_no_such_module", "No module named 'there_is_no_such_module'; put the folder"),
+        ("pass", "unknown env_id '{}:Mine-v1'"),
+    ],
+)
+def test_a_module_that_fails_is_one_sentence(tmp_path, monkeypatch, code, said):
+    """The code of a task of one's own, whatever it does as it is imported."""
+    name = f"own_task_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        world.make_envs(f"{name}:Mine-v1", 1, **TINY)
+    assert said.format(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(instruction=None), "needs an instruction"),
+        (dict(instruction="  "), "needs an instruction"),
+        (dict(env_id="PickCub-v1"), "did you mean 'PickCube-v1'"),
+        (dict(env_id="nowhere:PickCube-v1"), "No module named 'nowhere'"),
+        (dict(env_id="a/b"), "env_id 'a/b' is no id"),
+        (dict(env_id="../tasks:Mine-v1"), "is no id: give one such as 'PickCube-v1'"),
+        (dict(env_id="Cube\n-v1"), r"env_id 'Cube\\n-v1' is no id"),
+        (dict(env_id=""), "env_id '' is no id"),
+        (dict(env_id="MS-CartpoleBalance-v1"), "pd_ee_delta_pose"),
+        (dict(env_id="PushT-v1"), r"actions of shape \(6,\)"),
+        (dict(env_id="Empty-v1"), "reports no success"),
+        (dict(obj_set="test"), "leave it at 'train'"),
+        (dict(asset_pack="bridge"), "leave them out for PickCube-v1"),
+        (dict(env_id=MAIN), "writes its own instructions"),
+        (dict(env_id=MAIN, instruction=None, pipeline_stages=3), "pipeline_stages=3"),
+        (dict(env_id=MAIN, instruction=None, pipeline_stages=2), "num_envs=1"),
+        (dict(env_id=MAIN, instruction=None, worker_timeout=0), "worker_timeout=0"),
+    ],
+)
+def test_bad_arguments(change, words):
+    arguments = dict(env_id=CUBE) | TINY | change
+    with pytest.raises(ValueError, match=words) as caught:
+        world.make_envs(arguments.pop("env_id"), 1, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_env_workers", [0, 1])
+def test_missing_assets_are_one_sentence_and_no_question(tmp_path, num_env_workers):
+    """With a standard input that would say yes, and ManiSkill's own switch that skips the question."""
+    code = (
+        "import envs\ntry:\n    envs.make_envs('PickSingleYCB-v1', 1, instruction='pick it up', image_size=(8, 8),"
+        f" num_env_workers={num_env_workers})\n"
+        "except RuntimeError as error:\n    print('SAID', error)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        input="y\n" * 9,
+        env=os.environ | {"MS_ASSET_DIR": str(tmp_path), "MS_SKIP_ASSET_DOWNLOAD_PROMPT": "1"},
+    )
+    said = [line for line in out.stdout.splitlines() if line.startswith("SAID")]
+    assert len(said) == 1 and "ycb" in said[0], out.stderr[-2000:]
+    assert said[0].endswith("run `python -m mani_skill.utils.download_asset PickSingleYCB-v1`.")
+    assert not any(tmp_path.iterdir())
+
+
+def test_out_of_range_actions():
+    with make(2, **SMALL) as envs:
+        envs.reset()
+        for index, value in (((1, 0, 2), 1.5), ((0, 1, 4), -1.6), ((1, 1, 0), 1e9)):
+            actions = np.zeros((2, 2, 7))
+            actions[index] = value
+            with pytest.raises(ValueError, match=rf"actions\[{index[0]}, {index[1]}, {index[2]}\].*unnorm_key"):
+                envs.step(actions)
+        actions = np.zeros((2, 2, 7))
+        actions[..., :3], actions[..., 3:6], actions[..., 6] = 1.0, np.pi / 2, 40.0
+        assert envs.step(actions)[4]["valid"].all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# videos of real frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size, factor", [((640, 480), 1), ((96, 96), 3)])
+def test_captions_cover_nothing_and_fit(tmp_path, image_size, factor):
+    from envs import video
+
+    with make(1, image_size=image_size) as envs:
+        image = envs.reset([183_316])["image"][0].numpy()
+    text = "could you please take the very large plastic bottle and put it down gently on the yellow plate over there"
+    tile = video.VideoWriter._tile(image, [text, "step 37  return 1.20", "success"])
+    height, width = image_size[1] * factor, image_size[0] * factor
+    np.testing.assert_array_equal(tile[-height:], image.repeat(factor, 0).repeat(factor, 1))  # the whole picture
+    strip = tile[:-height]
+    assert strip.shape[1] == width and strip[:, -2:].max() == 0  # no word runs out of the tile
+    ink = [bool(strip[2 + 14 * row : 14 * row + 14].any()) for row in range(4)]
+    assert sum(ink) == (3 if image_size[0] == 640 else 4)
+    rows = video._fitted([text, "step 37  return 1.20", "success"], 280, lambda line: 6 * len(line))
+    assert rows[1].endswith(" ...") and rows[2:] == ["step 37 return 1.20", "success"] and len(rows) == 4
+    assert max(map(len, rows)) <= 280 / 6 + 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines\r\nand\ttabs",
+        "put \U0001f955 on \U0001f37d\ufe0f",
+        "\u628a\u80e1\u841d\u535c\u653e\u5728\u76d8\u5b50\u4e0a",
+        "\u0636\u0639 \u202e\u0627\u0644\u062c\u0632\u0631\u0629",
+        "\x00\x07\x1b[31m red",
+        "\ud800 half a letter",
+        "e" + "\u0301" * 500,
+        "$x_y_{z$ <b>%s {0}\\n",
+        "word" * 100_000,
+        "many words " * 100_000,
+        "",
+        " ",
+    ],
+)
+def test_any_text_can_be_a_caption(text):
+    """One picture of the usual size within a second or so, with something in its strip where there is a text."""
+    from envs import video
+
+    begin = time.monotonic()
+    tile = video.VideoWriter._tile(np.zeros((96, 96, 3), np.uint8), [text, "success"])
+    assert tile.shape == (96 * 3 + 4 * 14 + 4, 96 * 3, 3) and time.monotonic() - begin < 20
+    assert tile[2:16].any() == bool(text.strip()) or text.strip() == ""
+
+
+def test_frames_are_not_kept(tmp_path):
+    """Memory does not grow with the length of a video."""
+    code = (
+        "import numpy as np, resource, sys\n"
+        "from envs.video import VideoWriter\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "frame = np.random.RandomState(0).randint(0, 255, (1, 480, 640, 3), np.uint8)\n"
+        "with VideoWriter(sys.argv[1]) as video:\n"
+        "    for _ in range(20): video.add(frame, [['text']])\n"
+        "    before = peak()\n"
+        "    for _ in range(280): video.add(frame, [['text']])\n"
+        "    print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "long.mp4")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 60  # MB; 280 frames are 258

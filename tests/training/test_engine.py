@@ -1,0 +1,603 @@
+"""Engine, stages, shards, checkpoints, signals and clusters, on ranks of their own."""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import micro_preset, one_rank_environment
+
+from vla import distributed
+from vla.distributed import REQUEUE, UserError
+from vla.files.trees import load_tree
+from vla.training.checkpoint import OLD_FORMAT, damage, latest_checkpoint
+from vla.training.engine import read_deepspeed_config, use_gathered_layers
+from vla.training.memory_plan import Recipe, advice, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESET = "tests/helpers/ppo_random_openvla.yaml"
+SHORT = {
+    "num_envs": 4,
+    "num_steps": 16,
+    "max_episode_steps": 8,
+    "num_minibatches": 2,
+    "micro_batch_size": 8,
+    "num_eval_episodes": 2,
+    "num_eval_envs": 2,
+    "save_freq": 1,
+    "keep_checkpoints": 0,
+    "num_iterations": 3,
+}
+
+
+def free_port() -> str:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return str(server.getsockname()[1])
+
+
+def on_ranks(world: int, scenarios: list[tuple[str, dict]], accelerator: str = "cpu") -> list[dict]:
+    """Run scenarios of engine_program.py on so many ranks of one process group; what each printed."""
+    command = [sys.executable, "tests/helpers/engine_program.py", json.dumps(scenarios)]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared["DS_ACCELERATOR"] = accelerator
+    ranks = []
+    for number in range(world):
+        environment = os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        printed = [rank.communicate(timeout=900)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world, printed
+    return [json.loads(line.removeprefix("RESULT ")) for line in printed[0].splitlines() if line.startswith("RESULT ")]
+
+
+# ---------------------------------------------------------------------- ZeRO stages, ranks, offload
+BF16_LORA = {"dtype": "bfloat16", "lora_rank": 4}
+# written by 2 ranks: name -> settings; the threshold keeps small parameters whole between forwards
+WRITTEN = {
+    "zero0": {"config": "zero0"},
+    "zero2": {"config": "zero2"},
+    "zero3": {"config": "zero3"},
+    "bf16": {"config": "zero3", "threshold": 100_000, **BF16_LORA},
+    "cpu_adam": {"config": "zero3_cpu_adam"},
+}
+# read on 1 rank, under another stage
+READ = {
+    "zero0": {"config": "zero3"},
+    "zero2": {"config": "zero0"},
+    "zero3": {"config": "zero2"},
+    "bf16": {"config": "zero2", **BF16_LORA},
+    "cpu_adam": {"config": "zero3", "offload": "stage"},
+}
+OFFLOAD = [  # llm: what the first block reads needs no gradient
+    {"lora_rank": 4, "lora_scope": "llm", "offload": "none"},
+    {"lora_rank": 4, "lora_scope": "llm", "offload": "stage", "uneven": True},
+    {"dtype": "bfloat16", "threshold": 100_000, "offload": "none", "uneven": True},
+    {"dtype": "bfloat16", "threshold": 100_000, "offload": "stage"},
+    {"lora_scope": "llm", "offload": "none"},
+    {"lora_scope": "llm", "offload": "stage"},
+]
+UNDONE = [{"config": "zero0"}, {"config": "zero2", **BF16_LORA}, {"config": "zero3", **BF16_LORA}]
+MEASURED = [
+    {"config": "zero0"},
+    {"config": "zero2", **BF16_LORA},
+    {"config": "zero3"},
+    {"config": "zero3", "offload": "stage", **BF16_LORA},
+    {"config": "zero3", "offload": "stage", "dtype": "bfloat16"},
+]
+ARITHMETIC = [{}, {"lora_rank": 4}, {"dtype": "bfloat16"}, BF16_LORA, {"offload": "stage", **BF16_LORA}]
+EXACT = [{"config": "zero2", **BF16_LORA}, {"config": "zero3", **BF16_LORA}]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[Path, dict]:
+    """All scenarios that need no earlier run, on two ranks in one process group."""
+    folder = tmp_path_factory.mktemp("engine")
+    scenarios = [("save", {"folder": str(folder / name), "at": 1, "until": 2, **WRITTEN[name]}) for name in WRITTEN]
+    scenarios += [("losses", settings) for settings in OFFLOAD] + [("broken_rollout", {"offload": "stage"})]
+    scenarios += [("undo", settings) for settings in UNDONE] + [("memory", settings) for settings in MEASURED]
+    scenarios += [("coverage", {"config": f"zero{stage}"}) for stage in (0, 2, 3)]
+    scenarios += [("one_arithmetic", settings) for settings in ARITHMETIC]
+    scenarios += [("exact_critic", settings) for settings in EXACT]
+    scenarios += [("full_disk", {"folder": str(folder / "full")}), ("stale_stop", {"folder": str(folder / "stale")})]
+    scenarios += [("not_finite", {"folder": str(folder / name), "config": name}) for name in ("zero2", "zero3")]
+    results: dict[str, list] = {}
+    for (name, _), result in zip(scenarios, on_ranks(2, scenarios)):
+        results.setdefault(name, []).append(result)
+    return folder, results
+
+
+def as_format_2(new: Path, old: Path) -> Path:
+    """A copy of a checkpoint as it was written before format 3: pickled env states, no checksums."""
+    shutil.copytree(new, old)
+    torch.save(load_tree(old / "envs.safetensors"), old / "envs.pt")
+    (old / "envs.safetensors").unlink()
+    state = json.loads((old / "state.json").read_text())
+    files = {name: (old / name).stat().st_size for name in state["files"] if name != "envs.safetensors"}
+    (old / "state.json").write_text(json.dumps(state | {"format": OLD_FORMAT, "files": files}))
+    return old
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks) -> tuple[Path, dict]:
+    """One rank goes on with what two wrote, and writes for two."""
+    folder, _ = two_ranks
+    scenarios = [
+        ("resume", {"checkpoint": str(folder / name / "checkpoints/iteration_000001"), "until": 2, **READ[name]})
+        for name in READ
+    ]
+    scenarios.append(("save", {"folder": str(folder / "by_one"), "at": 1, "until": 2, "config": "zero3"}))
+    old = as_format_2(folder / "zero2/checkpoints/iteration_000001", folder / "old/checkpoints/iteration_000001")
+    scenarios.append(("resume", {"checkpoint": str(old), "until": 2, **READ["zero2"]}))
+    results: dict[str, list] = {}
+    for (name, _), result in zip(scenarios, on_ranks(1, scenarios)):
+        results.setdefault(name, []).append(result)
+    return folder, results
+
+
+@pytest.mark.slow
+def test_two_ranks_saved_one_goes_on_under_another_stage(two_ranks, one_rank):
+    for name, saved, resumed in zip(WRITTEN, two_ranks[1]["save"], one_rank[1]["resume"]):
+        assert resumed["iteration"] == 1 and resumed["global_step"] == 100
+        assert [entry["env"] for entry in resumed["envs"]] == [0, 1, 0, 1]  # all of them, in rank order
+        exact = {"rel": 3e-3, "abs": 3e-3} if name == "bf16" else {"rel": 1e-5, "abs": 1e-5}
+        for ours, theirs in zip(resumed["losses"], saved["losses"][1:]):
+            assert ours == pytest.approx(theirs, **exact), name
+
+
+@pytest.mark.slow
+def test_one_rank_saved_two_go_on_and_the_same_ranks_go_on_bit_for_bit(two_ranks, one_rank):
+    folder = two_ranks[0]
+    again = [name for name in WRITTEN if name != "cpu_adam"]
+    runs = [("by_one", {"config": "zero2"}), *((name, WRITTEN[name]) for name in again)]
+    by_one, *same = on_ranks(
+        2,
+        [
+            ("resume", {"checkpoint": str(folder / name / "checkpoints/iteration_000001"), "until": 2, **settings})
+            for name, settings in runs
+        ],
+    )
+    assert [entry["env"] for entry in by_one["envs"]] == [0, 1]  # rank 0's share
+    for ours, theirs in zip(by_one["losses"], one_rank[1]["save"][0]["losses"][1:]):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    saved = dict(zip(WRITTEN, two_ranks[1]["save"]))
+    for name, resumed in zip(again, same):
+        assert resumed["losses"] == saved[name]["losses"][1:], name
+
+
+@pytest.mark.slow
+def test_adam_on_the_cpu_makes_the_same_steps(two_ranks):
+    saved = dict(zip(WRITTEN, two_ranks[1]["save"]))
+    for ours, theirs in zip(saved["cpu_adam"]["losses"], saved["zero3"]["losses"]):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_offload_and_uneven_forwards_change_nothing(two_ranks):
+    """Rank 1 makes three forwards where rank 0 makes one, and nothing waits."""
+    runs = two_ranks[1]["losses"]
+    for first in range(0, len(OFFLOAD), 2):
+        assert runs[first]["losses"] == runs[first + 1]["losses"]
+    plain = dict(zip(WRITTEN, two_ranks[1]["save"]))["zero3"]
+    assert two_ranks[1]["broken_rollout"][0]["losses"] == plain["losses"][:2]  # an exception leaves no trace
+    for run in runs:
+        gib = run["memory"]
+        assert all(0.1 < gib[f"memory/{stage}_resident_gib"] < 20 for stage in ("rollout", "update"))
+        assert all(
+            gib[f"memory/host_{s}_peak_gib"] >= gib[f"memory/host_{s}_resident_gib"] - 0.05
+            for s in ("rollout", "update")
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"dtype": "bfloat16"}, BF16_LORA])
+def test_on_a_gpu_offload_frees_what_it_moves_and_changes_no_loss(settings):
+    # a process each: what cuBLAS takes at its first call, 64 MiB, would hide the difference
+    kept, moved = (on_ranks(1, [("losses", {**settings, "offload": how})], "cuda")[0] for how in ("none", "stage"))
+    assert kept["losses"] == moved["losses"]
+    freed = kept["memory"]["memory/rollout_resident_gib"] - moved["memory"]["memory/rollout_resident_gib"]
+    assert freed >= 0.99 * moved["movable_gib"] > 0
+
+
+@pytest.mark.slow
+def test_a_snapshot_undoes_an_update_bit_for_bit(two_ranks):
+    for settings, result in zip(UNDONE, two_ranks[1]["undo"]):
+        assert result["again"] == result["once"], settings
+
+
+@pytest.mark.slow
+def test_every_trained_element_lies_on_exactly_one_rank(two_ranks):
+    assert [result["wrong"] for result in two_ranks[1]["coverage"]] == [[], [], []]
+
+
+@pytest.mark.slow
+def test_a_disk_that_one_rank_finds_full_ends_all_ranks_and_spoils_nothing(two_ranks):
+    (result,) = two_ranks[1]["full_disk"]
+    assert "rank 1: " in result["said"] and "--resume" in result["said"]
+    assert result["left"] == ["iteration_000001"]  # the one before, and no half-written one
+    assert damage(two_ranks[0] / "full" / "checkpoints" / "iteration_000001") is None
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_format_before_goes_on_alike(two_ranks, one_rank):
+    assert damage(two_ranks[0] / "old/checkpoints/iteration_000001") is None
+    *resumed, old = one_rank[1]["resume"]
+    assert old == dict(zip(READ, resumed))["zero2"]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_never_saved(two_ranks):
+    """One element on one rank: all ranks end in one sentence, and what was saved before stays."""
+    for name, result in zip(("zero2", "zero3"), two_ranks[1]["not_finite"]):
+        assert "is not finite after iteration 2" in result["said"] and "--resume" in result["said"], result
+        assert result["left"] == ["iteration_000001"] == result["after_a_moment"]
+        assert damage(two_ranks[0] / name / "checkpoints" / "iteration_000001") is None
+
+
+@pytest.mark.slow
+def test_a_stop_file_of_a_killed_run_stops_no_rank_of_the_next(two_ranks):
+    assert two_ranks[1]["stale_stop"] == [{"asked": 0.0}]
+
+
+@pytest.mark.slow
+def test_under_zero3_weights_act_and_are_judged_bit_for_bit_as_they_do_outside(two_ranks):
+    for settings, result in zip(ARITHMETIC, two_ranks[1]["one_arithmetic"]):
+        assert result == {"differing": [], "torchs_own": True}, settings
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 5, 6)])
+@pytest.mark.parametrize("frozen, biased", [(False, True), (True, True), (False, False)])
+def test_a_linear_layer_of_the_engine_is_torchs_without_keeping_the_weight(shape, frozen, biased):
+    plain, x = torch.nn.Linear(6, 3, bias=biased), torch.randn(*shape)
+    plain.weight.requires_grad_(not frozen)
+    ours = copy.deepcopy(plain)
+    use_gathered_layers(torch.nn.Sequential(ours))
+    left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
+    one, other = plain(left), ours(right)
+    assert torch.equal(one, other)
+    weight = ours.weight.data.clone()
+    ours.weight.data = torch.empty(0)  # ZeRO-3 frees it after the forward
+    ours.weight.data = 2 * weight  # and gathers it before the backward: what is there then is what counts
+    for result in (one, other):
+        (result**2).sum().backward()
+    torch.testing.assert_close(right.grad, 2 * left.grad)
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.slow
+def test_the_critic_is_trained_from_the_fp32_weights_that_were_read(two_ranks):
+    for settings, result in zip(EXACT, two_ranks[1]["exact_critic"]):
+        assert result == {"all": True, "largest": 0.0}, settings
+
+
+# ---------------------------------------------------------------------- memory plan
+def recipe(config: str, dtype: str = "float32", lora_rank: int = 0, offload: str = "none", **changes) -> Recipe:
+    """Of engine_program.py's memory scenario: two envs and a micro batch of two on each of two ranks."""
+    settings = {
+        "model_path": micro_preset(),
+        "model_type": "openvla",
+        "chunk_size": 1,
+        "lora_scope": "all",
+        "critic": True,
+        "max_prompt_length": 12,
+        "gradient_checkpointing": False,
+        "micro_batch_size": 2,
+        "num_envs": 4,
+        "num_eval_envs": 1,
+        "num_steps": 16,
+        "num_env_workers": 0,
+        "zero_stage": int(config[4]),
+        "cpu_adam": config == "zero3_cpu_adam",
+    }
+    return Recipe(dtype=dtype, lora_rank=lora_rank, offload=offload, **settings | changes)
+
+
+@pytest.mark.slow
+def test_the_memory_plan_meets_measured_bytes(two_ranks):
+    for settings, measured in zip(MEASURED, two_ranks[1]["memory"]):
+        plan = make_plan(recipe(**settings), 2)
+        for stage in ("rollout", "update"):
+            assumed = sum(size for name, size in getattr(plan, stage).items() if "assumed" in name)
+            for moment in ("resident", "peak"):
+                planned = getattr(plan, moment)(stage) - assumed
+                assert planned == pytest.approx(measured[f"{stage}_{moment}"], rel=0.15), (settings, stage, moment)
+
+
+def test_the_memory_plan_knows_what_each_knob_does():
+    small, plain = recipe("zero3"), recipe("zero3", micro_batch_size=8, num_envs=8)
+    assert make_plan(plain, 2).update["activations"] == 4 * make_plan(small, 2).update["activations"]
+    kept, again = (
+        make_plan(recipe("zero3", model_path="openvla-tiny", gradient_checkpointing=on), 2) for on in (False, True)
+    )
+    assert again.update["activations"] < 0.7 * kept.update["activations"]
+    assert make_plan(plain, 4).update["Adam's moments"] <= 0.51 * make_plan(plain, 2).update["Adam's moments"]
+    moved = make_plan(recipe("zero3", offload="stage"), 2)
+    assert moved.peak("rollout") < make_plan(small, 2).peak("rollout")
+    assert moved.host["moved out between the stages"] > 0
+    on_cpu = make_plan(recipe("zero3_cpu_adam"), 2)
+    assert "Adam's moments" not in on_cpu.update and on_cpu.host["Adam on the CPU"] > 0
+    with pytest.raises(UserError, match="not divisible by 3"):
+        make_plan(small, 3)
+
+
+def test_the_memory_plan_names_the_flag_to_turn():
+    need = recipe("zero2", micro_batch_size=64)
+    fits, sentence = advice(need, 2, 1000.0)
+    assert fits and "fits" in sentence
+    plan = make_plan(need, 2)
+    just_too_small = (max(plan.peak("rollout"), plan.peak("update")) - 1) / 2**30
+    fits, sentence = advice(need, 2, just_too_small)
+    assert not fits and "ds_configs/zero3.json" in sentence and "GiB" in sentence
+    assert "more or larger GPUs" in advice(need, 2, 0.1)[1]
+
+
+def test_doctor_prints_the_plan_of_a_preset():
+    command = [sys.executable, "doctor.py", "--config", PRESET, "--num_gpus", "2", "--gpu_memory", "8"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "fits" in run.stdout and "activations" in run.stdout, run.stderr
+    run = subprocess.run(
+        [*command, "--offload", "stage", "--deepspeed_config", "ds_configs/zero2.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stderr.startswith("error: --offload stage needs ZeRO-3")
+
+
+# ---------------------------------------------------------------------- launchers that end first
+@pytest.mark.parametrize(
+    "parents, first_command, ended",
+    [
+        ({"me": 1}, b"/sbin/init", True),  # the launcher's helper was killed while this rank was importing
+        ({"me": 50, 50: 1}, b"/sbin/init", True),  # `deepspeed` was
+        ({"me": 50, 50: 1}, b"tini\0--\0deepspeed\0train_ppo.py", False),  # a container's first process
+        ({"me": 50, 50: 40}, b"/sbin/init", False),
+    ],
+)
+def test_a_rank_that_finds_its_launcher_gone_ends(monkeypatch, parents, first_command, ended):
+    commands = {1: first_command, 50: b"python\0-m\0deepspeed.launcher.launch", 40: b"deepspeed"}
+    watches = []
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    monkeypatch.setattr(distributed.os, "getppid", lambda: parents["me"])
+    monkeypatch.setattr(distributed, "parent_of", parents.get)
+    monkeypatch.setattr(distributed, "command_of", commands.get)
+    monkeypatch.setattr(distributed.threading, "Thread", lambda **kwargs: watches.append(1) or Mock())
+    if ended:
+        with pytest.raises(UserError, match="has ended meanwhile"):
+            distributed.end_with_launcher()
+    else:
+        distributed.end_with_launcher()
+        assert watches == [1]
+
+
+# ---------------------------------------------------------------------- settings that do not go together
+@pytest.mark.parametrize(
+    "zero, offload, sentence",
+    [
+        ({"stage": 2}, "stage", "--offload stage needs ZeRO-3"),
+        ({"stage": 3, "memory_efficient_linear": True}, "none", "memory_efficient_linear is decided by the engine"),
+        ({"stage": 1}, "none", "must be 0, 2 or 3"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "none", "offload_param is not supported"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "stage", "use ds_configs/zero3.json"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "none", "offload_optimizer needs ZeRO-3"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "none", "device \"nvme\", it must be 'cpu'"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "none", "ratio 0.5, it must be left out"),
+    ],
+)
+def test_unsupported_combinations_are_refused_with_a_sentence(tmp_path, zero, offload, sentence):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+    with pytest.raises(UserError, match=sentence):
+        read_deepspeed_config(str(tmp_path / "ds.json"), "float32", offload)
+
+
+def test_shipped_configs_are_accepted():
+    for name, offload in (("zero0", "none"), ("zero2", "none"), ("zero3", "stage"), ("zero3_cpu_adam", "none")):
+        read_deepspeed_config(str(ROOT / f"ds_configs/{name}.json"), "float32", offload)
+
+
+# ---------------------------------------------------------------------- the whole script, killed and stopped
+def flags(preset: str = PRESET, **changes: int) -> list[str]:
+    """Of a run that takes seconds."""
+    return [
+        "--config",
+        preset,
+        *(word for name, value in (SHORT | changes).items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def deepspeed(ranks: int, *more: str, stderr=None, start_new_session: bool = False, **changes: int) -> subprocess.Popen:
+    """`deepspeed --num_gpus RANKS train_ppo.py ...`, started."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
+    command = [*launcher, "train_ppo.py", *flags(**changes), *more]
+    return subprocess.Popen(command, cwd=ROOT, stderr=stderr, start_new_session=start_new_session)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what no two runs share."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: value for tag, value in line.items() if not tag.startswith(("time/", "memory/"))} for line in lines]
+
+
+def wait_for(condition, what: str, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} after {seconds:g} s"
+        time.sleep(0.1)
+
+
+def processes_with(text: str) -> list[int]:
+    """Running processes that have this in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """sbatch, srun and scontrol on PATH; yields where they keep their state."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "bin").mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        tool = folder / "bin" / name
+        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fake_slurm.py" {name} "$@"\n')
+        tool.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("FAKE_SLURM", str(folder))
+        patch.setenv("PYTHON", sys.executable)
+        yield folder
+
+
+def sbatch(file: str, nodes: int, tasks: int, run_dir: Path, **changes: int) -> subprocess.Popen:
+    size = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}"]
+    command = ["sbatch", *size, f"slurm/{file}", "train_ppo.py", *flags(**changes), "--run_dir", str(run_dir)]
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster) -> list[dict]:
+    """Three iterations on two ranks under ZeRO-3 that nothing disturbs: on two nodes, as the cluster says."""
+    run_dir = cluster / "unbroken"
+    assert sbatch("train_multinode.sbatch", 2, 1, run_dir).wait(timeout=600) == 0
+    return metrics(run_dir)
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster):
+    run_dir = cluster / "run"
+    job = sbatch("train.sbatch", 1, 2, run_dir, save_freq=0)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    for rank in (cluster / "pids").read_text().split():  # ahead of the time limit
+        os.kill(int(rank), signal.SIGUSR1)
+    assert job.wait(timeout=600) == 0
+    assert metrics(run_dir) == unbroken
+    assert "is complete. Go on with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
+    assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
+    assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
+    assert not processes_with(str(run_dir))
+
+
+@pytest.mark.slow
+def test_a_slurm_job_needs_a_run_dir(cluster):
+    job = subprocess.run(["sbatch", "slurm/train.sbatch", "train_ppo.py"], cwd=ROOT, capture_output=True, text=True)
+    assert job.returncode == 2 and "give --run_dir" in job.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank_under_zero2(unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    launcher = deepspeed(2, "--run_dir", str(run_dir))
+    wait_for((run_dir / "checkpoints" / "iteration_000001").is_dir, "first checkpoint")
+    victims = [number for number in processes_with(str(run_dir)) if parent_command(number).count("launcher.launch")]
+    os.kill(max(victims), signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 60.0)
+    assert not (run_dir / "checkpoints" / "iteration_000003").exists()
+    resumed = deepspeed(1, "--resume", str(run_dir), "--deepspeed_config", "ds_configs/zero2.json")
+    assert resumed.wait(timeout=600) == 0
+    for ours, theirs in zip(metrics(run_dir), unbroken):
+        assert ours.keys() == theirs.keys()
+        for tag in ("train/loss", "train/actor/grad_norm", "rollout/rewards", "env/num_episodes"):
+            assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-5), tag
+
+
+def parent_command(process: int) -> str:
+    try:
+        parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+        return Path(f"/proc/{parent}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+STOPPED_AT_DECISION_3 = """
+import sys
+import train_ppo
+from vla.cli import parse_args
+from vla.distributed import run_main
+from vla.preemption import Preemption
+
+def stopping(self, items, until_asked=Preemption.until_asked):
+    for t in until_asked(self, items):
+        if t == 3:
+            self.stop_file.touch()
+        yield t
+
+Preemption.until_asked = stopping
+run_main(train_ppo.main, lambda: parse_args(train_ppo.Args, sys.argv[1:], ""))
+"""
+
+
+@pytest.mark.slow
+def test_without_auto_reset_a_run_stopped_in_its_first_iteration_goes_on_with_the_same_episodes(tmp_path):
+    def run(*command: str) -> int:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=one_rank_environment()).returncode
+
+    unbroken, broken = (str(tmp_path / name) for name in ("unbroken", "broken"))
+    new = [*flags(num_iterations=2), "--no-auto_reset", "--deepspeed_config", "ds_configs/zero2.json", "--run_dir"]
+    assert run("train_ppo.py", *new, unbroken) == 0
+    assert run("-c", STOPPED_AT_DECISION_3, *new, broken) == REQUEUE
+    assert not (tmp_path / "broken" / "metrics.jsonl").exists()
+    assert run("train_ppo.py", "--resume", broken) == 0
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_launcher_is_terminated(tmp_path):
+    """`deepspeed` itself dies at once and would leave its ranks running: they notice, save and end."""
+    run_dir = tmp_path / "run"
+    launcher = deepspeed(1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    launcher.terminate()
+    assert launcher.wait(timeout=60) == -signal.SIGTERM or launcher.returncode == 128 + signal.SIGTERM
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert damage(checkpoint) is None and not (run_dir / "stop").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_run(tmp_path):
+    """As a terminal sends it: to launcher, helper and ranks at once."""
+    run_dir, said = tmp_path / "run", tmp_path / "said"
+    with said.open("w") as file:
+        launcher = deepspeed(
+            1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0, stderr=file, start_new_session=True
+        )
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.wait(timeout=120)
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert damage(checkpoint) is None and not (run_dir / "stop").exists()
+    assert "Ctrl-C: the run saves itself" in said.read_text() and "[rank0]" not in said.read_text()
+
+
+@pytest.mark.slow
+def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
+    run_dir = tmp_path / "run"
+    short = flags("yaml/quickstart_grpo_openvla.yaml", num_iterations=50, save_freq=0, group_size=2)
+    run = subprocess.Popen([sys.executable, "train_grpo.py", *short, "--run_dir", str(run_dir)], cwd=ROOT)
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() or run.poll() is not None, "first iteration")
+    assert run.poll() is None
+    (run_dir / "stop").touch()
+    assert run.wait(timeout=120) == REQUEUE
+    assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None

@@ -1,0 +1,135 @@
+"""Storage and the dealing of minibatches."""
+
+import pytest
+import torch
+
+from vla.models.policy import PolicyInputs, uniform_noise
+from vla.training.rollout_buffer import RolloutBuffer, dealing_generator, minibatch_indices, split_padded
+
+ALL = slice(0, 2)
+
+
+def decision(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
+    return {
+        "tokens": torch.zeros(n, c, 7, dtype=torch.int64),
+        "logprobs": torch.zeros(n, c, 7),
+        "values": torch.zeros(n, c),
+    }
+
+
+def outcome(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
+    return {
+        "rewards": torch.zeros(n, c),
+        "valid": torch.ones(n, c, dtype=torch.bool),
+        "dones": torch.zeros(n, dtype=torch.bool),
+        "final_values": torch.zeros(n),
+    }
+
+
+def inputs(n: int = 2) -> PolicyInputs:
+    return PolicyInputs(
+        torch.zeros(n, 8, 8, 3, dtype=torch.uint8), torch.zeros(n, 5, dtype=torch.int64), torch.ones(n, 5) > 0
+    )
+
+
+def test_nothing_is_broadcast_into_the_buffer():
+    buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
+    buffer.add_decision(0, ALL, inputs(), **decision())
+    buffer.add_outcome(0, ALL, **outcome())
+    for name, wrong in (("logprobs", torch.zeros(2, 1, 1)), ("values", torch.zeros(2))):
+        with pytest.raises(ValueError, match=name):
+            buffer.add_decision(1, ALL, inputs(), **decision() | {name: wrong})
+    with pytest.raises(ValueError, match="dones"):
+        buffer.add_outcome(1, ALL, **outcome() | {"dones": torch.zeros(2)})
+    with pytest.raises(ValueError, match="stores"):
+        buffer.add_outcome(1, ALL, **{k: v for k, v in outcome().items() if k != "rewards"})
+    with pytest.raises(ValueError, match="stores"):  # nobody asked for a reference
+        buffer.add_decision(1, ALL, inputs(), **decision(), reference_logprobs=torch.zeros(2, 1, 7))
+
+
+def test_halves_are_stored_where_they_belong():
+    buffer = RolloutBuffer(1, 3, 1, (8, 8), 5, keeps_reference=True)
+    for here, size in ((slice(0, 1), 1), (slice(1, 3), 2)):
+        values = torch.arange(here.start, here.stop).float()[:, None]
+        buffer.add_decision(
+            0,
+            here,
+            inputs(size),
+            **decision(size) | {"values": values},
+            reference_logprobs=torch.full((size, 1, 7), float(size)),
+        )
+        buffer.add_outcome(0, here, **outcome(size) | {"rewards": values + 10})
+    assert buffer.values[0, :, 0].tolist() == [0, 1, 2] and buffer.rewards[0, :, 0].tolist() == [10, 11, 12]
+    mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, torch.device("cpu"))
+    assert mb.reference_logprobs[:, 0, 0].tolist() == [1, 2, 2]
+
+
+def test_micro_batch_picks_decision_t_n():
+    buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
+    for t in range(3):
+        buffer.add_decision(t, ALL, inputs(), **decision() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
+    mb = buffer.micro_batch(torch.tensor([0, 3, 4]), *[buffer.values] * 3, torch.device("cpu"))
+    assert mb.old_values[:, 0].tolist() == [0.0, 11.0, 20.0]
+    assert mb.tokens.shape == (3, 1, 7) and mb.inputs.images.shape == (3, 8, 8, 3)
+
+
+def test_a_lost_episode_is_forgotten_up_to_where_it_was_lost():
+    buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
+    for t in range(3):
+        buffer.add_outcome(t, ALL, **outcome() | {"rewards": torch.ones(2, 1)})
+    buffer.forget(slice(1, 2), torch.tensor([True]), before=1)
+    assert buffer.valid[..., 0].tolist() == [[True, False], [True, False], [True, True]]
+    assert buffer.rewards.sum() == 4
+
+
+def test_a_rank_without_decisions_takes_part_with_weight_0():
+    buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
+    parts = split_padded(torch.arange(5), 2, longest=9)
+    assert [len(part) for part in parts] == [2, 2, 1, 0, 0]
+    mb = buffer.micro_batch(parts[3], *[torch.ones(3, 2, 1)] * 3, torch.device("cpu"))
+    assert mb.weights.tolist() == [[0.0]] and mb.tokens.shape == (1, 1, 7)
+    assert [len(part) for part in split_padded(torch.arange(0), 4, longest=0)] == [0]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+@pytest.mark.parametrize("T, num_envs, M", [(8, 4, 4), (10, 8, 4), (5, 16, 8), (4, 4, 1)])
+def test_minibatches_hold_the_same_decisions_on_any_number_of_ranks(T, num_envs, M, drop):
+    keep = torch.rand(T, num_envs, generator=torch.Generator().manual_seed(1)) >= drop
+
+    def minibatches(world: int, seed: int = 7) -> list[set]:
+        local, dealt = num_envs // world, [set() for _ in range(M)]
+        for rank in range(world):
+            first = rank * local
+            parts = minibatch_indices(
+                keep[:, first : first + local], num_envs, first, M, torch.Generator().manual_seed(seed)
+            )
+            if drop == 0.0:
+                assert {len(part) for part in parts} == {T * local // M}  # ZeRO-3 ranks have equal work
+            for m, part in enumerate(parts):
+                dealt[m] |= {(int(i) // local, first + int(i) % local) for i in part}
+        return dealt
+
+    one = minibatches(1)
+    assert set().union(*one) == {(int(t), int(n)) for t, n in keep.nonzero()}  # each kept decision
+    assert sum(len(m) for m in one) == int(keep.sum())  # once
+    assert max(len(m) for m in one) - min(len(m) for m in one) <= num_envs
+    assert minibatches(2) == one
+    assert M == 1 or minibatches(1, seed=8) != one
+
+
+def test_minibatches_are_dealt_from_a_stream_that_no_noise_comes_from():
+    """Neither that of the same iteration, nor of a near one, nor of a near seed; and no two iterations deal alike."""
+    dealt = [dealing_generator(seed, iteration) for seed in (0, 1, 7) for iteration in (0, 1, 2, 399)]
+    noises = [torch.Generator().manual_seed(seed * 1_000_003 + i) for seed in (0, 1, 7) for i in (0, 1, 2, 399)]
+    streams = {tuple(uniform_noise(1, 1, generator).flatten().tolist()) for generator in dealt + noises}
+    assert len(streams) == len(dealt) + len(noises)
+    again = dealing_generator(1, 2)
+    assert torch.equal(torch.rand(9, generator=again), torch.rand(9, generator=dealing_generator(1, 2)))
+
+
+def test_statistics_are_of_the_advantages_that_the_loss_reads():
+    buffer = RolloutBuffer(1, 2, 2, (8, 8), 5)
+    buffer.valid[:] = True
+    advantages, used = torch.tensor([[[1.0, 50.0], [-1.0, 70.0]]]), torch.tensor([[[True, False], [True, False]]])
+    found = buffer.statistics(advantages, used)
+    assert [found[f"rollout/advantages_{name}"] for name in ("min", "mean", "max")] == [-1.0, 0.0, 1.0]

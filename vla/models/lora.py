@@ -1,0 +1,287 @@
+"""LoRA: read an adapter as peft writes it, put it on a model, take it off into the weights.
+
+What adapter_config.json asks for is what peft would compute with it, to the last factor, or a sentence: the fields that
+are honoured, those that have no effect on a trained adapter, and what is refused stand in schemas/policies.py.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import regex
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+
+from schemas import UserError, check, parse_json, quoted
+from schemas.policies import WITHOUT_EFFECT, AdapterConfig
+from vla.files.tensors import digest, entry, first_not_finite, open_shard, read_small
+from vla.models.layers import use_fused_layers
+from vla.models.openvla import OpenVLA
+from vla.models.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AGAIN, FLOATS, check_keys
+
+# RLinf's targets; "proj" also hits the patch embedding's convolution
+LORA_TARGETS = [
+    "proj",
+    "qkv",
+    "fc1",
+    "fc2",
+    "q",
+    "kv",
+    "fc3",
+    "out_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "lm_head",
+]
+# the language model's alone, as the regular expression that peft matches whole module names with
+LLM_TARGETS = r"language_model\.(lm_head|.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj))"
+
+MERGE = "merge the adapter with peft and load the result"
+MATCH_SECONDS = 5.0  # for the names of all modules; an expression that ends needs milliseconds
+# fields of adapter_config.json that peft is given; what it does with an optimizer or a start is over
+HONOURED = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+)
+LARGEST_RANK = 1024  # above it a rank must be one that the file's factors have
+
+
+class Adapter(NamedTuple):
+    """What a folder with an adapter holds."""
+
+    folder: Path
+    config: dict  # adapter_config.json as it is
+    weights: dict[str, torch.Tensor]  # by the names of parameters in an injected model
+
+
+# ---------------------------------------------------------------------- reading
+def find_adapter(folder: Path, lora_path: str | None) -> Path | None:
+    """The folder that holds the adapter, if there is one.
+
+    Raises:
+        UserError: lora_path holds none, or there are two.
+    """
+    beside = (folder / ADAPTER_CONFIG).exists()
+    if lora_path is None:
+        return folder if beside else None
+    adapter = Path(lora_path)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (adapter / name).exists():
+            pickle = " but adapter_model.bin, a pickle: convert it with peft's save_pretrained"
+            held = pickle if (adapter / "adapter_model.bin").exists() else ": it is not the folder of an adapter"
+            raise UserError(f"--lora_path {adapter} has no {name}{held}")
+    if beside and folder.resolve() != adapter.resolve():
+        raise UserError(f"{folder} holds an adapter itself, so --lora_path {adapter} would be a second one: merge one")
+    return adapter
+
+
+def read_adapter(folder: Path | None) -> Adapter | None:
+    """Everything in the folder of an adapter, checked, before the base is read.
+
+    Raises:
+        UserError: a setting that would compute something else here, a factor that is not finite, or no factors.
+    """
+    if folder is None:
+        return None
+    config, file = read_adapter_config(folder), folder / ADAPTER_WEIGHTS
+    with open_shard(file) as shard:
+        for key in shard.keys():  # noqa: SIM118 (a shard is not a dict)
+            if (kind := shard.get_slice(key).get_dtype()) not in FLOATS:
+                raise UserError(f"{file} has {key} as {kind}, it must be one of {', '.join(FLOATS)}: {AGAIN}")
+        weights = {injected_name(key): shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    if not weights:
+        raise UserError(f"{file} is empty: it holds no tensor")
+    if name := first_not_finite(weights):
+        raise UserError(f"{file} has {published_name(name)} with values that are not finite: {AGAIN}")
+    ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
+    held = max((value.shape[0] for name, value in weights.items() if ".lora_A." in name and value.dim()), default=0)
+    if max(ranks) > max(held, LARGEST_RANK):
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG} has r {max(ranks)}, the largest factor in {file.name} has {held} rows: {AGAIN}"
+        )
+    return Adapter(folder, config, weights)
+
+
+def digest_of(adapter: Adapter) -> str:
+    """A text that changes with whatever decides what the adapter adds to the weights."""
+    settings = {key: adapter.config[key] for key in HONOURED if adapter.config.get(key) is not None}
+    entries = {name: entry(value) for name, value in adapter.weights.items()}
+    return digest(entries | {ADAPTER_CONFIG: (json.dumps(settings, sort_keys=True), (), 0)})
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json. Raises UserError for what is no plain LoRA."""
+    file = folder / ADAPTER_CONFIG
+    config = parse_json(read_small(file), str(file), AGAIN)
+    if isinstance(config, dict) and config.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{file} has peft_type {quoted(config['peft_type'])}, only LORA is supported: {MERGE}")
+    checked: AdapterConfig = check(AdapterConfig, config, str(file), MERGE)
+    for key, value in checked.model_extra.items():
+        if value and key not in WITHOUT_EFFECT:
+            raise UserError(f"{file} sets {key} {quoted(value)}, which is not supported: {MERGE}")
+    return config
+
+
+def injected_name(key: str) -> str:
+    """A key of a peft file -> the parameter's name in an injected model."""
+    name = key.removeprefix("base_model.model.")
+    return name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.weight", ".lora_B.default.weight")
+
+
+def published_name(name: str) -> str:
+    """The inverse of injected_name()."""
+    return "base_model.model." + name.replace(".default.weight", ".weight")
+
+
+# ---------------------------------------------------------------------- putting it on
+def with_adapter(
+    model: OpenVLA,
+    adapter: Adapter | None,
+    rank: int,
+    alpha: int,
+    scope: str,
+    merge: bool,
+    base_folder: Path | None,
+) -> tuple[OpenVLA, dict | None]:
+    """The model with an adapter that was read, a fresh one, or none; and its adapter_config.json."""
+    if merge and adapter is None:
+        raise UserError("merge_lora needs an adapter: give --lora_path")
+    if adapter is not None:
+        source = str(adapter.folder / ADAPTER_CONFIG)
+        model = inject(model, adapter.config, source)
+        load_adapter(model, adapter)
+        if not merge:
+            # base and adapter in one folder stay together in what is saved
+            apart = base_folder is not None and base_folder != adapter.folder
+            return model, {**adapter.config, "base_model_name_or_path": str(base_folder.resolve()) if apart else None}
+        merge_adapter(model)
+    if not rank:
+        return model, None
+    adapter_config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None if merge or base_folder is None else str(base_folder.resolve()),
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": LLM_TARGETS if scope == "llm" else LORA_TARGETS,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": "gaussian",
+        "task_type": None,
+    }
+    return inject(model, adapter_config, "the fresh adapter"), adapter_config
+
+
+def matching(pattern: str, names: list[str], source: str) -> list[str]:
+    """The names that a regular expression matches as a whole, as peft asks; one that never ends is given up.
+
+    Raises:
+        UserError: it is no regular expression, or takes longer than MATCH_SECONDS.
+    """
+    end = time.monotonic() + MATCH_SECONDS
+    try:
+        re.compile(pattern)  # what peft would use; the other one knows a time limit
+        compiled = regex.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 1e-3))]
+    except TimeoutError:
+        raise UserError(
+            f"{source} has the regular expression {quoted(pattern)}, which takes more than {MATCH_SECONDS:g} s to "
+            "match: list the modules by name"
+        ) from None
+    except (re.error, regex.error, RecursionError) as error:
+        raise UserError(
+            f"{source} has {quoted(pattern)}, which is no regular expression ({error}): list the modules by name"
+        ) from None
+
+
+def inject(model: OpenVLA, adapter_config: dict, source: str) -> OpenVLA:
+    """Put adapters (Gaussian A, zero B) on the target modules. No dropout, whatever the file says: rollout and update
+    must give a token the same probability.
+
+    Args:
+        source: what the sentence about a target that is not there begins with.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    chosen = {key: adapter_config[key] for key in HONOURED if adapter_config.get(key) is not None}
+    for key in ("target_modules", "exclude_modules"):
+        if chosen.get(key) == "all-linear":  # moojink's choice resolves to the same modules as RLinf's list
+            chosen[key] = LORA_TARGETS
+        elif isinstance(chosen.get(key), str):
+            if key == "target_modules" and chosen.keys() & {"layers_to_transform", "layers_pattern"}:
+                raise UserError(f"{source} has layers_to_transform and a text as target_modules: list the modules")
+            chosen[key] = matching(chosen[key], names, f"{source}, {key},")
+    try:
+        config = LoraConfig(lora_dropout=0.0, init_lora_weights="gaussian", bias="none", **chosen)
+        inject_adapter_in_model(config, model)
+    except (ValueError, TypeError) as error:  # such as no module of these names
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} does not fit the model ({said}): use the adapter of this model") from error
+    use_fused_layers(model)
+    return model
+
+
+def load_adapter(model: OpenVLA, adapter: Adapter) -> None:
+    """Fill the injected factors.
+
+    peft writes lm_head.base_layer.weight beside the factors, since lm_head is a target. It must be the base model's: if
+    it is not, the adapter was made for another base.
+    """
+    parameters, weights = dict(model.named_parameters()), dict(adapter.weights)
+    strays = {name: weights.pop(name) for name in [*weights] if "lora_" not in name and name in parameters}
+    for name, value in strays.items():
+        ours = parameters[name].cpu().bfloat16()
+        if value.shape != ours.shape or not torch.equal(value.bfloat16(), ours):
+            raise UserError(
+                f"{adapter.folder} was made for another base model: its {name} is not the one loaded; load the base "
+                "model that adapter_config.json names"
+            )
+    expected = {name: tuple(p.shape) for name, p in parameters.items() if "lora_" in name}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    check_keys(expected, found, str(adapter.folder / ADAPTER_WEIGHTS), ADAPTER_CONFIG)
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+# ---------------------------------------------------------------------- taking it off
+def merged_weight(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling * B A in fp32, rounded once to W's precision; a convolution's factors are flattened."""
+    delta = (up.flatten(1).float() @ down.flatten(1).float()).view(base.shape)
+    return (base.float() + scaling * delta).to(base.dtype)
+
+
+def merge_adapter(model: OpenVLA) -> None:
+    """Add every adapter into its layer and take it off."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in adapted:
+        layer = module.get_base_layer()
+        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+        layer.weight.data = merged_weight(layer.weight.data, down.data, up.data, module.scaling["default"])
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer)
+    del model.peft_config  # peft's note that there is an adapter
+
+
+def merge_state(model: OpenVLA, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same for whole tensors by name, leaving the model alone: under ZeRO-3 its own tensors are shards."""
+    merged = {name: value for name, value in state.items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            down, up = (state[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+            base = f"{name}.base_layer.weight"
+            merged[base] = merged_weight(state[base], down, up, module.scaling["default"])
+    return {name.replace(".base_layer.", "."): value for name, value in merged.items()}

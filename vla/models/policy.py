@@ -1,0 +1,359 @@
+"""VLAPolicy: what the training scripts see of a model. In the update everything goes through __call__, because ZeRO-3
+gathers weights there.
+
+    N envs (or B samples)   C = chunk_size actions per decision   D = 7 action dimensions   L prompt ids
+
+    act(obs, temperature, noise)        tokens, logprobs [N, C, D], values [N, C]
+    evaluate(obs, tokens, temperature)  logprobs, entropy [N, C, D], values [N, C]
+    value(obs)                          values [N, C]
+    clone(obs, tokens, label_sigma)     losses, predicted tokens [N, C, D]
+    decode(tokens)                      actions [N, C, D] in robot units
+
+`obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
+preprocess() made of it (what the rollout buffer keeps); it may lie on another device than the model.
+Tokens are vocabulary ids, integers; actions are floats; never the same word.
+Log-probabilities are over the 256 action ids only, in fp32, and come from the same lines of code in rollout and update.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from schemas import UserError
+from vla.models.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
+from vla.models.tokenizer import PROMPT, check_no_action_ids, encode_prompt
+
+
+class PolicyInputs(NamedTuple):
+    """What the model reads: pixels at its own resolution, still uint8, and padded prompts."""
+
+    images: torch.Tensor  # uint8 [N, H, W, 3]
+    prompt_ids: torch.Tensor  # int64 [N, L]: BOS, padding, rest of the prompt
+    prompt_mask: torch.Tensor  # bool [N, L]
+    features: torch.Tensor | None = None  # [N, P, E] of frozen vision towers, in the model's precision
+
+    def to(self, device: torch.device) -> "PolicyInputs":
+        return PolicyInputs(*(None if field is None else field.to(device) for field in self))
+
+
+class Evaluation(NamedTuple):
+    """What the policy makes of given tokens."""
+
+    logprobs: torch.Tensor  # [B, C, D]
+    entropy: torch.Tensor  # [B, C, D], nats
+    values: torch.Tensor  # [B, C]
+    fan_kl: torch.Tensor | None = None  # [B, C, D], nats, where asked for
+
+
+class VLAPolicy(nn.Module):
+    """A vision-language-action model with its prompt, bins, statistics and critic.
+
+    Args:
+        model: OpenVLA or OpenVLAOFT.
+        value_head: ValueHead with chunk_size outputs, or None for an actor alone.
+        action_tokens: bins and statistics.
+        tokenizer: of the `tokenizers` package, or None: then only prompt_ids() raises.
+        image_size: (height, width) of the towers' input, pixels.
+        pad_token_id: fills prompts up to max_prompt_length (published: 32000 and 30).
+        chunk_size: actions per decision, 1 for OpenVLA.
+        image_resize: "tensor" (RLinf's path) or "pil" (upstream's), see resize().
+        caches_features: the vision towers are frozen, so what they make of a picture in the rollout holds in the
+            update. Told, not found out: in a rollout copy everything is frozen.
+        cuda_graphs: on a GPU act() launches recorded graphs; off, it computes the same kernel by kernel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        value_head: nn.Module | None,
+        action_tokens: ActionTokens,
+        tokenizer,
+        image_size: tuple[int, int],
+        pad_token_id: int,
+        max_prompt_length: int = 30,
+        chunk_size: int = 1,
+        image_resize: str = "tensor",
+        caches_features: bool = False,
+        cuda_graphs: bool = True,
+    ):
+        super().__init__()
+        model.cuda_graphs = cuda_graphs
+        self.caches_features = caches_features
+        self.chunk_size = chunk_size
+        self.image_resize = image_resize
+        self.model = model
+        self.value_head = value_head
+        self.action_tokens = action_tokens
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.pad_token_id = pad_token_id
+        self.max_prompt_length = max_prompt_length
+        self.files = None  # saving.PolicyFiles: what saving needs besides weights
+        self._prompt_cache: dict[str, list[int]] = {}
+
+    # ------------------------------------------------------------------ text and pixels
+    def prompt_ids(self, task_description: str) -> list[int]:
+        """The one place where text becomes ids: BOS, then the lower-cased instruction in OpenVLA's prompt.
+
+        Raises:
+            UserError: no tokenizer, a prompt that is too long, or one that the tokenizer changes.
+        """
+        if self.tokenizer is None:
+            raise UserError("the checkpoint folder has no tokenizer.json: copy it beside config.json")
+        if task_description not in self._prompt_cache:
+            prompt = PROMPT.format(task_description=task_description.lower())
+            ids = encode_prompt(self.tokenizer, prompt, "tokenizer.json")
+            check_no_action_ids(ids, self.action_tokens.first_id, task_description)
+            if len(ids) > self.max_prompt_length:
+                raise UserError(
+                    f"the prompt for {task_description!r} has {len(ids)} tokens, --max_prompt_length is "
+                    f"{self.max_prompt_length}: raise it or shorten the instruction"
+                )
+            self._prompt_cache[task_description] = ids
+        return self._prompt_cache[task_description]
+
+    def collate(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """N prompts with BOS -> ids int64 and mask bool, [N, L]: padding goes behind BOS.
+
+        L is max_prompt_length, or the longest prompt where a caller's own ids are longer.
+        """
+        length = max(self.max_prompt_length, *map(len, prompts))
+        ids = torch.full((len(prompts), length), self.pad_token_id)
+        mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            start = length - (len(prompt) - 1)
+            ids[row, 0], mask[row, 0] = prompt[0], True
+            ids[row, start:] = torch.tensor(prompt[1:])
+            mask[row, start:] = True
+        return ids, mask
+
+    def preprocess(self, obs: dict | PolicyInputs) -> PolicyInputs:
+        """obs of an env -> PolicyInputs on the obs' device. Idempotent.
+
+        Raises:
+            ValueError: pictures that are not uint8 [N, H, W, 3], or not one instruction per picture.
+        """
+        if isinstance(obs, PolicyInputs):
+            return obs
+        images = torch.as_tensor(obs["image"])
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
+            raise ValueError(f'obs["image"] must be uint8 [N, H, W, 3], it is {images.dtype} {tuple(images.shape)}')
+        if isinstance(obs["task_description"], str) or len(obs["task_description"]) != len(images):
+            raise ValueError(
+                f'obs["task_description"] must be a list of {len(images)} strings, one per picture, it is '
+                f"{obs['task_description']!r}"
+            )
+        images = resize(images, self.image_size, self.image_resize)
+        ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
+        return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
+
+    def feature_shape(self) -> tuple[int, int]:
+        """(P, E) of PolicyInputs.features for one picture."""
+        towers = (self.model.vision_backbone.featurizer, self.model.vision_backbone.fused_featurizer)
+        return towers[0].num_patches, sum(tower.embed_dim for tower in towers)
+
+    def prepare(self, obs: dict | PolicyInputs, device: torch.device) -> PolicyInputs:
+        """preprocess(), moved to the model's device, with_features(): what the rollout acts on and keeps."""
+        return self.with_features(self.preprocess(obs).to(device))
+
+    def with_features(self, inputs: PolicyInputs) -> PolicyInputs:
+        """For the rollout, where weights are whole: run frozen towers now, so that nothing runs them again.
+
+        Towers that are being trained are left to every forward: the inputs come back as they are.
+        """
+        if not self.caches_features or inputs.features is not None:
+            return inputs
+        with torch.no_grad():
+            return inputs._replace(features=self.model.vision_backbone(inputs.images))
+
+    # ------------------------------------------------------------------ the five verbs
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def act(
+        self, obs: dict | PolicyInputs, temperature: float, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sample a chunk of actions.
+
+        Args:
+            temperature: 0 = greedy; log-probabilities are then those of temperature 1.
+            noise: float64 [N, C, D] uniform in [0, 1), what is sampled is a function of it. None: drawn from torch's
+            generator.
+        """
+        inputs = self.preprocess(obs).to(self.device)
+        if noise is None:
+            noise = torch.rand(len(inputs.images), self.chunk_size, ACTION_DIM, dtype=torch.float64)
+        return self(inputs, temperature=temperature, noise=noise.to(self.device))
+
+    def evaluate(
+        self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropy of given tokens, and values."""
+        inputs = self.preprocess(obs).to(self.device)
+        return self(inputs, temperature=temperature, tokens=tokens.to(self.device))[:3]
+
+    def reference_logprobs(self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Log-probabilities [N, C, D] of given tokens under the base model: the adapter is scaled by 0 meanwhile.
+
+        For the rollout, where weights are whole. One more forward, no second copy of the weights.
+        """
+        adapters = [module for module in self.model.modules() if hasattr(module, "lora_A")]
+        kept = [dict(module.scaling) for module in adapters]
+        try:
+            for module in adapters:
+                module.scaling.update(dict.fromkeys(module.scaling, 0.0))
+            return self.evaluate(obs, tokens, temperature)[0]
+        finally:
+            for module, scaling in zip(adapters, kept):
+                module.scaling.update(scaling)
+
+    def value(self, obs: dict | PolicyInputs) -> torch.Tensor:
+        """V(obs): one pass over the prompt, nothing is generated."""
+        return self(self.preprocess(obs).to(self.device))
+
+    def clone(
+        self,
+        obs: dict | PolicyInputs,
+        tokens: torch.Tensor,
+        label_sigma: float = 0.0,
+        written: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Behaviour cloning of given tokens: cross entropy fp32 and the likeliest tokens int64, [N, C, D] each.
+
+        Over the whole vocabulary, as OpenVLA is trained, so that code which samples from all of it writes actions too.
+        label_sigma: bins over which a target is spread (ActionTokens.soft_targets). written: int64 [N, C, D], what the
+        model is told it wrote before each token; None: the targets.
+        """
+        inputs, written = self.preprocess(obs).to(self.device), tokens if written is None else written
+        return self(inputs, tokens=tokens.to(self.device), label_sigma=label_sigma, written=written.to(self.device))
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
+        return self.action_tokens.unnormalize(self.action_tokens.decode(tokens)).float()
+
+    def forward(
+        self,
+        inputs: PolicyInputs,
+        temperature: float = 1.0,
+        tokens: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        fan_sigma: float | None = None,
+        label_sigma: float | None = None,
+        written: torch.Tensor | None = None,
+    ):
+        """The one entry: with tokens it evaluates (Evaluation), with noise it acts, with neither it returns values.
+
+        fan_sigma: also compute fan_kl, with a Gaussian this wide. label_sigma, written: clone the tokens instead
+        (clone()).
+        """
+        if noise is not None:
+            return self._generate(inputs, temperature, noise)
+        if tokens is None:
+            return self._values(self.model(*inputs)[1])
+        told = tokens if written is None else written
+        logits, hidden = self.model(*inputs, tokens=told.flatten(1))  # [B, C * D, V], [B, H]
+        if label_sigma is not None:
+            return self._cloning_losses(logits.view(*tokens.shape, -1), tokens, label_sigma)
+        logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)  # [B, C, D], nats
+        chosen = (tokens - self.action_tokens.first_id)[..., None]
+        fan = None if fan_sigma is None else fan_kl(logprobs, self.action_tokens.values.to(logprobs), fan_sigma)
+        return Evaluation(logprobs.gather(-1, chosen)[..., 0], entropy, self._values(hidden), fan)
+
+    def free_graphs(self) -> None:
+        """Give back the device memory of recorded graphs and their caches; the next act() records anew."""
+        self.model.graphs = None
+
+    # ------------------------------------------------------------------ inside
+    def _cloning_losses(self, logits: torch.Tensor, tokens: torch.Tensor, label_sigma: float):
+        """logits [B, C, D, V], tokens [B, C, D] -> cross entropy and the likeliest action tokens, [B, C, D] each."""
+        first, end = self.action_tokens.first_id, self.action_tokens.vocab_end
+        logprobs = F.log_softmax(logits.float(), dim=-1)[..., first:end]  # [B, C, D, 256]
+        targets = self.action_tokens.soft_targets(tokens, label_sigma)
+        return -(targets * logprobs).sum(dim=-1), logprobs.argmax(dim=-1) + first
+
+    def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):
+        """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once; each log-probability is noted as it is
+        drawn."""
+        flat_noise = noise.flatten(1)  # [B, C * D]
+        tokens, logprobs = [], []
+
+        def choose(logits: torch.Tensor, start: int) -> torch.Tensor:  # [B, K, V] -> [B, K]
+            candidates = self._action_logprobs(logits, temperature)  # [B, K, 256]
+            bins = sample_bins(candidates, flat_noise[:, start : start + logits.shape[1]], greedy=temperature == 0)
+            logprobs.append(candidates.gather(-1, bins[..., None])[..., 0])
+            tokens.append(bins + self.action_tokens.first_id)
+            return tokens[-1]
+
+        hidden = self.model.generate(*inputs, num_tokens=self.chunk_size * ACTION_DIM, choose=choose)
+        return torch.cat(tokens, 1).view(noise.shape), torch.cat(logprobs, 1).view(noise.shape), self._values(hidden)
+
+    def _action_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """logits [..., V] -> log-probabilities over the 256 action ids, fp32 [..., 256]."""
+        action_logits = logits[..., self.action_tokens.first_id : self.action_tokens.vocab_end].float()
+        return F.log_softmax(action_logits / (temperature or 1.0), dim=-1)
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, H] -> values fp32 [B, C]; zeros for an actor without critic."""
+        if self.value_head is None:
+            return hidden.new_zeros(len(hidden), self.chunk_size, dtype=torch.float32)
+        return self.value_head(hidden).float()
+
+
+def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) -> torch.Tensor:
+    """float64 [num_envs, chunk_size, 7] in [0, 1): what act() turns into a sample."""
+    return torch.rand(num_envs, chunk_size, ACTION_DIM, dtype=torch.float64, generator=generator)
+
+
+def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> torch.Tensor:
+    """logprobs [..., 256], noise [...] in [0, 1) -> bins int64 [...], by inverting the cumulative distribution.
+
+    A function of its arguments: one env's action does not depend on which other envs share its batch or rank.
+    """
+    if greedy:
+        return logprobs.argmax(dim=-1)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    bins = torch.searchsorted(cumulative, (noise * cumulative[..., -1])[..., None], right=True)[..., 0]
+    return bins.clamp(max=NUM_BINS - 1)
+
+
+def resize(images: torch.Tensor, size: tuple[int, int], how: str = "tensor") -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> uint8 [N, h, w, 3], bicubic with antialias, aspect not kept ("resize-naive").
+
+    Args:
+        how: "tensor" resizes floats and rounds back to uint8 (RLinf's path); "pil" is Pillow's fixed-point arithmetic
+            (upstream's path, on the CPU). They differ in 14 % of the values, by at most 2 of 255.
+    """
+    if tuple(images.shape[1:3]) == tuple(size):
+        return images
+    if how == "pil":
+        pictures = [
+            Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in images.cpu().numpy()
+        ]
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(images.device)
+    pixels = images.permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def fan_kl(logprobs: torch.Tensor, centers: torch.Tensor, sigma: float) -> torch.Tensor:
+    """KL(policy, G) per token: G is the Gaussian around the policy's own mode, over the same bins.
+
+    FAN (arXiv 2604.01570): near the best action lie others that do as well, so a policy over bins should fall off
+    smoothly around its mode. The mode is a constant here: G follows the policy, it is not pulled.
+
+    Args:
+        logprobs: [..., 256]. centers: [256], what the ids mean, in [-1, 1]. sigma: in the same unit.
+
+    Returns:
+        [...], nats.
+    """
+    modes = centers[logprobs.argmax(dim=-1)][..., None]
+    target = F.log_softmax(-((centers - modes) ** 2) / (2 * sigma**2), dim=-1)
+    return (logprobs.exp() * (logprobs - target)).sum(dim=-1)

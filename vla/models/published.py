@@ -1,0 +1,429 @@
+"""Read a folder in the published layout: config.json, statistics, pictures' normalisation, weights.
+
+Whatever is in a folder is honoured as transformers honours it, or refused in one sentence: a wrong base, missing keys
+or the wrong statistics cost tens of points of success without a word otherwise. Nothing here is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from schemas import UserError, check, parse_json
+from schemas.policies import (
+    ActionStatistics,
+    AdapterBase,
+    PolicyConfig,
+    Preprocessor,
+    Statistics,
+    WeightIndex,
+)
+from vla.files.tensors import digest, entry, is_finite, open_shard, read_small
+from vla.models.action_tokens import NUM_BINS
+from vla.models.vision import VisionBackbone
+
+AGAIN = "copy or download it again"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be weights here
+
+# kept byte for byte from load to save, so that a saved folder is as complete as the one it came from
+SIDE_FILES = (
+    "preprocessor_config.json",
+    "generation_config.json",
+    "dataset_statistics.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+# parts that only other variants of OpenVLA-OFT have, by the start of their files' names
+FOREIGN_PARTS = {
+    "action_head--": "an L1 regression head, which has no distribution over actions: RL on it gives 0 % success",
+    "noisy_action_projector--": "a diffusion head, which has no distribution over tokens",
+    "proprio_projector--": "a proprioception input, which the discrete ManiSkill models do not have",
+    "vision_backbone--": "FiLM-conditioned towers, which the discrete ManiSkill models do not have",
+}
+# what a folder may hold in place of safetensors
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+# in the weights of old transformers; computed now from config.json
+OLD_BUFFER = re.compile(r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+# ---------------------------------------------------------------------- config.json and the files beside it
+def read_folder(folder: Path, presets: list[str]) -> tuple[dict, dict[str, bytes]]:
+    """config.json as it is, and the small files beside it.
+
+    Raises:
+        UserError: no such folder, one of another kind of model, or a config.json with other contents than ours.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give a checkpoint folder or a tiny preset ({', '.join(presets)})")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json: it is not an OpenVLA checkpoint folder")
+    for file in sorted(folder.iterdir()):
+        for start, what in FOREIGN_PARTS.items():
+            if file.name.startswith(start):
+                raise UserError(
+                    f"{folder} holds {file.name}: {what}; use a discrete-token checkpoint, such as RLinf's for "
+                    "ManiSkill"
+                )
+    source = str(folder / "config.json")
+    config = parse_json(read_small(folder / "config.json"), source, AGAIN)
+    check(PolicyConfig, config, source, "use an OpenVLA or OpenVLA-OFT checkpoint, or mend the key")
+    side_files = {name: read_small(folder / name) for name in SIDE_FILES if (folder / name).exists()}
+    return config, side_files
+
+
+def action_vocab_end(config: dict, tokenizer: Tokenizer | None, path: str) -> int:
+    """One past the last action id. The 256 action ids are the last of the text vocabulary, right before the padding
+    id, and the model's vocabulary is that rounded up.
+
+    Raises:
+        UserError: they can not be there: every action would be read from ids that mean something else.
+    """
+    vocab_size, rounding = config["text_config"]["vocab_size"], config.get("pad_to_multiple_of", 0)
+    vocab_end, padding = vocab_size - rounding, config.get("pad_token_id", config["text_config"].get("pad_token_id"))
+    fits = rounding > 0 and vocab_end >= NUM_BINS and padding == vocab_end
+    if not fits or (tokenizer is not None and tokenizer.get_vocab_size(with_added_tokens=False) > vocab_end):
+        words = "unknown" if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=False)
+        raise UserError(
+            f"the action ids do not fit the vocabulary of {path}: vocab_size {vocab_size} minus pad_to_multiple_of "
+            f"{rounding} must be the padding id (it is {padding}) and at least the tokenizer's size ({words}); check "
+            "config.json"
+        )
+    return vocab_end
+
+
+def read_statistics(config: dict, side_files: dict[str, bytes], path: str) -> dict[str, tuple[str, Any]]:
+    """{unnorm_key: (which file has it, what it says)}: dataset_statistics.json before config.json's norm_stats."""
+    source = f"{path}/dataset_statistics.json"
+    beside = parse_json(side_files.get("dataset_statistics.json", b"{}"), source, AGAIN)
+    beside = check(dict[str, Any], beside, source, AGAIN)
+    inside = {key: (f"{path}/config.json", value) for key, value in (config.get("norm_stats") or {}).items()}
+    return inside | {key: (source, value) for key, value in beside.items()}
+
+
+def action_stats(config: dict, side_files: dict[str, bytes], unnorm_key: str, path: str) -> dict:
+    """The action statistics of one key; the wrong key would silently scale every action.
+
+    Raises:
+        UserError: no such key, or not seven finite quantiles in order and a mask of seven.
+    """
+    norm_stats = read_statistics(config, side_files, path)
+    if unnorm_key not in norm_stats:
+        known = ", ".join(sorted(norm_stats)) or "none"
+        raise UserError(f"--unnorm_key {unnorm_key!r} is not in the norm_stats of {path}: it has {known}")
+    source, stats = norm_stats[unnorm_key]
+    remedy = "use the statistics that the model was trained with, or another --unnorm_key"
+    checked: ActionStatistics = check(Statistics, stats, f"{source}, in {unnorm_key!r},", remedy).action
+    return {"q01": checked.q01, "q99": checked.q99, "mask": checked.mask}
+
+
+def read_normalization(config: dict, side_files: dict[str, bytes], path: str) -> tuple:
+    """((mean, std) of DINOv2, of SigLIP) from preprocessor_config.json; the published towers know theirs without it.
+
+    Raises:
+        UserError: it is missing, of another kind of image processor, or prepares pictures in another way.
+    """
+    source = f"{path}/preprocessor_config.json"
+    if "preprocessor_config.json" not in side_files:
+        if "vision_dims" in config:
+            raise UserError(f"{source} is missing, and these towers' means and stds are not known without it: {AGAIN}")
+        return VisionBackbone.NORMALIZATION
+    remedy = "use the preprocessor_config.json that the model was published with"
+    content = parse_json(side_files["preprocessor_config.json"], source, remedy)
+    if isinstance(content, dict) and "means" not in content and "image_mean" in content:
+        raise UserError(
+            f"{source} has image_mean, the form of a model with one tower: this one needs means and stds, an entry per "
+            f"tower, so {remedy}"
+        )
+    read: Preprocessor = check(Preprocessor, content, source, remedy)
+    for _, *size in read.input_sizes or []:
+        if size != config["image_sizes"]:
+            raise UserError(
+                f"{source} has input_sizes of {size} pixels, config.json has image_sizes {config['image_sizes']}: "
+                f"{remedy}"
+            )
+    return tuple(zip(read.means, read.stds))
+
+
+# ---------------------------------------------------------------------- weights
+def has_weights(folder: Path) -> bool:
+    return os.path.lexists(folder / WEIGHTS) or os.path.lexists(
+        folder / INDEX
+    )  # a broken link is named when it is read
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """model.safetensors, or else the shards that model.safetensors.index.json names; the order of transformers.
+
+    Raises:
+        UserError: neither is there, or a shard is missing.
+    """
+    if os.path.lexists(folder / WEIGHTS):
+        return [folder / WEIGHTS]
+    if not os.path.lexists(folder / INDEX):
+        raise UserError(no_weights(folder))
+    names = sorted(set(weight_map(folder).values()))
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{folder} lacks {name}, which {INDEX} names: {AGAIN}")
+    return [folder / name for name in names]
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """{tensor: file} of the index."""
+    source = str(folder / INDEX)
+    content = parse_json(read_small(folder / INDEX), source, AGAIN)
+    return check(WeightIndex, content, source, AGAIN).weight_map
+
+
+def no_weights(folder: Path) -> str:
+    """The sentence about a folder with neither weights nor an index: what it holds instead, and what to do."""
+    said = f"{folder} lacks {WEIGHTS}"
+    others = {ADAPTER_WEIGHTS, "value_head.safetensors"}
+    if shards := sorted(path for path in folder.glob("*.safetensors") if path.name not in others):
+        return f"{said} and {INDEX}, it holds {shards[0].name}: copy the index, which says what its files hold"
+    for pattern in PICKLES:
+        if pickles := sorted(folder.glob(pattern)):
+            return (
+                f"{said}, it holds {pickles[0].name}, a pickle, which could run code and is never read: convert it "
+                "with transformers' save_pretrained"
+            )
+    return f"{said}: {AGAIN}"
+
+
+def read_headers(folder: Path, paths: list[Path]) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of all shards, without reading a weight.
+
+    Raises:
+        UserError: integers, a tensor in two files, or other tensors than the index says.
+    """
+    found, places = {}, {}
+    for path in paths:
+        with open_shard(path) as shard:
+            for key in shard.keys():  # noqa: SIM118 (a shard is not a dict)
+                part = shard.get_slice(key)
+                if part.get_dtype() not in FLOATS:
+                    raise UserError(
+                        f"{path} has {key} as {part.get_dtype()}, weights must be one of {', '.join(FLOATS)}: use the "
+                        "checkpoint that is not quantized"
+                    )
+                if key in places:
+                    raise UserError(f"{path} has {key}, and {places[key]} has it too: {AGAIN}")
+                found[key], places[key] = tuple(part.get_shape()), path.name
+    if paths != [folder / WEIGHTS]:
+        check_index(weight_map(folder), places, folder / INDEX)
+    return found
+
+
+def check_index(said: dict[str, str], places: dict[str, str], index: Path) -> None:
+    """The index and its shards must agree, as they do where transformers wrote both."""
+    for key in sorted(said.keys() | places.keys()):
+        if said.get(key) != places.get(key):
+            raise UserError(
+                f"{index} has {key} in {said.get(key, 'no file')}, it is in {places.get(key, 'none')}: copy the index "
+                "and its shards from one place"
+            )
+
+
+def check_keys(expected: dict[str, tuple], found: dict[str, tuple], what: str, implied_by: str = "config.json") -> None:
+    """{name: shape} of the model against that of a file."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise UserError(
+            f"{what} does not fit the model: {len(missing)} keys missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
+        )
+    for name, shape in expected.items():
+        if tuple(shape) != tuple(found[name]):
+            raise UserError(f"{what} has {name} of shape {tuple(found[name])}, {implied_by} implies {tuple(shape)}")
+
+
+def check_sizes(config: dict, found: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """config.json's sizes against the shapes in the files, before a network of these sizes is made.
+
+    Raises:
+        UserError: a million layers where the files hold two.
+    """
+    text = check(PolicyConfig, config, "config.json").text_config
+
+    def layers(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in found if key.startswith(prefix)})
+
+    embedding = found.get("language_model.model.embed_tokens.weight", (0, 0))
+    gate = found.get("language_model.model.layers.0.mlp.gate_proj.weight", (0, 0))
+    sizes = {
+        "text_config.num_hidden_layers": (text.num_hidden_layers, layers("language_model.model.layers.")),
+        "text_config.vocab_size": (text.vocab_size, embedding[0]),
+        "text_config.hidden_size": (text.hidden_size, embedding[-1]),
+        "text_config.intermediate_size": (text.intermediate_size, gate[0]),
+    }
+    for tower, dims in zip(("featurizer", "fused_featurizer"), config.get("vision_dims", [])):
+        number = layers(f"vision_backbone.{tower}.blocks.")
+        sizes[f"vision_dims, {tower}: depth"] = (dims["depth"], number)
+    for key, (said, held) in sizes.items():
+        if said != held:
+            raise UserError(
+                f"{folder}/config.json has {key} {said}, the weights of {folder} hold {held}: use the config.json and "
+                "the weights of one model"
+            )
+
+
+def stream_weights(
+    model: nn.Module, folder: Path, found: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str
+) -> str:
+    """Fill a model built on meta from a folder's shards, tensor by tensor.
+
+    Args:
+        found: read_headers() of the folder; all names and shapes are compared first.
+
+    Returns:
+        digest() of the files' tensors.
+
+    Raises:
+        UserError: other tensors than the model's, or one that is not finite.
+    """
+    what, entries = f"the checkpoint in {folder}", {}
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_keys(expected, {key: shape for key, shape in found.items() if not OLD_BUFFER.fullmatch(key)}, what)
+    for path in shard_paths(folder):
+        with open_shard(path) as shard:
+            for key in shard.keys():  # noqa: SIM118 (a shard is not a dict)
+                stored = shard.get_tensor(key)
+                if OLD_BUFFER.fullmatch(key):
+                    check_old_buffer(model, stored, path, key)
+                    continue
+                # a copy: the mapped pages go with the file, which a later save may replace
+                value = stored.to(device=device, dtype=dtype, copy=True)
+                if not is_finite(value):
+                    raise UserError(f"{path} has {key} with values that are not finite as {dtype}: {AGAIN}")
+                entries[key] = entry(stored)
+                owner, _, leaf = key.rpartition(".")
+                model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+    return digest(entries)
+
+
+def check_old_buffer(model: nn.Module, stored: torch.Tensor, path: Path, key: str) -> None:
+    """transformers leaves such a buffer out and computes it from config.json; so do we, where the two are one."""
+    ours = model.language_model.model.rotary_emb.inv_freq.cpu().float()
+    if stored.shape != ours.shape or not torch.allclose(stored.float(), ours, rtol=1e-2):  # stored in bf16 maybe
+        raise UserError(
+            f"{path} has {key}, which is not what config.json's rope_theta gives: set text_config.rope_theta to what "
+            "the model was trained with"
+        )
+
+
+# ---------------------------------------------------------------------- the base of an adapter
+def find_base(folder: Path) -> Path:
+    """Where the weights lie: the folder itself, or the base that the adapter in it names.
+
+    Raises:
+        UserError: there are none, or two places that could be meant.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        if not has_weights(folder):
+            raise UserError(no_weights(folder))
+        return folder
+    source = folder / ADAPTER_CONFIG
+    base = check(dict[str, Any], parse_json(read_small(source), str(source), AGAIN), str(source), AGAIN).get(
+        "base_model_name_or_path"
+    )
+    if has_weights(folder):
+        if base and (not isinstance(base, str) or Path(base).resolve() != folder.resolve()):
+            raise UserError(
+                f"{folder} holds weights, and {source.name} names the base {base!r}: set base_model_name_or_path to "
+                "null if these weights are the base, else move the adapter into a folder of its own"
+            )
+        return folder
+    if not isinstance(base, str) or not base or not Path(base).is_dir():
+        raise UserError(
+            f"{source} has base_model_name_or_path {base!r}, which is not a folder here: load the base model and give "
+            f"{folder} as --lora_path"
+        )
+    if (Path(base) / ADAPTER_CONFIG).exists():
+        itself = "itself" if Path(base).resolve() == folder.resolve() else f"{base}, which holds an adapter too"
+        raise UserError(
+            f"{source} has base_model_name_or_path {itself}: name a folder with whole weights, with any other adapter "
+            "merged into them"
+        )
+    if not has_weights(Path(base)):
+        raise UserError(no_weights(Path(base)))
+    return Path(base)
+
+
+def describe_base(
+    weights: str, config: dict, side_files: dict[str, bytes], unnorm_key: str, stats: dict, normalization: tuple
+) -> dict:
+    """Digests of all that a policy is made of: {weights, config, pictures, tokenizer, statistics: {unnorm_key: ...}}.
+
+    What cannot change an action is left out: other keys' statistics, names, versions.
+    """
+
+    def of(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    told = ("image_sizes", "text_config", "vision_dims", "timm_model_ids", "pad_to_multiple_of", "pad_token_id")
+    names = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "initializer_range", "use_cache")
+    sizes = {key: config.get(key) for key in told}
+    sizes["text_config"] = {key: value for key, value in config["text_config"].items() if key not in names}
+    tokenizer = side_files.get("tokenizer.json")
+    return {
+        "weights": weights,
+        "config": of(sizes),
+        "pictures": of(normalization),
+        "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
+        "statistics": {unnorm_key: of(stats)},
+    }
+
+
+BASE_PARTS = {
+    "weights": "its weights differ",
+    "config": "the sizes in its config.json differ",
+    "pictures": "its preprocessor_config.json differs",
+    "tokenizer": "its tokenizer.json differs",
+    "statistics": "its action statistics differ",
+}
+
+
+def check_base(recorded: dict | None, found: dict, what: str, base: str) -> None:
+    """What was trained on one base must not act on another.
+
+    Args:
+        recorded: describe_base() as it was when the adapter or the run was saved; None: nobody noted it.
+        found: describe_base() of what is loaded now.
+        what: the adapter or the run, as the sentence names it. base: the folder that is loaded now.
+
+    Raises:
+        UserError: another base. Statistics are compared where both know the same unnorm_key.
+    """
+    if recorded is None:
+        return
+    remedy = "copy it again, or delete the record to go on without this check"
+    recorded = check(AdapterBase, recorded, f"the record of the base of {what}", remedy).model_dump()
+    for key, said in BASE_PARTS.items():
+        ours, theirs = recorded[key], found[key]
+        if key == "statistics":
+            theirs = {name: theirs[name] for name in ours if name in theirs}
+            ours = {name: ours[name] for name in theirs}
+        if ours != theirs:
+            raise UserError(
+                f"{what} was trained on another base than {base}: {said}; put the base back that it was trained on"
+            )
+
+
+def read_base(folder: Path | None) -> dict | None:
+    """The record of the base beside an adapter; published adapters have none."""
+    if folder is None or not (folder / ADAPTER_BASE).exists():
+        return None
+    return parse_json(read_small(folder / ADAPTER_BASE), str(folder / ADAPTER_BASE), AGAIN)

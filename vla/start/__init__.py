@@ -1,0 +1,1 @@
+"""What happens before a model is loaded: flags and their files, the launcher's environment, checks."""

@@ -1,0 +1,152 @@
+"""What is looked at before a model or a simulator is made, so that a wrong start ends within seconds.
+
+Nothing here joins the process group: rank and number of ranks are the launcher's.
+"""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from schemas import UserError
+from vla.models.policy import PROMPT
+from vla.models.published import read_folder
+from vla.models.tiny import TINY_PRESETS, tiny_side_files
+from vla.models.tokenizer import read_tokenizer
+from vla.start.launch import launched
+
+GIB = 2**30
+LONGEST_PROMPT = 2048  # tokens; schemas/flags.py's PromptLength
+SCENE_BYTES = 2**20  # of host memory, per env, at least: 1.9 MiB were measured with one object and 16 x 16 pixels
+PROCESS_BYTES = 100 * 2**20  # per process that simulates, at least: 520 MiB were measured, a part of them shared
+
+
+def small_files(model_path: str) -> tuple[dict, dict[str, bytes]]:
+    """config.json of a checkpoint folder or a tiny preset, and the small files beside it."""
+    if model_path in TINY_PRESETS:
+        return TINY_PRESETS[model_path], tiny_side_files()
+    return read_folder(Path(model_path), sorted(TINY_PRESETS))
+
+
+# ---------------------------------------------------------------------- the prompt
+def prompt_room(model_path: str, texts: Collection[str], max_prompt_length: int) -> int:
+    """How many tokens prompts are padded to: max_prompt_length, or as many as the longest of the texts has.
+
+    Found with the checkpoint's tokenizer alone. Padding changes no action, so more room does no harm.
+
+    Args:
+        texts: every instruction that can occur.
+
+    Raises:
+        UserError: an instruction that is longer than any prompt.
+    """
+    tokenizer = read_tokenizer(small_files(model_path)[1], model_path)
+    if tokenizer is None:  # load_policy() says so
+        return max_prompt_length
+    lengths = {text: len(tokenizer.encode(PROMPT.format(task_description=text.lower())).ids) for text in texts}
+    longest = max(lengths, key=lengths.get)
+    if lengths[longest] > LONGEST_PROMPT:
+        raise UserError(
+            f"--instruction {longest[:40]!r}... has {lengths[longest]} tokens and a prompt at most {LONGEST_PROMPT}: "
+            "shorten it"
+        )
+    if lengths[longest] > max_prompt_length and launched().rank == 0:
+        print(f"prompts get {lengths[longest]} tokens, not {max_prompt_length}: {longest!r} needs them", flush=True)
+    return max(max_prompt_length, lengths[longest])
+
+
+# ---------------------------------------------------------------------- the machine's memory
+def host_memory() -> int:
+    """Bytes that this machine, or its container, has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
+            memory = min(memory, int(text))
+    return memory
+
+
+def refuse_above_memory(need: int, flags: str) -> None:
+    """Raise UserError for more bytes than the machine has."""
+    if need > (memory := host_memory()):
+        raise UserError(
+            f"{flags} ask for at least {need / GIB:.0f} GiB of memory, and this machine has {memory / GIB:.0f}: "
+            "lower them"
+        )
+
+
+def check_rollout_memory(model_path: str, decisions: int) -> None:
+    """Refuse a rollout whose pictures alone no memory holds. decisions: of all ranks of this machine."""
+    side = small_files(model_path)[0]["image_sizes"][0]
+    refuse_above_memory(decisions * 3 * side**2, "--num_envs and --num_steps")
+
+
+def check_scene_memory(scenes: int, processes: int, image_size: tuple[int, int], flags: str) -> None:
+    """Refuse more scenes and processes than memory holds, counted low. All ranks of this machine together.
+
+    Args:
+        image_size: (width, height) of the camera. flags: what the user can lower.
+    """
+    need = scenes * (SCENE_BYTES + 3 * image_size[0] * image_size[1]) + processes * PROCESS_BYTES
+    refuse_above_memory(need, flags)
+
+
+# ---------------------------------------------------------------------- what applies
+def check_iterations_left(checkpoint: Path | None, wanted: int, flag: str) -> None:
+    """Say where a run that goes on has all its iterations behind it. flag: what decides how many it is to have.
+
+    Raises:
+        UserError: it has more of them behind it than it is to have.
+    """
+    made = int(checkpoint.name.rpartition("_")[2]) if checkpoint else 0
+    if made > wanted:
+        raise UserError(
+            f"{checkpoint.parents[1]} has made {made} iterations and {flag} asks for {wanted}: ask for more"
+        )
+    if checkpoint and made == wanted and launched().rank == 0:
+        print(f"{checkpoint.parents[1]} has made all its {made} iterations: {flag} asks for no more", flush=True)
+
+
+def what_applies(
+    *,
+    config: Collection[str],
+    resume: str | None,
+    model_path: str,
+    model_type: str,
+    lora_path: str | None,
+    lora_rank: int,
+    merge_lora: bool,
+    unnorm_key: str,
+    dtype: str,
+    max_prompt_length: int,
+    deepspeed_config: str,
+    env_id: str,
+    instruction: str | None,
+    obj_set: str,
+    asset_pack: str,
+    protocol: str,
+    image_size: tuple[int, int],
+    sim_freq: int,
+    max_episode_steps: int,
+    sizes: str,
+) -> str:
+    """The model, the env, the preset files and the sizes of a run, in five lines for people.
+
+    Args:
+        sizes: how much is made and learnt from, in the script's own words.
+    """
+    adapter = f"a fresh adapter of rank {lora_rank}" if lora_rank else "all weights are trained"
+    if lora_path:
+        adapter = f"the adapter {lora_path}" + (f" merged in, {adapter}" if merge_lora else "")
+    task = f"told {instruction!r}" if instruction else f"{obj_set} objects, {asset_pack} assets, protocol {protocol}"
+    rate = "" if instruction else f", {sim_freq} Hz physics"
+    files = [f"the run {resume}"] if resume else []
+    files += [*config] or ([] if resume else ["no file, the defaults of the script"])
+    return "\n".join(
+        (
+            f"flags   {', then '.join(files)}, then the command line",
+            f"model   {model_path} as {model_type} in {dtype}, {adapter}",
+            f"        statistics of {unnorm_key}, prompts of {max_prompt_length} tokens, {deepspeed_config}",
+            f"env     {env_id}, {task}, {image_size[0]} x {image_size[1]} pixels{rate}, "
+            f"{max_episode_steps} steps an episode",
+            f"sizes   {sizes}",
+        )
+    )

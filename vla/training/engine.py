@@ -1,0 +1,256 @@
+"""Flags + JSON -> deepspeed.initialize.
+
+The JSON holds ZeRO settings and which precision is on; sizes and rates are flags, so each value has one home: a file
+that sets them is refused. `"auto"` in the file's bf16 section is filled in from --dtype.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from torch.nn import functional as F
+
+from schemas import UserError, check, parse_json, require_file
+from schemas.engines import DeepSpeedConfig
+from vla import ROOT
+from vla.distributed import Engine, all_reduce_max
+from vla.files.trees import save_tree
+from vla.training.optimizer_state import write_weights
+
+FLAG_OF_KEY = {
+    "train_batch_size": "--num_envs, --num_steps and --num_minibatches",
+    "train_micro_batch_size_per_gpu": "--micro_batch_size",
+    "gradient_accumulation_steps": "--num_minibatches and --micro_batch_size",
+    "gradient_clipping": "--max_grad_norm",
+    "optimizer": "--learning_rate and --value_learning_rate",
+    "scheduler": "--schedule",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GATHERED_WHOLE = ["LlamaDecoderLayer", "Block"]  # classes of the language model's and the towers' blocks
+
+
+def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
+    """The JSON with bf16 "auto" resolved.
+
+    Args:
+        offload: what the stages are going to do, "none" or "stage" (stages.py).
+
+    Raises:
+        UserError: a missing file, a key that is a flag, or settings that do not go together.
+    """
+    # ours lie beside the scripts, wherever those are started from
+    file = Path(path) if Path(path).exists() else ROOT / path
+    if not file.exists():
+        known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "ds_configs").glob("*.json")))
+        raise UserError(f"--deepspeed_config {path} does not exist; there are {known}")
+    remedy = "mend it, or use one of ds_configs/"
+    require_file(file, remedy)
+    config = parse_json(file.read_bytes(), path, remedy)
+    check(DeepSpeedConfig, config, path, remedy)
+    for key, flag in FLAG_OF_KEY.items():
+        if key in config:
+            raise UserError(f"{path} sets {key!r}, which is decided by {flag}: remove it from the file")
+    zero = config.get("zero_optimization", {})
+    if "memory_efficient_linear" in zero:
+        raise UserError(f"{path}: memory_efficient_linear is decided by the engine: remove it from the file")
+    check_offload(path, zero, offload)
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 is not supported, use --dtype bfloat16")
+    if (
+        zero.get("stage", 0) == 0 and dtype == "bfloat16"
+    ):  # 0.19.8: its unfused optimizer makes an empty first Adam step
+        raise UserError(f"{path} has no ZeRO, where DeepSpeed's bfloat16 makes other steps: use ds_configs/zero2.json")
+    bf16 = config.get("bf16", {}).get("enabled", False)
+    if bf16 == "auto":
+        config["bf16"]["enabled"] = dtype == "bfloat16"
+    elif bf16 != (dtype == "bfloat16"):
+        raise UserError(
+            f'{path} has bf16 {"on" if bf16 else "off"} but --dtype is {dtype}: make them agree, or write "auto"'
+        )
+    return config
+
+
+def check_offload(path: str, zero: dict, offload: str) -> None:
+    """Two ways to make room, one at a time: Adam for ever on the CPU, or memory handed over between the stages."""
+    if "offload_param" in zero:
+        raise UserError(f"{path}: offload_param is not supported, remove it; --offload stage makes room in the rollout")
+    on_cpu = zero.get("offload_optimizer")
+    if on_cpu is not None:
+        if zero.get("stage", 0) != 3:
+            raise UserError(f"{path}: offload_optimizer needs ZeRO-3: use ds_configs/zero3_cpu_adam.json")
+        if offload == "stage":
+            raise UserError(
+                f"--offload stage cannot move an optimizer that {path} keeps on the CPU: use ds_configs/zero3.json, "
+                "or --offload none"
+            )
+    if offload == "stage" and zero.get("stage", 0) != 3:
+        raise UserError(
+            f"--offload stage needs ZeRO-3, which alone cuts the weights between the stages; {path} is not: use "
+            "ds_configs/zero3.json"
+        )
+
+
+def zero_stage(config: dict) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def decay_at(schedule: str, progress: float) -> float:
+    """What the learning rate is multiplied by at this part of a run, 0 to 1."""
+    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return shapes[schedule]
+
+
+class TorchLinear(LinearFunctionForZeroStage3):
+    """torch's own linear function forward, DeepSpeed's backward.
+
+    ZeRO-3 frees a layer's gathered weight after its forward and gathers it again for its backward. torch's function
+    keeps a transposed view of the weight for the backward, and with the view the memory: after a forward every rank
+    would hold the whole model. DeepSpeed's (0.19.8) keeps the parameter itself, which is emptied and filled in place,
+    but adds the bias in a kernel of its own, so the last bits are others than those of evaluate.py.
+    """
+
+    @staticmethod
+    def forward(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(input, weight, bias)
+
+
+class GatheredLinear(nn.Linear):
+    """A linear layer of a policy that ZeRO-3 cuts: bit for bit what nn.Linear returns, without keeping the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return TorchLinear.apply(x, self.weight, self.bias)
+
+
+def use_gathered_layers(policy: nn.Module) -> None:
+    """Turn every plain linear layer into a GatheredLinear; parameters and their names stay."""
+    for module in policy.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = GatheredLinear
+
+
+def build_engine(
+    policy: nn.Module,
+    config: dict,
+    *,
+    micro_batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    value_learning_rate: float | None = None,
+) -> Engine:
+    """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. Rates are the
+    scripts' to change between iterations.
+
+    Gradients are summed over micro batches and averaged over ranks by DeepSpeed; the script says which micro batch is
+    a minibatch's last (their number may differ from minibatch to minibatch).
+    """
+    critic = [p for name, p in policy.named_parameters() if p.requires_grad and name.startswith("value_head.")]
+    actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head.")]
+    groups = [{"params": actor, "lr": learning_rate}]
+    if critic:
+        groups.append({"params": critic, "lr": value_learning_rate})
+    # torch's own fused loop where Adam runs on the CPU: DeepSpeed's CPUAdam would have to be compiled first
+    on_cpu = "offload_optimizer" in config.get("zero_optimization", {})
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True if on_cpu else None
+    )
+    # DeepSpeed's default bucket for gradients has 5e8 elements, which an adapter would never fill
+    bucket = min(500_000_000, sum(p.numel() for group in groups for p in group["params"]))
+    # DeepSpeed would put its linear function in the place of torch's in the whole process, rollouts included; the
+    # engine's own layers are the only ones that need it (GatheredLinear)
+    zero = {"reduce_bucket_size": bucket, **config.get("zero_optimization", {}), "memory_efficient_linear": False}
+    config = {
+        **config,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    # ZeRO-3 gathers and frees a block at a time instead of its layers one by one, three each where there is an adapter
+    set_z3_leaf_modules(policy, GATHERED_WHOLE, raise_if_not_found=False)
+    if zero_stage(config) == 3:
+        use_gathered_layers(policy)
+    # under bfloat16 DeepSpeed makes the optimizer's fp32 weights from rounded ones: those of the critic, which come in
+    # fp32, are written into them as they were
+    exact = {}
+    if config.get("bf16", {}).get("enabled"):
+        exact = {name: p.detach().clone() for name, p in policy.named_parameters() if p.dtype == torch.float32}
+    engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
+    write_weights(engine, exact)
+    return engine
+
+
+def backward(engine: Engine, loss: torch.Tensor, last: bool) -> float | None:
+    """Backward of one micro batch; after a minibatch's last one, an optimizer step.
+
+    Returns:
+        the norm of all gradients before clipping where a step was due, else None. The same on every rank. Not finite:
+        the
+        step was skipped and the gradients dropped (DeepSpeed does so under ZeRO; without ZeRO and in fp32 it neither
+        checks
+        nor tells the norm (0.19.8), so both are done here, after its all-reduce).
+    """
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss)
+    norm = None
+    if last and engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])))
+        if not math.isfinite(norm):
+            engine.zero_grad()
+    engine.step()
+    if not last:
+        return None
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+class StepGuard:
+    """Counts skipped optimizer steps; after `limit` in a row the run ends, with the micro batch kept for inspection."""
+
+    def __init__(self, run_dir: Path, rank: int, limit: int = 3):
+        self.path, self.limit = run_dir / f"not_finite_rank{rank}.safetensors", limit
+        self.norms: list[float] = []  # of the steps that were made since take()
+        self.skipped = 0  # since take()
+        self.in_a_row = 0
+        self.first_ratio_error: float | None = None  # since take()
+
+    def compare(self, new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
+        """Of an iteration's first micro batch, before anything was updated: every ratio should be 1."""
+        if self.first_ratio_error is None:
+            self.first_ratio_error = float((new_logprobs.detach() - old_logprobs).expm1().abs().max())
+
+    def see(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
+        """What backward() returned. Norms are the same on every rank, so all ranks end together."""
+        if norm is None:
+            return
+        if math.isfinite(norm):
+            self.norms.append(norm)
+            self.in_a_row = 0
+            return
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == self.limit:
+            save_tree({"loss": loss, "micro_batch": micro_batch}, self.path)
+            raise RuntimeError(
+                f"{self.limit} optimizer steps in a row had gradients that are not finite: look at the micro batch in "
+                f"{self.path}, lower --learning_rate, or resume from the last checkpoint"
+            )
+
+    def take(self) -> dict[str, float]:
+        """Metrics of the iteration, over all ranks, and start counting again."""
+        metrics = {
+            "train/actor/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
+            "train/actor/ratio_first_microbatch_error": float(
+                all_reduce_max(torch.tensor(self.first_ratio_error or 0.0))
+            ),
+            "train/skipped_steps": float(self.skipped),
+        }
+        self.norms, self.skipped, self.first_ratio_error = [], 0, None
+        return metrics

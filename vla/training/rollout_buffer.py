@@ -1,0 +1,267 @@
+"""One iteration's experience: preallocated, every shape asserted when it is stored.
+
+    T decisions per rollout   N envs on this rank   C actions per decision   D = 7   L prompt ids   B = T * N decisions
+
+Pixels are kept once, as uint8 at the model's resolution; beside them what frozen vision towers made of them, so that
+the update does not run the towers again. A broadcast can not slip in: RL4VLA's buffer stored one
+log-probability in seven columns and so trained with 7 times the policy loss.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, masked_min_max, world_size
+from vla.models.action_tokens import ACTION_DIM
+from vla.models.policy import PolicyInputs, VLAPolicy
+
+OUTCOME = {"rewards", "valid", "dones", "final_values"}  # what is known only after a decision was executed
+
+
+class MicroBatch(NamedTuple):
+    """What one forward of the update reads, on the model's device."""
+
+    inputs: PolicyInputs  # [B, ...]
+    tokens: torch.Tensor  # int64 [B, C, D]
+    old_logprobs: torch.Tensor  # [B, C, D]
+    old_values: torch.Tensor  # [B, C]
+    advantages: torch.Tensor  # [B, C]
+    returns: torch.Tensor  # [B, C]
+    weights: torch.Tensor  # [B, C]: an action's weight in every mean of the loss; 0 where it was not executed
+    reference_logprobs: torch.Tensor | None = None  # [B, C, D] of the starting policy
+
+
+class RolloutBuffer:
+    """Storage for T x N decisions on the CPU.
+
+    Args:
+        feature_shape: (P, E) of PolicyInputs.features, or None where towers are trained and nothing is kept.
+        keeps_reference: log-probabilities of the starting policy are stored too.
+    """
+
+    def __init__(
+        self,
+        num_chunks: int,
+        num_envs: int,
+        chunk_size: int,
+        image_size: tuple[int, int],
+        prompt_length: int,
+        feature_shape: tuple[int, int] | None = None,
+        feature_dtype: torch.dtype = torch.float32,
+        keeps_reference: bool = False,
+    ):
+        self.num_chunks, self.num_envs, self.keeps_reference = num_chunks, num_envs, keeps_reference
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(num_chunks, num_envs, *shape, dtype=dtype)
+
+        self.fields = {
+            "images": new(*image_size, 3, dtype=torch.uint8),
+            "prompt_ids": new(prompt_length, dtype=torch.int64),
+            "prompt_mask": new(prompt_length, dtype=torch.bool),
+            "tokens": new(chunk_size, ACTION_DIM, dtype=torch.int64),
+            "logprobs": new(chunk_size, ACTION_DIM),
+            "values": new(chunk_size),
+            "rewards": new(chunk_size),
+            "valid": new(chunk_size, dtype=torch.bool),
+            "dones": new(dtype=torch.bool),
+            "final_values": new(),
+        }
+        if feature_shape is not None:
+            self.fields["features"] = new(*feature_shape, dtype=feature_dtype)
+        if keeps_reference:
+            self.fields["reference_logprobs"] = new(chunk_size, ACTION_DIM)
+
+    @classmethod
+    def of(cls, policy: VLAPolicy, num_chunks: int, num_envs: int, keeps_reference: bool = False) -> "RolloutBuffer":
+        """Storage for what this policy reads and writes."""
+        return cls(
+            num_chunks,
+            num_envs,
+            policy.chunk_size,
+            policy.image_size,
+            policy.max_prompt_length,
+            feature_shape=policy.feature_shape() if policy.caches_features else None,
+            feature_dtype=next(policy.model.parameters()).dtype,
+            keeps_reference=keeps_reference,
+        )
+
+    def __getattr__(self, name: str) -> torch.Tensor:  # [T, N, ...]
+        try:
+            return self.__dict__["fields"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def add_decision(
+        self,
+        t: int,
+        envs: slice,
+        inputs: PolicyInputs,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        values: torch.Tensor,
+        reference_logprobs: torch.Tensor | None = None,
+    ) -> None:
+        """Store decision t of some envs: what the policy saw and answered. Shapes and dtypes must be exact."""
+        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs, "values": values}
+        fields["reference_logprobs"] = reference_logprobs
+        fields = {name: field for name, field in fields.items() if field is not None}
+        self._store(t, envs, fields, self.fields.keys() - OUTCOME)
+
+    def add_outcome(self, t: int, envs: slice, **outcome: torch.Tensor) -> None:
+        """Store what came of decision t: rewards, valid, dones, final_values. Shapes and dtypes must be exact."""
+        self._store(t, envs, outcome, OUTCOME)
+
+    def _store(self, t: int, envs: slice, values: dict[str, torch.Tensor], expected: set[str]) -> None:
+        if values.keys() != expected:
+            raise ValueError(f"the buffer stores {sorted(expected)}, got {sorted(values)}")
+        for name, value in values.items():
+            slot = self.fields[name][t, envs]
+            if value.shape != slot.shape or value.dtype != slot.dtype:
+                raise ValueError(
+                    f"{name}: the buffer holds {tuple(slot.shape)} {slot.dtype}, got {tuple(value.shape)} {value.dtype}"
+                )
+            slot.copy_(value)
+
+    def clear(self) -> None:
+        """Forget every decision: what is not added again was not executed."""
+        self.valid.zero_()
+        self.dones.zero_()
+        self.rewards.zero_()
+
+    def forget(self, envs: slice, lost: torch.Tensor, before: int) -> None:
+        """Decisions 0 .. before of those of the envs that are lost (bool, one per env) were not executed after all."""
+        for name in ("valid", "dones", "rewards"):
+            self.fields[name][: before + 1, envs][:, lost] = 0
+
+    def replace(self, envs: torch.Tensor, other: "RolloutBuffer", other_envs: torch.Tensor) -> None:
+        """Put the columns `other_envs` (int64 [K]) of another buffer in the place of the columns `envs`."""
+        for name, field in self.fields.items():
+            field[:, envs] = other.fields[name][:, other_envs]
+
+    def micro_batch(
+        self,
+        index: torch.Tensor,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        weights: torch.Tensor,
+        device: torch.device,
+    ) -> MicroBatch:
+        """The decisions `index` (int64 [B], t * N + n) with their advantages, returns and weights, [T, N, C] each.
+
+        An empty index stands for a rank that has run out of decisions: it gets decision 0 with weight 0, so that it
+        still makes the forward and backward that the other ranks wait for.
+        """
+        empty = len(index) == 0
+        if empty:
+            index = torch.zeros(1, dtype=torch.int64)
+
+        def pick(field: torch.Tensor) -> torch.Tensor:
+            return field.flatten(0, 1)[index].to(device)
+
+        return MicroBatch(
+            PolicyInputs(*(pick(self.fields[name]) if name in self.fields else None for name in PolicyInputs._fields)),
+            pick(self.tokens),
+            pick(self.logprobs),
+            pick(self.values),
+            pick(advantages),
+            pick(returns),
+            pick(weights) * (0.0 if empty else 1.0),
+            pick(self.reference_logprobs) if self.keeps_reference else None,
+        )
+
+    def statistics(self, advantages: torch.Tensor, used: torch.Tensor) -> dict[str, float]:
+        """Metrics of a rollout, over all ranks. advantages: [T, N, C]. used: bool [T, N, C], those the loss reads."""
+        lowest, highest = masked_min_max(advantages, used)
+        return {
+            "rollout/advantages_min": lowest,
+            "rollout/advantages_max": highest,
+            "rollout/advantages_mean": masked_mean_var(advantages, used)[0],
+            "rollout/rewards": masked_mean_var(self.rewards, self.valid)[0],
+        }
+
+    def explained_variance(self, returns: torch.Tensor) -> float:
+        """1 - Var(returns - values) / Var(returns), over executed actions and all ranks. returns: [T, N, C]."""
+        residual, total = (masked_mean_var(x, self.valid)[1] for x in (returns - self.values, returns))
+        return 1.0 - residual / total if total > 0 else 0.0
+
+
+def minibatch_block(num_chunks: int, num_minibatches: int) -> int:
+    """The smallest number of envs whose decisions together are dealt evenly to the minibatches."""
+    return num_minibatches // math.gcd(num_chunks, num_minibatches)
+
+
+def minibatch_indices(
+    keep: torch.Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Deal a rollout's decisions to minibatches: the same minibatches whatever the number of ranks.
+
+    A block of envs (the smallest whose T decisions per env divide evenly) is shuffled on its own, and every minibatch
+    gets an equal share of what is kept of it, to within one decision. So a minibatch holds the same decisions on 1, 2
+    or 8 ranks, and where everything is kept each rank has equally many.
+
+    Args:
+        keep: bool [T, N], decisions of this rank's envs that are trained on.
+        num_envs: over all ranks; first_env: global index of this rank's first env.
+        generator: the same state on every rank.
+
+    Returns:
+        num_minibatches tensors, int64, entries t * N + n.
+    """
+    T, N = keep.shape
+    block = minibatch_block(T, num_minibatches)
+    keys = torch.rand(num_envs // block, block * T, generator=generator)
+    offsets = torch.rand(num_envs // block, generator=generator)  # which minibatch gets a block's odd decision
+    dealt: list[list[torch.Tensor]] = [[] for _ in range(num_minibatches)]
+    for first in range(0, N, block):
+        kept = keep[:, first : first + block].flatten().nonzero()[:, 0]  # t * block + env in block
+        row = (first_env + first) // block
+        kept = kept[keys[row][kept].argsort()]
+        order = torch.arange(len(kept))
+        minibatch = ((order + offsets[row].double()) * num_minibatches / max(len(kept), 1)).long()
+        flat = kept // block * N + first + kept % block
+        for m in range(num_minibatches):
+            dealt[m].append(flat[minibatch == m])
+    return [torch.cat(parts) for parts in dealt]
+
+
+def dealing_generator(seed: int, iteration: int) -> torch.Generator:
+    """What minibatches are dealt from, and the critic's: the same on every rank, however much noise each has drawn.
+
+    Noise comes from seed * 1_000_003 + iteration; half of 2**32 further on lies another stream of torch's generator,
+    which keeps 32 bits of its seed.
+    """
+    return torch.Generator().manual_seed(2**31 + seed * 1_000_003 + iteration)
+
+
+def minibatches(
+    weights: torch.Tensor,
+    num_envs: int,
+    first_env: int,
+    num_minibatches: int,
+    micro_batch_size: int,
+    generator: torch.Generator,
+) -> list[tuple[float, list[torch.Tensor]]]:
+    """One pass over a rollout: for every optimizer step, what to divide by and this rank's micro batches.
+
+    Args:
+        weights: [T, N, C]; decisions without a weight are left out.
+        num_envs, first_env, num_minibatches, generator: as for minibatch_indices.
+
+    Returns:
+        the weight of the minibatch over all ranks, divided by their number (DeepSpeed averages over them), and the
+        indices of each micro batch, equally many on every rank.
+    """
+    dealt = minibatch_indices((weights > 0).any(dim=-1), num_envs, first_env, num_minibatches, generator)
+    totals = all_reduce_sum(torch.stack([weights.flatten(0, 1)[index].sum() for index in dealt])) / world_size()
+    longest = all_reduce_max(torch.tensor([len(index) for index in dealt])).long()
+    return [
+        (total or 1.0, split_padded(index, micro_batch_size, length))
+        for index, total, length in zip(dealt, totals.tolist(), longest.tolist())
+    ]
+
+
+def split_padded(index: torch.Tensor, size: int, longest: int) -> list[torch.Tensor]:
+    """index [K] cut into parts of `size`; empty parts follow until a rank with `longest` decisions would be through."""
+    return [index[start : start + size] for start in range(0, max(longest, 1), size)]

@@ -1,0 +1,150 @@
+"""A critic that reads the simulator's state instead of the language model's hidden state (`--critic state`).
+
+In simulation the critic may know what the policy has to find out from a picture: poses, grasps, how much time is left
+("asymmetric actor critic", arXiv 1710.06542; time in the critic's input: arXiv 1712.00378). A baseline may depend on
+anything but the action it judges: it adds no bias to the policy gradient and takes variance away (below lambda 1 a
+wrong V biases the gradient, as any critic's does). It also sees the state before each action of a chunk, where the
+language model's hidden state is known once per chunk.
+
+It is a small network beside the engine: every rank has the whole of it and fits it to all ranks' experience in the
+same order, so ranks stay alike without a reduction, and their number decides nothing. It is needed for training alone;
+the policy that is saved has no critic.
+
+    T decisions per rollout   N envs on this rank   C actions per decision   S numbers per state
+"""
+
+import torch
+from torch import nn
+
+from vla.distributed import all_gather_lists
+from vla.models.value_head import value_errors
+
+WIDTH = 256
+BATCH = 256  # actions per optimizer step
+LIMIT = 5.0  # standard deviations beyond which an input is cut off
+
+
+class StateCritic:
+    """V(state), with storage for the states of one rollout.
+
+    Args:
+        num_chunks, num_envs, chunk_size, state_size: T, N, C, S.
+        seed: of the initial weights; the same on every rank.
+        value_learning_rate: of Adam. huber_delta, value_clip: of value_errors().
+        critic_epochs: passes over a rollout.
+    """
+
+    def __init__(
+        self,
+        num_chunks: int,
+        num_envs: int,
+        chunk_size: int,
+        state_size: int,
+        device: torch.device,
+        seed: int,
+        *,
+        value_learning_rate: float,
+        huber_delta: float,
+        value_clip: float | None,
+        critic_epochs: int,
+    ):
+        self.states = torch.zeros(num_chunks, num_envs, chunk_size, state_size)  # before each executed action
+        self.device, self.critic_epochs = device, critic_epochs
+        self.huber_delta, self.value_clip = huber_delta, value_clip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Linear(state_size, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)
+            ).to(device)
+        nn.init.zeros_(self.net[-1].weight)  # it begins with one V for all states, its bias
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=value_learning_rate, weight_decay=0.01)
+        # count, mean and sum of squared differences from it, of every state so far: float64 [S]
+        self.count, self.mean, self.squares = 0, *torch.zeros(2, state_size, dtype=torch.float64)
+
+    # ------------------------------------------------------------------ rollout
+    def store(self, t: int, envs: slice, states: torch.Tensor) -> torch.Tensor:
+        """Keep the states before the actions of decision t of some envs, [n, C, S]. Returns their values [n, C]."""
+        slot = self.states[t, envs]
+        if states.shape != slot.shape:
+            raise ValueError(f"states: the critic holds {tuple(slot.shape)}, got {tuple(states.shape)}")
+        slot.copy_(states)
+        return self(states)
+
+    @torch.no_grad()
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """states float32 [..., S] -> values float32 [...], on the CPU."""
+        return self.net(self._normalized(states))[..., 0].cpu()
+
+    def _normalized(self, states: torch.Tensor) -> torch.Tensor:
+        """Mean 0 and variance 1 over what was seen so far; what never varied yet stays as it is around its mean."""
+        deviation = (self.squares / max(self.count, 1)).sqrt()
+        deviation = torch.where(deviation > 1e-4, deviation, 1.0)
+        return ((states.double() - self.mean) / deviation).clamp(-LIMIT, LIMIT).float().to(self.device)
+
+    # ------------------------------------------------------------------ update
+    def fit(
+        self, returns: torch.Tensor, old_values: torch.Tensor, valid: torch.Tensor, generator: torch.Generator
+    ) -> dict[str, float]:
+        """Regress on the returns of the rollout that is stored. All ranks together, none ahead of the others.
+
+        Args:
+            returns, old_values: [T, N, C], old_values as store() returned them. valid: bool [T, N, C], actions that
+            were executed.
+            generator: the same state on every rank; decides the order.
+
+        Returns:
+            of the last pass: the mean loss, and the share of values that moved further than value_clip.
+        """
+        fields = (self.states, returns, old_values, valid)
+        gathered = all_gather_lists([tuple(field.numpy() for field in fields)])
+        # [T, N, C, ...] of all ranks, envs in their global order
+        states, returns, old_values, valid = (
+            torch.cat([torch.from_numpy(part[i]) for part in gathered], 1) for i in range(4)
+        )
+        states, returns, old_values = states[valid], returns[valid].to(self.device), old_values[valid].to(self.device)
+        self._see(states)
+        inputs, losses, moved = self._normalized(states), [], []  # [K, S]
+        for _ in range(self.critic_epochs):
+            losses, moved = [], []
+            for index in torch.randperm(len(inputs), generator=generator).to(self.device).split(BATCH):
+                values = self.net(inputs[index])[:, 0]
+                errors, clipped = value_errors(
+                    values, old_values[index], returns[index], self.value_clip, self.huber_delta
+                )
+                loss = errors.mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                losses.append(loss.detach() * len(index))
+                moved.append(clipped.sum())
+        return {
+            "train/critic/value_loss": float(sum(losses)) / max(len(inputs), 1),
+            "train/critic/value_clip_ratio": float(sum(moved)) / max(len(inputs), 1),
+        }
+
+    def _see(self, states: torch.Tensor) -> None:
+        """Add states [K, S] to the running mean and variance (Chan et al. 1979, pairwise)."""
+        if not len(states):
+            return
+        states, before = states.double(), self.count
+        mean, squares = states.mean(0), ((states - states.mean(0)) ** 2).sum(0)
+        self.count += len(states)
+        change = mean - self.mean
+        self.squares = self.squares + squares + change**2 * before * len(states) / self.count
+        self.mean = self.mean + change * len(states) / self.count
+
+    # ------------------------------------------------------------------ checkpoint
+    def state_dict(self) -> dict:
+        names = ("count", "mean", "squares")
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()} | {
+            name: getattr(self, name) for name in names
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Learning rate and weight decay stay those of this run's flags."""
+        rates = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, (rate, decay) in zip(self.optimizer.param_groups, rates):
+            group["lr"], group["weight_decay"] = rate, decay
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
