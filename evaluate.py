@@ -82,14 +82,7 @@ from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
 
 PUBLISHED = Path(__file__).resolve().parent / "benchmarks" / "published.yaml"
-MODEL_FLAGS = (
-    "model_type",
-    "unnorm_key",
-    "image_resize",
-    "oft_stop_token",
-    "max_prompt_length",
-    "dtype",
-)
+MODEL_FLAGS = ("model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype")
 REMEDY = "copy the run folder again, or give its policy folder alone as --checkpoint"
 WORLD_FLAGS = (
     "instruction",

@@ -35,15 +35,7 @@ TEMPERATURES = (1.0, 0.0)
 NUM_EPISODES = 256
 DESCRIPTION = "run_from_iteration_000000"
 # of a run's flags, those that evaluate.py needs for a policy that is no run folder
-EVAL_FLAGS = (
-    "model_type",
-    "unnorm_key",
-    "dtype",
-    "max_prompt_length",
-    "asset_pack",
-    "sim_freq",
-    "max_episode_steps",
-)
+EVAL_FLAGS = ("model_type", "unnorm_key", "dtype", "max_prompt_length", "asset_pack", "sim_freq", "max_episode_steps")
 BEGIN, END = "<!-- drawn by benchmarks/learning.py -->", "<!-- end of what is drawn -->"
 
 

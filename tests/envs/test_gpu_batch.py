@@ -701,13 +701,7 @@ def assert_same_seen(group, want: dict, got: dict) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 5),
-    st.integers(1, 6),
-    st.booleans(),
-    st.booleans(),
-)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
 def test_batch_bookkeeping_equals_one_after_the_other(seed, count, chunk_size, auto_reset, ignore_terminations):
     """Ends in mid-chunk, resting rows, partial resets, given ids, state and replay: all as EnvGroup."""
     random = np.random.RandomState(seed)

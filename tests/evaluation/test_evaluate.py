@@ -19,7 +19,7 @@ import torch
 import yaml
 from chromium import Page, find_chromium
 from conftest import observation, one_rank_environment
-from test_launcher import free_port, train
+from launching import free_port, train
 
 import evaluate
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs

@@ -3,15 +3,13 @@
 import json
 import math
 import os
-import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
-from conftest import one_rank_environment
+from launching import free_port, metrics, train, without_time
 from safetensors.torch import load_file
 
 import doctor
@@ -22,77 +20,18 @@ from vla.start.flag_files import read_yaml
 from vla.training.checkpoint import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESET = "tests/helpers/ppo_random_openvla.yaml"
 TAGS = """train/actor/approx_kl train/actor/clip_fraction train/actor/clipped_ratio train/actor/grad_norm train/actor/lr
 train/actor/policy_loss train/critic/value_loss train/critic/value_clip_ratio train/critic/explained_variance
 train/entropy_loss train/loss rollout/advantages_max rollout/advantages_mean rollout/advantages_min rollout/rewards
 env/episode_len env/return env/reward env/success_once
 time/rollout time/update time/eval time/iteration time/env_steps_per_second""".split()
-SMALL = [
-    "--num_envs",
-    "4",
-    "--num_steps",
-    "16",
-    "--max_episode_steps",
-    "8",
-    "--num_minibatches",
-    "2",
-    "--micro_batch_size",
-    "8",
-    "--num_eval_episodes",
-    "2",
-    "--num_eval_envs",
-    "2",
-    "--save_freq",
-    "1",
-    "--keep_checkpoints",
-    "0",
-]
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
-def train(
-    *flags: str,
-    ranks: int = 0,
-    check: bool = True,
-    env: dict | None = None,
-    script: str = "train_ppo.py",
-    preset: str = PRESET,
-    port: str | None = None,
-) -> subprocess.CompletedProcess:
-    """`deepspeed train_ppo.py --config PRESET ...` as README has it, without .venv/bin on PATH.
-
-    ranks=0: `python train_ppo.py ...`, one rank without the launcher, which starts 8 seconds sooner.
-    """
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
-    command = [launcher, "--num_gpus", str(ranks), "--master_port", port or free_port()] if ranks else [sys.executable]
-    command += [script, "--config", preset]
-    environment = one_rank_environment() | (env or {})
-    run = subprocess.run(
-        [*command, *SMALL, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run
 
 
 def shared_memory_of(port: str) -> list[Path]:
     """What DeepSpeed's CPU ranks left of their buffers, 64 MB each, in memory."""
     return list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_time(lines: list[dict]) -> list[dict]:
-    return [{tag: value for tag, value in line.items() if not tag.startswith(("time/", "memory/"))} for line in lines]
 
 
 @pytest.fixture(scope="module")

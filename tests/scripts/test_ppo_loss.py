@@ -150,11 +150,7 @@ def test_the_advantages_that_the_loss_reads_are_those_that_are_normalised(level)
             torch.zeros(4, 3),
             mb,
             1.0,
-            **FLAGS
-            | {
-                "logprob_level": level,
-                "vf_coef": 0.0,
-            },
+            **FLAGS | {"logprob_level": level, "vf_coef": 0.0},
         )[0].backward()
     assert torch.equal(read.grad != 0, used)
     normalised = normalize(advantages, used)[used]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_rank_environment
-from test_launcher import PRESET, SMALL, free_port, metrics, without_time
+from launching import PRESET, SMALL, free_port, metrics, without_time
 
 from vla.distributed import REQUEUE, UserError
 from vla.evaluation.episodes import NEVER, PolicyActor, evaluate, noise_seed, replay, run_episodes

@@ -150,13 +150,7 @@ def published_name(name: str) -> str:
 
 # ---------------------------------------------------------------------- putting it on
 def with_adapter(
-    model: OpenVLA,
-    adapter: Adapter | None,
-    rank: int,
-    alpha: int,
-    scope: str,
-    merge: bool,
-    base_folder: Path | None,
+    model: OpenVLA, adapter: Adapter | None, rank: int, alpha: int, scope: str, merge: bool, base_folder: Path | None
 ) -> tuple[OpenVLA, dict | None]:
     """The model with an adapter that was read, a fresh one, or none; and its adapter_config.json."""
     if merge and adapter is None:

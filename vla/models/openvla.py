@@ -27,10 +27,7 @@ from vla.models.layers import use_fused_layers
 from vla.models.vision import TowerSpec, VisionBackbone, dinov2_spec, siglip_spec
 
 # (embed_dim, depth, num_heads) of the timm models that published config.json files name
-TIMM_DIMS = {
-    "vit_large_patch14_reg4_dinov2.lvd142m": (1024, 24, 16),
-    "vit_so400m_patch14_siglip_224": (1152, 27, 16),
-}
+TIMM_DIMS = {"vit_large_patch14_reg4_dinov2.lvd142m": (1024, 24, 16), "vit_so400m_patch14_siglip_224": (1152, 27, 16)}
 
 
 def tower_specs(config: dict) -> tuple[TowerSpec, TowerSpec]:

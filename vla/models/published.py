@@ -16,14 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from schemas import UserError, check, parse_json
-from schemas.policies import (
-    ActionStatistics,
-    AdapterBase,
-    PolicyConfig,
-    Preprocessor,
-    Statistics,
-    WeightIndex,
-)
+from schemas.policies import ActionStatistics, AdapterBase, PolicyConfig, Preprocessor, Statistics, WeightIndex
 from vla.files.tensors import digest, entry, is_finite, open_shard, read_small
 from vla.models.action_tokens import NUM_BINS
 from vla.models.vision import VisionBackbone

@@ -67,10 +67,7 @@ TINY_OPENVLA = {
 }
 # of the builtin wooden table; colours that are not about zero and one learn three times slower
 TINY_MEAN, TINY_STD = [0.55, 0.45, 0.32], [0.1, 0.1, 0.1]
-TINY_PRESETS = {
-    "openvla-tiny": TINY_OPENVLA,
-    "openvla-oft-tiny": {**TINY_OPENVLA, "chunk_size": PUBLISHED_CHUNK_SIZE},
-}
+TINY_PRESETS = {"openvla-tiny": TINY_OPENVLA, "openvla-oft-tiny": {**TINY_OPENVLA, "chunk_size": PUBLISHED_CHUNK_SIZE}}
 
 TINY_TEXT_IDS = 512
 # what the tiny tokenizer learns its words from: anything else is spelled out in bytes

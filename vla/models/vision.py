@@ -164,10 +164,7 @@ class VisionBackbone(nn.Module):
     """DINOv2 and SigLIP features of the same picture, concatenated on the feature axis, DINOv2 first."""
 
     # (mean, std) of each tower's input, for pixels in [0, 1]; preprocessor_config.json says the same or otherwise
-    NORMALIZATION = (
-        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    )
+    NORMALIZATION = (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
     def __init__(self, dinov2: TowerSpec, siglip: TowerSpec):
         super().__init__()

@@ -56,15 +56,7 @@ MAY_CHANGE = dict.fromkeys(
 )
 MAY_CHANGE |= dict.fromkeys(("num_iterations", "total_timesteps", "num_updates"), "how far the run goes")
 MAY_CHANGE |= dict.fromkeys(
-    (
-        "save_freq",
-        "keep_checkpoints",
-        "eval_freq",
-        "logger_backends",
-        "project_name",
-        "experiment_name",
-        "export_dir",
-    ),
+    ("save_freq", "keep_checkpoints", "eval_freq", "logger_backends", "project_name", "experiment_name", "export_dir"),
     "what is written down, when and where",
 )
 MAY_CHANGE |= dict.fromkeys(
@@ -118,14 +110,7 @@ MAY_CHANGE |= dict.fromkeys(
     "how the policy learns from here on",
 )
 MAY_CHANGE |= dict.fromkeys(
-    (
-        "learning_rate",
-        "schedule",
-        "warmup_updates",
-        "value_learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-    ),
+    ("learning_rate", "schedule", "warmup_updates", "value_learning_rate", "weight_decay", "max_grad_norm"),
     "how large its steps are from here on",
 )
 # may lie elsewhere: what it adds to the weights, or its settings where it is trained on, are checked by contents
