@@ -65,7 +65,7 @@ assert center.min() > 0.1, f"the frame is black: {center}"
 ASK_TORCH = """
 import json, torch
 from torch.utils.cpp_extension import _get_build_directory
-from vla.extensions import keep_ops
+from vla.start.extensions import keep_ops
 keep_ops()
 places = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 gpus = [torch.cuda.get_device_properties(place) for place in places]

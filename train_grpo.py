@@ -56,15 +56,23 @@ from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, set
 from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
 from vla.models.loading import load_policy
-from vla.models.policy import Evaluation, VLAPolicy, uniform_noise
+from vla.models.policy import PolicyOutput, VLAPolicy, uniform_noise
 from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
 from vla.start.launch import launched
 from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
-from vla.training.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
+from vla.training.engine import (
+    DTYPES,
+    NonFiniteGuard,
+    backward,
+    build_engine,
+    decay_at,
+    read_deepspeed_config,
+    zero_stage,
+)
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
-from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
 # what an iteration without update logs as 0
 UPDATE_METRICS = """train/loss train/actor/policy_loss train/actor/approx_kl train/actor/clip_fraction
@@ -324,7 +332,7 @@ def episode_weights(valid: torch.Tensor, length_norm: bool) -> torch.Tensor:
 
 
 def grpo_loss(
-    new: Evaluation, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict
+    new: PolicyOutput, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """clipped_surrogate + regularization; no critic.
 
@@ -397,8 +405,8 @@ def main(args: Args) -> None:
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
-    hand_over = HandOver(engine, rollout_copy, args.offload)
-    guard = StepGuard(run_dir, rank())
+    stages = StageSwitcher(engine, rollout_copy, args.offload)
+    guard = NonFiniteGuard(run_dir, rank())
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
@@ -422,7 +430,7 @@ def main(args: Args) -> None:
 
     def run_evaluation(iteration: int) -> bool:
         """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
-        with logger.timer("eval"), rollout_stage(hand_over) as actor:
+        with logger.timer("eval"), rollout_stage(stages) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:
@@ -432,20 +440,20 @@ def main(args: Args) -> None:
     # that of the starting policy, or one that was broken off
     wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, sizes.num_iterations)
     if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
-        preemption.leave(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [{}] * N, args.keep_checkpoints))
+        preemption.exit(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [{}] * N, args.keep_checkpoints))
 
     for iteration in range(start_iteration, sizes.num_iterations):
-        preemption.mark(iteration, global_step, [{}] * N)
+        preemption.snapshot(iteration, global_step, [{}] * N)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, env_steps = [], 0
-        with logger.timer("rollout"), rollout_stage(hand_over) as actor:
+        with logger.timer("rollout"), rollout_stage(stages) as actor:
             for attempt in range(1 + args.max_resamples * args.dynamic_sampling):
                 # (seed, iteration, attempt) decides everything random, the same on every rank
                 draw = iteration * (1 + args.max_resamples) + attempt
                 generator = torch.Generator().manual_seed(args.seed * 1_000_003 + draw)
                 noise = (
                     uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]
-                    for _ in preemption.until_asked(range(T + 1))
+                    for _ in preemption.until_requested(range(T + 1))
                 )
                 groups = range(first_env // args.group_size, (first_env + N) // args.group_size)
                 ids = [train_episode_id(envs.num_start_states, args.seed, group, draw) for group in groups]
@@ -457,9 +465,9 @@ def main(args: Args) -> None:
                     first_live = live_groups(buffer, args.group_size)
                 else:
                     fill_dead_groups(buffer, spare, args.group_size)
-                if preemption.asked or live_groups(buffer, args.group_size).all():
+                if preemption.requested or live_groups(buffer, args.group_size).all():
                     break
-        preemption.leave_if_asked()
+        preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(torch.tensor(env_steps)))  # actions executed, over all ranks
         global_step += env_steps
 
@@ -486,7 +494,7 @@ def main(args: Args) -> None:
         dealing = dealing_generator(args.seed, iteration)  # ranks may have drawn unequally much noise by now
         decay = decay_at(args.schedule, iteration / sizes.num_iterations)
         engine.optimizer.param_groups[0]["lr"] = args.learning_rate * decay
-        with logger.timer("update"), update_stage(hand_over):
+        with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs if num_decisive else 0):  # no signal: not even weight decay
                 averages = Averages()
                 for total, parts in minibatches(
@@ -494,12 +502,12 @@ def main(args: Args) -> None:
                 ):
                     for number, index in enumerate(parts, 1):
                         mb = buffer.micro_batch(index, advantages, advantages, weights, device)
-                        new = engine(mb.inputs, args.temperature, tokens=mb.tokens, fan_sigma=fan_sigma)
-                        guard.compare(new.logprobs, mb.old_logprobs)
+                        new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
+                        guard.check_ratio(new.logprobs, mb.old_logprobs)
                         loss, metrics = grpo_loss(new, mb, total, **loss_flags)
-                        guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
+                        guard.check_gradients(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)
-                    preemption.leave_if_asked()
+                    preemption.exit_if_requested()
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
@@ -509,7 +517,7 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ log, evaluate, save
         stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
-        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics()
+        metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics()
         metrics |= buffer.statistics(advantages, buffer.valid)
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         metrics["rollout/live_groups"] = live_share
@@ -520,7 +528,7 @@ def main(args: Args) -> None:
             # every iteration starts with a reset: no env has anything to go on with
             saved = save_checkpoint(engine, run_dir, iteration + 1, global_step, [{}] * N, args.keep_checkpoints)
             if stopped:  # --resume makes the evaluation again
-                preemption.leave(saved)
+                preemption.exit(saved)
 
     for opened in (logger, envs, eval_envs):
         opened.close()

@@ -54,16 +54,24 @@ from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, ru
 from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
 from vla.models.loading import load_policy
-from vla.models.policy import Evaluation, VLAPolicy, uniform_noise
+from vla.models.policy import PolicyOutput, VLAPolicy, uniform_noise
 from vla.models.value_head import value_errors
 from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
 from vla.start.launch import launched
 from vla.training.checkpoint import begin_run, load_checkpoint, load_critic, open_run, save_checkpoint
-from vla.training.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
+from vla.training.engine import (
+    DTYPES,
+    NonFiniteGuard,
+    backward,
+    build_engine,
+    decay_at,
+    read_deepspeed_config,
+    zero_stage,
+)
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
-from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 from vla.training.state_critic import StateCritic
 
 # evaluation runs every episode once, to its end
@@ -284,7 +292,7 @@ def clipped_surrogate(
 
 
 def ppo_loss(
-    new: Evaluation,
+    new: PolicyOutput,
     mb: MicroBatch,
     total_weight: float,
     *,
@@ -365,8 +373,8 @@ def main(args: Args) -> None:
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
-    hand_over = HandOver(engine, rollout_copy, args.offload)
-    guard = StepGuard(run_dir, rank())
+    stages = StageSwitcher(engine, rollout_copy, args.offload)
+    guard = NonFiniteGuard(run_dir, rank())
     loss_flags = pick(args, ppo_loss, surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     if privileged:
         loss_flags["vf_coef"] = 0.0
@@ -406,7 +414,7 @@ def main(args: Args) -> None:
 
     def run_evaluation(iteration: int) -> bool:
         """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
-        with logger.timer("eval"), rollout_stage(hand_over) as actor:
+        with logger.timer("eval"), rollout_stage(stages) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:
@@ -416,20 +424,20 @@ def main(args: Args) -> None:
     # that of the starting policy, or one that was broken off
     wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, sizes.num_iterations)
     if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
-        preemption.leave(
+        preemption.exit(
             checkpoint or save_checkpoint(engine, run_dir, 0, 0, envs.state_dict(), args.keep_checkpoints, critic)
         )
 
     for iteration in range(start_iteration, sizes.num_iterations):
-        preemption.mark(iteration, global_step, envs.state_dict())
+        preemption.snapshot(iteration, global_step, envs.state_dict())
         # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, next_values = [], torch.zeros(N)
-        with logger.timer("rollout"), rollout_stage(hand_over) as actor:
+        with logger.timer("rollout"), rollout_stage(stages) as actor:
             if not args.auto_reset and iteration > 0:  # set-up began the first one's episodes, or read them back
                 obs = envs.split(envs.reset())
-            for t in preemption.until_asked(range(T + 1)):
+            for t in preemption.until_requested(range(T + 1)):
                 noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]  # [N, C, D]
                 for part, here in enumerate(envs.parts):  # all N envs, or two halves: one is simulated while one acts
                     if t > 0:  # what came of decision t - 1
@@ -462,7 +470,7 @@ def main(args: Args) -> None:
                         values = critic(obs[part]["state"])[:, None].expand_as(values)
                     reference = actor.reference_logprobs(inputs, tokens, args.temperature) if args.kl_coef else None
                     buffer.add_decision(t, here, inputs, tokens, logprobs, values, reference)
-        preemption.leave_if_asked()
+        preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps
 
@@ -489,7 +497,7 @@ def main(args: Args) -> None:
         engine.optimizer.param_groups[0]["lr"] = 0.0 if iteration < args.critic_warmup_iterations else rate
         dealing = dealing_generator(args.seed, iteration)  # ranks may have drawn unequally much noise by now
         epochs = []
-        with logger.timer("update"), update_stage(hand_over):
+        with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):
                 averages = Averages()
                 for total, parts in minibatches(
@@ -497,12 +505,12 @@ def main(args: Args) -> None:
                 ):
                     for number, index in enumerate(parts, 1):
                         mb = buffer.micro_batch(index, advantages, returns, weights, device)
-                        new = engine(mb.inputs, args.temperature, tokens=mb.tokens, fan_sigma=fan_sigma)
-                        guard.compare(new.logprobs, mb.old_logprobs)
+                        new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
+                        guard.check_ratio(new.logprobs, mb.old_logprobs)
                         loss, metrics = ppo_loss(new, mb, total, **loss_flags)
-                        guard.see(backward(engine, loss, last=number == len(parts)), mb, loss)
+                        guard.check_gradients(backward(engine, loss, last=number == len(parts)), mb, loss)
                         averages.add(metrics)
-                    preemption.leave_if_asked()
+                    preemption.exit_if_requested()
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
@@ -512,7 +520,7 @@ def main(args: Args) -> None:
 
         # ------------------------------------------------------------------ log, evaluate, save
         stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
-        metrics = mean_over(epochs) | guard.take() | hand_over.take_metrics() | buffer.statistics(advantages, used)
+        metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics() | buffer.statistics(advantages, used)
         metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
         metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
         note = "only the critic learns" if iteration < args.critic_warmup_iterations else ""
@@ -522,7 +530,7 @@ def main(args: Args) -> None:
                 engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints, critic
             )
             if stopped:  # --resume makes the evaluation again
-                preemption.leave(saved)
+                preemption.exit(saved)
 
     for opened in (logger, envs, eval_envs):
         opened.close()

@@ -57,9 +57,17 @@ from vla.start.checks import check_iterations_left, check_scene_memory, prompt_r
 from vla.start.launch import launched
 from vla.training import augmentation
 from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
-from vla.training.engine import DTYPES, StepGuard, backward, build_engine, decay_at, read_deepspeed_config, zero_stage
+from vla.training.engine import (
+    DTYPES,
+    NonFiniteGuard,
+    backward,
+    build_engine,
+    decay_at,
+    read_deepspeed_config,
+    zero_stage,
+)
 from vla.training.preemption import Preemption
-from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
+from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
 MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
 
@@ -154,7 +162,7 @@ class CloneBatch(NamedTuple):
 
     inputs: PolicyInputs  # [B, ...]
     tokens: torch.Tensor  # int64 [B, C, D]: the labels as tokens
-    written: torch.Tensor  # int64 [B, C, D]: what the model is told it wrote before each token
+    context_tokens: torch.Tensor  # int64 [B, C, D], what the model reads as its own earlier tokens
     labels: torch.Tensor  # fp32 [B, C, D]: the labels, normalised to [-1, 1]
     weights: torch.Tensor  # [B, C]: 0 past the end of an episode
 
@@ -234,7 +242,7 @@ def read_batch(
     noise: torch.Tensor | None = None,
 ) -> CloneBatch:
     """Samples [B] from the file; draws [B, 6] augment their pictures, None leaves them. noise: uniform [B, C, D], which
-    decides what is written where label_sigma spreads the targets."""
+    decides the context tokens where label_sigma spreads the targets."""
     obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
     inputs = policy.preprocess(obs | {"task_description": [demos.instructions[i] for i in index]})
     if draws is not None:
@@ -242,11 +250,11 @@ def read_batch(
     labels, valid = (torch.from_numpy(part) for part in demos.chunks(index, policy.chunk_size))
     labels = policy.action_tokens.normalize(labels)
     tokens = policy.action_tokens.encode(labels)
-    written = tokens
+    context_tokens = tokens
     if label_sigma:
         spread = policy.action_tokens.soft_targets(tokens, label_sigma).log()
-        written = sample_bins(spread, noise, greedy=False) + policy.action_tokens.first_id
-    parts = (tokens, written, labels.float(), valid.float())
+        context_tokens = sample_bins(spread, noise, greedy=False) + policy.action_tokens.first_id
+    parts = (tokens, context_tokens, labels.float(), valid.float())
     return CloneBatch(inputs.to(device), *(part.to(device) for part in parts))
 
 
@@ -293,8 +301,8 @@ def main(args: Args) -> None:
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
-    hand_over = HandOver(engine, rollout_copy, args.offload)
-    guard = StepGuard(run_dir, rank())
+    stages = StageSwitcher(engine, rollout_copy, args.offload)
+    guard = NonFiniteGuard(run_dir, rank())
     schedule = pick(args, learning_rate_at)
     local_batch_size = args.batch_size // world_size()
     mine = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
@@ -319,7 +327,7 @@ def main(args: Args) -> None:
 
     def run_evaluation(iteration: int) -> bool:
         """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
-        with logger.timer("eval"), rollout_stage(hand_over) as actor:
+        with logger.timer("eval"), rollout_stage(stages) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:
@@ -329,13 +337,13 @@ def main(args: Args) -> None:
     # that of the starting policy, or one that was broken off
     wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, num_iterations)
     if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
-        preemption.leave(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [], args.keep_checkpoints))
+        preemption.exit(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [], args.keep_checkpoints))
 
     for iteration in range(start_iteration, num_iterations):
-        preemption.mark(iteration, num_seen, [])
+        preemption.snapshot(iteration, num_seen, [])
         # ------------------------------------------------------------------ update: ranks in lock-step
         averages = Averages()
-        with logger.timer("update"), update_stage(hand_over):
+        with logger.timer("update"), update_stage(stages):
             for update in range(iteration * args.updates_per_iteration, (iteration + 1) * args.updates_per_iteration):
                 rate = learning_rate_at(update, **schedule)
                 engine.optimizer.param_groups[0]["lr"] = rate
@@ -349,24 +357,24 @@ def main(args: Args) -> None:
                     part_draws = part_draws if args.image_aug else None
                     batch = read_batch(demos, policy, part, part_draws, device, args.label_sigma, part_noise)
                     losses, predicted = engine(
-                        batch.inputs, tokens=batch.tokens, written=batch.written, label_sigma=args.label_sigma
+                        "clone", batch.inputs, batch.tokens, args.label_sigma, batch.context_tokens
                     )
                     decoded = policy.action_tokens.decode(predicted).float().to(device)
                     loss, metrics = clone_loss(losses, predicted, batch, decoded, total)
-                    guard.see(backward(engine, loss, last=number == len(parts)), batch, loss)
+                    guard.check_gradients(backward(engine, loss, last=number == len(parts)), batch, loss)
                     averages.add(metrics)
-                preemption.leave_if_asked()
+                preemption.exit_if_requested()
         num_seen += args.updates_per_iteration * args.batch_size
 
         # ------------------------------------------------------------------ log, evaluate, save
         stopped = due(iteration, args.eval_freq, num_iterations) and not run_evaluation(iteration + 1)
-        metrics = averages.reduce(count=args.updates_per_iteration) | guard.take() | hand_over.take_metrics()
+        metrics = averages.reduce(count=args.updates_per_iteration) | guard.pop_metrics() | stages.pop_metrics()
         metrics["train/actor/lr"] = rate
         logger.write(iteration + 1, num_seen, metrics, [], 0)
         if stopped or due(iteration, args.save_freq, num_iterations):
             saved = save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
             if stopped:  # --resume makes the evaluation again
-                preemption.leave(saved)
+                preemption.exit(saved)
 
     export_policy(engine.module, whole_state_dict(engine, keep=rank() == 0), run_dir, export_dir)
     for opened in (logger, eval_envs):

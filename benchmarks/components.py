@@ -42,7 +42,7 @@ from vla.training.engine import DTYPES, backward, build_engine, read_deepspeed_c
 from vla.training.optimizer_state import Snapshot
 from vla.training.regularization import regularization
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer
-from vla.training.stages import HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
 PARTS = ("limits", "transport", "rollout", "act", "update", "engine", "env")
 COPIED_BYTES = 256 * 2**20  # far beyond any cache
@@ -270,7 +270,7 @@ def measure_update(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
 
     def micro_batch() -> None:
-        loss(policy(mb.inputs, args.temperature, tokens=mb.tokens)).backward()
+        loss(policy("evaluate", mb.inputs, mb.tokens, args.temperature)).backward()
 
     medians = median_seconds({"micro batch": micro_batch, "step": optimizer.step}, repeats, device)
     optimizer.zero_grad(set_to_none=True)
@@ -291,17 +291,17 @@ def measure_engine(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device
     config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
     rollout_copy = make_rollout_copy(policy, zero_stage(config), args.offload)
     engine = build_engine(policy, config, **pick(args, build_engine, **STILL))
-    hand_over, start, loss = HandOver(engine, rollout_copy, args.offload), Snapshot(), loss_function(args, mb)
+    stages, start, loss = StageSwitcher(engine, rollout_copy, args.offload), Snapshot(), loss_function(args, mb)
 
     def micro_batch(last: bool) -> None:
-        backward(engine, loss(engine(mb.inputs, args.temperature, tokens=mb.tokens)), last=last)
+        backward(engine, loss(engine("evaluate", mb.inputs, mb.tokens, args.temperature)), last=last)
 
     def between() -> None:
         start.take(engine)
-        with rollout_stage(hand_over):
+        with rollout_stage(stages):
             pass
 
-    with update_stage(hand_over):
+    with update_stage(stages):
         calls = {"one": lambda: micro_batch(False), "last": lambda: micro_batch(True)}
         medians = median_seconds(calls, repeats, device)
     medians |= median_seconds({"between": between}, repeats, device)
@@ -314,7 +314,7 @@ def measure_engine(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device
         "step_seconds": max(0.0, medians["last"] - medians["one"]),
         "between_seconds": medians["between"],
         "gradient_checkpointing": args.gradient_checkpointing,
-        "memory": hand_over.take_metrics(),
+        "memory": stages.pop_metrics(),
     }
 
 

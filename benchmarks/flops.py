@@ -47,7 +47,7 @@ def update_flops(policy: VLAPolicy, gradient_checkpointing: bool) -> float:
     inputs, tokens = meta_inputs(policy, 1)
     counter = FlopCounterMode(display=False)
     with LiveBytes(item=policy.max_prompt_length), counter:
-        new = policy.train()(inputs, tokens=tokens)
+        new = policy.train()("evaluate", inputs, tokens)
         (new.logprobs.sum() + new.entropy.sum() + new.values.sum()).backward()
     policy.zero_grad(set_to_none=True)
     return float(counter.get_total_flops())

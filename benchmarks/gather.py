@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vla.distributed import all_reduce_max, all_reduce_sum, barrier, print0, rank, setup_distributed, world_size
 from vla.models.loading import load_policy
 from vla.training.engine import DTYPES, build_engine, read_deepspeed_config
-from vla.training.stages import HandOver, make_rollout_copy, rollout_stage
+from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -57,7 +57,7 @@ def main(flags: argparse.Namespace) -> None:
         weight_decay=0.0,
         max_grad_norm=1.0,
     )
-    hand_over = HandOver(engine, rollout_copy)
+    stages = StageSwitcher(engine, rollout_copy)
     inputs = policy.preprocess(
         {
             "image": torch.randint(0, 256, (flags.num_envs, 224, 224, 3), dtype=torch.uint8),
@@ -66,7 +66,7 @@ def main(flags: argparse.Namespace) -> None:
     ).to(device)
 
     def once(decisions: int = flags.num_decisions) -> None:
-        with rollout_stage(hand_over) as actor:
+        with rollout_stage(stages) as actor:
             for _ in range(decisions):
                 actor.act(inputs, 1.0)[0].cpu()
 

@@ -40,7 +40,7 @@ from vla.distributed import rank, setup_distributed
 from vla.logger import describe_run, without_places
 from vla.training.engine import backward, build_engine, read_deepspeed_config
 from vla.training.memory_plan import Recipe, make_plan
-from vla.training.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage
+from vla.training.stages import GIB, StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
 NO_CARD = (
     "error: torch sees no NVIDIA card here (torch.cuda.is_available() is False): run this on a machine that has one; "
@@ -236,23 +236,23 @@ def part_zero3(flags: argparse.Namespace) -> dict:
     rollout_copy = make_rollout_copy(policy, 3, flags.offload)
     rates = dict(learning_rate=1e-6, value_learning_rate=1e-6, weight_decay=0.0, max_grad_norm=1.0)
     engine = build_engine(policy, config, micro_batch_size=flags.batch, **rates)
-    hand_over, seconds = HandOver(engine, rollout_copy, flags.offload), {"rollout": 0.0, "update": 0.0}
+    stages, seconds = StageSwitcher(engine, rollout_copy, flags.offload), {"rollout": 0.0, "update": 0.0}
     inputs = random_inputs(policy, flags.batch, device.type)
     for turn in range(3):
         began = time.perf_counter()
-        with rollout_stage(hand_over) as actor:
+        with rollout_stage(stages) as actor:
             tokens, old_logprobs, _ = actor.act(inputs, 1.0)
             old_logprobs = old_logprobs.clone()
             tokens.cpu()  # waits for the card
         acted = time.perf_counter()
-        with update_stage(hand_over):
-            new = engine(inputs, 1.0, tokens=tokens)
+        with update_stage(stages):
+            new = engine("evaluate", inputs, tokens)
             loss = (new.logprobs - old_logprobs).exp().mean() + new.values.pow(2).mean()
             norm = backward(engine, loss, last=True)
         if turn:
             seconds["rollout"] += (acted - began) / 2
             seconds["update"] += (time.perf_counter() - acted) / 2
-    memory = hand_over.take_metrics()
+    memory = stages.pop_metrics()
     result = {f"{name}_s": value for name, value in seconds.items()} | {"gradient_norm": norm}
     result |= {f"{stage}_peak_gib": memory[f"memory/{stage}_peak_gib"] for stage in seconds}
     return result | (planned_gib(flags) if flags.preset == "openvla-7b" else {})

@@ -203,7 +203,7 @@ def hugging_face_loop(policy: VLAPolicy, inputs: PolicyInputs, encode_again: boo
                 )
             )
         if encode_again:
-            policy.evaluate(one, rows[-1].view(1, policy.chunk_size, ACTION_DIM), 1.0)
+            policy.logprobs_and_values(one, rows[-1].view(1, policy.chunk_size, ACTION_DIM), 1.0)
     return torch.cat(rows).view(-1, policy.chunk_size, ACTION_DIM)
 
 
@@ -308,7 +308,7 @@ def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str) -> 
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
 
     def update() -> None:
-        logprobs, _, values = policy.evaluate(inputs, tokens, 1.0)
+        logprobs, _, values = policy.logprobs_and_values(inputs, tokens, 1.0)
         loss = (logprobs - old_logprobs).exp().mean() + values.pow(2).mean()
         loss.backward()
         optimizer.step()

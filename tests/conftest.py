@@ -55,16 +55,16 @@ def split_flags(flags: dict) -> dict[str, dict]:
 
 def ppo_loss_of(new_logprobs, entropy, new_values, mb, total_weight, **flags):
     from train_ppo import ppo_loss
-    from vla.models.policy import Evaluation
+    from vla.models.policy import PolicyOutput
 
-    return ppo_loss(Evaluation(new_logprobs, entropy, new_values), mb, total_weight, **split_flags(flags), **flags)
+    return ppo_loss(PolicyOutput(new_logprobs, entropy, new_values), mb, total_weight, **split_flags(flags), **flags)
 
 
 def grpo_loss_of(new_logprobs, entropy, mb, total_weight, **flags):
     from train_grpo import grpo_loss
-    from vla.models.policy import Evaluation
+    from vla.models.policy import PolicyOutput
 
-    return grpo_loss(Evaluation(new_logprobs, entropy, None), mb, total_weight, **split_flags(flags))
+    return grpo_loss(PolicyOutput(new_logprobs, entropy, None), mb, total_weight, **split_flags(flags))
 
 
 def one_rank_environment() -> dict[str, str]:

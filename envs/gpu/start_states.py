@@ -27,7 +27,7 @@ import numpy as np
 from envs.processes import worker_environment
 from envs.variants import StartState
 
-SETTLER_CODE = "import sys; from envs.settle import settler_main; settler_main(int(sys.argv[1]))"
+SETTLER_CODE = "import sys; from envs.gpu.start_states import settler_main; settler_main(int(sys.argv[1]))"
 KEPT = 16_384  # results; some hundred bytes each
 AT_ONCE = 32  # requests that one process has been sent: more could fill both sockets, and both sides would wait
 

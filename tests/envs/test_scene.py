@@ -630,7 +630,7 @@ def test_unreadable_assets_are_named(copied, shut):
             parent.chmod(parent.stat().st_mode | 0o055)
     code = (
         "import os, sys\n"
-        "from envs.bridge_assets import BridgeAssets\n"
+        "from envs.assets.bridge import BridgeAssets\n"
         "BridgeAssets(sys.argv[2]).picture(0, 64, 48)\n"
         "os.setuid(65534)\n"
         "try:\n    BridgeAssets(sys.argv[1]).picture(0, 64, 48)\n"

@@ -249,7 +249,7 @@ def fault(tmp_path, monkeypatch) -> Path:
     """The file that makes workers fail (tests/helpers/faulty_worker.py)."""
     path = tmp_path / "fault"
     monkeypatch.setenv("SOLOVLA_TEST_FAULT", str(path))
-    worker = Path(__file__).with_name("faulty_worker.py")
+    worker = ROOT / "tests" / "helpers" / "faulty_worker.py"
     code = f"import runpy, sys; sys.argv[0] = {str(worker)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     monkeypatch.setattr(workers, "WORKER_CODE", code)
     return path
@@ -257,7 +257,7 @@ def fault(tmp_path, monkeypatch) -> Path:
 
 HANGS_HERE = """
 import ctypes
-from envs.workers import LocalGroup
+from envs.local import LocalGroup
 
 class Hangs:
     def step(self):

@@ -27,7 +27,7 @@ from vla.training.engine import DTYPES, backward, build_engine, read_deepspeed_c
 from vla.training.memory_plan import LiveBytes  # noqa: E402
 from vla.training.optimizer_state import Snapshot, local_buffers, local_shards  # noqa: E402
 from vla.training.preemption import Preemption  # noqa: E402
-from vla.training.stages import GIB, HandOver, make_rollout_copy, rollout_stage, update_stage  # noqa: E402
+from vla.training.stages import GIB, StageSwitcher, make_rollout_copy, rollout_stage, update_stage  # noqa: E402
 
 LINEAR = torch.nn.functional.linear  # as torch has it
 BATCH = 4  # samples over all ranks and micro batches
@@ -56,7 +56,7 @@ def made(
         weight_decay=0.01,
         max_grad_norm=1.0,
     )
-    return engine, HandOver(engine, rollout_copy, offload)
+    return engine, StageSwitcher(engine, rollout_copy, offload)
 
 
 def samples(iteration: int) -> tuple[PolicyInputs, torch.Tensor]:
@@ -70,7 +70,7 @@ def samples(iteration: int) -> tuple[PolicyInputs, torch.Tensor]:
     return inputs.to(DEVICE), tokens[mine].to(DEVICE)
 
 
-def trained(engine, hand_over, first: int, last: int, forwards: int = 1) -> list[list[float]]:
+def trained(engine, stages, first: int, last: int, forwards: int = 1) -> list[list[float]]:
     """Iterations first .. last - 1: a rollout of `forwards` greedy actions, then one step over all micro batches.
 
     Returns [loss, gradient norm, sum of the rollout's values] of each, over all ranks.
@@ -78,14 +78,14 @@ def trained(engine, hand_over, first: int, last: int, forwards: int = 1) -> list
     lines = []
     for iteration in range(first, last):
         inputs, tokens = samples(iteration)
-        with rollout_stage(hand_over) as actor:
+        with rollout_stage(stages) as actor:
             for _ in range(forwards):
                 _, logprobs, values = actor.act(inputs, 0.0)
         total, norm = torch.zeros(()), None
-        with update_stage(hand_over):
+        with update_stage(stages):
             for row in range(len(tokens)):
                 one = PolicyInputs(*(None if field is None else field[row : row + 1] for field in inputs))
-                new = engine(one, 1.0, tokens=tokens[row : row + 1])
+                new = engine("evaluate", one, tokens[row : row + 1])
                 loss = (new.values - 1.0).pow(2).mean() - new.logprobs.mean() - 0.01 * new.entropy.mean()
                 norm = backward(engine, loss / len(tokens), last=row + 1 == len(tokens))
                 total += loss.detach().float().cpu() / BATCH
@@ -96,36 +96,36 @@ def trained(engine, hand_over, first: int, last: int, forwards: int = 1) -> list
 
 def save(folder: str, at: int, until: int, **settings) -> dict:
     """Train, save after iteration `at`, train on."""
-    engine, hand_over = made(**settings)
-    lines = trained(engine, hand_over, 0, at)
+    engine, stages = made(**settings)
+    lines = trained(engine, stages, 0, at)
     save_checkpoint(engine, Path(folder), at, 100 * at, [{"env": e} for e in range(4 // world_size())], keep=0)
-    return {"losses": lines + trained(engine, hand_over, at, until)}
+    return {"losses": lines + trained(engine, stages, at, until)}
 
 
 def resume(checkpoint: str, until: int, **settings) -> dict:
-    engine, hand_over = made(**settings)
+    engine, stages = made(**settings)
     share = 4 // world_size()
     iteration, global_step, env_states = load_checkpoint(engine, Path(checkpoint), rank() * share, share)
     return {
         "iteration": iteration,
         "global_step": global_step,
         "envs": env_states,
-        "losses": trained(engine, hand_over, iteration, until),
+        "losses": trained(engine, stages, iteration, until),
     }
 
 
 def undo(**settings) -> dict:
     """Two iterations, their second one made again after a Snapshot was restored, also from before the first step."""
-    engine, hand_over = made(**settings)
+    engine, stages = made(**settings)
     start, middle = Snapshot(), Snapshot()
     start.take(engine)
-    first = trained(engine, hand_over, 0, 1)
+    first = trained(engine, stages, 0, 1)
     middle.take(engine)
-    second = trained(engine, hand_over, 1, 2)
+    second = trained(engine, stages, 1, 2)
     middle.restore(engine)
-    again = trained(engine, hand_over, 1, 2)
+    again = trained(engine, stages, 1, 2)
     start.restore(engine)
-    return {"once": first + second, "again": trained(engine, hand_over, 0, 1) + again}
+    return {"once": first + second, "again": trained(engine, stages, 0, 1) + again}
 
 
 def coverage(**settings) -> dict:
@@ -146,14 +146,14 @@ def one_arithmetic(**settings) -> dict:
     """Before the first step: what differs from a policy that no engine holds, acting and evaluated."""
     flags = {name: settings[name] for name in ("lora_rank", "lora_scope") if name in settings}
     plain = load_policy(micro_preset(), dtype=DTYPES[settings.get("dtype", "float32")], device=DEVICE, **flags).eval()
-    engine, hand_over = made(**settings)
+    engine, stages = made(**settings)
     inputs, tokens = samples(0)
     with torch.no_grad():
-        acted, evaluated = plain.act(plain.prepare(inputs, DEVICE), 0.0), plain(inputs, tokens=tokens)
-    with rollout_stage(hand_over) as actor:
+        acted, evaluated = plain.act(plain.prepare(inputs, DEVICE), 0.0), plain("evaluate", inputs, tokens)
+    with rollout_stage(stages) as actor:
         ours = actor.act(actor.prepare(inputs, DEVICE), 0.0)
-    with update_stage(hand_over):
-        new = engine(inputs, tokens=tokens)
+    with update_stage(stages):
+        new = engine("evaluate", inputs, tokens)
         backward(engine, new.values.sum() + new.logprobs.sum(), last=True)
     pairs = {"tokens": (acted[0], ours[0]), "logprobs": (acted[1], ours[1])}
     pairs["new logprobs"] = (evaluated.logprobs, new.logprobs)
@@ -184,24 +184,24 @@ def zero_stage_of(engine) -> int:
 
 def losses(uneven: bool = False, **settings) -> dict:
     """uneven: rank 1 makes three forwards in a rollout where rank 0 makes one."""
-    engine, hand_over = made(**settings)
-    lines = trained(engine, hand_over, 0, 2, forwards=3 if uneven and rank() else 1)
+    engine, stages = made(**settings)
+    lines = trained(engine, stages, 0, 2, forwards=3 if uneven and rank() else 1)
     movable = 0
     if zero_stage_of(engine) == 3:  # what offload "stage" takes off a GPU in the rollout, gradients not counted
         movable = sum(buffer.nbytes for buffer in local_buffers(engine))
         movable += sum(p.ds_tensor.nbytes for p in engine.module.parameters() if not p.requires_grad)
-    return {"losses": lines, "memory": hand_over.take_metrics(), "movable_gib": movable / GIB}
+    return {"losses": lines, "memory": stages.pop_metrics(), "movable_gib": movable / GIB}
 
 
 def broken_rollout(**settings) -> dict:
     """An exception inside a rollout stage, then two iterations."""
-    engine, hand_over = made(**settings)
+    engine, stages = made(**settings)
     try:
-        with rollout_stage(hand_over):
+        with rollout_stage(stages):
             raise KeyError("in the rollout")
     except KeyError:
         pass
-    return {"losses": trained(engine, hand_over, 0, 2)}
+    return {"losses": trained(engine, stages, 0, 2)}
 
 
 def full_disk(folder: str) -> dict:
@@ -246,7 +246,7 @@ def stale_stop(folder: str) -> dict:
     if rank() == 0:
         time.sleep(1.0)
     preemption = Preemption(None, Path(folder), keep=1)
-    return {"asked": float(all_reduce_sum(torch.tensor(float(preemption.asked))))}
+    return {"asked": float(all_reduce_sum(torch.tensor(float(preemption.requested))))}
 
 
 def tensors_alive() -> list[torch.Tensor]:
@@ -264,26 +264,26 @@ def bytes_alive(without=()) -> int:
 def memory(micro_batch_size: int = 2, **settings) -> dict:
     """Bytes at the start of either stage and at most within it, in the second of two iterations."""
     before = bytes_alive()
-    engine, hand_over = made(**settings)
-    trained(engine, hand_over, 0, 1)
+    engine, stages = made(**settings)
+    trained(engine, stages, 0, 1)
     inputs, tokens = samples(0)
     measured = {}
-    with rollout_stage(hand_over) as actor:
-        gone = list(hand_over.host.values())
-        if hand_over.offload:  # on a GPU it would be in host memory now; "to the CPU" moves nothing on a CPU
+    with rollout_stage(stages) as actor:
+        gone = list(stages.host.values())
+        if stages.offload:  # on a GPU it would be in host memory now; "to the CPU" moves nothing on a CPU
             gone.append(engine.optimizer.grad_partitions_flat_buffer)
         measured["rollout_resident"] = bytes_alive(gone) - before
         with LiveBytes(tensors_alive()) as count:
             actor.act(actor.prepare(inputs, DEVICE), 0.0)
         measured["rollout_peak"] = measured["rollout_resident"] + count.peak
     mb = PolicyInputs(*(None if field is None else field[:micro_batch_size] for field in inputs))
-    mb = hand_over.engine.module.with_features(mb) if zero_stage_of(engine) < 3 else mb
-    with update_stage(hand_over):
-        measured["update_resident"] = bytes_alive(hand_over.host.values()) - before
+    mb = stages.engine.module.with_features(mb) if zero_stage_of(engine) < 3 else mb
+    with update_stage(stages):
+        measured["update_resident"] = bytes_alive(stages.host.values()) - before
         peaks = []  # when ZeRO-3 lets go of gathered layers is a matter of timing: the largest of several is the peak
         for _ in range(6):
             with LiveBytes(tensors_alive()) as count:
-                new = engine(mb, 1.0, tokens=tokens[:micro_batch_size])
+                new = engine("evaluate", mb, tokens[:micro_batch_size])
                 backward(engine, new.values.sum() + new.logprobs.sum() + new.entropy.sum(), last=True)
             peaks.append(count.peak)
             del new

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from vla.distributed import setup_distributed
 from vla.models.loading import load_policy
 from vla.training.engine import build_engine, read_deepspeed_config
-from vla.training.stages import HandOver, make_rollout_copy, rollout_stage
+from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage
 
 
 def resident(field: str) -> int:
@@ -50,7 +50,7 @@ def main(path: str, out: str) -> None:
     result["model"] = sum(p.nbytes for p in rollout_copy.model.parameters())
     result["shards"] = sum(p.ds_tensor.nbytes for p in engine.module.parameters())
     equal = []
-    with rollout_stage(HandOver(engine, rollout_copy)) as actor:
+    with rollout_stage(StageSwitcher(engine, rollout_copy)) as actor:
         for whole, sharded in zip(actor.parameters(), engine.module.parameters()):
             with deepspeed.zero.GatheredParameters([sharded]):
                 equal.append(torch.equal(whole.to(sharded.dtype), sharded.to(device)))

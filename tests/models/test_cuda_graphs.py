@@ -172,5 +172,5 @@ def test_a_gpu_and_a_cpu_agree(path, model_type):
     obs = observation(4)
     with torch.no_grad():
         tokens, logprobs, values = on_gpu.act(obs, 1.0)
-        again, _, values_again = on_cpu.evaluate(obs, tokens.cpu(), 1.0)
+        again, _, values_again = on_cpu.logprobs_and_values(obs, tokens.cpu(), 1.0)
     assert torch.allclose(logprobs.cpu(), again, atol=1e-3) and torch.allclose(values.cpu(), values_again, atol=1e-3)

@@ -64,7 +64,7 @@ def test_act_and_evaluate_agree(lora_rank, temperature):
     obs = observation(5)
     with torch.no_grad():
         tokens, logprobs, values = policy.act(obs, temperature)
-        again, entropy, values_again = policy.evaluate(obs, tokens, temperature)
+        again, entropy, values_again = policy.logprobs_and_values(obs, tokens, temperature)
         assert torch.allclose(policy.value(obs), values, atol=1e-5)
     assert tokens.shape == logprobs.shape == entropy.shape == (5, 1, 7) and values.shape == (5, 1)
     assert torch.allclose(logprobs, again, atol=1e-4) and torch.allclose(values, values_again, atol=1e-4)
@@ -79,7 +79,7 @@ def test_batch_and_padding_change_nothing(tiny):
         tokens, logprobs, values = tiny.act(obs, 1.0)
         for i in range(3):
             one = {"image": obs["image"][i : i + 1], "task_description": obs["task_description"][i : i + 1]}
-            alone, _, value = tiny.evaluate(one, tokens[i : i + 1], 1.0)
+            alone, _, value = tiny.logprobs_and_values(one, tokens[i : i + 1], 1.0)
             assert torch.allclose(alone[0], logprobs[i], atol=1e-4) and torch.allclose(value[0], values[i], atol=1e-4)
 
 
@@ -96,7 +96,7 @@ def test_observations_as_numpy_and_ids_of_ones_own(tiny, fixtures):
     mixed = {"image": images, "task_description": ["long", "short", "long"]}
     with torch.no_grad():
         tokens, logprobs, values = policy.act(mixed, 1.6)
-        alone = policy.evaluate({"image": images[1:2], "task_description": ["short"]}, tokens[1:2], 1.6)
+        alone = policy.logprobs_and_values({"image": images[1:2], "task_description": ["short"]}, tokens[1:2], 1.6)
     assert torch.allclose(alone[0], logprobs[1:2], atol=1e-4) and torch.allclose(alone[2], values[1:2], atol=1e-4)
     for broken, words in (
         ({**obs, "image": obs["image"].float()}, "uint8"),
@@ -227,9 +227,11 @@ def test_the_reference_is_the_base_model(path, model_type):
         noise = torch.rand(3, policy.chunk_size, 7, dtype=torch.float64, generator=generator)
         tokens, logprobs, _ = policy.act(obs, 1.0, noise)
         reference = policy.reference_logprobs(obs, tokens, 0.7)
-        assert torch.allclose(reference, base.evaluate(obs, tokens, 0.7)[0], atol=1e-6)
-        assert not torch.allclose(reference, policy.evaluate(obs, tokens, 0.7)[0], atol=1e-2)
-        assert torch.allclose(policy.evaluate(obs, tokens, 1.0)[0], logprobs, atol=1e-4)  # the adapter is back
+        assert torch.allclose(reference, base.logprobs_and_values(obs, tokens, 0.7)[0], atol=1e-6)
+        assert not torch.allclose(reference, policy.logprobs_and_values(obs, tokens, 0.7)[0], atol=1e-2)
+        assert torch.allclose(
+            policy.logprobs_and_values(obs, tokens, 1.0)[0], logprobs, atol=1e-4
+        )  # the adapter is back
 
 
 def test_fan_pulls_a_policy_into_a_gaussian(tiny):
@@ -238,10 +240,10 @@ def test_fan_pulls_a_policy_into_a_gaussian(tiny):
     inputs = policy.preprocess(observation(2))
     tokens = torch.full((2, 1, 7), policy.action_tokens.first_id + 3)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
-    assert policy(inputs, tokens=tokens).fan_kl is None
+    assert policy("evaluate", inputs, tokens).fan_kl is None
     distances = []
     for _ in range(15):
-        distances.append(policy(inputs, tokens=tokens, fan_sigma=0.3).fan_kl.mean())
+        distances.append(policy("evaluate", inputs, tokens, fan_sigma=0.3).fan_kl.mean())
         optimizer.zero_grad()
         distances[-1].backward()
         optimizer.step()

@@ -38,7 +38,7 @@ def assert_same_outputs(one, other, atol: float) -> None:
     obs = observation(3)
     with torch.no_grad():
         tokens = one.act(obs, 0.0)[0]
-        for ours, theirs in zip(one.evaluate(obs, tokens, 1.0), other.evaluate(obs, tokens, 1.0)):
+        for ours, theirs in zip(one.logprobs_and_values(obs, tokens, 1.0), other.logprobs_and_values(obs, tokens, 1.0)):
             assert torch.allclose(ours, theirs, atol=atol)
 
 
@@ -77,7 +77,7 @@ def test_oft_matches_the_published_code_and_not_its_causal_twin(fixtures):
     with torch.no_grad():
         tokens, logprobs, values = policy.act(inputs, 0.0)
         logits = policy.model(*inputs)[0][..., 31744:32064]
-        again, _, values_again = policy.evaluate(inputs, tokens, 1.0)
+        again, _, values_again = policy.logprobs_and_values(inputs, tokens, 1.0)
         with_stop = load_policy(str(folder), "openvla_oft", oft_stop_token=True).eval().model(*inputs)[0]
     assert torch.allclose(logits, expected["D.logits_action_31744_32064"], atol=1e-4)
     assert (logits - expected["D.NEGATIVE_CONTROL_causal_logits_action_31744_32064"]).abs().max() > 1.0
@@ -100,11 +100,11 @@ def test_oft_rollout_and_update_agree(lora_rank, stop_token):
     obs = observation(3)
     with torch.no_grad():
         tokens, logprobs, values = policy.act(obs, 0.7)
-        again, entropy, values_again = policy.evaluate(obs, tokens, 0.7)
+        again, entropy, values_again = policy.logprobs_and_values(obs, tokens, 0.7)
         assert torch.allclose(policy.value(obs), values, atol=1e-5)
         for i in range(3):  # alone and in a batch with longer prompts: the same
             one = {"image": obs["image"][i : i + 1], "task_description": obs["task_description"][i : i + 1]}
-            alone, _, value = policy.evaluate(one, tokens[i : i + 1], 0.7)
+            alone, _, value = policy.logprobs_and_values(one, tokens[i : i + 1], 0.7)
             assert torch.allclose(alone[0], logprobs[i], atol=1e-4) and torch.allclose(value[0], values[i], atol=1e-4)
     assert tokens.shape == logprobs.shape == entropy.shape == (3, 4, 7) and values.shape == (3, 4)
     assert torch.allclose(logprobs, again, atol=1e-4) and torch.allclose(values, values_again, atol=1e-4)
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         for checkpointing in (False, True):
             policy = load_policy(path, model_type, gradient_checkpointing=checkpointing).train()
             tokens = torch.full((2, policy.chunk_size, 7), 600)
-            logprobs, _, values = policy.evaluate(observation(2), tokens, 1.0)
+            logprobs, _, values = policy.logprobs_and_values(observation(2), tokens, 1.0)
             (logprobs.sum() + values.sum()).backward()
             gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
         assert gradients[0].keys() == gradients[1].keys()
@@ -151,7 +151,7 @@ def test_bf16_rollout_and_update_stay_close_and_the_critic_is_fp32(path, model_t
     obs = observation(4)
     with torch.no_grad():
         tokens, logprobs, values = policy.act(obs, 1.0)
-        again, _, values_again = policy.evaluate(obs, tokens, 1.0)
+        again, _, values_again = policy.logprobs_and_values(obs, tokens, 1.0)
         policy.value_head.bfloat16()  # what DeepSpeed's bf16 engine does: arithmetic stays fp32
         assert policy.value(obs).dtype == torch.float32
     assert logprobs.dtype == values.dtype == torch.float32
@@ -245,7 +245,7 @@ PEAK = """
 import sys, torch
 def kib(field):
     return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
-from vla.pretrained import load_policy
+from vla.models.loading import load_policy
 load_policy("openvla-tiny", dtype=torch.bfloat16)
 before = kib("VmRSS")
 policy = load_policy(sys.argv[1], dtype=torch.bfloat16, value_head=False)
@@ -397,7 +397,7 @@ def test_frozen_towers_run_once(path, model_type, lora_rank, monkeypatch):
         buffer.add_decision(0, slice(0, 2), cached, tokens, logprobs, values)
         mb = buffer.micro_batch(torch.arange(2), *[chunk[None]] * 3, torch.device("cpu"))
         monkeypatch.setattr(policy.model.vision_backbone, "forward", None)  # from here on nothing may call it
-        again, _, values_again = policy.evaluate(mb.inputs, mb.tokens, 1.0)
+        again, _, values_again = policy.logprobs_and_values(mb.inputs, mb.tokens, 1.0)
     assert torch.allclose(again, logprobs, atol=1e-4) and torch.allclose(values_again, values, atol=1e-4)
 
 

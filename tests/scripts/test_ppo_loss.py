@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from train_ppo import compute_gae, has_future, ppo_loss, used_advantages
 from vla.distributed import normalize
-from vla.models.policy import Evaluation, PolicyInputs, fan_kl
+from vla.models.policy import PolicyInputs, PolicyOutput, fan_kl
 from vla.training.rollout_buffer import MicroBatch
 
 FLAGS = dict(
@@ -369,6 +369,6 @@ def test_fan_enters_the_loss_of_the_policy():
     fan = torch.tensor([0.7, 99.0])[:, None, None].expand(2, 1, 7)
     flags = split_flags(FLAGS | {"fan_coef": 2.0})
     loss, metrics = ppo_loss(
-        Evaluation(tokens, tokens, zeros, fan), mb, 1.0, **flags, value_clip=None, huber_delta=1.0, vf_coef=1.0
+        PolicyOutput(tokens, tokens, zeros, fan), mb, 1.0, **flags, value_clip=None, huber_delta=1.0, vf_coef=1.0
     )
     assert loss.item() == pytest.approx(1.4) and metrics["train/actor/fan_kl"].item() == pytest.approx(0.7)

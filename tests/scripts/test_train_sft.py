@@ -138,16 +138,16 @@ def test_openvla_reads_tokens_drawn_from_its_targets(demos, model_type, chunk_si
     noise = uniform_noise(len(index), chunk_size, torch.Generator().manual_seed(0))
     exact = train_sft.read_batch(Demos(demos), policy, index, None, device)
     batch = train_sft.read_batch(Demos(demos), policy, index, None, device, label_sigma=3.0, noise=noise)
-    assert torch.equal(exact.written, exact.tokens) and torch.equal(batch.tokens, exact.tokens)
+    assert torch.equal(exact.context_tokens, exact.tokens) and torch.equal(batch.tokens, exact.tokens)
     bins = exact.tokens - policy.action_tokens.first_id
     tokens = policy.action_tokens
     spread = tokens.mask & (tokens.q99 > tokens.q01)
-    assert torch.equal(batch.written[..., ~spread], exact.tokens[..., ~spread])
+    assert torch.equal(batch.context_tokens[..., ~spread], exact.tokens[..., ~spread])
     inner = (bins > 15) & (bins < 240) & spread  # where the Gaussian is whole
-    moved = (batch.written - batch.tokens)[inner].double()
+    moved = (batch.context_tokens - batch.tokens)[inner].double()
     assert inner.sum() > 1000 and abs(moved.mean()) < 0.3 and 2.7 < moved.std() < 3.3
     few = [PolicyInputs(*(None if field is None else field[:6] for field in batch.inputs)), batch.tokens[:6], 3.0]
-    losses, told = policy.clone(*few)[0], policy.clone(*few, batch.written[:6])[0]
+    losses, told = policy.clone(*few)[0], policy.clone(*few, batch.context_tokens[:6])[0]
     assert torch.equal(losses[..., 0], told[..., 0])  # nothing was written before the first one
     assert torch.equal(losses, told) == (model_type == "openvla_oft")
 

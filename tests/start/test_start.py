@@ -26,8 +26,8 @@ from vla.start.launch import launched
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
-from vla.extensions import Lock
-from vla.launch import launched
+from vla.start.extensions import Lock
+from vla.start.launch import launched
 from torch.utils.file_baton import FileBaton
 lock = {"ours": Lock, "torch": FileBaton}[sys.argv[1]](sys.argv[2])
 assert lock.try_acquire()
@@ -161,8 +161,8 @@ def test_a_compiler_that_outlived_its_rank_is_waited_for(folder, said, tmp_path)
 
 ONE_OF_MANY = """
 import sys, time
-from vla.extensions import Lock
-from vla.launch import launched
+from vla.start.extensions import Lock
+from vla.start.launch import launched
 lock = Lock(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -222,8 +222,8 @@ def test_file_systems_have_a_name():
 
 ENDED_WHILE_IT_COMPILES = """
 import subprocess, sys
-from vla.extensions import Lock
-from vla.launch import launched
+from vla.start.extensions import Lock
+from vla.start.launch import launched
 lock = Lock(sys.argv[1] + "/lock")
 lock.try_acquire()
 compiler = subprocess.Popen([sys.argv[2], "600"], cwd=sys.argv[1])
@@ -253,7 +253,7 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
 # ---------------------------------------------------------------------- where ops are kept
 COMPILE_SMALL = """
 import sys
-from vla.extensions import keep_ops
+from vla.start.extensions import keep_ops
 keep_ops()
 from torch.utils.cpp_extension import load
 load("small", [sys.argv[1]], is_python_module=False)

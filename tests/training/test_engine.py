@@ -534,15 +534,15 @@ import sys
 import train_ppo
 from vla.cli import parse_args
 from vla.distributed import run_main
-from vla.preemption import Preemption
+from vla.training.preemption import Preemption
 
-def stopping(self, items, until_asked=Preemption.until_asked):
-    for t in until_asked(self, items):
+def stopping(self, items, until_requested=Preemption.until_requested):
+    for t in until_requested(self, items):
         if t == 3:
             self.stop_file.touch()
         yield t
 
-Preemption.until_asked = stopping
+Preemption.until_requested = stopping
 run_main(train_ppo.main, lambda: parse_args(train_ppo.Args, sys.argv[1:], ""))
 """
 

@@ -133,7 +133,7 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop
 
     Asked to stop, it returns those that have ended.
     """
-    if stop.asked:  # a reset takes longer than many steps
+    if stop.requested:  # a reset takes longer than many steps
         return []
     padded = episode_ids + [episode_ids[-1]] * (envs.num_envs - len(episode_ids))
     actor.begin(padded)
@@ -143,7 +143,7 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop
     returns = torch.zeros(envs.num_envs)
     if video is not None:
         video.add(obs["image"], captions(obs, executed, returns, rows))
-    while len(rows) < envs.num_envs and not stop.asked:
+    while len(rows) < envs.num_envs and not stop.requested:
         actions = torch.as_tensor(actor.act(obs, envs), dtype=torch.float32)  # [N, C, 7]
         obs, rewards, _, _, infos = envs.step(actions)
         for env in infos["dropped"].nonzero()[:, 0].tolist():  # lost with a worker, and begun again
@@ -155,7 +155,7 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop
         for position, env in enumerate(infos["ended"].tolist()):
             statistics = {name: float(infos["episode"][name][position]) for name in STATISTICS}
             rows[env] = {"episode_id": int(padded[env])} | statistics | {"actions": np.stack(executed[env])}
-        if video is not None and not stop.asked:  # a signal to all processes ends the one that encodes, too
+        if video is not None and not stop.requested:  # a signal to all processes ends the one that encodes, too
             video.add(obs["image"], captions(obs, executed, returns, rows))
     return [rows[env] for env in range(len(episode_ids)) if env in rows]
 
@@ -178,7 +178,7 @@ def replay(envs, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool
     returns = [0.0] * len(episodes)
     longest = max(len(episode["actions"]) for episode in episodes)
     for step in range(longest + 1):
-        if stop.asked:  # before a picture is added: a signal to all processes ends the one that encodes, too
+        if stop.requested:  # before a picture is added: a signal to all processes ends the one that encodes, too
             return False
         for env, (episode, video) in enumerate(zip(episodes, videos)):
             if step <= len(episode["actions"]):

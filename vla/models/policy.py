@@ -1,21 +1,22 @@
-"""VLAPolicy: what the training scripts see of a model. In the update everything goes through __call__, because ZeRO-3
-gathers weights there.
+"""VLAPolicy: what the training scripts see of a model.
 
     N envs (or B samples)   C = chunk_size actions per decision   D = 7 action dimensions   L prompt ids
 
-    act(obs, temperature, noise)        tokens, logprobs [N, C, D], values [N, C]
-    evaluate(obs, tokens, temperature)  logprobs, entropy [N, C, D], values [N, C]
-    value(obs)                          values [N, C]
-    clone(obs, tokens, label_sigma)     losses, predicted tokens [N, C, D]
-    decode(tokens)                      actions [N, C, D] in robot units
+    act(obs, temperature, noise)                   tokens, logprobs [N, C, D], values [N, C]
+    logprobs_and_values(obs, tokens, temperature)  logprobs, entropy [N, C, D], values [N, C]
+    value(obs)                                     values [N, C]
+    clone(obs, tokens, label_sigma)                losses, predicted tokens [N, C, D]
+    decode(tokens)                                 actions [N, C, D] in robot units
+
+The update calls the module itself, with the name of a mode: ZeRO-3 gathers weights in __call__ only.
 
 `obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
-preprocess() made of it (what the rollout buffer keeps); it may lie on another device than the model.
-Tokens are vocabulary ids, integers; actions are floats; never the same word.
-Log-probabilities are over the 256 action ids only, in fp32, and come from the same lines of code in rollout and update.
+preprocess() made of it. It may be on another device than the model. Tokens are vocabulary ids, integers. Actions are
+floats. Log-probabilities are over the 256 action ids only and in fp32. Rollout and update compute them with the same
+lines of code.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,8 @@ class PolicyInputs(NamedTuple):
         return PolicyInputs(*(None if field is None else field.to(device) for field in self))
 
 
-class Evaluation(NamedTuple):
-    """What the policy makes of given tokens."""
+class PolicyOutput(NamedTuple):
+    """What mode "evaluate" returns for given tokens."""
 
     logprobs: torch.Tensor  # [B, C, D]
     entropy: torch.Tensor  # [B, C, D], nats
@@ -170,7 +171,7 @@ class VLAPolicy(nn.Module):
         with torch.no_grad():
             return inputs._replace(features=self.model.vision_backbone(inputs.images))
 
-    # ------------------------------------------------------------------ the five verbs
+    # ------------------------------------------------------------------ what you call
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -182,105 +183,102 @@ class VLAPolicy(nn.Module):
         """Sample a chunk of actions.
 
         Args:
-            temperature: 0 = greedy; log-probabilities are then those of temperature 1.
-            noise: float64 [N, C, D] uniform in [0, 1), what is sampled is a function of it. None: drawn from torch's
-            generator.
+            temperature: 0 takes the likeliest tokens. Their log-probabilities are then those of temperature 1.
+            noise: float64 [N, C, D], uniform in [0, 1). The sample is a function of it. None: drawn from torch's
+                generator.
+
+        Returns:
+            tokens int64 and logprobs fp32, [N, C, D] each, and values fp32 [N, C].
         """
         inputs = self.preprocess(obs).to(self.device)
         if noise is None:
             noise = torch.rand(len(inputs.images), self.chunk_size, ACTION_DIM, dtype=torch.float64)
-        return self(inputs, temperature=temperature, noise=noise.to(self.device))
+        return self("act", inputs, temperature=temperature, noise=noise.to(self.device))
 
-    def evaluate(
+    def logprobs_and_values(
         self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropy of given tokens, and values."""
+        """Log-probabilities and entropy [N, C, D] of given tokens int64 [N, C, D], and values [N, C]."""
         inputs = self.preprocess(obs).to(self.device)
-        return self(inputs, temperature=temperature, tokens=tokens.to(self.device))[:3]
+        return self("evaluate", inputs, tokens=tokens.to(self.device), temperature=temperature)[:3]
 
     def reference_logprobs(self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probabilities [N, C, D] of given tokens under the base model: the adapter is scaled by 0 meanwhile.
 
-        For the rollout, where weights are whole. One more forward, no second copy of the weights.
+        Call it in the rollout, where weights are whole. It costs one more forward and no second copy of the weights.
         """
         adapters = [module for module in self.model.modules() if hasattr(module, "lora_A")]
         kept = [dict(module.scaling) for module in adapters]
         try:
             for module in adapters:
                 module.scaling.update(dict.fromkeys(module.scaling, 0.0))
-            return self.evaluate(obs, tokens, temperature)[0]
+            return self.logprobs_and_values(obs, tokens, temperature)[0]
         finally:
             for module, scaling in zip(adapters, kept):
                 module.scaling.update(scaling)
 
     def value(self, obs: dict | PolicyInputs) -> torch.Tensor:
-        """V(obs): one pass over the prompt, nothing is generated."""
-        return self(self.preprocess(obs).to(self.device))
+        """V(obs), fp32 [N, C]: one pass over the prompt, nothing is generated."""
+        return self("value", self.preprocess(obs).to(self.device))
 
     def clone(
         self,
         obs: dict | PolicyInputs,
         tokens: torch.Tensor,
         label_sigma: float = 0.0,
-        written: torch.Tensor | None = None,
+        context_tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Behaviour cloning of given tokens: cross entropy fp32 and the likeliest tokens int64, [N, C, D] each.
 
-        Over the whole vocabulary, as OpenVLA is trained, so that code which samples from all of it writes actions too.
-        label_sigma: bins over which a target is spread (ActionTokens.soft_targets). written: int64 [N, C, D], what the
-        model is told it wrote before each token; None: the targets.
+        The cross entropy is over the whole vocabulary, as OpenVLA is trained. Code that samples from all of it then
+        writes actions too.
+
+        Args:
+            tokens: int64 [N, C, D], the targets.
+            label_sigma: bins over which a target is spread (ActionTokens.soft_targets).
+            context_tokens: int64 [N, C, D], what the model reads as its own earlier tokens. None: the targets.
         """
-        inputs, written = self.preprocess(obs).to(self.device), tokens if written is None else written
-        return self(inputs, tokens=tokens.to(self.device), label_sigma=label_sigma, written=written.to(self.device))
+        context = tokens if context_tokens is None else context_tokens
+        return self(
+            "clone",
+            self.preprocess(obs).to(self.device),
+            tokens=tokens.to(self.device),
+            label_sigma=label_sigma,
+            context_tokens=context.to(self.device),
+        )
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
         return self.action_tokens.unnormalize(self.action_tokens.decode(tokens)).float()
 
-    def forward(
-        self,
-        inputs: PolicyInputs,
-        temperature: float = 1.0,
-        tokens: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        fan_sigma: float | None = None,
-        label_sigma: float | None = None,
-        written: torch.Tensor | None = None,
-    ):
-        """The one entry: with tokens it evaluates (Evaluation), with noise it acts, with neither it returns values.
-
-        fan_sigma: also compute fan_kl, with a Gaussian this wide. label_sigma, written: clone the tokens instead
-        (clone()).
-        """
-        if noise is not None:
-            return self._generate(inputs, temperature, noise)
-        if tokens is None:
-            return self._values(self.model(*inputs)[1])
-        told = tokens if written is None else written
-        logits, hidden = self.model(*inputs, tokens=told.flatten(1))  # [B, C * D, V], [B, H]
-        if label_sigma is not None:
-            return self._cloning_losses(logits.view(*tokens.shape, -1), tokens, label_sigma)
-        logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)  # [B, C, D], nats
-        chosen = (tokens - self.action_tokens.first_id)[..., None]
-        fan = None if fan_sigma is None else fan_kl(logprobs, self.action_tokens.values.to(logprobs), fan_sigma)
-        return Evaluation(logprobs.gather(-1, chosen)[..., 0], entropy, self._values(hidden), fan)
-
     def free_graphs(self) -> None:
-        """Give back the device memory of recorded graphs and their caches; the next act() records anew."""
+        """Give back the device memory of recorded graphs and their caches. The next act() records new ones."""
         self.model.graphs = None
 
-    # ------------------------------------------------------------------ inside
-    def _cloning_losses(self, logits: torch.Tensor, tokens: torch.Tensor, label_sigma: float):
-        """logits [B, C, D, V], tokens [B, C, D] -> cross entropy and the likeliest action tokens, [B, C, D] each."""
-        first, end = self.action_tokens.first_id, self.action_tokens.vocab_end
-        logprobs = F.log_softmax(logits.float(), dim=-1)[..., first:end]  # [B, C, D, 256]
-        targets = self.action_tokens.soft_targets(tokens, label_sigma)
-        return -(targets * logprobs).sum(dim=-1), logprobs.argmax(dim=-1) + first
+    # ------------------------------------------------------------------ the four modes
+    def forward(
+        self, mode: Literal["act", "evaluate", "value", "clone"], inputs: PolicyInputs, *arguments, **named_arguments
+    ):
+        """The one entry of the module. ZeRO-3 gathers weights in __call__, so all four modes pass through it.
 
-    def _generate(self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor):
-        """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once; each log-probability is noted as it is
-        drawn."""
+        | mode     | what it does                         | it returns                                     |
+        |----------|--------------------------------------|------------------------------------------------|
+        | act      | samples tokens from noise            | tokens, logprobs [B, C, D], values [B, C]      |
+        | evaluate | log-probabilities of given tokens    | PolicyOutput                                   |
+        | value    | V of the observation                 | values [B, C]                                  |
+        | clone    | cross entropy of given tokens        | losses, likeliest tokens [B, C, D]             |
+
+        Args:
+            arguments, named_arguments: those of the method `_<mode>`.
+        """
+        modes = {"act": self._act, "evaluate": self._evaluate, "value": self._value, "clone": self._clone}
+        return modes[mode](inputs, *arguments, **named_arguments)
+
+    def _act(
+        self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once. Each log-probability is kept as it is
+        sampled."""
         flat_noise = noise.flatten(1)  # [B, C * D]
         tokens, logprobs = [], []
 
@@ -294,6 +292,30 @@ class VLAPolicy(nn.Module):
         hidden = self.model.generate(*inputs, num_tokens=self.chunk_size * ACTION_DIM, choose=choose)
         return torch.cat(tokens, 1).view(noise.shape), torch.cat(logprobs, 1).view(noise.shape), self._values(hidden)
 
+    def _evaluate(
+        self, inputs: PolicyInputs, tokens: torch.Tensor, temperature: float = 1.0, fan_sigma: float | None = None
+    ) -> PolicyOutput:
+        """fan_sigma: also compute fan_kl, with a Gaussian this wide."""
+        logits, hidden = self.model(*inputs, tokens=tokens.flatten(1))  # [B, C * D, V], [B, H]
+        logprobs = self._action_logprobs(logits, temperature).view(*tokens.shape, NUM_BINS)  # [B, C, D, 256]
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)  # [B, C, D], nats
+        bins = (tokens - self.action_tokens.first_id)[..., None]  # [B, C, D, 1]
+        fan = None if fan_sigma is None else fan_kl(logprobs, self.action_tokens.values.to(logprobs), fan_sigma)
+        return PolicyOutput(logprobs.gather(-1, bins)[..., 0], entropy, self._values(hidden), fan)
+
+    def _value(self, inputs: PolicyInputs) -> torch.Tensor:
+        return self._values(self.model(*inputs)[1])
+
+    def _clone(
+        self, inputs: PolicyInputs, tokens: torch.Tensor, label_sigma: float, context_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, _ = self.model(*inputs, tokens=context_tokens.flatten(1))  # [B, C * D, V]
+        first, end = self.action_tokens.first_id, self.action_tokens.vocab_end
+        logprobs = F.log_softmax(logits.view(*tokens.shape, -1).float(), dim=-1)[..., first:end]  # [B, C, D, 256]
+        targets = self.action_tokens.soft_targets(tokens, label_sigma)
+        return -(targets * logprobs).sum(dim=-1), logprobs.argmax(dim=-1) + first
+
+    # ------------------------------------------------------------------ inside
     def _action_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         """logits [..., V] -> log-probabilities over the 256 action ids, fp32 [..., 256]."""
         action_logits = logits[..., self.action_tokens.first_id : self.action_tokens.vocab_end].float()

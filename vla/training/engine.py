@@ -212,7 +212,7 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> float | None:
     return float(engine.get_global_grad_norm()) if norm is None else norm
 
 
-class StepGuard:
+class NonFiniteGuard:
     """Counts skipped optimizer steps; after `limit` in a row the run ends, with the micro batch kept for inspection."""
 
     def __init__(self, run_dir: Path, rank: int, limit: int = 3):
@@ -222,12 +222,12 @@ class StepGuard:
         self.in_a_row = 0
         self.first_ratio_error: float | None = None  # since take()
 
-    def compare(self, new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
+    def check_ratio(self, new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
         """Of an iteration's first micro batch, before anything was updated: every ratio should be 1."""
         if self.first_ratio_error is None:
             self.first_ratio_error = float((new_logprobs.detach() - old_logprobs).expm1().abs().max())
 
-    def see(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
+    def check_gradients(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
         """What backward() returned. Norms are the same on every rank, so all ranks end together."""
         if norm is None:
             return
@@ -243,7 +243,7 @@ class StepGuard:
                 f"{self.path}, lower --learning_rate, or resume from the last checkpoint"
             )
 
-    def take(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """Metrics of the iteration, over all ranks, and start counting again."""
         metrics = {
             "train/actor/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,

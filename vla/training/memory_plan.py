@@ -249,7 +249,7 @@ def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool) -> int:
     known = [*policy.parameters(), *policy.buffers(), *tree_leaves(inputs), tokens]
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
         with LiveBytes([tensor for tensor in known if tensor is not None], item=policy.max_prompt_length) as count:
-            new = policy.train()(inputs, tokens=tokens)
+            new = policy.train()("evaluate", inputs, tokens)
             (new.logprobs.exp().sum() + new.entropy.sum() + new.values.square().sum()).backward()
     for hook in hooks:
         hook.remove()

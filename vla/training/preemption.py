@@ -15,16 +15,16 @@ watches for the same signals in its output folder.
 
     preemption = Preemption(engine, run_dir, keep_checkpoints)
     for iteration in ...:
-        preemption.mark(iteration, global_step, envs.state_dict())
+        preemption.snapshot(iteration, global_step, envs.state_dict())
         with rollout_stage(...):
-            for t in preemption.until_asked(range(...)):
+            for t in preemption.until_requested(range(...)):
                 ...
-        preemption.leave_if_asked()
+        preemption.exit_if_requested()
         with update_stage(...):
             ...                                 # after each optimizer step
-            preemption.leave_if_asked()
+            preemption.exit_if_requested()
         if evaluate(..., stop=preemption) is None:
-            preemption.leave(save_checkpoint(...))
+            preemption.exit(save_checkpoint(...))
 """
 
 import contextlib
@@ -72,21 +72,21 @@ class StopRequest:
                 self.stop_file.touch()
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """This rank should go no further: it got a signal, or another one did, or there is a file `stop`."""
         return self.signal is not None or self.stop_file.exists()
 
-    def until_asked(self, items: Iterable[Item]) -> Iterator[Item]:
+    def until_requested(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, until this rank should go no further."""
         for item in items:
-            if self.asked:
+            if self.requested:
                 return
             yield item
 
     def agreed(self) -> bool:
         """Whether any rank was asked to end. All ranks together."""
         self.meeting = True
-        asked = bool(all_reduce_max(torch.tensor(float(self.asked))))
+        asked = bool(all_reduce_max(torch.tensor(float(self.requested))))
         self.meeting = asked
         return asked
 
@@ -105,7 +105,7 @@ class Preemption(StopRequest):
 
     Args:
         keep: of save_checkpoint().
-        critic: beside the engine; it is to be fitted behind the last look at `asked`, so it is never undone.
+        critic: beside the engine; it is to be fitted behind the last look at `requested`, so it is never undone.
     """
 
     def __init__(self, engine: Engine, run_dir: Path, keep: int, critic: StateCritic | None = None):
@@ -113,12 +113,12 @@ class Preemption(StopRequest):
         self.start = Snapshot()
         super().__init__(run_dir)
 
-    def mark(self, iteration: int, global_step: int, env_states: list[dict]) -> None:
+    def snapshot(self, iteration: int, global_step: int, env_states: list[dict]) -> None:
         """An iteration begins here: what a broken-off one goes back to. Copies the trained weights and moments."""
         self.iteration, self.global_step, self.env_states = iteration, global_step, env_states
         self.start.take(self.engine)
 
-    def leave_if_asked(self) -> None:
+    def exit_if_requested(self) -> None:
         """All ranks together. Was any of them asked to end: undo the iteration, save, SystemExit with REQUEUE."""
         if not self.agreed():
             return
@@ -128,8 +128,8 @@ class Preemption(StopRequest):
             save_checkpoint(
                 self.engine, self.run_dir, self.iteration, self.global_step, self.env_states, self.keep, self.critic
             )
-        self.leave(folder)
+        self.exit(folder)
 
-    def leave(self, checkpoint: Path) -> NoReturn:
+    def exit(self, checkpoint: Path) -> NoReturn:
         """SystemExit with REQUEUE, after this checkpoint was written. All ranks together."""
         self.end(f"{checkpoint} is complete. Go on with --resume {self.run_dir}")

@@ -17,7 +17,7 @@ def regularization(
     exp overflows at 88. FAN is exact. What is off is neither computed nor logged; entropy always is.
 
     Args:
-        new: policy.Evaluation, what the policy as it is now makes of the tokens. mb: rollout_buffer.MicroBatch.
+        new: policy.PolicyOutput, what the policy as it is now makes of the tokens. mb: rollout_buffer.MicroBatch.
         total_weight: what weighted sums are divided by, as for the clipped surrogate.
     """
 

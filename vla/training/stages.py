@@ -56,7 +56,7 @@ def make_rollout_copy(policy: nn.Module, zero_stage: int, offload: str = "none")
     return copy.deepcopy(policy, memo=shared).eval()
 
 
-class HandOver:
+class StageSwitcher:
     """Moves memory between the stages and measures it.
 
     Args:
@@ -68,7 +68,7 @@ class HandOver:
         self.engine, self.rollout_copy, self.offload = engine, rollout_copy, offload == "stage"
         self.device = torch.device(get_accelerator().current_device_name())
         self.host: dict[torch.Tensor, torch.Tensor] = {}  # a tensor's place in host memory, allocated once
-        self.gib: dict[str, float] = {}  # memory/*, the largest since take_metrics()
+        self.gib: dict[str, float] = {}  # memory/*, the largest since pop_metrics()
 
     # ------------------------------------------------------------------ moving
     def to_rollout(self) -> nn.Module:
@@ -133,7 +133,7 @@ class HandOver:
         for tag, size in sizes.items():
             self.gib[tag] = max(self.gib.get(tag, 0.0), size / GIB)
 
-    def take_metrics(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """memory/* of the rank that needs most, and start again. All ranks together."""
         largest = all_reduce_max(torch.tensor(list(self.gib.values())))
         metrics, self.gib = dict(zip(self.gib, largest.tolist())), {}
@@ -161,24 +161,24 @@ def device_memory() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def rollout_stage(hand_over: HandOver) -> Iterator[nn.Module]:
+def rollout_stage(stages: StageSwitcher) -> Iterator[nn.Module]:
     """Yields a policy with whole, current weights, in eval mode, without autograd."""
-    policy = hand_over.to_rollout().eval()
+    policy = stages.to_rollout().eval()
     try:
-        with torch.no_grad(), hand_over.measured("rollout"):
+        with torch.no_grad(), stages.measured("rollout"):
             yield policy
     finally:
         policy.free_graphs()  # the update needs their memory; the next rollout records anew
-        hand_over.to_update()
+        stages.to_update()
 
 
 @contextlib.contextmanager
-def update_stage(hand_over: HandOver) -> Iterator[None]:
+def update_stage(stages: StageSwitcher) -> Iterator[None]:
     """Training mode; must end on an optimizer step, so that no half-accumulated gradient reaches the next iteration."""
-    hand_over.engine.train()
-    with hand_over.measured("update"):
+    stages.engine.train()
+    with stages.measured("update"):
         yield
-    if not hand_over.engine.is_gradient_accumulation_boundary():
+    if not stages.engine.is_gradient_accumulation_boundary():
         raise RuntimeError("the update ended between two optimizer steps: micro batches per minibatch were miscounted")
 
 
