@@ -912,7 +912,8 @@ def test_a_resumed_run_refuses_another_adapter_in_its_base(base, adapter, copy, 
 
 
 # ------------------------------------------------------------------ what sentences advise
-READERS = """models/loading models/published models/lora models/tokenizer files/tensors models/policy models/openvla models/openvla_oft models/value_head""".split()
+READERS = """models/loading models/published models/lora models/tokenizer
+files/tensors models/policy models/openvla models/openvla_oft models/value_head""".split()
 
 
 def test_no_sentence_of_loading_advises_a_flag_that_evaluate_lacks():
