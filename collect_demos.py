@@ -23,7 +23,7 @@ from envs.registration import CONTROL_MODE
 from schemas import UserError
 from schemas.flags import Count, EnvId, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
 from vla.cli import parse_args
-from vla.distributed import REQUEUE, checked, run_main
+from vla.distributed import REQUEUE, run_main, user_errors
 from vla.start.checks import check_scene_memory
 
 ENVS_PER_WORKER = 8
@@ -55,7 +55,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    with checked():
+    with user_errors():
         check_expert_knows(args.env_id)
         world = dict(
             obj_set=args.obj_set,
@@ -122,7 +122,7 @@ def main(args: Args) -> None:
     if count + found < args.num_demos:
         print(f"{asked.signal}: {folder.folder} keeps {count + found} of {args.num_demos}; the same command goes on")
         raise SystemExit(REQUEUE)
-    with checked():
+    with user_errors():
         statistics = folder.finish()
     steps, size = statistics["num_transitions"], (folder.folder / "trajectory.h5").stat().st_size / 2**20
     print(f"{folder.folder}: {args.num_demos} demonstrations, {steps} steps to learn from, {size:.0f} MiB")
@@ -130,7 +130,7 @@ def main(args: Args) -> None:
 
 def keep(folder: DemoFolder, pending: list[Demonstration]) -> None:
     """Put these episodes on the disk and empty the list. Raises UserError where the disk does not take them."""
-    with checked():
+    with user_errors():
         if pending:
             folder.write_part(pending)
     pending.clear()

@@ -57,11 +57,11 @@ from vla.distributed import (
     agree,
     all_gather_lists,
     barrier,
-    checked,
     print0,
     rank,
     run_main,
     setup_distributed,
+    user_errors,
     world_size,
 )
 from vla.evaluation.episode_log import EpisodeLog, Progress
@@ -497,13 +497,13 @@ def compare_evaluations(first: str, second: str, output: str | None) -> None:
 
 def main(args: Args) -> None:
     if args.compare:
-        with checked():
+        with user_errors():
             if int(os.environ.get("RANK", "0")) == 0:
                 compare_evaluations(*args.compare, args.output)
         return
 
     # ------------------------------------------------------------------ set-up: wrong input ends here
-    with checked():
+    with user_errors():
         settings = parse_settings(args.settings, VARIANTS, args.instruction)
         ids = {one.name: eval_episode_ids(one.env_id, one.obj_set, args.num_episodes) for one in settings}
         published = choose_published(args.base)
@@ -550,7 +550,7 @@ def main(args: Args) -> None:
             if all(path.exists() for path in videos[one.name]):
                 continue
         own_world = world | {"instruction": None if one.env_id in VARIANTS else args.instruction}
-        with checked():  # such as assets that are missing
+        with user_errors():  # such as assets that are missing
             envs = make_envs(
                 one.env_id,
                 local_num_envs,

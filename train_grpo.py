@@ -52,7 +52,7 @@ from schemas.flags import (
     Text,
 )
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
-from vla.distributed import all_reduce_sum, checked, print0, rank, run_main, setup_distributed, world_size
+from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
 from vla.models.loading import load_policy
@@ -367,7 +367,7 @@ def fill_dead_groups(buffer: RolloutBuffer, spare: RolloutBuffer, group_size: in
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
-    with checked():
+    with user_errors():
         check_combinations(**pick(args, check_combinations))
         launch = launched()
         sizes = derive_sizes(**pick(args, derive_sizes, rank=launch.rank, world_size=launch.world_size))
@@ -411,7 +411,7 @@ def main(args: Args) -> None:
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
     start_iteration, global_step, iterations_without_signal = 0, 0, 0
-    with checked():
+    with user_errors():
         if checkpoint:
             start_iteration, global_step, _ = load_checkpoint(engine, checkpoint, first_env, N)
         policy.preprocess(envs.reset())  # instructions that do not fit the prompt end the run here

@@ -50,7 +50,16 @@ from schemas.flags import (
     Text,
 )
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
-from vla.distributed import all_reduce_sum, checked, normalize, print0, rank, run_main, setup_distributed, world_size
+from vla.distributed import (
+    all_reduce_sum,
+    normalize,
+    print0,
+    rank,
+    run_main,
+    setup_distributed,
+    user_errors,
+    world_size,
+)
 from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
 from vla.models.loading import load_policy
@@ -334,7 +343,7 @@ def ppo_loss(
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
-    with checked():
+    with user_errors():
         check_combinations(**pick(args, check_combinations))
         launch = launched()
         sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=launch.rank, world_size=launch.world_size))
@@ -381,7 +390,7 @@ def main(args: Args) -> None:
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
     start_iteration, global_step = 0, 0
-    with checked():
+    with user_errors():
         if checkpoint:
             start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, first_env, N)
             obs = envs.split(envs.load_state_dict(env_states))

@@ -47,7 +47,7 @@ from schemas.flags import (
     Text,
 )
 from vla.cli import flag_value, parse_args, pick
-from vla.distributed import checked, print0, rank, run_main, setup_distributed, world_size
+from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
 from vla.evaluation.model_card import export_folder, export_policy
 from vla.logger import Averages, Logger, check_backends, describe_run, due
@@ -260,7 +260,7 @@ def read_batch(
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
-    with checked():
+    with user_errors():
         launch = launched()
         check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
         check_backends(args.logger_backends)
@@ -307,7 +307,7 @@ def main(args: Args) -> None:
     local_batch_size = args.batch_size // world_size()
     mine = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
     start_iteration, num_seen = 0, 0  # num_seen: decisions trained on, over all ranks
-    with checked():
+    with user_errors():
         if checkpoint:
             start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, 0, 0)
         begin_run(run_dir, checkpoint)

@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import io
 import ipaddress
+import linecache
 import logging
 import os
 import random
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -28,6 +30,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from schemas import UserError
+from vla import ROOT
 from vla.start.extensions import command_of, keep_ops, parent_of
 from vla.start.launch import launched
 
@@ -35,6 +38,7 @@ LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR"
 
 
 Engine = deepspeed.DeepSpeedEngine  # the name that the other modules use
+DEBUG = "SOLOVLA_DEBUG"  # environment variable: 1 prints the traceback of an error that is told in one sentence
 REQUEUE = 75  # exit code: asked to end, everything is saved, start it again with --resume (EX_TEMPFAIL of sysexits.h)
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
@@ -72,6 +76,8 @@ def run_main(main: Callable, parse: Callable) -> None:
         first = launch.local_rank == 0
         if lost_rank(error) or (not first and error.__cause__ is None):
             let_others_speak()
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exception(error)
         who = "error" if first else f"error (rank {launch.rank})"
         print(f"{who}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
@@ -144,15 +150,31 @@ def let_others_speak() -> None:
     time.sleep(HEARD_SECONDS)
 
 
-class checked:
-    """`with checked():` turns the ValueErrors, OSErrors and RuntimeErrors of set-up code into UserErrors."""
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the ValueErrors, OSErrors and RuntimeErrors of set-up code into UserErrors, which run_main() prints.
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (ValueError, OSError, RuntimeError)) and not isinstance(error, UserError):
+    A `raise` of this repository and the operating system give a sentence that a user can act on. Any other error is
+    unexpected, such as a wrong shape inside a library. Its sentence names the variable that shows the traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or raised_here(error):
             raise UserError(str(error)) from error
+        raise UserError(
+            f"{type(error).__name__}: {error} (this is unexpected: set {DEBUG}=1 to see the traceback)"
+        ) from error
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether a `raise` statement of this repository made the error, not a library and not Python itself."""
+    *_, (frame, line_number) = traceback.walk_tb(error.__traceback__)
+    path = Path(frame.f_code.co_filename).resolve()
+    is_ours = path.parent == ROOT or any(path.is_relative_to(ROOT / name) for name in ("vla", "envs", "schemas"))
+    return is_ours and linecache.getline(str(path), line_number).lstrip().startswith("raise ")
 
 
 def end_with_launcher() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import one_rank_environment
 from torch.utils.file_baton import FileBaton
 
@@ -355,11 +356,62 @@ def test_ranks_of_one_machine_meet_on_the_loopback(monkeypatch, address, url):
     assert where_ranks_meet() is None
 
 
+# ---------------------------------------------------------------------- errors in one sentence
+def a_wrong_flag():
+    raise UserError("--flag is wrong")
+
+
+def a_refusal():
+    from envs.group import check_module
+
+    check_module("no_such_module:Task-v1")
+
+
+def a_missing_file():
+    Path("/nowhere/file").read_text()
+
+
+def a_wrong_shape():
+    torch.nn.functional.linear(torch.zeros(2, 3), torch.zeros(4, 5))
+
+
+def a_wrong_product():
+    torch.zeros(2, 3) @ torch.zeros(4, 5)
+
+
+@pytest.mark.parametrize(
+    "fail, is_expected",
+    [(a_wrong_flag, True), (a_refusal, True), (a_missing_file, True), (a_wrong_shape, False), (a_wrong_product, False)],
+)
+def test_an_unexpected_error_names_the_variable_that_shows_its_traceback(fail, is_expected, capsys, monkeypatch):
+    from vla import distributed
+
+    def main(_: None) -> None:
+        with distributed.user_errors():
+            fail()
+
+    def printed() -> str:
+        with pytest.raises(SystemExit) as stop:
+            distributed.run_main(main, lambda: None)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(distributed, "steady_streams", lambda: None)  # it would take pytest's place at the streams
+    monkeypatch.delenv("SOLOVLA_DEBUG", raising=False)
+    sentence = printed()
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1
+    assert ("SOLOVLA_DEBUG=1" in sentence) == (not is_expected)
+    assert ("RuntimeError" in sentence) == (not is_expected)
+    monkeypatch.setenv("SOLOVLA_DEBUG", "1")
+    trace = printed()
+    assert "Traceback" in trace and f"in {fail.__name__}" in trace and trace.endswith(sentence)
+
+
 # ---------------------------------------------------------------------- errors of ranks
 RANKS_THAT_FAIL = """
 import os, sys, time
 sys.path.insert(0, os.environ["ROOT"])
-from vla.distributed import UserError, checked, run_main, setup_distributed, barrier
+from vla.distributed import UserError, run_main, setup_distributed, barrier, user_errors
 kind, rank = sys.argv[-1], int(os.environ["RANK"])
 
 def main(_):
@@ -367,7 +419,7 @@ def main(_):
         time.sleep(4 * (rank == 0))  # the others are through before the first one speaks
         raise UserError("--flag is wrong")
     setup_distributed(0)
-    with checked():
+    with user_errors():
         if rank == 1 and kind == "file":
             open("/nowhere/file")
         if rank == 1 and kind == "flag":
