@@ -459,7 +459,7 @@ def cluster(tmp_path_factory):
     (folder / "bin").mkdir()
     for name in ("sbatch", "srun", "scontrol"):
         tool = folder / "bin" / name
-        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fake_slurm.py" {name} "$@"\n')
+        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/helpers/fake_slurm.py" {name} "$@"\n')
         tool.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
