@@ -37,6 +37,7 @@ from schemas.flags import (
     Envs,
     Episodes,
     EpisodeSteps,
+    Finite,
     GroupSize,
     Hertz,
     LocalRank,
@@ -158,7 +159,7 @@ class Args:
     clip_ratio_low: BelowOne = 0.2  # ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]
     clip_ratio_high: NonNegative = 0.28  # see clip_ratio_low
     dual_clip: AboveOne | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
-    ent_coef: NonNegative = 0.0  # weight of the entropy bonus
+    ent_coef: Finite = 0.0  # weight of the entropy bonus; below 0 it is a penalty, which makes the policy surer
     kl_coef: NonNegative = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
     fan_coef: NonNegative = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
     fan_sigma: Positive = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)

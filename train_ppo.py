@@ -35,6 +35,7 @@ from schemas.flags import (
     Envs,
     Episodes,
     EpisodeSteps,
+    Finite,
     Fraction,
     Hertz,
     LocalRank,
@@ -169,7 +170,7 @@ class Args:
     value_clip: Positive | None = 0.2  # largest counted change of a value from its rollout value; None = no limit
     huber_delta: Positive = 10.0  # value errors above it count linearly
     vf_coef: NonNegative = 1.0  # weight of the value loss in the model's gradient; --critic state has a loss of its own
-    ent_coef: NonNegative = 0.0  # weight of the entropy bonus
+    ent_coef: Finite = 0.0  # weight of the entropy bonus; below 0 it is a penalty, which makes the policy surer
     kl_coef: NonNegative = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
     fan_coef: NonNegative = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
     fan_sigma: Positive = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)

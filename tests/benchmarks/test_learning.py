@@ -1,11 +1,13 @@
 """RESULTS.md is drawn from what is kept of runs, and says what stands there."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import learning
+from vla.cli import parse_args
 from vla.evaluation.settings import GROUP_OF
 from vla.evaluation.statistics import group_means
 
@@ -102,6 +104,18 @@ def test_curves_name_what_exists():
     for curve in learning.curves().values():
         assert (root / curve["script"]).is_file() and (root / curve["config"]).is_file()
         assert ("grpo" in curve["script"]) == ("grpo" in curve["config"])
+
+
+def test_every_curves_flags_are_taken():
+    """`make reproduce` gives them to the scripts: a range that one of them leaves would end it after hours."""
+    for curve in learning.curves().values():
+        args_class = importlib.import_module(curve["script"].removesuffix(".py")).Args
+        given: list[str] = []
+        for command in learning.commands_of(curve, 0):
+            flags = command[command.index(curve["script"]) + 1 :]
+            given += flags[2:] if flags[0] == "--resume" else flags  # a resumed run keeps its flags
+            args = parse_args(args_class, given, "")
+        assert args.num_iterations == (curve.get("then") or [curve["flags"]])[-1].get("num_iterations", 16)
 
 
 @pytest.mark.parametrize("cut", ['{"iteration": 2, "time/ro', '{"iteration": 2}\n', "\x00\n"])

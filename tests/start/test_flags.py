@@ -72,7 +72,10 @@ def test_every_number_is_finite(args_class, name):
 
 @pytest.mark.parametrize("args_class, name", flags_of(float) + flags_of(int))
 def test_every_number_has_a_lower_end(args_class, name):
-    refused(args_class, name, -7, "(at least|above|a multiple)")
+    if name == "ent_coef":  # a penalty
+        check_flags(dataclasses.replace(args_class(), ent_coef=-7.0))
+    else:
+        refused(args_class, name, -7, "(at least|above|a multiple)")
 
 
 @pytest.mark.parametrize("args_class, name", flags_of(int))

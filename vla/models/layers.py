@@ -1,7 +1,7 @@
 """Two layers with fewer passes over memory than transformers' and peft's, the same functions otherwise.
 
 Measured where they are used: a LoRA update of openvla-7b on an H100 (bf16, 16 decisions, recomputing activations) took
-844 ms with the libraries' own, 794 ms with the first and 748 ms with both (LOG.md).
+844 ms with the libraries' own, 794 ms with the first and 748 ms with both (dev/LOG.md).
 """
 
 import torch
