@@ -42,13 +42,13 @@ from mani_skill.utils.structs.pose import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, variants
-from envs.assets import shaders
+from envs.assets import catalog, shaders
 from envs.kinematics import added_pose
 from envs.registration import CAMERA, CONTROL_MODE, MAX_EPISODE_STEPS
 
 CONTROL_FREQ = 5  # Hz
 START_QPOS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)
-BASE_POSE = sapien.Pose(list(assets.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # yaw of 180 degrees
+BASE_POSE = sapien.Pose(list(catalog.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # yaw of 180 degrees
 PARKED_POSE = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])  # out of the way while objects settle
 SETTLE_SECONDS, SETTLE_MORE_SECONDS = 0.1, 1.2  # 50 and 600 substeps at 500 Hz
 STILL_LINEAR, STILL_ANGULAR = 1e-3, 1e-2  # m/s, rad/s summed over bodies: below both, the first settling is enough
@@ -146,11 +146,11 @@ class PutOnPlateScene(BaseEnv):
     @property
     def _default_sensor_configs(self):
         width, height = self.image_size
-        fx, fy, cx, cy = assets.CAMERA_INTRINSICS
-        sx, sy = width / assets.CAMERA_SIZE[0], height / assets.CAMERA_SIZE[1]
+        fx, fy, cx, cy = catalog.CAMERA_INTRINSICS
+        sx, sy = width / catalog.CAMERA_SIZE[0], height / catalog.CAMERA_SIZE[1]
         return CameraConfig(
             uid=CAMERA,
-            pose=sapien.Pose(list(assets.CAMERA_POSITION), list(assets.CAMERA_QUATERNION)),
+            pose=sapien.Pose(list(catalog.CAMERA_POSITION), list(catalog.CAMERA_QUATERNION)),
             width=width,
             height=height,
             intrinsic=np.array([[fx * sx, 0, cx * sx], [0, fy * sy, cy * sy], [0, 0, 1]]),
@@ -312,7 +312,7 @@ class PutOnPlateInScene(PutOnPlateScene):
             step()
 
     @staticmethod
-    def _world_half_size(entity: sapien.Entity, model: assets.Model) -> np.ndarray:
+    def _world_half_size(entity: sapien.Entity, model: catalog.Model) -> np.ndarray:
         """Half edges of the world-aligned box around the model's rotated bounding box, float64 [3]."""
         rotation = entity.pose.to_transformation_matrix()[:3, :3].astype(np.float64)
         return np.abs(rotation) @ model.size / 2
@@ -451,7 +451,7 @@ class PutOnPlateInScene(PutOnPlateScene):
     def _show_stage(self) -> None:
         """The table is never seen, yet it hides what has fallen off it. Drawing it only then saves up to 10 ms."""
         if self._stage_visual is not None:
-            below = any(entity.pose.p[2] < assets.TABLE_HEIGHT - 0.01 for entity in self._bodies)
+            below = any(entity.pose.p[2] < catalog.TABLE_HEIGHT - 0.01 for entity in self._bodies)
             self._stage_visual.visibility = float(below)
 
     def _load_pictures(self) -> None:
@@ -552,7 +552,7 @@ class PutOnPlateInScene(PutOnPlateScene):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def model_of(pack, kind: str, index: int) -> assets.Model:
+def model_of(pack, kind: str, index: int) -> catalog.Model:
     """kind: object | receptacle."""
     return (pack.objects if kind == "object" else pack.receptacles)[index]
 

@@ -125,7 +125,7 @@ def test_importing_envs_imports_no_simulator():
 @needs_fixtures
 def test_resets_agree_with_the_published_env():
     """Names, text, table, arm: equal. Poses: same grid cell and yaw; meshes differ, so not to the millimetre."""
-    from envs import assets
+    from envs.assets import catalog
 
     recorded = [r for r in json.loads((FIXTURES / "resets.json").read_text()) if r["env_id"] == MAIN]
     assert recorded
@@ -139,8 +139,8 @@ def test_resets_agree_with_the_published_env():
             record["instruction"],
         )
         start = variants.decode(MAIN, record["obj_set"], record["episode_id"])
-        assert assets.TABLES[start.table_index].key == record["table"]
-        assert assets.OBJECTS[start.object_index].key == record["object_key"]
+        assert catalog.TABLES[start.table_index].key == record["table"]
+        assert catalog.OBJECTS[start.object_index].key == record["object_key"]
         np.testing.assert_allclose(state["qpos"], record["qpos"], atol=1e-5)
         np.testing.assert_allclose(state["robot_pose"], record["robot_base_pose"], atol=1e-6)
         np.testing.assert_allclose(state["tcp_pose"], record["ee_pose"], atol=1e-5)  # link offsets are the real ones
