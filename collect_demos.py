@@ -1,11 +1,16 @@
-"""Demonstrations by the scripted expert, in ManiSkill's trajectory format: HDF5, JSON, action statistics.
+"""Demonstrations by the scripted expert, in ManiSkill's trajectory format.
 
-    python collect_demos.py --config yaml/demos_tiny.yaml --output demos/tiny          # 1,000 in a minute
+    # 1,000 demonstrations in a minute
+    python collect_demos.py --config yaml/demos_tiny.yaml --output demos/tiny
+    # demonstrations for full-size models
     python collect_demos.py --env_id PutOnPlateInScene25Main-v3 --num_demos 140 --output demos/main
-    python -m mani_skill.trajectory.replay_trajectory --traj_path demos/tiny/trajectory.h5
+    # every flag
+    python collect_demos.py --help
 
-Successful episodes alone are kept. The same command again goes on where it was stopped (SIGTERM and Ctrl-C keep what is
-done, exit code 75), and a larger --num_demos adds to a finished set. What stands in the files: envs/demonstrations.py.
+Only successful episodes are kept. SIGTERM and Ctrl-C save what is done and end with exit code 75. The same command then
+resumes, and a larger --num_demos adds to a finished folder. envs/demonstrations.py describes the files: HDF5, JSON and
+action statistics. ManiSkill can replay them:
+    python -m mani_skill.trajectory.replay_trajectory --traj_path demos/tiny/trajectory.h5
 """
 
 import os
@@ -20,8 +25,7 @@ from tqdm import tqdm
 from envs import make_envs
 from envs.demonstrations import PART_SIZE, DemoFolder, Demonstration, Recipe, attempts, check_expert_knows
 from envs.registration import CONTROL_MODE
-from schemas import UserError
-from schemas.flags import Count, EnvId, EpisodeSteps, Hertz, NonNegative, Pixels, Positive, Processes, Seed, Text
+from schemas import UserError, flags
 from vla.cli import parse_args
 from vla.distributed import REQUEUE, run_main, user_errors
 from vla.start.checks import check_scene_memory
@@ -32,26 +36,48 @@ HOPELESS = 64  # tries without one success
 
 @dataclass
 class Args:
-    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
-    output: Text = "demos"  # folder of the set
-    num_demos: Count = 500  # successful episodes to keep
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
-    # metres, standard deviation per axis, added to what is executed and not to the labels
-    action_noise: NonNegative = 0.0
-    filter_idle: bool = True  # leave steps out of training that hardly move, as RL4VLA's warm-up data does
-    max_translation: Positive = 0.025  # metres per step; within bridge_orig's statistics
-    max_rotation: Positive = 0.2  # radians per step
-    # the expert acts on where the arm is, which a picture shows, not on where it was sent: for policies of one frame
+    # ---- most used
+    config: tuple[flags.Text, ...] = ()
+    """Yaml files of flags. A later file wins over an earlier one, and the command line wins over all."""
+    output: flags.Text = "demos"
+    """Folder of the demonstrations. A folder with fewer of them is continued."""
+    num_demos: flags.Count = 500
+    """Number of successful episodes to keep."""
+    seed: flags.Seed = 0
+    """Seed of everything random. Two runs with one seed on one machine's CPUs are identical."""
+    env_id: flags.EnvId = "PutOnPlateInScene25Main-v3"
+    """Env: one of the 17 PutOnPlateInScene25 ids."""
+    obj_set: Literal["train", "test", "all"] = "train"
+    """Objects, tables and receptacles of the episodes: those of training, the unseen ones (test), or both (all)."""
+    asset_pack: Literal["builtin", "bridge"] = "builtin"
+    """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
+    num_env_workers: flags.Processes = os.cpu_count() or 1
+    """Worker processes that simulate the envs. 0 simulates in the script's own process."""
+    action_noise: flags.NonNegative = 0.0
+    """Standard deviation per axis, in metres, of noise that is added to executed actions. The labels stay exact."""
     measured_pose: bool = False
-    env_id: EnvId = "PutOnPlateInScene25Main-v3"  # one of the 17 PutOnPlateInScene25 ids
-    obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
-    asset_pack: Literal["builtin", "bridge"] = "builtin"  # bodies made by code, or the published meshes and photographs
-    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
-    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # whose scene, where the two differ
-    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: Hertz = 500  # physics steps per second, a multiple of 5; results at different rates do not compare
-    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
-    num_env_workers: Processes = os.cpu_count() or 1  # processes that simulate; 0 = this one
+    """Let the expert act on the measured pose of the arm instead of the commanded one. An image shows the measured
+    pose, so use this for policies that see one frame."""
+
+    # ---- expert
+    filter_idle: bool = True
+    """Leave steps that hardly move out of training, as in RL4VLA's warm-up data."""
+    max_translation: flags.Positive = 0.025
+    """Largest translation per step in metres. 0.025 stays within the statistics of bridge_orig."""
+    max_rotation: flags.Positive = 0.2
+    """Largest rotation per step in radians."""
+
+    # ---- env
+    asset_dir: flags.Text | None = None
+    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
+    """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
+    image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)
+    """Width and height of the camera image in pixels. The camera's pose and field of view stay the same."""
+    sim_freq: flags.Hertz = 500
+    """Physics steps per second, a multiple of 5. Control runs at 5 Hz. Results at different rates do not compare."""
+    max_episode_steps: flags.EpisodeSteps = 80
+    """Time limit of an episode in actions."""
 
 
 def main(args: Args) -> None:
@@ -153,4 +179,4 @@ class EndRequest:
 
 
 if __name__ == "__main__":
-    run_main(main, lambda: parse_args(Args, sys.argv[1:], description="\n\n".join(__doc__.split("\n\n")[:2])))
+    run_main(main, lambda: parse_args(Args, sys.argv[1:], __doc__))

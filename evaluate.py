@@ -1,17 +1,22 @@
-"""Success of a policy on the 16 settings of the published protocol: table, intervals, plot, videos, from one command.
+"""Success of a policy in the 16 settings of the published protocol: table, intervals, plot and videos.
 
-    deepspeed evaluate.py --checkpoint runs/my_run --settings all --num_episodes 256          # one rank per GPU
-    python evaluate.py --checkpoint openvla-7b --settings vision Carrot-v1:test --temperature 0.6
-    python evaluate.py --checkpoint runs/my_run --output runs/evaluation --resume             # goes on where it stopped
-    python evaluate.py --compare runs/evaluation_a runs/evaluation_b                          # do the two differ?
-    python evaluate.py --policy expert --settings all                                         # what can be reached
+    # a run, one rank per GPU
+    deepspeed evaluate.py --checkpoint runs/my_run --settings all
+    # a published model in some of the settings
+    python evaluate.py --checkpoint openvla-7b --settings vision Carrot-v1:test
+    # resume an evaluation
+    python evaluate.py --checkpoint runs/my_run --output runs/evaluation --resume
+    # compare two evaluations
+    python evaluate.py --compare runs/evaluation_a runs/evaluation_b
+    # the scripted expert, an upper bound
+    python evaluate.py --policy expert --settings all
 
-A checkpoint is a run folder (its newest checkpoint), one checkpoint of it, or a folder in the published layout. How the
-world and the model were set up in a run is read from its args.json; flags win. Episodes are a function of (setting,
-index) alone and are never trained on: any number of ranks, workers and envs runs the same ones.
+A checkpoint is a run folder (its newest checkpoint), one checkpoint of a run, or a folder in the published layout. The
+flags of model and env come from the args.json of the run, and those on the command line override them. The setting and
+an index decide an episode, which is never trained on. So any number of ranks, workers and envs runs the same episodes.
 
---output gets results.json, results.md, results.png, results.html (all in one file), episode_ids.json, videos/ and
-episodes.jsonl, every episode with its actions, which --resume reads. SIGTERM, SIGUSR1 and Ctrl-C (once) end an
+--output gets results.json, results.md, results.png, results.html (all in one file), episode_ids.json and videos/. It
+also gets episodes.jsonl: every episode with its actions, which --resume reads. SIGTERM, SIGUSR1 or one Ctrl-C ends an
 evaluation between two steps with exit code 75.
 """
 
@@ -32,24 +37,8 @@ import torch
 from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
 from envs.video import VideoWriter
-from schemas import check, read_json
+from schemas import check, flags, read_json
 from schemas.evaluations import Identity, Published, Results, RunFlags
-from schemas.flags import (
-    CountOrNone,
-    Envs,
-    Episodes,
-    EpisodeSteps,
-    Hertz,
-    LocalRank,
-    NonEmpty,
-    NonNegative,
-    Pixels,
-    Positive,
-    Processes,
-    PromptLength,
-    Seed,
-    Text,
-)
 from schemas.lock import check_free, hold_folder
 from vla.cli import flag_value, parse_layers, resolved_input, typed_flags
 from vla.distributed import (
@@ -98,57 +87,85 @@ WORLD_FLAGS = (
 
 @dataclass
 class Args:
-    # ---- what
-    checkpoint: Text | None = None  # run folder, one checkpoint of it, published layout, or a tiny preset (random)
-    # who acts: the checkpoint; the scripted expert, which sees states instead of pictures; or nobody
+    # ---- most used
+    checkpoint: flags.Text | None = None
+    """Policy to evaluate: a run folder, one of its checkpoints, a folder in the published layout, or a tiny preset with
+    random weights."""
+    settings: flags.NonEmpty[flags.Text] = ("all",)
+    """Settings to evaluate: all 16, a group (in_distribution, vision, semantic, execution), or an env id with an object
+    set such as Carrot-v1:test."""
+    num_episodes: flags.Episodes = 256
+    """Held-out episodes per setting and temperature."""
+    temperature: flags.NonEmpty[flags.NonNegative] = (0.0, 0.6)
+    """Sampling temperatures, with one table each. 0 is greedy. Published tables use 0.6."""
+    output: flags.Text | None = None
+    """New folder for the results. Without it, runs/evaluate_<time> is made."""
+    resume: bool = False
+    """Continue the evaluation in --output. You may ask for more episodes or settings than before."""
+    compare: tuple[flags.Text, flags.Text] | None = None
+    """Output folders of two finished evaluations to compare, setting by setting. No episodes are run."""
     policy: Literal["checkpoint", "expert", "idle"] = "checkpoint"
-    # all (16), groups (in_distribution, vision, semantic, execution), or env id and object set such as Carrot-v1:test
-    settings: NonEmpty[Text] = ("all",)
-    num_episodes: Episodes = 256  # held-out episodes per setting and temperature
-    # of sampling, one table each; 0 = greedy (published tables use 0.6)
-    temperature: NonEmpty[NonNegative] = (0.0, 0.6)
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
-    # output folders of two earlier evaluations: says per setting whether they differ, and runs nothing
-    compare: tuple[Text, Text] | None = None
+    """Who acts: the checkpoint, the scripted expert (which sees states instead of images), or nobody (idle)."""
+    num_envs: flags.Envs = 16
+    """Parallel envs over all ranks."""
+    num_env_workers: flags.Processes = 0
+    """Worker processes per rank that simulate the envs. 0 simulates in the rank's own process."""
 
     # ---- results
-    output: Text | None = None  # a new folder for the results (default: runs/evaluate_<time>)
-    resume: bool = False  # go on with the evaluation in --output; more episodes or settings may be asked for
-    # published rows to show beside, from benchmarks/published.yaml, such as rlinf-ppo-openvla; or all
-    base: tuple[Text, ...] = ()
-    film_episodes: tuple[CountOrNone, ...] = (0,)  # which of a setting's episodes to film, at the first temperature
-    film_failures: CountOrNone = 1  # how many of a setting's failed episodes to film besides
+    base: tuple[flags.Text, ...] = ()
+    """Published rows from benchmarks/published.yaml to show next to yours, such as rlinf-ppo-openvla, or all."""
+    film_episodes: tuple[flags.CountOrNone, ...] = (0,)
+    """Indices, counted from 0, of each setting's episodes that become videos (at the first temperature)."""
+    film_failures: flags.CountOrNone = 1
+    """Number of failed episodes per setting that become videos in addition."""
 
     # ---- model
-    # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
-    image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
-    oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
-    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens, or to the longest one's
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
+    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts --chunk_size
+    actions in one pass)."""
+    unnorm_key: flags.Text = "bridge_orig"
+    """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
+    image_resize: Literal["tensor", "pil"] = "tensor"
+    """How camera images are resized: tensor as in RLinf, pil as in OpenVLA."""
+    oft_stop_token: bool = False
+    """End the sequence of openvla_oft in </s>, as moojink's discrete checkpoints need. Those of RLinf do not."""
+    lora_path: flags.Text | None = None
+    """Folder of a LoRA adapter to load. It keeps its own rank, alpha and layers."""
+    max_prompt_length: flags.PromptLength = 30
+    """Tokens that prompts are padded to. A task with a longer prompt raises it."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of weights and activations. Master weights and optimizer moments are always float32."""
 
     # ---- env
-    num_envs: Envs = 16  # parallel envs over all ranks
-    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
-    worker_timeout: Positive = 300.0
-    instruction: Text | None = None  # what the policy is told in an env that is not of the family
-    asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
-    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
-    # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
+    worker_timeout: flags.Positive = 300.0
+    """Seconds without an answer after which a worker is replaced. Without workers, the run ends instead."""
+    instruction: flags.Text | None = None
+    """Instruction for the policy in an env outside the PutOnPlateInScene25 family."""
+    asset_pack: Literal["builtin", "bridge"] = "builtin"
+    """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
+    asset_dir: flags.Text | None = None
+    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
+    """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
+    image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)
+    """Width and height of the camera image in pixels. The camera's pose and field of view stay the same."""
+    sim_freq: flags.Hertz = 500
+    """Physics steps per second, a multiple of 5. Control runs at 5 Hz. Results at different rates do not compare."""
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
-    # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
+    """Simulator: physx_cpu (repeats bit for bit), physx_cuda (one batch per rank on the GPU) or auto (the GPU if there
+    is one)."""
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
-    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
-    ignore_terminations: bool = True  # do not end an episode on success
+    """Device that renders images for physx_cpu: cpu, cuda, or auto (the GPU if SAPIEN can render on it)."""
+    max_episode_steps: flags.EpisodeSteps = 80
+    """Time limit of an episode in actions."""
+    ignore_terminations: bool = True
+    """Continue an episode after success until its time limit."""
 
     # ---- system
-    local_rank: LocalRank = -1  # set by the launcher
+    seed: flags.Seed = 0
+    """Seed of everything random. Two runs with one seed on one machine's CPUs are identical."""
+    local_rank: flags.LocalRank = -1
+    """Number of this rank on its machine. The launcher sets it."""
 
 
 class ExpertActor:
@@ -310,7 +327,7 @@ def parse(argv: list[str]) -> Args:
         source, wanted = f"{checkpoint}: its run's args.json", (*MODEL_FLAGS, *WORLD_FLAGS)
         values = {name: saved[name] for name in wanted if name in saved}
         layers.append(Layer(source, values, (ROOT, *Path(checkpoint).resolve().parents)))
-    args = parse_layers(Args, layers, argv, "\n\n".join(__doc__.split("\n\n")[:2]))
+    args = parse_layers(Args, layers, argv, __doc__)
     if layers and saved:
         typed = typed_flags(argv)
         check_present(saved, [name for name in wanted if name not in typed], source)

@@ -1,20 +1,24 @@
-"""GRPO on a vision-language-action model in ManiSkill3: one process per GPU, DeepSpeed ZeRO underneath.
+"""GRPO on a vision-language-action model in ManiSkill3, with DeepSpeed ZeRO.
 
-    deepspeed train_grpo.py --config yaml/quickstart_grpo_openvla.yaml                  # one rank per GPU
-    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 train_grpo.py --config yaml/quickstart_grpo_openvla.yaml
-    python train_grpo.py --resume runs/my_run --num_iterations 40                  # one rank, goes on where it stopped
-    python train_grpo.py --help                                                        # every flag
+    # one process ("rank") per GPU
+    deepspeed train_grpo.py --config yaml/quickstart_grpo_openvla.yaml
+    # one rank that resumes a run
+    python train_grpo.py --resume runs/my_run --num_iterations 40
+    # two ranks on a CPU
+    export DS_ACCELERATOR=cpu
+    deepspeed --num_gpus 2 train_grpo.py --config yaml/quickstart_grpo_openvla.yaml
+    # every flag
+    python train_grpo.py --help
 
-The same iteration as train_ppo.py without a critic: all members of a group start from one episode id, and an
-episode's advantage is how its return compares with its group's. A group whose members all score the same teaches
+The iteration is that of train_ppo.py without a critic. All members of a group start from one episode id. The advantage
+of an episode is how its return compares with those of its group. A group whose members all score the same teaches
 nothing.
 
     T decisions per rollout   N envs on this rank   C = chunk_size actions per decision
     D = 7 tokens per action   B decisions in a micro batch
 
-It departs from RLinf where that wastes work or misreports: an env that has succeeded is not simulated any more, steps
-after the end of an episode never reach the update, groups stay on one rank by assertion, metrics have one definition
-for PPO and GRPO.
+It differs from RLinf in four points. An env that has succeeded is not simulated any more. Steps after the end of an
+episode never reach the update. A group stays on one rank, which is checked. Metrics are defined as for PPO.
 """
 
 import sys
@@ -27,31 +31,7 @@ import torch
 
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs, train_episode_id
 from envs.video import VideoWriter
-from schemas.flags import (
-    AboveOne,
-    BelowOne,
-    Chunk,
-    Count,
-    CountOrNone,
-    EnvId,
-    Envs,
-    Episodes,
-    EpisodeSteps,
-    Finite,
-    GroupSize,
-    Hertz,
-    LocalRank,
-    LoraAlpha,
-    LoraRank,
-    Name,
-    NonNegative,
-    Pixels,
-    Positive,
-    Processes,
-    PromptLength,
-    Seed,
-    Text,
-)
+from schemas import flags
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
@@ -86,98 +66,164 @@ ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1
 
 @dataclass
 class Args:
+    # ---- most used
+    config: tuple[flags.Text, ...] = ()
+    """Yaml files of flags. A later file wins over an earlier one, and the command line wins over all."""
+    resume: flags.Text | None = None
+    """Run folder to continue. Its own flags apply first, then those of --config, then those on the command line."""
+    run_dir: flags.Text | None = None
+    """New folder for everything that the run writes. Without it, runs/<algorithm>_<env_id>_<time> is made."""
+    seed: flags.Seed = 0
+    """Seed of everything random. Two runs with one seed on one machine's CPUs are identical."""
+    num_iterations: flags.Count = 400
+    """Number of iterations. Each one is a rollout, its advantages and an update."""
+    env_id: flags.EnvId = "PutOnPlateInScene25Main-v3"
+    """Env: one of the 17 PutOnPlateInScene25 ids, or any ManiSkill id with the control mode pd_ee_delta_pose."""
+    model_path: flags.Text = "openvla-tiny"
+    """Model folder in the published layout, or a small model with random weights: openvla-tiny or openvla-oft-tiny."""
+    num_envs: flags.Envs = 256
+    """Parallel envs over all ranks."""
+    learning_rate: flags.NonNegative = 1e-5
+    """Learning rate of the policy."""
+    micro_batch_size: flags.Count = 8
+    """Decisions per forward pass and GPU. Halve it when memory runs out. It does not change what is learned."""
+
     # ---- run
-    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
-    run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
-    resume: Text | None = None  # run folder to go on with: its own flags, then --config's, then those typed here
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
-    num_iterations: Count = 400  # how many times: rollout, advantage, update
-    total_timesteps: Count | None = None  # env steps over all ranks; if given, it decides num_iterations
-    save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
-    keep_checkpoints: CountOrNone = 2  # how many checkpoints stay on disk; 0 keeps all
-    eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
-    # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
+    total_timesteps: flags.Count | None = None
+    """Env steps over all ranks. If given, it decides the number of iterations instead of --num_iterations."""
+    save_freq: flags.CountOrNone = 40
+    """Iterations between two checkpoints. The last iteration is always saved, and 0 saves only that one."""
+    keep_checkpoints: flags.CountOrNone = 2
+    """Number of newest checkpoints that stay on disk. 0 keeps all."""
+    eval_freq: flags.CountOrNone = 10
+    """Iterations between two evaluations. The start and the end are always evaluated, and 0 evaluates only there."""
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
-    project_name: Name = "solovla"  # of the project at wandb and swanlab
-    experiment_name: Name | None = None  # of the run at wandb and swanlab (default: the run folder's name)
+    """Loggers that get the metrics besides metrics.jsonl. You install wandb and swanlab yourself."""
+    project_name: flags.Name = "solovla"
+    """Project at wandb and swanlab."""
+    experiment_name: flags.Name | None = None
+    """Name of the run at wandb and swanlab. Without it, the run folder's name is used."""
 
     # ---- model
-    model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
-    # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
-    image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
-    oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
-    merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
-    lora_rank: LoraRank = 0  # rank of a fresh adapter; 0 trains the weights themselves
-    lora_alpha: LoraAlpha = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
-    # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
-    # and pictures pass the frozen towers once per rollout
+    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts --chunk_size
+    actions in one pass)."""
+    unnorm_key: flags.Text = "bridge_orig"
+    """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
+    image_resize: Literal["tensor", "pil"] = "tensor"
+    """How camera images are resized: tensor as in RLinf, pil as in OpenVLA."""
+    oft_stop_token: bool = False
+    """End the sequence of openvla_oft in </s>, as moojink's discrete checkpoints need. Those of RLinf do not."""
+    lora_path: flags.Text | None = None
+    """Folder of a LoRA adapter to load. It keeps its own rank, alpha and layers."""
+    merge_lora: bool = False
+    """Merge the adapter of --lora_path into the weights, and train a fresh adapter on top."""
+    lora_rank: flags.LoraRank = 0
+    """Rank of a fresh LoRA adapter. 0 trains the weights themselves."""
+    lora_alpha: flags.LoraAlpha = 32
+    """Numerator of a fresh adapter's scale, lora_alpha / lora_rank. RLinf uses 32, RL4VLA 16."""
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens, or to the longest one's
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
+    """What is trained, by an adapter or (with rank 0) whole: every linear layer as in RLinf (all), or only the language
+    model (llm). With llm, the frozen vision towers see each image once per rollout."""
+    max_prompt_length: flags.PromptLength = 30
+    """Tokens that prompts are padded to. A task with a longer prompt raises it."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of weights and activations. Master weights and optimizer moments are always float32."""
 
     # ---- env
-    env_id: EnvId = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
-    instruction: Text | None = None  # what the policy is told in an env that is not of the family
-    obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
-    asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
-    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
-    # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
+    instruction: flags.Text | None = None
+    """Instruction for the policy in an env outside the PutOnPlateInScene25 family."""
+    obj_set: Literal["train", "test", "all"] = "train"
+    """Objects, tables and receptacles of the episodes: those of training, the unseen ones (test), or both (all)."""
+    asset_pack: Literal["builtin", "bridge"] = "builtin"
+    """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
+    asset_dir: flags.Text | None = None
+    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
+    """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
+    image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)
+    """Width and height of the camera image in pixels. The camera's pose and field of view stay the same."""
+    sim_freq: flags.Hertz = 500
+    """Physics steps per second, a multiple of 5. Control runs at 5 Hz. Results at different rates do not compare."""
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
-    # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
+    """Simulator: physx_cpu (repeats bit for bit), physx_cuda (one batch per rank on the GPU) or auto (the GPU if there
+    is one)."""
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
-    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
-    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
-    worker_timeout: Positive = 300.0
-    pipeline_stages: Literal[1, 2] = 1  # 2: one half of the envs is simulated while the policy acts on the other
+    """Device that renders images for physx_cpu: cpu, cuda, or auto (the GPU if SAPIEN can render on it)."""
+    max_episode_steps: flags.EpisodeSteps = 80
+    """Time limit of an episode in actions."""
+    num_env_workers: flags.Processes = 0
+    """Worker processes per rank that simulate the envs. 0 simulates in the rank's own process."""
+    worker_timeout: flags.Positive = 300.0
+    """Seconds without an answer after which a worker is replaced. Without workers, the run ends instead."""
+    pipeline_stages: Literal[1, 2] = 1
+    """Parts that a rank's envs are split into. With 2, one half is simulated while the policy acts on the other."""
 
     # ---- rollout
-    num_envs: Envs = 256  # parallel envs over all ranks
-    num_steps: Count = 80  # actions per env and iteration
-    chunk_size: Chunk = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
-    temperature: Positive = 1.0  # of sampling in the rollout; log-probabilities in the update use the same
-    eval_temperature: NonNegative = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
-    num_eval_episodes: Episodes = 64  # held-out episodes per evaluation, the same ones every time
-    num_eval_envs: Envs = 16  # envs that evaluation runs at once, over all ranks
+    num_steps: flags.Count = 80
+    """Actions per env and iteration."""
+    chunk_size: flags.Chunk = 1
+    """Actions per decision: 1 for openvla, 8 for the published openvla_oft models."""
+    temperature: flags.Positive = 1.0
+    """Sampling temperature in the rollout. The update computes log-probabilities at the same temperature."""
+    eval_temperature: flags.NonNegative = 0.6
+    """Sampling temperature in evaluation. 0 is greedy. Published tables use 0.6."""
+    num_eval_episodes: flags.Episodes = 64
+    """Held-out episodes per evaluation, the same ones every time."""
+    num_eval_envs: flags.Envs = 16
+    """Envs that evaluation runs at once, over all ranks."""
 
     # ---- algorithm
-    group_size: GroupSize = 8  # episodes from one start state, compared with each other; all on one rank
-    # what a return is compared with: the group's mean, or that of the other members (RLOO)
+    group_size: flags.GroupSize = 8
+    """Episodes from one start state that are compared with each other. They all run on one rank."""
     grpo_baseline: Literal["mean", "leave_one_out"] = "mean"
-    grpo_scale: Literal["std", "none"] = "std"  # divide by the group's deviation, or not (Dr. GRPO, arXiv 2503.20783)
-    length_norm: bool = True  # every episode counts the same (RLinf); otherwise every action does
-    dynamic_sampling: bool = False  # leave groups out whose members all score the same (DAPO, arXiv 2503.14476)
-    max_resamples: CountOrNone = 0  # with dynamic_sampling: roll out up to so many more times to fill their places
-    # unit whose probability ratio is clipped: each token, the 7 of an action together, or a whole chunk
+    """Return that an episode is compared with: the mean of its group, or of the other members (RLOO)."""
+    grpo_scale: Literal["std", "none"] = "std"
+    """Divisor of the advantages: the standard deviation of the group, or none as in Dr. GRPO (arXiv 2503.20783)."""
+    length_norm: bool = True
+    """Weight every episode equally, as in RLinf. Otherwise, every action weighs the same."""
+    dynamic_sampling: bool = False
+    """Leave out groups whose members all score the same, as in DAPO (arXiv 2503.14476)."""
+    max_resamples: flags.CountOrNone = 0
+    """Extra rollouts that may fill the places of groups that --dynamic_sampling left out."""
     logprob_level: Literal["token", "action", "chunk"] = "token"
-    clip_ratio_low: BelowOne = 0.2  # ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]
-    clip_ratio_high: NonNegative = 0.28  # see clip_ratio_low
-    dual_clip: AboveOne | None = None  # a bad action pushes with at most dual_clip * |advantage|; None = no limit
-    ent_coef: Finite = 0.0  # weight of the entropy bonus; below 0 it is a penalty, which makes the policy surer
-    kl_coef: NonNegative = 0.0  # weight of the KL to the starting policy (its adapter switched off, so LoRA only)
-    fan_coef: NonNegative = 0.0  # weight of FAN, the KL to a Gaussian around the mode (published: openvla 1.0, oft 0.1)
-    fan_sigma: Positive = 0.3  # its width, where a dimension spans [-1, 1] (published: openvla 0.3, oft 0.2)
-    update_epochs: Count = 1  # passes over a rollout
-    num_minibatches: Count = 32  # optimizer steps per pass
-    target_kl: Positive | None = None  # leave the update after a pass whose approx_kl (over all ranks) exceeds it
-    learning_rate: NonNegative = 1e-5  # of the policy
-    # of the learning rate; linear and cosine fall to 0 at the end
+    """Unit whose probability ratio is clipped: a token, the 7 tokens of an action, or a whole chunk."""
+    clip_ratio_low: flags.BelowOne = 0.2
+    """Lower clip range. Ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]."""
+    clip_ratio_high: flags.NonNegative = 0.28
+    """Upper clip range. Ratios are clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]."""
+    dual_clip: flags.AboveOne | None = None
+    """Largest policy loss of a bad action, as a multiple of its |advantage|. None sets no limit."""
+    ent_coef: flags.Finite = 0.0
+    """Weight of the entropy bonus. A negative weight is an entropy penalty."""
+    kl_coef: flags.NonNegative = 0.0
+    """Weight of the KL divergence to the starting policy (the adapter switched off). It needs LoRA."""
+    fan_coef: flags.NonNegative = 0.0
+    """Weight of FAN, the KL to a Gaussian around the policy's mode. Published: 1.0 (openvla), 0.1 (openvla_oft)."""
+    fan_sigma: flags.Positive = 0.3
+    """Deviation of FAN's Gaussian where a dimension spans [-1, 1]. Published: 0.3 (openvla), 0.2 (openvla_oft)."""
+    update_epochs: flags.Count = 1
+    """Passes over a rollout in one update."""
+    num_minibatches: flags.Count = 32
+    """Optimizer steps per pass."""
+    target_kl: flags.Positive | None = None
+    """Largest approximate KL divergence over all ranks. A pass above it ends its update. None sets no limit."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: NonNegative = 0.01  # of AdamW
-    max_grad_norm: NonNegative = 1.0  # gradients are scaled down to this norm; 0 leaves them as they are
+    """Course of the policy's learning rate. It falls to 0 at the end with linear and cosine."""
+    weight_decay: flags.NonNegative = 0.01
+    """Weight decay of AdamW."""
+    max_grad_norm: flags.NonNegative = 1.0
+    """Largest gradient norm. Larger gradients are scaled down to it. 0 sets no limit."""
 
     # ---- system
-    micro_batch_size: Count = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    deepspeed_config: Text = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
-    offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
-    local_rank: LocalRank = -1  # set by the launcher
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass. It saves memory and takes a third more time."""
+    deepspeed_config: flags.Text = "ds_configs/zero3.json"
+    """DeepSpeed file with the ZeRO settings. It holds no batch sizes and no learning rates."""
+    offload: Literal["none", "stage"] = "none"
+    """What leaves the GPU's memory: nothing, or with stage whatever only the other half of an iteration needs."""
+    local_rank: flags.LocalRank = -1
+    """Number of this rank on its machine. The launcher sets it."""
 
 
 def clipped_surrogate(
@@ -536,4 +582,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, lambda: parse_args(Args, sys.argv[1:], description="\n\n".join(__doc__.split("\n\n")[:2])))
+    run_main(main, lambda: parse_args(Args, sys.argv[1:], __doc__))

@@ -1,13 +1,18 @@
-"""Behaviour cloning of demonstrations: makes the warm-up policy that PPO and GRPO start from.
+"""Supervised fine-tuning on demonstrations: makes the warm-up policy that PPO and GRPO start from.
 
+    # demonstrations first
     python collect_demos.py --config yaml/demos_tiny.yaml --output demos/tiny
-    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 train_sft.py --config yaml/sft_tiny_openvlaoft.yaml
+    # one process ("rank") per GPU
     deepspeed train_sft.py --config yaml/sft_warmup_openvlaoft.yaml --demos demos/main
-    python train_sft.py --help                                                        # every flag
+    # two ranks on a CPU
+    export DS_ACCELERATOR=cpu
+    deepspeed --num_gpus 2 train_sft.py --config yaml/sft_tiny_openvlaoft.yaml
+    # every flag
+    python train_sft.py --help
 
-An update is one optimizer step on `batch_size` decisions; an iteration is `updates_per_iteration` of them, one line of
-metrics. Which decisions, in which order, and how their pictures are augmented is a function of the seed and the update,
-on any number of ranks.
+An update is one optimizer step on `batch_size` decisions. An iteration is `updates_per_iteration` updates and one line
+of metrics. The seed and the number of the update decide which decisions are read, in which order, and how their images
+are augmented. So any number of ranks trains on the same batches.
 
     B decisions in a micro batch   C = chunk_size actions per decision   D = 7 tokens per action
 """
@@ -24,28 +29,7 @@ import torch
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.demonstrations import Demos
 from envs.video import VideoWriter
-from schemas import UserError
-from schemas.flags import (
-    Chunk,
-    Count,
-    CountOrNone,
-    EnvId,
-    Envs,
-    Episodes,
-    EpisodeSteps,
-    Hertz,
-    LocalRank,
-    LoraAlpha,
-    LoraRank,
-    Name,
-    NonNegative,
-    Pixels,
-    Positive,
-    Processes,
-    PromptLength,
-    Seed,
-    Text,
-)
+from schemas import UserError, flags
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
@@ -77,84 +61,135 @@ ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1
 
 @dataclass
 class Args:
+    # ---- most used
+    config: tuple[flags.Text, ...] = ()
+    """Yaml files of flags. A later file wins over an earlier one, and the command line wins over all."""
+    resume: flags.Text | None = None
+    """Run folder to continue. Its own flags apply first, then those of --config, then those on the command line."""
+    run_dir: flags.Text | None = None
+    """New folder for everything that the run writes. Without it, runs/<algorithm>_<env_id>_<time> is made."""
+    seed: flags.Seed = 0
+    """Seed of everything random. Two runs with one seed on one machine's CPUs are identical."""
+    num_updates: flags.Count = 2000
+    """Optimizer steps of the run."""
+    demos: flags.Text = "demos"
+    """Folder that collect_demos.py made. Its action statistics have the name of its env_id."""
+    model_path: flags.Text = "openvla-tiny"
+    """Model folder in the published layout, or a small model with random weights: openvla-tiny or openvla-oft-tiny."""
+    batch_size: flags.Count = 32
+    """Decisions per optimizer step, over all ranks."""
+    learning_rate: flags.NonNegative = 5e-4
+    """Learning rate of the policy."""
+    micro_batch_size: flags.Count = 8
+    """Decisions per forward pass and GPU. Halve it when memory runs out. It does not change what is learned."""
+
     # ---- run
-    config: tuple[Text, ...] = ()  # yaml files of flags, the later wins; flags on the command line win over all
-    run_dir: Text | None = None  # where everything goes; a new folder (default: runs/<algorithm>_<env_id>_<time>)
-    resume: Text | None = None  # run folder to go on with: its own flags, then --config's, then those typed here
-    seed: Seed = 0  # everything random is a function of it; two runs with one seed on one machine's CPUs are identical
-    num_updates: Count = 2000  # optimizer steps
-    updates_per_iteration: Count = 50  # optimizer steps per iteration: one line of metrics
-    save_freq: CountOrNone = 40  # checkpoint every so many iterations, and at the end
-    keep_checkpoints: CountOrNone = 2  # how many checkpoints stay on disk; 0 keeps all
-    eval_freq: CountOrNone = 10  # evaluate every so many iterations, besides the start and the end; 0 = only these two
-    # where metrics go besides metrics.jsonl; wandb and swanlab have to be installed by you
+    updates_per_iteration: flags.Count = 50
+    """Optimizer steps per iteration. Each iteration writes one line of metrics."""
+    save_freq: flags.CountOrNone = 40
+    """Iterations between two checkpoints. The last iteration is always saved, and 0 saves only that one."""
+    keep_checkpoints: flags.CountOrNone = 2
+    """Number of newest checkpoints that stay on disk. 0 keeps all."""
+    eval_freq: flags.CountOrNone = 10
+    """Iterations between two evaluations. The start and the end are always evaluated, and 0 evaluates only there."""
     logger_backends: tuple[Literal["tensorboard", "wandb", "swanlab"], ...] = ("tensorboard",)
-    project_name: Name = "solovla"  # of the project at wandb and swanlab
-    experiment_name: Name | None = None  # of the run at wandb and swanlab (default: the run folder's name)
-    # folder for the final policy with a card, an adapter merged in (default: export/ in the run folder); given on the
-    # command line, it replaces an older policy
-    export_dir: Text | None = None
+    """Loggers that get the metrics besides metrics.jsonl. You install wandb and swanlab yourself."""
+    project_name: flags.Name = "solovla"
+    """Project at wandb and swanlab."""
+    experiment_name: flags.Name | None = None
+    """Name of the run at wandb and swanlab. Without it, the run folder's name is used."""
+    export_dir: flags.Text | None = None
+    """Folder for the final policy and its model card, with an adapter merged in. Without it, export/ in the run folder
+    is used. A folder that you name on the command line may hold an older policy, which is replaced."""
 
     # ---- model
-    model_path: Text = "openvla-tiny"  # folder in the published layout, or openvla-tiny, openvla-oft-tiny (random)
-    # openvla: one action per decision, its 7 tokens written one by one; openvla_oft: chunk_size actions in one pass
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    unnorm_key: Text = "bridge_orig"  # which of the checkpoint's statistics turn tokens into metres and radians
-    image_resize: Literal["tensor", "pil"] = "tensor"  # pictures are resized as in RLinf, or as in OpenVLA
-    oft_stop_token: bool = False  # openvla_oft: end in </s>, as moojink's discrete checkpoints; RLinf's do not
-    lora_path: Text | None = None  # folder of an adapter to continue; it keeps its own rank, alpha and layers
-    merge_lora: bool = False  # add lora_path's adapter into the weights, and train a fresh one on top
-    lora_rank: LoraRank = 32  # rank of a fresh adapter; 0 trains the weights themselves
-    lora_alpha: LoraAlpha = 32  # scale of a fresh adapter is lora_alpha / lora_rank (RLinf: 32; RL4VLA: 16)
-    # what an adapter trains, or rank 0 whole. all: every linear layer (RLinf); llm: the language model's alone,
-    # and pictures pass the frozen towers once per rollout
+    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts --chunk_size
+    actions in one pass)."""
+    unnorm_key: flags.Text = "bridge_orig"
+    """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
+    image_resize: Literal["tensor", "pil"] = "tensor"
+    """How camera images are resized: tensor as in RLinf, pil as in OpenVLA."""
+    oft_stop_token: bool = False
+    """End the sequence of openvla_oft in </s>, as moojink's discrete checkpoints need. Those of RLinf do not."""
+    lora_path: flags.Text | None = None
+    """Folder of a LoRA adapter to load. It keeps its own rank, alpha and layers."""
+    merge_lora: bool = False
+    """Merge the adapter of --lora_path into the weights, and train a fresh adapter on top."""
+    lora_rank: flags.LoraRank = 32
+    """Rank of a fresh LoRA adapter. 0 trains the weights themselves."""
+    lora_alpha: flags.LoraAlpha = 32
+    """Numerator of a fresh adapter's scale, lora_alpha / lora_rank. RLinf uses 32, RL4VLA 16."""
     lora_scope: Literal["all", "llm"] = "all"
-    max_prompt_length: PromptLength = 30  # prompts are padded to this many tokens, or to the longest one's
-    chunk_size: Chunk = 1  # actions per decision; openvla has 1, openvla_oft's published models have 8
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; master weights, moments are fp32
+    """What is trained, by an adapter or (with rank 0) whole: every linear layer as in RLinf (all), or only the language
+    model (llm). With llm, the frozen vision towers see each image once per rollout."""
+    max_prompt_length: flags.PromptLength = 30
+    """Tokens that prompts are padded to. A task with a longer prompt raises it."""
+    chunk_size: flags.Chunk = 1
+    """Actions per decision: 1 for openvla, 8 for the published openvla_oft models."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of weights and activations. Master weights and optimizer moments are always float32."""
 
-    # ---- demonstrations, and the env that they are from
-    demos: Text = "demos"  # folder that collect_demos.py made; its statistics are known by the name of its env_id
-    env_id: EnvId = "PutOnPlateInScene25Main-v3"  # one of the family's 17, or any ManiSkill id with pd_ee_delta_pose
-    instruction: Text | None = None  # what the policy is told in an env that is not of the family
-    obj_set: Literal["train", "test", "all"] = "train"  # which objects, tables and receptacles episodes are drawn from
-    asset_pack: Literal["builtin", "bridge"] = "builtin"  # made by code, or the published meshes and photographs
-    asset_dir: Text | None = None  # where the published assets are (`python doctor.py --download`)
-    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"  # RL4VLA's scene, or RLinf's departures, to compare with its table
-    image_size: tuple[Pixels, Pixels] = (640, 480)  # camera width and height; pose and field of view stay
-    sim_freq: Hertz = 500  # physics steps per second, control is at 5 Hz; results at different rates do not compare
-    # physx_cpu repeats bit for bit; physx_cuda: all envs of a rank in one batch; auto: the GPU where there is one
+    # ---- env
+    env_id: flags.EnvId = "PutOnPlateInScene25Main-v3"
+    """Env: one of the 17 PutOnPlateInScene25 ids, or any ManiSkill id with the control mode pd_ee_delta_pose."""
+    instruction: flags.Text | None = None
+    """Instruction for the policy in an env outside the PutOnPlateInScene25 family."""
+    obj_set: Literal["train", "test", "all"] = "train"
+    """Objects, tables and receptacles of the episodes: those of training, the unseen ones (test), or both (all)."""
+    asset_pack: Literal["builtin", "bridge"] = "builtin"
+    """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
+    asset_dir: flags.Text | None = None
+    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
+    """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
+    image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)
+    """Width and height of the camera image in pixels. The camera's pose and field of view stay the same."""
+    sim_freq: flags.Hertz = 500
+    """Physics steps per second, a multiple of 5. Control runs at 5 Hz. Results at different rates do not compare."""
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
-    # who draws what physx_cpu simulates; auto: the GPU where SAPIEN can draw on it
+    """Simulator: physx_cpu (repeats bit for bit), physx_cuda (one batch per rank on the GPU) or auto (the GPU if there
+    is one)."""
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
-    max_episode_steps: EpisodeSteps = 80  # an episode is cut after this many actions
-    num_env_workers: Processes = 0  # worker processes per rank that simulate; 0 = in the rank's own process
-    # seconds after which a worker that gives no answer is replaced; simulating in the rank's own process, the run ends
-    worker_timeout: Positive = 300.0
-    eval_temperature: NonNegative = 0.6  # of sampling in evaluation; 0 = greedy (published tables use 0.6)
-    num_eval_episodes: Episodes = 64  # held-out episodes per evaluation, the same ones every time
-    num_eval_envs: Envs = 16  # envs that evaluation runs at once, over all ranks
+    """Device that renders images for physx_cpu: cpu, cuda, or auto (the GPU if SAPIEN can render on it)."""
+    max_episode_steps: flags.EpisodeSteps = 80
+    """Time limit of an episode in actions."""
+    num_env_workers: flags.Processes = 0
+    """Worker processes per rank that simulate the envs. 0 simulates in the rank's own process."""
+    worker_timeout: flags.Positive = 300.0
+    """Seconds without an answer after which a worker is replaced. Without workers, the run ends instead."""
+    eval_temperature: flags.NonNegative = 0.6
+    """Sampling temperature in evaluation. 0 is greedy. Published tables use 0.6."""
+    num_eval_episodes: flags.Episodes = 64
+    """Held-out episodes per evaluation, the same ones every time."""
+    num_eval_envs: flags.Envs = 16
+    """Envs that evaluation runs at once, over all ranks."""
 
     # ---- algorithm
-    batch_size: Count = 32  # decisions per optimizer step, over all ranks
-    # a target token is spread over its neighbours by a Gaussian of so many bins (not the gripper's, nor what never
-    # moves), and openvla is told that it wrote one of them: told the exact one, it reads the gripper off it and fails
-    # on tokens of its own; 0 = neither
-    label_sigma: NonNegative = 0.0
-    image_aug: bool = True  # random crops and colours
-    learning_rate: NonNegative = 5e-4  # of the policy
-    # of the learning rate; linear and cosine fall to 0 at the end
+    label_sigma: flags.NonNegative = 0.0
+    """Standard deviation in bins of the Gaussian that spreads a target token over its neighbours. The gripper and
+    dimensions that never move keep exact targets. The model openvla then reads tokens drawn from the spread targets,
+    because exact ones would give the gripper away. 0 switches both off."""
+    image_aug: bool = True
+    """Augment images with random crops and colours."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_updates: CountOrNone = 0  # over so many updates the learning rate rises to learning_rate
-    weight_decay: NonNegative = 0.01  # of AdamW
-    max_grad_norm: NonNegative = 10.0  # gradients are scaled down to this norm; 0 leaves them as they are
+    """Course of the policy's learning rate. It falls to 0 at the end with linear and cosine."""
+    warmup_updates: flags.CountOrNone = 0
+    """Optimizer steps over which the learning rate rises to --learning_rate."""
+    weight_decay: flags.NonNegative = 0.01
+    """Weight decay of AdamW."""
+    max_grad_norm: flags.NonNegative = 10.0
+    """Largest gradient norm. Larger gradients are scaled down to it. 0 sets no limit."""
 
     # ---- system
-    micro_batch_size: Count = 8  # decisions per forward and GPU: the memory knob. Out of memory: halve it
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    deepspeed_config: Text = "ds_configs/zero3.json"  # ZeRO settings; sizes and rates are not in it
-    offload: Literal["none", "stage"] = "none"  # stage: what only the other half of an iteration needs leaves the GPU
-    local_rank: LocalRank = -1  # set by the launcher
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass. It saves memory and takes a third more time."""
+    deepspeed_config: flags.Text = "ds_configs/zero3.json"
+    """DeepSpeed file with the ZeRO settings. It holds no batch sizes and no learning rates."""
+    offload: Literal["none", "stage"] = "none"
+    """What leaves the GPU's memory: nothing, or with stage whatever only the other half of an iteration needs."""
+    local_rank: flags.LocalRank = -1
+    """Number of this rank on its machine. The launcher sets it."""
 
 
 class CloneBatch(NamedTuple):
@@ -382,4 +417,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, lambda: parse_args(Args, sys.argv[1:], description="\n\n".join(__doc__.split("\n\n")[:2])))
+    run_main(main, lambda: parse_args(Args, sys.argv[1:], __doc__))

@@ -24,6 +24,7 @@ import schemas
 from schemas import UserError
 from vla import ROOT
 from vla.start.flag_files import INPUTS, OUTPUTS, Layer, checked_values, resolved, saved_layer, yaml_layer
+from vla.start.help import help_text
 from vla.training.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")
@@ -72,18 +73,17 @@ def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, d
     Raises:
         UserError: one sentence, in the place of tyro's boxed report.
     """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(args_class, default, description), end="")
+        raise SystemExit(0)
     check_switches(args_class, argv)
     # tyro draws its box as the encoding of stdout allows, and breaks lines at the terminal's width
     report = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    asked = {"-h", "--help"} & set(argv)
-    hidden = contextlib.nullcontext() if asked else contextlib.redirect_stdout(report)
-    width = mock.patch.dict(os.environ, {} if asked else {"COLUMNS": "10000"})
+    wide = mock.patch.dict(os.environ, {"COLUMNS": "10000"})
     try:
-        with hidden, width, contextlib.redirect_stderr(report):
-            args = tyro.cli(args_class, args=argv, description=description, default=default, use_underscores=True)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+        with wide, contextlib.redirect_stdout(report), contextlib.redirect_stderr(report):
+            args = tyro.cli(args_class, args=argv, default=default, use_underscores=True)
+    except SystemExit:
         report.flush()
         raise UserError(sentence_of(report.buffer.getvalue().decode("utf-8"))) from None
     schemas.check_flags(args)

@@ -119,17 +119,15 @@ def test_no_function_is_long(path):
 
 
 def shared_pieces(path: Path) -> dict[str, str]:
-    """Text of every top-level function, and of every Args field with its comment (defaults may differ)."""
-    lines, pieces = path.read_text().splitlines(), {}
-    tree = ast.parse("\n".join(lines))
-    for node in tree.body:
+    """Text of every top-level function, and type and docstring of every Args field (defaults may differ)."""
+    pieces = {}
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name != "main":
             pieces[node.name] = ast.unparse(node)
         if isinstance(node, ast.ClassDef) and node.name == "Args":
-            for field in node.body:
-                comment = lines[field.lineno - 1].partition("  # ")[2] or lines[field.lineno - 2].strip(" #")
-                assert comment, f"{path.name}: nothing is said of --{field.target.id}"
-                pieces[f"Args.{field.target.id}"] = f"{ast.unparse(field.annotation)}: {comment}"
+            for field, docstring in zip(node.body[::2], node.body[1::2], strict=True):
+                assert isinstance(docstring, ast.Expr), f"{path.name}: --{field.target.id} has no docstring"
+                pieces[f"Args.{field.target.id}"] = f"{ast.unparse(field.annotation)}: {docstring.value.value}"
     return pieces
 
 

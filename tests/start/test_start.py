@@ -536,7 +536,9 @@ def cluster(tmp_path, monkeypatch) -> Path:
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("sbatch", "srun", "scontrol"):
-        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/helpers/fake_slurm.py" {name} "$@"\n')
+        (tools / name).write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/helpers/fake_slurm.py" {name} "$@"\n'
+        )
     (tools / "python").write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
         "json.dump([sys.argv[1:], os.environ['MASTER_ADDR']], open('words.json', 'w'))\n"
