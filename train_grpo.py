@@ -23,21 +23,23 @@ episode never reach the update. A group stays on one rank, which is checked. Met
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs, train_episode_id
+from envs.vector import VectorEnv
 from envs.video import VideoWriter
 from schemas import flags
-from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
+from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
-from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
+from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, row_dicts
 from vla.models.loading import load_policy
-from vla.models.policy import PolicyOutput, VLAPolicy, uniform_noise
+from vla.models.policy import PolicyOutput, VLAPolicy, rollout_noise
 from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
 from vla.start.launch import launched
 from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
@@ -226,6 +228,29 @@ class Args:
     """Number of this rank on its machine. The launcher sets it."""
 
 
+def surrogate_units(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, logprob_level: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From tokens to the units whose probability ratio is clipped.
+
+    A unit is a token, an action (its 7 tokens) or a chunk (its executed actions). A chunk's advantage is that of its
+    first action, which holds the rewards of the others.
+
+    Args:
+        log_ratio: [B, C, D], 0 where not executed. advantages, weights: [B, C].
+
+    Returns:
+        log ratios, advantages and weights of the units, of one shape: [B, C, D], [B, C] or [B, 1].
+    """
+    if logprob_level == "token":
+        token_weights = weights / log_ratio.shape[-1]
+        return log_ratio, advantages[..., None].expand_as(log_ratio), token_weights[..., None].expand_as(log_ratio)
+    action_log_ratio = log_ratio.sum(dim=-1)  # [B, C]
+    if logprob_level == "action":
+        return action_log_ratio, advantages, weights
+    return action_log_ratio.sum(dim=1, keepdim=True), advantages[:, :1], weights.sum(dim=1, keepdim=True)
+
+
 def clipped_surrogate(
     new_logprobs: torch.Tensor,
     mb: MicroBatch,
@@ -245,39 +270,32 @@ def clipped_surrogate(
             averages ranks, so what this returns sums up to the minibatch's weighted mean.
 
     Returns:
-        loss and metrics, scalars. The unit whose ratio is clipped is a token, an action (7 tokens) or a chunk (its
-        executed actions; its advantage is that of its first action, which holds the rewards of the others). Log ratios
-        count up to +-20 and have no gradient beyond: exp overflows at 88, and its gradient is NaN there.
+        loss and metrics, scalars. Log ratios count up to +-20 and have no gradient beyond: exp overflows at 88, and
+        its gradient is NaN there.
     """
-    # [B, C, D]; what was not executed may be anything, and infinity times a weight of 0 is NaN
-    log_ratio = torch.where(mb.weights[..., None] > 0, new_logprobs - mb.old_logprobs, 0.0)
-    advantages, weights = mb.advantages, mb.weights  # [B, C]
-    if logprob_level == "token":
-        num_tokens = log_ratio.shape[-1]
-        advantages, weights = advantages[..., None], (weights / num_tokens)[..., None].expand_as(log_ratio)  # [B, C, D]
-    else:
-        log_ratio = log_ratio.sum(dim=-1)  # [B, C]
-    if logprob_level == "chunk":
-        log_ratio = log_ratio.sum(dim=1, keepdim=True)  # [B, 1]
-        advantages, weights = advantages[:, :1], weights.sum(dim=1, keepdim=True)
+    executed = mb.weights[..., None] > 0  # an infinite ratio times a weight of 0 is NaN
+    token_log_ratio = torch.where(executed, new_logprobs - mb.old_logprobs, 0.0)  # [B, C, D]
+    unit_log_ratio, advantages, weights = surrogate_units(token_log_ratio, mb.advantages, mb.weights, logprob_level)
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
+    def mean(x: torch.Tensor) -> torch.Tensor:  # over units
         return (x * weights).sum() / total_weight
 
-    log_ratio = log_ratio.clamp(-20.0, 20.0)
+    log_ratio = unit_log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
-    unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
-    losses = torch.maximum(unclipped, clipped)
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * clipped_ratio
+    losses = torch.maximum(unclipped_loss, clipped_loss)
     dual_clipped = torch.zeros_like(losses, dtype=torch.bool)
     if dual_clip is not None:  # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
-        dual_clipped = (advantages < 0) & (losses > -dual_clip * advantages)
-        losses = torch.where(dual_clipped, -dual_clip * advantages, losses)
+        limit = -dual_clip * advantages
+        dual_clipped = (advantages < 0) & (losses > limit)
+        losses = torch.where(dual_clipped, limit, losses)
     policy_loss = mean(losses)
     return policy_loss, {
         "train/actor/policy_loss": policy_loss,
         "train/actor/approx_kl": mean(ratio - 1.0 - log_ratio),  # k3, http://joschu.net/blog/kl-approx.html
-        "train/actor/clip_fraction": mean((clipped > unclipped).float()),
+        "train/actor/clip_fraction": mean((clipped_loss > unclipped_loss).float()),
         "train/actor/clipped_ratio": mean(clipped_ratio),
         "train/actor/dual_clip_fraction": mean(dual_clipped.float()),
     }
@@ -327,44 +345,50 @@ def compute_group_advantages(
     return advantages.flatten(), live
 
 
-def roll_out(
+def rollout(
     actor: VLAPolicy,
-    envs,
+    envs: VectorEnv,
     episode_ids: list[int],
-    noise: Iterator[torch.Tensor],
+    decisions: Iterable[int],
+    noise: torch.Tensor,
     temperature: float,
     buffer: RolloutBuffer,
     device: torch.device,
 ) -> list[dict[str, float]]:
-    """One episode per env, from given start states, into the buffer; an env whose episode has ended rests.
+    """Play one episode per env, from given start states, into the buffer. An env whose episode has ended rests.
 
     Args:
-        envs: vector env without auto_reset. noise: one [N, C, D] per decision.
+        envs: without auto_reset. decisions: 0 .. T, one more than are made. noise: [T, N, C, D].
 
     Returns:
-        statistics of the episodes that ended: N, but for those that were begun anew after a lost worker, too late.
+        statistics of the episodes that ended. A lost worker's episodes begin again, perhaps too late to end.
     """
     buffer.clear()
-    obs = envs.split(envs.reset(episode_ids))
-    episodes, to_end = [], [here.stop - here.start for here in envs.parts]
-    for t, draw in enumerate(noise):
-        for part, here in enumerate(envs.parts):  # all N envs, or two halves: one is simulated while one acts
-            if t > 0 and to_end[part]:  # what came of decision t - 1
-                obs[part], rewards, terminations, truncations, infos = envs.step_wait(part)  # [N, C] [N] [N]
-                dones = terminations | truncations
-                nothing = torch.zeros(len(dones))  # no critic
-                buffer.add_outcome(
-                    t - 1, here, rewards=rewards, valid=infos["valid"], dones=dones, final_values=nothing
-                )
-                buffer.forget(here, infos["dropped"], before=t - 1)  # lost with a worker: they have begun again
-                episodes += rows(infos["episode"])
-                to_end[part] -= len(infos["ended"])
-            if t < buffer.num_chunks and to_end[part]:
-                inputs = actor.prepare(obs[part], device)
-                tokens, logprobs, values = actor.act(inputs, temperature, draw[here])  # [N, C, D] [N, C, D] [N, C]
-                envs.step_async(actor.decode(tokens), part)
-                reference = actor.reference_logprobs(inputs, tokens, temperature) if buffer.keeps_reference else None
-                buffer.add_decision(t, here, inputs, tokens, logprobs, values, reference)
+    envs.reset(episode_ids)
+    episodes = []
+    running = [rows.stop - rows.start for rows in envs.parts]  # episodes of each half
+    # all N envs have their turn, or one half of them while the other is simulated
+    for t, half, rows, obs, outcome in envs.pipeline(decisions):
+        if outcome is not None:  # of decision t - 1
+            no_values = torch.zeros_like(outcome.rewards)  # [n, C]; there is no critic
+            buffer.add_outcome(
+                t - 1,
+                rows,
+                rewards=outcome.rewards,
+                valid=outcome.infos["valid"],
+                values=no_values,
+                dones=outcome.terminations | outcome.truncations,
+                final_values=no_values[:, 0],
+            )
+            buffer.forget(rows, outcome.infos["dropped"], before=t - 1)  # lost with a worker: they have begun again
+            episodes += row_dicts(outcome.infos["episode"])
+            running[half] -= len(outcome.infos["ended"])
+        if t < buffer.num_chunks and running[half]:
+            inputs = actor.prepare(obs, device)
+            tokens, logprobs, _ = actor.act(inputs, temperature, noise[t, rows])  # [n, C, D] each
+            envs.step_async(actor.decode(tokens), half)
+            reference = buffer.reference_of(actor, inputs, tokens, temperature)
+            buffer.add_decision(t, rows, inputs, tokens, logprobs, reference)
     return episodes
 
 
@@ -412,37 +436,68 @@ def fill_dead_groups(buffer: RolloutBuffer, spare: RolloutBuffer, group_size: in
     buffer.replace((dead[: len(live)] * group_size + member).flatten(), spare, (live * group_size + member).flatten())
 
 
+def count_without_signal(iterations: int, live_share: float) -> int:
+    """How many iterations in a row had fewer than 10 % of groups whose members differ. Says so every five of them.
+
+    Args:
+        iterations: up to the last one. live_share: of this one.
+    """
+    iterations = iterations + 1 if live_share < 0.1 else 0
+    if iterations and iterations % 5 == 0:
+        print0(
+            f"WARNING: for {iterations} iterations fewer than 10 % of groups had members with different returns. "
+            "Equal groups teach nothing: start from a better policy, or raise --group_size"
+        )
+    return iterations
+
+
+def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, dict, dict, dict, list[int]]:
+    """Refuse what cannot work, within seconds: nothing here needs a process group, a model or a simulator.
+
+    Args:
+        of_world: arguments of make_envs() that no flag gives.
+
+    Returns:
+        this rank's sizes, DeepSpeed's config, arguments of make_envs() for training and for evaluation, and the ids of
+        the held-out episodes.
+    """
+    check_combinations(**pick(args, check_combinations))
+    launch = launched()
+    ranks = dict(rank=launch.rank, world_size=launch.world_size)
+    sizes = derive_sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
+    check_backends(args.logger_backends)
+    ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
+    places = dict(num_env_workers=sizes.num_env_workers, first_env=sizes.first_env)
+    world = pick(args, make_envs, **places, **of_world)
+    eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
+    if not world["auto_reset"]:
+        check_whole_episodes(**pick(args, check_whole_episodes))
+    check_envs(args.env_id, sizes.local_num_envs, **world)
+    check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+    instructions = every_instruction(args.env_id, args.obj_set, args.instruction)
+    args.max_prompt_length = prompt_room(args.model_path, instructions, args.max_prompt_length)
+    check_rollout_memory(args.model_path, launch.ranks_here * sizes.num_chunks * sizes.local_num_envs)
+    check_scene_memory(
+        launch.ranks_here * (sizes.local_num_envs + sizes.local_num_eval_envs),
+        launch.ranks_here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+        args.image_size,
+        "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
+    )
+    eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+    return sizes, ds_config, world, eval_world, eval_ids
+
+
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
+    rests = dict(auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
     with user_errors():
-        check_combinations(**pick(args, check_combinations))
-        launch = launched()
-        sizes = derive_sizes(**pick(args, derive_sizes, rank=launch.rank, world_size=launch.world_size))
-        check_whole_episodes(**pick(args, check_whole_episodes))
+        sizes, ds_config, world, eval_world, eval_ids = check_start(args, args.group_size, privileged=False, **rests)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
-        check_backends(args.logger_backends)
-        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
-        rests = dict(auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
-        world = pick(args, make_envs, num_env_workers=sizes.num_env_workers, first_env=0, privileged=False, **rests)
-        eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
-        check_envs(args.env_id, N, **world)
-        check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
-        eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
-        told = every_instruction(args.env_id, args.obj_set, args.instruction)
-        args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
-        here = launch.ranks_here
-        check_rollout_memory(args.model_path, here * T * N)
-        check_scene_memory(
-            here * (N + sizes.local_num_eval_envs),
-            here * (sizes.num_env_workers + sizes.num_eval_env_workers),
-            args.image_size,
-            "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
-        )
         device = setup_distributed(args.seed)
         default_dir = f"runs/grpo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
         check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
-        in_words = sizes.in_words(launch.world_size, args.chunk_size, args.num_env_workers)
+        in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False)
         model_flags |= dict(norm_stats=None, cuda_graphs=True)
@@ -457,6 +512,9 @@ def main(args: Args) -> None:
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
+    max_resamples = args.max_resamples if args.dynamic_sampling else 0
+    my_envs = slice(first_env, first_env + N)
+    my_groups = range(first_env // args.group_size, (first_env + N) // args.group_size)
     start_iteration, global_step, iterations_without_signal = 0, 0, 0
     with user_errors():
         if checkpoint:
@@ -476,37 +534,35 @@ def main(args: Args) -> None:
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> bool:
-        """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
-        with logger.timer("eval"), rollout_stage(stages) as actor:
-            with logger.video(VideoWriter, iteration) as video:
-                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
+        """Run the held-out episodes with whole weights; rank 0 records its first batch. False: asked to end."""
+        with logger.timer("eval"), rollout_stage(stages) as actor, logger.video(VideoWriter, iteration) as video:
+            means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:
             logger.write_evaluation(iteration, global_step, means)
         return means is not None
 
-    # that of the starting policy, or one that was broken off
-    wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, sizes.num_iterations)
-    if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
-        preemption.exit(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [{}] * N, args.keep_checkpoints))
+    def save(iteration: int) -> Path:
+        """Every iteration starts with a reset, so no env has a state to continue from."""
+        return save_checkpoint(engine, run_dir, iteration, global_step, [{}] * N, args.keep_checkpoints)
+
+    if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
+        preemption.exit(checkpoint or save(0))
 
     for iteration in range(start_iteration, sizes.num_iterations):
         preemption.snapshot(iteration, global_step, [{}] * N)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, env_steps = [], 0
         with logger.timer("rollout"), rollout_stage(stages) as actor:
-            for attempt in range(1 + args.max_resamples * args.dynamic_sampling):
+            for attempt in range(1 + max_resamples):
                 # (seed, iteration, attempt) decides everything random, the same on every rank
                 draw = iteration * (1 + args.max_resamples) + attempt
                 generator = torch.Generator().manual_seed(args.seed * 1_000_003 + draw)
-                noise = (
-                    uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]
-                    for _ in preemption.until_requested(range(T + 1))
-                )
-                groups = range(first_env // args.group_size, (first_env + N) // args.group_size)
-                ids = [train_episode_id(envs.num_start_states, args.seed, group, draw) for group in groups]
-                ids = [episode_id for episode_id in ids for _ in range(args.group_size)]
+                noise = rollout_noise(T, args.num_envs, my_envs, args.chunk_size, generator)
+                starts = [train_episode_id(envs.num_start_states, args.seed, group, draw) for group in my_groups]
+                ids = [episode_id for episode_id in starts for _ in range(args.group_size)]
                 rolled = buffer if attempt == 0 else spare
-                episodes += roll_out(actor, envs, ids, noise, args.temperature, rolled, device)
+                decisions = preemption.until_requested(range(T + 1))
+                episodes += rollout(actor, envs, ids, decisions, noise, args.temperature, rolled, device)
                 env_steps += int(rolled.valid.sum())
                 if attempt == 0:
                     first_live = live_groups(buffer, args.group_size)
@@ -522,39 +578,34 @@ def main(args: Args) -> None:
         returns, ended = buffer.rewards.sum(dim=(0, 2)), buffer.dones.any(dim=0)  # [N]
         scores, live = compute_group_advantages(returns, ended, args.group_size, args.grpo_baseline, args.grpo_scale)
         advantages = scores[None, :, None] * buffer.valid  # [T, N, C]
-        kept = ended & (live.repeat_interleave(args.group_size) | (not args.dynamic_sampling))  # [N]
+        kept = ended & live.repeat_interleave(args.group_size) if args.dynamic_sampling else ended  # [N]
         weights = episode_weights(buffer.valid & kept[None, :, None], args.length_norm)  # [T, N, C]
         decisive = (advantages != 0).any(dim=-1)  # [T, N], decisions that a gradient comes from
         num_live, num_decisive, num_decisions = all_reduce_sum(
             torch.stack([first_live.sum(), decisive.sum(), buffer.valid.any(dim=-1).sum()])
         ).tolist()
         live_share = num_live * args.group_size / args.num_envs
-        iterations_without_signal = iterations_without_signal + 1 if live_share < 0.1 else 0
-        if iterations_without_signal and iterations_without_signal % 5 == 0:
-            print0(
-                f"WARNING: for {iterations_without_signal} iterations fewer than 10 % of groups had members with "
-                "different returns, and equal groups teach nothing: start from a better policy, or raise --group_size"
-            )
+        iterations_without_signal = count_without_signal(iterations_without_signal, live_share)
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
+        rate = args.learning_rate * decay_at(args.schedule, iteration / sizes.num_iterations)
+        engine.optimizer.param_groups[0]["lr"] = rate
+        shuffling = dealing_generator(args.seed, iteration)
+        num_epochs = args.update_epochs if num_decisive else 0  # no signal: not even weight decay
         epochs = []
-        dealing = dealing_generator(args.seed, iteration)  # ranks may have drawn unequally much noise by now
-        decay = decay_at(args.schedule, iteration / sizes.num_iterations)
-        engine.optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         with logger.timer("update"), update_stage(stages):
-            for _ in range(args.update_epochs if num_decisive else 0):  # no signal: not even weight decay
+            for _ in range(num_epochs):
                 averages = Averages()
-                for total, parts in minibatches(
-                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, dealing
-                ):
-                    for number, index in enumerate(parts, 1):
-                        mb = buffer.micro_batch(index, advantages, advantages, weights, device)
-                        new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
-                        guard.check_ratio(new.logprobs, mb.old_logprobs)
-                        loss, metrics = grpo_loss(new, mb, total, **loss_flags)
-                        guard.check_gradients(backward(engine, loss, last=number == len(parts)), mb, loss)
-                        averages.add(metrics)
-                    preemption.exit_if_requested()
+                steps = minibatches(
+                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, shuffling
+                )
+                for mb, total, last in buffer.micro_batches(steps, advantages, advantages, weights, device):
+                    new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
+                    guard.check_ratio(new.logprobs, mb.old_logprobs)
+                    loss, metrics = grpo_loss(new, mb, total, **loss_flags)
+                    guard.check_gradients(backward(engine, loss, last), mb, loss)
+                    averages.add(metrics)
+                    preemption.exit_if_requested(together=last)
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
@@ -566,16 +617,15 @@ def main(args: Args) -> None:
         stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
         metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics()
         metrics |= buffer.statistics(advantages, buffer.valid)
-        metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
+        metrics["train/actor/lr"] = rate
         metrics["rollout/live_groups"] = live_share
         metrics["rollout/zero_advantage"] = 1.0 - num_decisive / num_decisions
         metrics["rollout/effective_samples"] = num_decisive
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps)
         if stopped or due(iteration, args.save_freq, sizes.num_iterations):
-            # every iteration starts with a reset: no env has anything to go on with
-            saved = save_checkpoint(engine, run_dir, iteration + 1, global_step, [{}] * N, args.keep_checkpoints)
-            if stopped:  # --resume makes the evaluation again
-                preemption.exit(saved)
+            saved = save(iteration + 1)
+        if stopped:  # --resume makes the evaluation again
+            preemption.exit(saved)
 
     for opened in (logger, envs, eval_envs):
         opened.close()

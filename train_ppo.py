@@ -23,15 +23,19 @@ gives one run.
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs
+from envs.vector import Outcome
 from envs.video import VideoWriter
 from schemas import flags
-from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
+from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import (
     all_reduce_sum,
     normalize,
@@ -43,13 +47,14 @@ from vla.distributed import (
     world_size,
 )
 from vla.evaluation.episodes import evaluate
-from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, rows
+from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, row_dicts
 from vla.models.loading import load_policy
-from vla.models.policy import PolicyOutput, VLAPolicy, uniform_noise
+from vla.models.policy import PolicyOutput, rollout_noise
 from vla.models.value_head import value_errors
 from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
 from vla.start.launch import launched
 from vla.training.checkpoint import begin_run, load_checkpoint, load_critic, open_run, save_checkpoint
+from vla.training.critics import HiddenCritic, StateCritic
 from vla.training.engine import (
     DTYPES,
     NonFiniteGuard,
@@ -63,7 +68,6 @@ from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
-from vla.training.state_critic import StateCritic
 
 # evaluation runs every episode once, to its end
 ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
@@ -252,6 +256,40 @@ def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap:
     return (truncations & (bootstrap != "never")) | (terminations & (bootstrap == "always"))
 
 
+def outcome_of_decision(
+    outcome: Outcome,
+    decision_values: torch.Tensor,
+    chunk_values: torch.Tensor,
+    value_of: Callable[[dict], torch.Tensor],
+    bootstrap: str,
+) -> dict[str, torch.Tensor]:
+    """What the buffer stores once a decision of n envs was executed.
+
+    Args:
+        decision_values: [n], V of what the policy saw when it decided.
+        chunk_values: [n, C], V of the states before each action of the chunk, as far as the critic sees them.
+        value_of: V of observations.
+        bootstrap: see Args.bootstrap.
+
+    Returns:
+        rewards, valid and values [n, C]; dones and final_values [n]. An episode that was lost with its worker is cut
+        before this decision: the V of that moment follows it.
+    """
+    dropped, ended = outcome.infos["dropped"], outcome.infos["ended"]  # bool [n], indices of the envs that ended
+    bootstrapped = has_future(outcome.terminations, outcome.truncations, bootstrap)
+    final_values = torch.zeros(len(bootstrapped))
+    if bootstrapped.any():
+        final_values[ended] = value_of(outcome.infos["final_observation"])
+    final_values = final_values * bootstrapped
+    return {
+        "rewards": outcome.rewards,
+        "valid": outcome.infos["valid"],
+        "values": chunk_values,
+        "dones": outcome.terminations | outcome.truncations | dropped,
+        "final_values": torch.where(dropped, decision_values, final_values),
+    }
+
+
 def compute_gae(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -298,6 +336,29 @@ def used_advantages(valid: torch.Tensor, logprob_level: str) -> torch.Tensor:
     return used
 
 
+def surrogate_units(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, logprob_level: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From tokens to the units whose probability ratio is clipped.
+
+    A unit is a token, an action (its 7 tokens) or a chunk (its executed actions). A chunk's advantage is that of its
+    first action, which holds the rewards of the others.
+
+    Args:
+        log_ratio: [B, C, D], 0 where not executed. advantages, weights: [B, C].
+
+    Returns:
+        log ratios, advantages and weights of the units, of one shape: [B, C, D], [B, C] or [B, 1].
+    """
+    if logprob_level == "token":
+        token_weights = weights / log_ratio.shape[-1]
+        return log_ratio, advantages[..., None].expand_as(log_ratio), token_weights[..., None].expand_as(log_ratio)
+    action_log_ratio = log_ratio.sum(dim=-1)  # [B, C]
+    if logprob_level == "action":
+        return action_log_ratio, advantages, weights
+    return action_log_ratio.sum(dim=1, keepdim=True), advantages[:, :1], weights.sum(dim=1, keepdim=True)
+
+
 def clipped_surrogate(
     new_logprobs: torch.Tensor,
     mb: MicroBatch,
@@ -317,39 +378,32 @@ def clipped_surrogate(
             averages ranks, so what this returns sums up to the minibatch's weighted mean.
 
     Returns:
-        loss and metrics, scalars. The unit whose ratio is clipped is a token, an action (7 tokens) or a chunk (its
-        executed actions; its advantage is that of its first action, which holds the rewards of the others). Log ratios
-        count up to +-20 and have no gradient beyond: exp overflows at 88, and its gradient is NaN there.
+        loss and metrics, scalars. Log ratios count up to +-20 and have no gradient beyond: exp overflows at 88, and
+        its gradient is NaN there.
     """
-    # [B, C, D]; what was not executed may be anything, and infinity times a weight of 0 is NaN
-    log_ratio = torch.where(mb.weights[..., None] > 0, new_logprobs - mb.old_logprobs, 0.0)
-    advantages, weights = mb.advantages, mb.weights  # [B, C]
-    if logprob_level == "token":
-        num_tokens = log_ratio.shape[-1]
-        advantages, weights = advantages[..., None], (weights / num_tokens)[..., None].expand_as(log_ratio)  # [B, C, D]
-    else:
-        log_ratio = log_ratio.sum(dim=-1)  # [B, C]
-    if logprob_level == "chunk":
-        log_ratio = log_ratio.sum(dim=1, keepdim=True)  # [B, 1]
-        advantages, weights = advantages[:, :1], weights.sum(dim=1, keepdim=True)
+    executed = mb.weights[..., None] > 0  # an infinite ratio times a weight of 0 is NaN
+    token_log_ratio = torch.where(executed, new_logprobs - mb.old_logprobs, 0.0)  # [B, C, D]
+    unit_log_ratio, advantages, weights = surrogate_units(token_log_ratio, mb.advantages, mb.weights, logprob_level)
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
+    def mean(x: torch.Tensor) -> torch.Tensor:  # over units
         return (x * weights).sum() / total_weight
 
-    log_ratio = log_ratio.clamp(-20.0, 20.0)
+    log_ratio = unit_log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
-    unclipped, clipped = -advantages * ratio, -advantages * clipped_ratio
-    losses = torch.maximum(unclipped, clipped)
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * clipped_ratio
+    losses = torch.maximum(unclipped_loss, clipped_loss)
     dual_clipped = torch.zeros_like(losses, dtype=torch.bool)
     if dual_clip is not None:  # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
-        dual_clipped = (advantages < 0) & (losses > -dual_clip * advantages)
-        losses = torch.where(dual_clipped, -dual_clip * advantages, losses)
+        limit = -dual_clip * advantages
+        dual_clipped = (advantages < 0) & (losses > limit)
+        losses = torch.where(dual_clipped, limit, losses)
     policy_loss = mean(losses)
     return policy_loss, {
         "train/actor/policy_loss": policy_loss,
         "train/actor/approx_kl": mean(ratio - 1.0 - log_ratio),  # k3, http://joschu.net/blog/kl-approx.html
-        "train/actor/clip_fraction": mean((clipped > unclipped).float()),
+        "train/actor/clip_fraction": mean((clipped_loss > unclipped_loss).float()),
         "train/actor/clipped_ratio": mean(clipped_ratio),
         "train/actor/dual_clip_fraction": mean(dual_clipped.float()),
     }
@@ -396,38 +450,79 @@ def ppo_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
+def policy_rate(
+    iteration: int, num_iterations: int, *, learning_rate: float, schedule: str, critic_warmup_iterations: int
+) -> float:
+    """The policy's learning rate in one iteration: 0 while only the critic learns, then what the schedule says.
+
+    In those first iterations Adam's moments still learn the scale of the policy's gradient. From the value loss alone
+    they would not, and the policy's first steps would be too long.
+    """
+    if iteration < critic_warmup_iterations:
+        return 0.0
+    return learning_rate * decay_at(schedule, iteration / num_iterations)
+
+
+def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, dict, dict, dict, list[int]]:
+    """Refuse what cannot work, within seconds: nothing here needs a process group, a model or a simulator.
+
+    Args:
+        of_world: arguments of make_envs() that no flag gives.
+
+    Returns:
+        this rank's sizes, DeepSpeed's config, arguments of make_envs() for training and for evaluation, and the ids of
+        the held-out episodes.
+    """
+    check_combinations(**pick(args, check_combinations))
+    launch = launched()
+    ranks = dict(rank=launch.rank, world_size=launch.world_size)
+    sizes = derive_sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
+    check_backends(args.logger_backends)
+    ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
+    places = dict(num_env_workers=sizes.num_env_workers, first_env=sizes.first_env)
+    world = pick(args, make_envs, **places, **of_world)
+    eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
+    if not world["auto_reset"]:
+        check_whole_episodes(**pick(args, check_whole_episodes))
+    check_envs(args.env_id, sizes.local_num_envs, **world)
+    check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+    instructions = every_instruction(args.env_id, args.obj_set, args.instruction)
+    args.max_prompt_length = prompt_room(args.model_path, instructions, args.max_prompt_length)
+    check_rollout_memory(args.model_path, launch.ranks_here * sizes.num_chunks * sizes.local_num_envs)
+    check_scene_memory(
+        launch.ranks_here * (sizes.local_num_envs + sizes.local_num_eval_envs),
+        launch.ranks_here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+        args.image_size,
+        "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
+    )
+    eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
+    return sizes, ds_config, world, eval_world, eval_ids
+
+
+def make_state_critic(
+    args: Args, sizes: Sizes, obs: dict, device: torch.device, checkpoint: Path | None
+) -> StateCritic | None:
+    """The critic beside the engine, as it was in the checkpoint; None where the model has a critic of its own."""
+    if args.critic != "state":
+        return None
+    shape = (sizes.num_chunks, sizes.local_num_envs, args.chunk_size, obs["state"].shape[1])
+    critic = StateCritic(*shape, device, args.seed, **pick(args, StateCritic))
+    if checkpoint:
+        load_critic(critic, checkpoint)
+    return critic
+
+
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
+    privileged = args.critic == "state"  # the critic reads the simulator's state
     with user_errors():
-        check_combinations(**pick(args, check_combinations))
-        launch = launched()
-        sizes = derive_sizes(**pick(args, derive_sizes, group_size=1, rank=launch.rank, world_size=launch.world_size))
-        if not args.auto_reset:
-            check_whole_episodes(**pick(args, check_whole_episodes))
+        sizes, ds_config, world, eval_world, eval_ids = check_start(args, group_size=1, privileged=privileged)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
-        check_backends(args.logger_backends)
-        ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
-        privileged = args.critic == "state"
-        world = pick(args, make_envs, num_env_workers=sizes.num_env_workers, first_env=first_env, privileged=privileged)
-        eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
-        check_envs(args.env_id, N, **world)
-        check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
-        eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
-        told = every_instruction(args.env_id, args.obj_set, args.instruction)
-        args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
-        here = launch.ranks_here
-        check_rollout_memory(args.model_path, here * T * N)
-        check_scene_memory(
-            here * (N + sizes.local_num_eval_envs),
-            here * (sizes.num_env_workers + sizes.num_eval_env_workers),
-            args.image_size,
-            "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
-        )
         device = setup_distributed(args.seed)
         default_dir = f"runs/ppo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
         check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
-        in_words = sizes.in_words(launch.world_size, args.chunk_size, args.num_env_workers)
+        in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
         model_flags |= dict(norm_stats=None, cuda_graphs=True)
@@ -439,26 +534,18 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
     stages = StageSwitcher(engine, rollout_copy, args.offload)
     guard = NonFiniteGuard(run_dir, rank())
-    loss_flags = pick(args, ppo_loss, surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
-    if privileged:
-        loss_flags["vf_coef"] = 0.0
+    parts = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
+    loss_flags = pick(args, ppo_loss, **parts, vf_coef=0.0 if privileged else args.vf_coef)
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
     start_iteration, global_step = 0, 0
     with user_errors():
         if checkpoint:
             start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, first_env, N)
-            obs = envs.split(envs.load_state_dict(env_states))
-        else:
-            obs = envs.split(envs.reset())
-        for part in obs:
-            policy.preprocess(part)  # instructions that do not fit the prompt end the run here
-        critic = None
-        if privileged:
-            state_size = obs[0]["state"].shape[1]
-            critic = StateCritic(T, N, args.chunk_size, state_size, device, args.seed, **pick(args, StateCritic))
-            if checkpoint:
-                load_critic(critic, checkpoint)
+        obs = envs.load_state_dict(env_states) if checkpoint else envs.reset()
+        policy.preprocess(obs)  # instructions that do not fit the prompt end the run here
+        state_critic = make_state_critic(args, sizes, obs, device, checkpoint)
+        critic = state_critic or HiddenCritic()
         begin_run(run_dir, checkpoint)
         logger = Logger(
             run_dir,
@@ -469,77 +556,61 @@ def main(args: Args) -> None:
             args.logger_backends,
             **pick(args, Logger),
         )
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints, critic)
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints, state_critic)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
-    def value_of(actor: VLAPolicy, obs: dict) -> torch.Tensor:
-        """V of observations, fp32 [N]: where an episode was cut, and where the rollout ends."""
-        return critic(obs["state"]) if critic else actor.value(actor.prepare(obs, device))[:, 0].float().cpu()
-
     def run_evaluation(iteration: int) -> bool:
-        """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
-        with logger.timer("eval"), rollout_stage(stages) as actor:
-            with logger.video(VideoWriter, iteration) as video:
-                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
+        """Run the held-out episodes with whole weights; rank 0 records its first batch. False: asked to end."""
+        with logger.timer("eval"), rollout_stage(stages) as actor, logger.video(VideoWriter, iteration) as video:
+            means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:
             logger.write_evaluation(iteration, global_step, means)
         return means is not None
 
-    # that of the starting policy, or one that was broken off
-    wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, sizes.num_iterations)
-    if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
-        preemption.exit(
-            checkpoint or save_checkpoint(engine, run_dir, 0, 0, envs.state_dict(), args.keep_checkpoints, critic)
+    def save(iteration: int) -> Path:
+        return save_checkpoint(
+            engine, run_dir, iteration, global_step, envs.state_dict(), args.keep_checkpoints, state_critic
         )
+
+    if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
+        preemption.exit(checkpoint or save(0))
 
     for iteration in range(start_iteration, sizes.num_iterations):
         preemption.snapshot(iteration, global_step, envs.state_dict())
-        # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, next_values = [], torch.zeros(N)
+        decided: list[torch.Tensor] = [torch.empty(0)] * len(envs.parts)  # V of each half's last decision, [n, C]
+        # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        noise = rollout_noise(T, args.num_envs, slice(first_env, first_env + N), args.chunk_size, generator)
         with logger.timer("rollout"), rollout_stage(stages) as actor:
+            value_of = partial(critic.value, actor)
             if not args.auto_reset and iteration > 0:  # set-up began the first one's episodes, or read them back
-                obs = envs.split(envs.reset())
-            for t in preemption.until_requested(range(T + 1)):
-                noise = uniform_noise(args.num_envs, actor.chunk_size, generator)[first_env:][:N]  # [N, C, D]
-                for part, here in enumerate(envs.parts):  # all N envs, or two halves: one is simulated while one acts
-                    if t > 0:  # what came of decision t - 1
-                        obs[part], rewards, terminations, truncations, infos = envs.step_wait(part)  # [N, C] [N] [N]
-                        bootstrapped = has_future(terminations, truncations, args.bootstrap)  # [N]
-                        final_values = torch.zeros(len(bootstrapped))
-                        if bootstrapped.any():  # infos["ended"]: the envs that final_observation has rows for
-                            final_values[infos["ended"]] = value_of(actor, infos["final_observation"])
-                        dropped = infos["dropped"]  # [N], lost with a worker: cut before this decision, at its V
-                        final_values = final_values * bootstrapped
-                        final_values[dropped] = buffer.values[t - 1, here, 0][dropped]
-                        buffer.add_outcome(
-                            t - 1,
-                            here,
-                            rewards=rewards,
-                            valid=infos["valid"],
-                            final_values=final_values,
-                            dones=terminations | truncations | dropped,
-                        )
-                        episodes += rows(infos["episode"])
-                        if critic:
-                            buffer.values[t - 1, here] = critic.store(t - 1, here, infos["states"])
-                    if t == T:
-                        next_values[here] = value_of(actor, obs[part])
-                        continue
-                    inputs = actor.prepare(obs[part], device)
-                    tokens, logprobs, values = actor.act(inputs, args.temperature, noise[here])  # [N, C, D] x 2, [N, C]
-                    envs.step_async(actor.decode(tokens), part)
-                    if critic:  # what it makes of the states within the chunk follows with the outcome
-                        values = critic(obs[part]["state"])[:, None].expand_as(values)
-                    reference = actor.reference_logprobs(inputs, tokens, args.temperature) if args.kl_coef else None
-                    buffer.add_decision(t, here, inputs, tokens, logprobs, values, reference)
+                envs.reset()
+            # all N envs have their turn, or one half of them while the other is simulated
+            for t, half, rows, obs, outcome in envs.pipeline(preemption.until_requested(range(T + 1))):
+                if outcome is not None:  # of decision t - 1
+                    before = decided[half]
+                    values = critic.chunk_values(t - 1, rows, outcome.infos, before)  # [n, C]
+                    fields = outcome_of_decision(outcome, before[:, 0], values, value_of, args.bootstrap)
+                    buffer.add_outcome(t - 1, rows, **fields)
+                    episodes += row_dicts(outcome.infos["episode"])
+                if t == T:
+                    next_values[rows] = value_of(obs)
+                    continue
+                inputs = actor.prepare(obs, device)
+                # tokens and logprobs [n, C, D], own_values [n, C]
+                tokens, logprobs, own_values = actor.act(inputs, args.temperature, noise[t, rows])
+                envs.step_async(actor.decode(tokens), half)
+                decided[half] = critic.decision_values(obs, own_values)
+                reference = buffer.reference_of(actor, inputs, tokens, args.temperature)
+                buffer.add_decision(t, rows, inputs, tokens, logprobs, reference)
         preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps
 
         # ------------------------------------------------------------------ advantage
-        advantages, returns = compute_gae(
+        advantages, returns = compute_gae(  # [T, N, C] each
             buffer.rewards,
             buffer.values,
             buffer.valid,
@@ -548,53 +619,47 @@ def main(args: Args) -> None:
             next_values,
             args.gamma,
             args.gae_lambda,
-        )  # [T, N, C] each
+        )
         used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
         if args.norm_adv:
             advantages = normalize(advantages, used)  # over all ranks
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
-        rate = args.learning_rate * decay_at(args.schedule, iteration / sizes.num_iterations)
-        # while only the critic learns the policy stands still, but Adam's moments get to know its gradient: scaled by
-        # the value loss alone, its first steps would be too long
-        engine.optimizer.param_groups[0]["lr"] = 0.0 if iteration < args.critic_warmup_iterations else rate
-        dealing = dealing_generator(args.seed, iteration)  # ranks may have drawn unequally much noise by now
+        rate = policy_rate(iteration, sizes.num_iterations, **pick(args, policy_rate))
+        engine.optimizer.param_groups[0]["lr"] = rate
+        shuffling = dealing_generator(args.seed, iteration)
         epochs = []
         with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):
                 averages = Averages()
-                for total, parts in minibatches(
-                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, dealing
-                ):
-                    for number, index in enumerate(parts, 1):
-                        mb = buffer.micro_batch(index, advantages, returns, weights, device)
-                        new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
-                        guard.check_ratio(new.logprobs, mb.old_logprobs)
-                        loss, metrics = ppo_loss(new, mb, total, **loss_flags)
-                        guard.check_gradients(backward(engine, loss, last=number == len(parts)), mb, loss)
-                        averages.add(metrics)
-                    preemption.exit_if_requested()
+                steps = minibatches(
+                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, shuffling
+                )
+                for mb, total, last in buffer.micro_batches(steps, advantages, returns, weights, device):
+                    new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
+                    guard.check_ratio(new.logprobs, mb.old_logprobs)
+                    loss, metrics = ppo_loss(new, mb, total, **loss_flags)
+                    guard.check_gradients(backward(engine, loss, last), mb, loss)
+                    averages.add(metrics)
+                    preemption.exit_if_requested(together=last)
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
-
         with logger.timer("update"):
-            value_metrics = critic.fit(returns, buffer.values, buffer.valid, dealing) if critic else {}
+            value_metrics = critic.fit(returns, buffer.values, buffer.valid, shuffling)
 
         # ------------------------------------------------------------------ log, evaluate, save
         stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
         metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics() | buffer.statistics(advantages, used)
         metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
-        metrics["train/actor/lr"] = engine.optimizer.param_groups[0]["lr"]
+        metrics["train/actor/lr"] = rate
         note = "only the critic learns" if iteration < args.critic_warmup_iterations else ""
         logger.write(iteration + 1, global_step, metrics, episodes, env_steps, note)
         if stopped or due(iteration, args.save_freq, sizes.num_iterations):
-            saved = save_checkpoint(
-                engine, run_dir, iteration + 1, global_step, envs.state_dict(), args.keep_checkpoints, critic
-            )
-            if stopped:  # --resume makes the evaluation again
-                preemption.exit(saved)
+            saved = save(iteration + 1)
+        if stopped:  # --resume makes the evaluation again
+            preemption.exit(saved)
 
     for opened in (logger, envs, eval_envs):
         opened.close()

@@ -369,9 +369,7 @@ def main(args: Args) -> None:
             logger.write_evaluation(iteration, num_seen, means)
         return means is not None
 
-    # that of the starting policy, or one that was broken off
-    wanted = start_iteration == 0 or due(start_iteration - 1, args.eval_freq, num_iterations)
-    if wanted and logger.lacks_evaluation(start_iteration) and not run_evaluation(start_iteration):
+    if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
         preemption.exit(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [], args.keep_checkpoints))
 
     for iteration in range(start_iteration, num_iterations):

@@ -197,7 +197,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
             with watch("act"):
                 tokens, logprobs, values = policy.act(inputs, args.temperature, noise)
             with watch("rest"):
-                buffer.add_decision(t, everything, inputs, tokens, logprobs, values, None)
+                buffer.add_decision(t, everything, inputs, tokens, logprobs)
                 actions = policy.decode(tokens)
             with watch("step"):
                 obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -211,6 +211,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
                     everything,
                     rewards=rewards,
                     valid=infos["valid"],
+                    values=values.cpu(),
                     final_values=final_values * truncations,
                     dones=terminations | truncations | infos["dropped"],
                 )

@@ -4,20 +4,21 @@
     obs = envs.reset()                                  # {"image": uint8 [N, H, W, 3], "task_description": N str}
     obs, rewards, terminations, truncations, infos = envs.step(actions)                     # actions [N, C, 7]
 
-With pipeline_stages=2 the envs are two half-batches, each with its own workers: one is simulated while the policy runs
-on the other. Episodes do not depend on it.
+A rollout of T decisions reads the same with one half (pipeline_stages=1: all N envs) and with two, each with its own
+workers: the policy acts on one half while the other is simulated. Episodes do not depend on it.
 
-    obs = envs.reset()
-    halves = envs.split(obs)
-    envs.step_async(policy(halves[0]), part=0)
-    for t in range(T):
-        envs.step_async(policy(halves[1]), part=1)      # part 0 is being simulated meanwhile
-        halves[0], *_ = envs.step_wait(part=0)
-        envs.step_async(policy(halves[0]), part=0)      # and here part 1
-        halves[1], *_ = envs.step_wait(part=1)
+    envs.reset()
+    for t, half, rows, obs, outcome in envs.pipeline(range(T + 1)):
+        if outcome is not None:
+            ...                                         # what came of decision t - 1 of the envs in `rows`
+        if t < T:
+            envs.step_async(policy(obs), half)
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,26 @@ from schemas import UserError
 # what one action may ask for, per dimension: the family's controller takes these as its bounds, and nothing sensible is
 # beyond them; any gripper value has a meaning (above 0.5 opens)
 ACTION_LIMITS = np.array([1.0] * 3 + [np.pi / 2] * 3 + [np.inf])  # m, rad, -
+
+
+class Outcome(NamedTuple):
+    """What came of a decision of n envs."""
+
+    obs: dict  # after the chunk
+    rewards: torch.Tensor  # float32 [n, C]
+    terminations: torch.Tensor  # bool [n], events of this step
+    truncations: torch.Tensor  # bool [n]
+    infos: dict  # see VectorEnv.step
+
+
+class Turn(NamedTuple):
+    """One half-batch whose turn it is to decide."""
+
+    t: int
+    half: int
+    rows: slice  # its envs
+    obs: dict  # what they see
+    outcome: Outcome | None  # of decision t - 1; None where none was begun
 
 
 def _cut(lower: int, upper: int, count: int) -> list[tuple[int, int]]:
@@ -63,6 +84,7 @@ class VectorEnv:
         self._groups: list = []
         self._in_flight: set[int] = set()  # parts between step_async and step_wait
         self._started = False
+        self._latest: list[dict] = []  # what each part saw last
         self._guarded(self._open, in_workers, num_env_workers, worker_timeout)
 
     def _open(self, in_workers: bool, num_env_workers: int, worker_timeout: float) -> None:
@@ -137,9 +159,9 @@ class VectorEnv:
             per_group.append(([wanted[i] for i in rows], [i - lower for i in rows]))
         seen = self._call("reset", per_group)
         self._started = True
-        return self._observation(range(len(self._groups)), seen)
+        return self._remembered(self._observation(range(len(self._groups)), seen))
 
-    def step(self, actions) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    def step(self, actions) -> Outcome:
         """Execute a chunk of C actions in every env that is running: step_async on all envs, then step_wait.
 
         Args: actions float [N, C, 7], torch or numpy, robot units: metres, Euler angles (rad), gripper (> 0.5 opens).
@@ -153,11 +175,29 @@ class VectorEnv:
         actions = self._checked(actions, self.num_envs)
         everything = range(len(self._groups))
         self._guarded(self._start_step, everything, actions)
-        return self._guarded(self._finish_step, everything)
+        outcome = self._guarded(self._finish_step, everything)
+        self._remembered(outcome.obs)
+        return outcome
 
-    def split(self, obs: dict) -> list[dict]:
-        """An observation of all N envs -> one of each part."""
-        return [{key: value[rows] for key, value in obs.items()} for rows in self.parts]
+    def pipeline(self, decisions: Iterable[int]) -> Iterator[Turn]:
+        """Whose turn it is, decision by decision and half by half, from what the envs saw last.
+
+        A half that you give actions with step_async() is simulated until its next turn, which brings the outcome. A
+        half that you give none rests.
+
+        Args:
+            decisions: t = 0, 1, ... One more than you decide brings the outcomes of the last one.
+        """
+        self._check_usable("pipeline", needs_reset=True)
+        for t in decisions:
+            for half, rows in enumerate(self.parts):
+                outcome = self.step_wait(half) if half in self._in_flight else None
+                yield Turn(t, half, rows, self._latest[half], outcome)
+
+    def _remembered(self, obs: dict) -> dict:
+        """Keep an observation of all N envs as what each part saw last, and return it."""
+        self._latest = [{key: value[rows] for key, value in obs.items()} for rows in self.parts]
+        return obs
 
     def step_async(self, actions, part: int = 0) -> None:
         """Begin a step of the envs in rows `parts[part]`; actions [n, C, 7], n of them."""
@@ -172,12 +212,14 @@ class VectorEnv:
         self._guarded(self._start_step, self._groups_of[part], actions)
         self._in_flight.add(part)
 
-    def step_wait(self, part: int = 0) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    def step_wait(self, part: int = 0) -> Outcome:
         """The result of what `step_async` began: as `step`'s, of that part alone (`ended` counts within it)."""
         if part not in self._in_flight:
             raise RuntimeError(f"step_wait({part}) without a step_async() of part {part}.")
         self._in_flight.remove(part)
-        return self._guarded(self._finish_step, self._groups_of[part])
+        outcome = self._guarded(self._finish_step, self._groups_of[part])
+        self._latest[part] = outcome.obs
+        return outcome
 
     def _start_step(self, chosen: range, actions: np.ndarray) -> None:
         first = self._bounds[chosen[0]][0]
@@ -185,7 +227,7 @@ class VectorEnv:
             lower, upper = self._bounds[k]
             self._groups[k].start("step", actions[lower - first : upper - first])
 
-    def _finish_step(self, chosen: range) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    def _finish_step(self, chosen: range) -> Outcome:
         results = [self._groups[k].finish() for k in chosen]
         rewards, valid, terminations, truncations, dropped = (
             torch.from_numpy(np.concatenate([result[key] for result in results]))
@@ -194,7 +236,7 @@ class VectorEnv:
         infos = {"valid": valid, "dropped": dropped} | self._ended(chosen, results)
         if self._spec.privileged:
             infos["states"] = torch.from_numpy(np.concatenate([result["states"] for result in results]))
-        return self._observation(chosen, results), rewards, terminations, truncations, infos
+        return Outcome(self._observation(chosen, results), rewards, terminations, truncations, infos)
 
     def _observation(self, chosen: range, seen: list[dict]) -> dict:
         images = np.concatenate([self._groups[k].images for k in chosen])  # [N, H, W, 3], a copy
@@ -283,7 +325,7 @@ class VectorEnv:
                 )
         seen = self._call("load_state_dict", self._split(state))
         self._started = state[0]["episode_id"] is not None
-        return self._observation(range(len(self._groups)), seen) if self._started else None
+        return self._remembered(self._observation(range(len(self._groups)), seen)) if self._started else None
 
     def close(self) -> None:
         """End all workers; safe to call twice."""

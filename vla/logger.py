@@ -249,6 +249,14 @@ class Logger:
         with writer(folder / f"eval_{iteration:06d}.mp4") as video:
             yield video
 
+    def owes_evaluation(self, eval_freq: int) -> bool:
+        """Whether this run begins with an evaluation: of the starting policy, or one that was interrupted.
+
+        All ranks together.
+        """
+        wanted = self.start_iteration == 0 or due(self.start_iteration - 1, eval_freq, self.num_iterations)
+        return wanted and self.lacks_evaluation(self.start_iteration)
+
     def lacks_evaluation(self, iteration: int) -> bool:
         """Whether the evaluation after so many iterations is not in evaluations.jsonl. All ranks together."""
         logged = [line["iteration"] for line in read_lines(self.run_dir / "evaluations.jsonl")] if self.enabled else []
@@ -377,7 +385,7 @@ def due(iteration: int, frequency: int, num_iterations: int) -> bool:
     return done == num_iterations or (frequency > 0 and done % frequency == 0)
 
 
-def rows(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+def row_dicts(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
     """{"return": [M], "episode_len": [M], ...} -> M dicts of floats."""
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 

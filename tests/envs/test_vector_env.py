@@ -203,6 +203,36 @@ def test_half_batches_in_this_process_and_calls_in_the_wrong_order():
         assert same(envs.step_wait(), rows(wanted, slice(0, 1)))
 
 
+def test_a_pipeline_of_halves_is_step_by_step_the_same():
+    """Outcomes come one turn later and a half that is given no actions rests, with one half and with two."""
+    kwargs = dict(image_size=(16, 16), seed=2, max_episode_steps=4, auto_reset=True)
+    actions = torch.as_tensor(busy_actions(3, 6)).view(3, 3, 2, 7)  # three decisions of two actions
+    with make(3, **kwargs) as envs:
+        first = envs.reset()
+        wanted = [envs.step(actions[:, t]) for t in range(3)]
+    for stages in (1, 2):
+        with make(3, pipeline_stages=stages, **kwargs) as envs:
+            envs.reset()
+            turns = []
+            for turn in envs.pipeline(range(4)):
+                turns.append(turn)
+                if turn.t < 3:
+                    envs.step_async(actions[turn.rows, turn.t], turn.half)
+            assert [(turn.t, turn.half) for turn in turns] == [(t, half) for t in range(4) for half in range(stages)]
+            for turn in turns:
+                if turn.t == 0:
+                    assert turn.outcome is None
+                    assert same(turn.obs, {key: value[turn.rows] for key, value in first.items()})
+                else:
+                    assert (
+                        same(tuple(turn.outcome), rows(wanted[turn.t - 1], turn.rows)) and turn.obs is turn.outcome.obs
+                    )
+            # nothing is in flight, and the next rollout begins where this one ended
+            again = list(envs.pipeline([0]))
+            assert all(turn.outcome is None for turn in again)
+            assert same(again[-1].obs, turns[-1].obs)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # workers that die, raise or hang
 # ---------------------------------------------------------------------------------------------------------------------

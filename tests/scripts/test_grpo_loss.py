@@ -6,14 +6,8 @@ from conftest import grpo_loss_of, ppo_loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_grpo import (
-    UPDATE_METRICS,
-    compute_group_advantages,
-    episode_weights,
-    fill_dead_groups,
-    live_groups,
-    roll_out,
-)
+from envs.vector import Outcome, Turn
+from train_grpo import UPDATE_METRICS, compute_group_advantages, episode_weights, fill_dead_groups, live_groups, rollout
 from train_ppo import compute_gae
 from vla.models.policy import PolicyInputs
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer
@@ -89,8 +83,10 @@ class Scripted:
     parts, num_envs = [slice(0, 4)], 4
     t = -1
 
-    def split(self, obs):
-        return [obs]
+    def pipeline(self, decisions):
+        for t in decisions:
+            outcome = self.step_wait(0) if self.t == t - 1 >= 0 else None
+            yield Turn(t, 0, self.parts[0], self.reset([]), outcome)
 
     def reset(self, episode_ids):
         return {"image": torch.zeros(4, 8, 8, 3)}
@@ -108,7 +104,7 @@ class Scripted:
         infos = {"valid": valid, "dropped": dropped, "ended": ended}
         infos["episode"] = {"success_once": terminations[ended].float()}
         rewards = torch.where(valid, torch.tensor([[1.0], [0.0], [0.0], [0.3]]), 0.0)
-        return self.reset([]), rewards, terminations, truncations, infos
+        return Outcome(self.reset([]), rewards, terminations, truncations, infos)
 
 
 class Actor:
@@ -125,8 +121,8 @@ class Actor:
 
 def test_an_episode_begun_anew_too_late_to_end_is_no_failure():
     """Its actions have no weight, nobody is compared with it, and it is in no statistics."""
-    buffer, noise = RolloutBuffer(3, 4, 1, (8, 8), 5), [torch.zeros(4, 1, 7)] * 4
-    episodes = roll_out(Actor(), Scripted(), [7, 7, 9, 9], iter(noise), 1.0, buffer, torch.device("cpu"))
+    buffer, noise = RolloutBuffer(3, 4, 1, (8, 8), 5), torch.zeros(3, 4, 1, 7)
+    episodes = rollout(Actor(), Scripted(), [7, 7, 9, 9], range(4), noise, 1.0, buffer, torch.device("cpu"))
     assert [episode["success_once"] for episode in episodes] == [1.0, 0.0, 0.0]
     assert buffer.dones.any(dim=0).tolist() == [True, True, True, False]
     assert buffer.valid[..., 0].tolist() == [

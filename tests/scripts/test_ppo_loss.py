@@ -9,7 +9,16 @@ from conftest import split_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_ppo import compute_gae, has_future, ppo_loss, used_advantages
+from envs.vector import Outcome
+from train_ppo import (
+    compute_gae,
+    has_future,
+    outcome_of_decision,
+    policy_rate,
+    ppo_loss,
+    surrogate_units,
+    used_advantages,
+)
 from vla.distributed import normalize
 from vla.models.policy import PolicyInputs, PolicyOutput, fan_kl
 from vla.training.rollout_buffer import MicroBatch
@@ -372,3 +381,48 @@ def test_fan_enters_the_loss_of_the_policy():
         PolicyOutput(tokens, tokens, zeros, fan), mb, 1.0, **flags, value_clip=None, huber_delta=1.0, vf_coef=1.0
     )
     assert loss.item() == pytest.approx(1.4) and metrics["train/actor/fan_kl"].item() == pytest.approx(0.7)
+
+
+def test_what_came_of_a_decision():
+    """Env 0 goes on, 1 is cut, 2 succeeds, 3 is lost with its worker: which V follows each, by --bootstrap."""
+    outcome = Outcome(
+        obs={},
+        rewards=torch.tensor([[0.0], [0.0], [1.0], [0.0]]),
+        terminations=torch.tensor([False, False, True, False]),
+        truncations=torch.tensor([False, True, False, False]),
+        infos={
+            "valid": torch.tensor([[True], [True], [True], [False]]),
+            "ended": torch.tensor([1, 2]),
+            "final_observation": {"V": torch.tensor([5.0, 6.0])},
+            "dropped": torch.tensor([False, False, False, True]),
+        },
+    )
+    asked = []
+
+    def value_of(obs):
+        asked.append(obs)
+        return obs["V"]
+
+    decision_values, chunk_values = torch.arange(4.0), torch.full((4, 1), 9.0)
+    for bootstrap, wanted in (("truncation", [0, 5, 0, 3]), ("always", [0, 5, 6, 3]), ("never", [0, 0, 0, 3])):
+        fields = outcome_of_decision(outcome, decision_values, chunk_values, value_of, bootstrap)
+        assert fields["final_values"].tolist() == wanted
+        assert fields["dones"].tolist() == [False, True, True, True] and fields["values"] is chunk_values
+    assert len(asked) == 2  # where nothing is bootstrapped the critic is not asked
+
+
+def test_the_units_of_a_ratio():
+    """Tokens, actions and chunks: one shape each, and weights that add up to the same."""
+    log_ratio = torch.arange(12.0).view(1, 2, 6) / 10
+    advantages, weights = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 3.0]])
+    for level, shape in (("token", (1, 2, 6)), ("action", (1, 2)), ("chunk", (1, 1))):
+        units = surrogate_units(log_ratio, advantages, weights, level)
+        assert [tuple(unit.shape) for unit in units] == [shape] * 3
+        assert float(units[0].sum()) == pytest.approx(6.6) and float(units[2].sum()) == pytest.approx(4.0)
+    assert units[1].tolist() == [[2.0]]  # a chunk has the advantage of its first action
+
+
+def test_the_rate_while_only_the_critic_learns():
+    flags = dict(learning_rate=0.1, schedule="linear", critic_warmup_iterations=2)
+    assert [policy_rate(i, 10, **flags) for i in (0, 1)] == [0.0, 0.0]
+    assert policy_rate(5, 10, **flags) == pytest.approx(0.05)

@@ -4,23 +4,20 @@ import pytest
 import torch
 
 from vla.models.policy import PolicyInputs, uniform_noise
-from vla.training.rollout_buffer import RolloutBuffer, dealing_generator, minibatch_indices, split_padded
+from vla.training.rollout_buffer import RolloutBuffer, dealing_generator, minibatch_indices, minibatches, split_padded
 
 ALL = slice(0, 2)
 
 
 def decision(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
-    return {
-        "tokens": torch.zeros(n, c, 7, dtype=torch.int64),
-        "logprobs": torch.zeros(n, c, 7),
-        "values": torch.zeros(n, c),
-    }
+    return {"tokens": torch.zeros(n, c, 7, dtype=torch.int64), "logprobs": torch.zeros(n, c, 7)}
 
 
 def outcome(n: int = 2, c: int = 1) -> dict[str, torch.Tensor]:
     return {
         "rewards": torch.zeros(n, c),
         "valid": torch.ones(n, c, dtype=torch.bool),
+        "values": torch.zeros(n, c),
         "dones": torch.zeros(n, dtype=torch.bool),
         "final_values": torch.zeros(n),
     }
@@ -36,11 +33,11 @@ def test_nothing_is_broadcast_into_the_buffer():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     buffer.add_decision(0, ALL, inputs(), **decision())
     buffer.add_outcome(0, ALL, **outcome())
-    for name, wrong in (("logprobs", torch.zeros(2, 1, 1)), ("values", torch.zeros(2))):
+    with pytest.raises(ValueError, match="logprobs"):
+        buffer.add_decision(1, ALL, inputs(), **decision() | {"logprobs": torch.zeros(2, 1, 1)})
+    for name in ("dones", "values"):
         with pytest.raises(ValueError, match=name):
-            buffer.add_decision(1, ALL, inputs(), **decision() | {name: wrong})
-    with pytest.raises(ValueError, match="dones"):
-        buffer.add_outcome(1, ALL, **outcome() | {"dones": torch.zeros(2)})
+            buffer.add_outcome(1, ALL, **outcome() | {name: torch.zeros(2)})
     with pytest.raises(ValueError, match="stores"):
         buffer.add_outcome(1, ALL, **{k: v for k, v in outcome().items() if k != "rewards"})
     with pytest.raises(ValueError, match="stores"):  # nobody asked for a reference
@@ -52,13 +49,9 @@ def test_halves_are_stored_where_they_belong():
     for here, size in ((slice(0, 1), 1), (slice(1, 3), 2)):
         values = torch.arange(here.start, here.stop).float()[:, None]
         buffer.add_decision(
-            0,
-            here,
-            inputs(size),
-            **decision(size) | {"values": values},
-            reference_logprobs=torch.full((size, 1, 7), float(size)),
+            0, here, inputs(size), **decision(size), reference_logprobs=torch.full((size, 1, 7), float(size))
         )
-        buffer.add_outcome(0, here, **outcome(size) | {"rewards": values + 10})
+        buffer.add_outcome(0, here, **outcome(size) | {"values": values, "rewards": values + 10})
     assert buffer.values[0, :, 0].tolist() == [0, 1, 2] and buffer.rewards[0, :, 0].tolist() == [10, 11, 12]
     mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, torch.device("cpu"))
     assert mb.reference_logprobs[:, 0, 0].tolist() == [1, 2, 2]
@@ -67,7 +60,8 @@ def test_halves_are_stored_where_they_belong():
 def test_micro_batch_picks_decision_t_n():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     for t in range(3):
-        buffer.add_decision(t, ALL, inputs(), **decision() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
+        buffer.add_decision(t, ALL, inputs(), **decision())
+        buffer.add_outcome(t, ALL, **outcome() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
     mb = buffer.micro_batch(torch.tensor([0, 3, 4]), *[buffer.values] * 3, torch.device("cpu"))
     assert mb.old_values[:, 0].tolist() == [0.0, 11.0, 20.0]
     assert mb.tokens.shape == (3, 1, 7) and mb.inputs.images.shape == (3, 8, 8, 3)
@@ -133,3 +127,25 @@ def test_statistics_are_of_the_advantages_that_the_loss_reads():
     advantages, used = torch.tensor([[[1.0, 50.0], [-1.0, 70.0]]]), torch.tensor([[[True, False], [True, False]]])
     found = buffer.statistics(advantages, used)
     assert [found[f"rollout/advantages_{name}"] for name in ("min", "mean", "max")] == [-1.0, 0.0, 1.0]
+
+
+def test_micro_batches_end_with_their_optimizer_step():
+    """Every decision comes once, with the weight of its own minibatch, and only a step's last part is marked."""
+    buffer = RolloutBuffer(4, 2, 1, (8, 8), 5)
+    buffer.tokens[...] = torch.arange(8).view(4, 2, 1, 1).expand(4, 2, 1, 7)
+    weights = torch.ones(4, 2, 1)
+    steps = minibatches(weights, 2, 0, 2, 3, torch.Generator().manual_seed(0))
+    zeros = torch.zeros(4, 2, 1)
+    found = list(buffer.micro_batches(steps, zeros, zeros, weights, torch.device("cpu")))
+    assert [(len(mb.tokens), total, last) for mb, total, last in found] == [(3, 4.0, False), (1, 4.0, True)] * 2
+    assert sorted(token for mb, _, _ in found for token in mb.tokens[:, 0, 0].tolist()) == list(range(8))
+
+
+def test_a_reference_is_asked_for_only_where_it_is_kept():
+    class Actor:
+        def reference_logprobs(self, inputs, tokens, temperature):
+            return tokens * temperature
+
+    kept = RolloutBuffer(1, 2, 1, (8, 8), 5, keeps_reference=True)
+    assert kept.reference_of(Actor(), inputs(), torch.ones(2), 0.5).tolist() == [0.5, 0.5]
+    assert RolloutBuffer(1, 2, 1, (8, 8), 5).reference_of(None, inputs(), torch.ones(2), 0.5) is None

@@ -42,8 +42,8 @@ from vla.training.checkpoint import (
     prune,
     put_in_place,
 )
+from vla.training.critics import StateCritic
 from vla.training.optimizer_state import open_pieces
-from vla.training.state_critic import StateCritic
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = "optimizer/rank_00000.safetensors"

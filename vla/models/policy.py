@@ -333,6 +333,16 @@ def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) ->
     return torch.rand(num_envs, chunk_size, ACTION_DIM, dtype=torch.float64, generator=generator)
 
 
+def rollout_noise(
+    num_decisions: int, num_envs: int, rows: slice, chunk_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """The noise of a rollout for some of num_envs envs: float64 [num_decisions, n, chunk_size, 7].
+
+    It is drawn for all envs and then cut, so an env's noise does not depend on how many ranks share the envs.
+    """
+    return torch.stack([uniform_noise(num_envs, chunk_size, generator)[rows] for _ in range(num_decisions)])
+
+
 def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> torch.Tensor:
     """logprobs [..., 256], noise [...] in [0, 1) -> bins int64 [...], by inverting the cumulative distribution.
 

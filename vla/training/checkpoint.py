@@ -5,7 +5,7 @@
         policy/                the published layout (models/saving.py): what evaluation and other code bases load
         optimizer/             one file per rank: fp32 weights and Adam's moments, see optimizer_state.py
         envs.safetensors       where every env stood: stream position, episode, actions so far; knows nothing of ranks
-        critic.safetensors     the critic beside the engine, where there is one (state_critic.py)
+        critic.safetensors     the critic beside the engine, where there is one (critics.py)
         state.json             iteration, global_step, what is trained, size and CRC-32 of every file above; last
 
 Everything random is a function of (seed, iteration), so no generator state is kept. A checkpoint is written beside its
@@ -37,9 +37,9 @@ from vla.files.trees import REMEDY, checksum, load_old_tree, load_tree, one_line
 from vla.models.published import check_base
 from vla.models.saving import save_policy, saves_adapter_alone
 from vla.start.resume import check_resumed
+from vla.training.critics import StateCritic
 from vla.training.optimizer_state import load_shards, local_shards, save_shards, shard_file
 from vla.training.stages import whole_state_dict
-from vla.training.state_critic import StateCritic
 
 FORMAT = 3  # of state.json and the files beside it
 OLD_FORMAT = 2  # without checksums; envs.pt and critic.pt are pickled, and read as data alone

@@ -38,8 +38,8 @@ import torch
 
 from vla.distributed import REQUEUE, Engine, agree, all_reduce_max, barrier, print0, rank
 from vla.training.checkpoint import checkpoint_dir, damage, save_checkpoint
+from vla.training.critics import StateCritic
 from vla.training.optimizer_state import Snapshot
-from vla.training.state_critic import StateCritic
 
 Item = TypeVar("Item")
 
@@ -118,9 +118,13 @@ class Preemption(StopRequest):
         self.iteration, self.global_step, self.env_states = iteration, global_step, env_states
         self.start.take(self.engine)
 
-    def exit_if_requested(self) -> None:
-        """All ranks together. Was any of them asked to end: undo the iteration, save, SystemExit with REQUEUE."""
-        if not self.agreed():
+    def exit_if_requested(self, together: bool = True) -> None:
+        """Where any rank was asked to end: undo the iteration, save, SystemExit with REQUEUE.
+
+        Args:
+            together: all ranks are here. Where it is False nothing happens.
+        """
+        if not together or not self.agreed():
             return
         folder = checkpoint_dir(self.run_dir, self.iteration)
         if agree(damage(folder) if rank() == 0 else None):  # there is none yet, or no whole one

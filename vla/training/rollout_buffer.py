@@ -8,6 +8,7 @@ log-probability in seven columns and so trained with 7 times the policy loss.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, mas
 from vla.models.action_tokens import ACTION_DIM
 from vla.models.policy import PolicyInputs, VLAPolicy
 
-OUTCOME = {"rewards", "valid", "dones", "final_values"}  # what is known only after a decision was executed
+# what is known only after a decision was executed; a critic on the simulator's state sees all states of the chunk then
+OUTCOME = {"rewards", "valid", "values", "dones", "final_values"}
 
 
 class MicroBatch(NamedTuple):
@@ -93,6 +95,12 @@ class RolloutBuffer:
         except KeyError:
             raise AttributeError(name) from None
 
+    def reference_of(
+        self, actor: VLAPolicy, inputs: PolicyInputs, tokens: torch.Tensor, temperature: float
+    ) -> torch.Tensor | None:
+        """Log-probabilities of the starting policy, [n, C, D]; None where this buffer does not keep them."""
+        return actor.reference_logprobs(inputs, tokens, temperature) if self.keeps_reference else None
+
     def add_decision(
         self,
         t: int,
@@ -100,17 +108,16 @@ class RolloutBuffer:
         inputs: PolicyInputs,
         tokens: torch.Tensor,
         logprobs: torch.Tensor,
-        values: torch.Tensor,
         reference_logprobs: torch.Tensor | None = None,
     ) -> None:
         """Store decision t of some envs: what the policy saw and answered. Shapes and dtypes must be exact."""
-        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs, "values": values}
+        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs}
         fields["reference_logprobs"] = reference_logprobs
         fields = {name: field for name, field in fields.items() if field is not None}
         self._store(t, envs, fields, self.fields.keys() - OUTCOME)
 
     def add_outcome(self, t: int, envs: slice, **outcome: torch.Tensor) -> None:
-        """Store what came of decision t: rewards, valid, dones, final_values. Shapes and dtypes must be exact."""
+        """Store what came of decision t: all fields of OUTCOME. Shapes and dtypes must be exact."""
         self._store(t, envs, outcome, OUTCOME)
 
     def _store(self, t: int, envs: slice, values: dict[str, torch.Tensor], expected: set[str]) -> None:
@@ -170,6 +177,28 @@ class RolloutBuffer:
             pick(weights) * (0.0 if empty else 1.0),
             pick(self.reference_logprobs) if self.keeps_reference else None,
         )
+
+    def micro_batches(
+        self,
+        steps: Iterable[tuple[float, list[torch.Tensor]]],
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        weights: torch.Tensor,
+        device: torch.device,
+    ) -> Iterator[tuple[MicroBatch, float, bool]]:
+        """The micro batches of every optimizer step in turn.
+
+        Args:
+            steps: of minibatches(). advantages, returns, weights: [T, N, C].
+
+        Yields:
+            the micro batch, the weight of its whole minibatch, and whether it is the last one of its optimizer step.
+            The last ones come on all ranks together.
+        """
+        for total_weight, parts in steps:
+            for number, index in enumerate(parts, 1):
+                mb = self.micro_batch(index, advantages, returns, weights, device)
+                yield mb, total_weight, number == len(parts)
 
     def statistics(self, advantages: torch.Tensor, used: torch.Tensor) -> dict[str, float]:
         """Metrics of a rollout, over all ranks. advantages: [T, N, C]. used: bool [T, N, C], those the loss reads."""

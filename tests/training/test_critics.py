@@ -9,7 +9,7 @@ import torch
 from envs import make_envs
 from vla.files.trees import load_tree, save_tree
 from vla.training import state_critic
-from vla.training.state_critic import StateCritic
+from vla.training.critics import StateCritic
 
 T, N, C, S = 6, 4, 2, 5
 CPU = torch.device("cpu")

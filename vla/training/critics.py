@@ -1,14 +1,17 @@
-"""A critic that reads the simulator's state instead of the language model's hidden state (`--critic state`).
+"""The two critics of PPO, with one interface for the rollout.
 
-In simulation the critic may know what the policy has to find out from a picture: poses, grasps, how much time is left
-("asymmetric actor critic", arXiv 1710.06542; time in the critic's input: arXiv 1712.00378). A baseline may depend on
-anything but the action it judges: it adds no bias to the policy gradient and takes variance away (below lambda 1 a
-wrong V biases the gradient, as any critic's does). It also sees the state before each action of a chunk, where the
-language model's hidden state is known once per chunk.
+HiddenCritic is the published one: a value head on the language model's hidden state, a part of the model. Its loss is a
+term of ppo_loss.
 
-It is a small network beside the engine: every rank has the whole of it and fits it to all ranks' experience in the
-same order, so ranks stay alike without a reduction, and their number decides nothing. It is needed for training alone;
-the policy that is saved has no critic.
+StateCritic reads the simulator's state (`--critic state`). In simulation the critic may know what the policy has to
+find out from an image: poses, grasps, how much time is left ("asymmetric actor critic", arXiv 1710.06542; time in the
+critic's input: arXiv 1712.00378). A baseline may depend on anything but the action it judges: it adds no bias to the
+policy gradient and removes variance. (Below lambda 1 a wrong V biases the gradient, as any critic's does.) It also sees
+the state before each action of a chunk. The language model's hidden state is known once per chunk.
+
+StateCritic is a small network beside the engine. Every rank has the whole of it and fits it to all ranks' experience in
+the same order. So ranks stay alike without a reduction, and their number changes nothing. Only training needs it: the
+policy that is saved has no critic.
 
     T decisions per rollout   N envs on this rank   C actions per decision   S numbers per state
 """
@@ -17,11 +20,32 @@ import torch
 from torch import nn
 
 from vla.distributed import all_gather_lists
+from vla.models.policy import VLAPolicy
 from vla.models.value_head import value_errors
 
 WIDTH = 256
 BATCH = 256  # actions per optimizer step
 LIMIT = 5.0  # standard deviations beyond which an input is cut off
+
+
+class HiddenCritic:
+    """V of the language model's hidden state, which the policy computes as it acts."""
+
+    def value(self, actor: VLAPolicy, obs: dict) -> torch.Tensor:
+        """V of observations, fp32 [n], on the CPU. One pass over the prompt."""
+        return actor.value(actor.prepare(obs, actor.device))[:, 0].float().cpu()
+
+    def decision_values(self, obs: dict, values: torch.Tensor) -> torch.Tensor:
+        """V of what the policy saw when it decided, on the CPU. values: [n, C], the policy's own."""
+        return values.cpu()
+
+    def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: torch.Tensor) -> torch.Tensor:
+        """V before each action of decision t, [n, C]: known since the decision."""
+        return decision_values
+
+    def fit(self, *rollout: torch.Tensor | torch.Generator) -> dict[str, float]:
+        """Nothing: the engine trains this critic together with the policy."""
+        return {}
 
 
 class StateCritic:
@@ -59,9 +83,23 @@ class StateCritic:
         nn.init.zeros_(self.net[-1].weight)  # it begins with one V for all states, its bias
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=value_learning_rate, weight_decay=0.01)
         # count, mean and sum of squared differences from it, of every state so far: float64 [S]
-        self.count, self.mean, self.squares = 0, *torch.zeros(2, state_size, dtype=torch.float64)
+        self.count = 0
+        self.mean = torch.zeros(state_size, dtype=torch.float64)
+        self.squares = torch.zeros(state_size, dtype=torch.float64)
 
     # ------------------------------------------------------------------ rollout
+    def value(self, actor: VLAPolicy, obs: dict) -> torch.Tensor:
+        """V of observations, fp32 [n], on the CPU."""
+        return self(obs["state"])
+
+    def decision_values(self, obs: dict, values: torch.Tensor) -> torch.Tensor:
+        """V of the state when the policy decided, [n, 1]. values: the policy's own, which has no critic."""
+        return self(obs["state"])[:, None]
+
+    def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: torch.Tensor) -> torch.Tensor:
+        """V of the states before each action of decision t, [n, C], which are stored for fit()."""
+        return self.store(t, envs, infos["states"])
+
     def store(self, t: int, envs: slice, states: torch.Tensor) -> torch.Tensor:
         """Keep the states before the actions of decision t of some envs, [n, C, S]. Returns their values [n, C]."""
         slot = self.states[t, envs]
