@@ -8,7 +8,7 @@ import torch
 
 from envs import make_envs
 from vla.files.trees import load_tree, save_tree
-from vla.training import state_critic
+from vla.training import critics
 from vla.training.critics import StateCritic
 
 T, N, C, S = 6, 4, 2, 5
@@ -86,7 +86,7 @@ def test_what_it_normalises_by_is_the_mean_and_variance_of_all_that_was_executed
     torch.testing.assert_close(critic.mean, seen.mean(0), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(critic.squares / critic.count, seen.var(0, correction=0), rtol=1e-9, atol=1e-9)
     far = torch.full((S,), 1e6)
-    assert critic._normalized(far).tolist() == [state_critic.LIMIT] * S
+    assert critic._normalized(far).tolist() == [critics.LIMIT] * S
 
 
 def test_two_ranks_are_as_one(monkeypatch):
@@ -98,7 +98,7 @@ def test_two_ranks_are_as_one(monkeypatch):
         halved = (slice(0, 2), slice(2, 4))
         values = torch.cat([half(states[:, part]) for half, part in zip(halves, halved)], 1)
         parts = [tuple(x[:, part].numpy() for x in (states, returns, values, valid)) for part in halved]
-        monkeypatch.setattr(state_critic, "all_gather_lists", lambda mine, parts=parts: parts)
+        monkeypatch.setattr(critics, "all_gather_lists", lambda mine, parts=parts: parts)
         for number, half in enumerate(halves):
             fit(half, seed, slice(2 * number, 2 * number + 2))
         monkeypatch.undo()
