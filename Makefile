@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 override PRESET := $(value PRESET)
 export PRESET RANKS GPUS ARGS
 
-.PHONY: setup train warmup results reproduce test bench lint clean
+.PHONY: setup train warmup results reproduce test bench lint docs clean
 
 setup: .venv/.ready
 
@@ -74,5 +74,14 @@ bench: setup
 lint: setup
 	ruff check . && ruff format --check .
 
+# the website of README.md and docs/, in site/; make docs ARGS=serve shows it while you write
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs $(or $(ARGS),build --strict)
+
+.venv-docs/.ready: requirements-docs.txt
+	python3 -m venv .venv-docs
+	.venv-docs/bin/pip install -q --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-docs site

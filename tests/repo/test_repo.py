@@ -1,6 +1,8 @@
-"""What README says exists, and imports point one way."""
+"""What README and docs say exists, and imports point one way."""
 
 import ast
+import functools
+import json
 import re
 from pathlib import Path
 
@@ -151,92 +153,194 @@ def test_same_name_same_text(one, other):
         assert ours[name] == theirs[name], f"{name} differs between {one}.py and {other}.py"
 
 
-def test_every_path_in_readme_exists():
-    tree = re.search(r"## Files\n+```\n(.*?)```", README, re.S).group(1)
-    paths = [word for line in tree.splitlines() for word in re.split(r"  +", line)[:-1]]
-    paths += re.findall(r"`((?:vla|envs|yaml|ds_configs|tests|slurm|benchmarks)/[\w./]*)`", README)
-    paths += re.findall(r"--config (\S+)", README)
-    assert len(paths) > 25
-    for path in paths:
-        assert (ROOT / path).exists(), f"README names {path}"
+# ---------------------------------------------------------------------- README and docs say what is there
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+FOLDERS = "vla|envs|schemas|yaml|ds_configs|tests|slurm|benchmarks|checkpoints|results|docs|dev"
 
 
-def test_every_python_file_stands_in_readme():
+def every_page(function):
+    return pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))(function)
+
+
+def test_readme_is_one_page():
+    lines = README.splitlines()
+    assert len(lines) <= 200, f"README has {len(lines)} lines"
+    assert max(lines, key=len) == "" or len(max(lines, key=len)) <= 120, max(lines, key=len)
+    assert "```bash\nmake train" in README
+
+
+@every_page
+def test_a_page_is_short_and_reachable(page):
+    text = page.read_text()
+    assert len(text.splitlines()) <= 200
+    if page != ROOT / "README.md":
+        assert f"](docs/{page.name})" in README, f"README does not link {page.name}"
+        first = re.split(r"(?<=[.!?])\s", text.split("\n\n")[1])[0]
+        assert first.startswith("This page answers "), f"{page.name} begins with: {first}"
+
+
+@every_page
+def test_every_link_leads_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+        place = (page.parent / target).resolve() if target else page
+        assert place.exists(), f"{page.name} links {target}"
+        if anchor:
+            assert anchor in anchors(place), f"{page.name} links {target}#{anchor}: there are {sorted(anchors(place))}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and mkdocs make of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@every_page
+def test_every_path_exists(page):
+    text = page.read_text()
+    paths = re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text) + re.findall(r"--config (yaml/[\w.]+)", text)
+    paths += re.findall(r"`([a-z_]+\.(?:py|md|sh|txt|toml))`", text)
+    made_by_a_run = {"results.md"}
+    for path in set(paths) - made_by_a_run:
+        assert (ROOT / path).exists() or list(ROOT.glob(f"*/{path}")), f"{page.name} names {path}"
+
+
+def test_every_python_file_stands_in_the_code_tour():
+    tour = (ROOT / "docs" / "code_tour.md").read_text()
     for path in MODULES:
+        name = path.relative_to(ROOT)
         if path.name != "__init__.py":
-            assert f"{path.relative_to(ROOT)} " in README, f"README's tree lacks {path.relative_to(ROOT)}"
+            assert tour.count(f"| [{name}](../{name}) | ") == 1, f"docs/code_tour.md lacks {name}"
+    measuring = (ROOT / "docs" / "performance.md").read_text()
+    for path in ROOT.glob("benchmarks/*.py"):
+        assert f"| [benchmarks/{path.name}](" in measuring, f"docs/performance.md lacks benchmarks/{path.name}"
 
 
-def test_every_command_in_readme_exists():
-    """make targets are in the Makefile, scripts exist, and every flag that stands in README is a flag."""
+@functools.cache
+def known_flags() -> set[str]:
+    """Every flag of a script, of a program in benchmarks/, of doctor.py, and of the tools that the docs start."""
     import collect_demos
     import evaluate
     import train_grpo
     import train_ppo
     import train_sft
 
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make (\w+)", README, re.M):
+    flags = {"help", "num_gpus", "nodes", "gpus", "ntasks", "cpus", "local", "shm"}  # launchers, sbatch, hf, docker
+    flags |= {"hostfile", "no_ssh", "node_rank", "master_addr", "master_port"}  # of deepspeed
+    flags |= {"traj_path", "logdir"}  # of ManiSkill's replay, of tensorboard
+    for script in (train_ppo, train_grpo, train_sft, collect_demos, evaluate):
+        flags |= script.Args.__dataclass_fields__.keys()
+    programs = [ROOT / "doctor.py", *ROOT.glob("benchmarks/*.py")]
+    return flags | set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in programs)))
+
+
+@every_page
+def test_every_command_exists(page):
+    """make targets are in the Makefile, scripts exist, every flag is one, every make variable is read."""
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
-    for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \d+)* (\w+\.py)", README):
+    for variable in re.findall(r"make [\w-]+ ([A-Z_]+)=", text):
+        assert f"{variable} ?=" in makefile, f"make {variable}="
+    for script in re.findall(r"(?:deepspeed|python)(?: --\w+ \S+)* ((?:\w+/)*\w+\.py)", text):
         assert (ROOT / script).exists(), script
-    others = {"num_gpus", "gpu_memory", "help", "renderer", "download", "nodes"}  # of launchers and of doctor.py
-    others |= {"hostfile", "no_ssh", "node_rank", "master_addr"}  # of deepspeed
-    others |= {"traj_path", "logdir", "local"}  # of ManiSkill's replay, of tensorboard, --local-dir of hf
-    others |= set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))))
-    for flag in re.findall(r"--(?:no-)?([a-z]\w+)", README):
-        scripts = (train_ppo, train_grpo, train_sft, collect_demos, evaluate)
-        known = any(flag in script.Args.__dataclass_fields__ for script in scripts)
-        assert known or flag in others, f"README names --{flag}"
+    flags = known_flags()
+    for flag in re.findall(r"--(?:no-)?([a-z][a-z_]*)", text):
+        assert flag in flags or flag.removeprefix("no_") in flags, f"{page.name} names --{flag}"
 
 
-LINK = re.compile(r"\[([\w/]+\.py):(\d+)\]\(([\w/]+\.py)#L(\d+)\): `([^`]+)`")
-
-
-def lines_with(fragment: str, path: str) -> list[int]:
-    """Numbers of the lines that hold a piece of code, from 1."""
-    return [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if fragment in line]
-
-
-def test_every_linked_line_holds_what_is_said_of_it():
-    """`[file.py:12](file.py#L12): `code`` in README: the code stands on that line or the next, and nowhere else."""
-    links = LINK.findall(README)
-    assert len(links) == len(re.findall(r"#L\d", README)) >= 20
-    for path, number, target, anchor, fragment in links:
-        assert (path, number) == (target, anchor), f"README's link {path}:{number} leads to {target}:{anchor}"
-        found = lines_with(fragment, path)
-        assert len(found) == 1, f"{path} has `{fragment}`, which README links, on lines {found or 'none'}"
-        assert found[0] - int(number) in (0, 1), (
-            f"README links {path}:{number} for `{fragment}`, which is on line {found[0]}: "
-            "`python tests/repo/test_repo.py` puts the numbers right"
-        )
-
-
-def test_numbers_in_readme_are_put_right():
-    wrong = re.sub(r":(\d+)\]\((.*?)#L\d+\)", r":7](\2#L9)", README)
-    assert wrong != README and with_right_numbers(wrong) == with_right_numbers(README)
-
-
-def with_right_numbers(text: str) -> str:
-    """README with every link to a line leading to where its code stands now."""
-
-    def right(link: re.Match) -> str:
-        path, fragment = link[1], link[5]
-        found = lines_with(fragment, path)
-        number = found[0] if len(found) == 1 else int(link[2])  # none, or several: for the test to say
-        return f"[{path}:{number}]({path}#L{number}): `{fragment}`"
-
-    return LINK.sub(right, text)
-
-
-def test_ci_runs_readmes_test_command():
-    assert "make test" in (ROOT / ".ci" / "run").read_text() and "```bash\nmake train" in README
+@functools.cache
+def all_metrics() -> set[str]:
+    """Tags that the code writes, and those of a run that is kept."""
+    tags = set(re.findall(r'"((?:train|rollout)/[\w/]+)"', "".join(path.read_text() for path in MODULES)))
+    kept = ROOT / "results" / "make_train" / "seed_0"
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        for line in (kept / name).read_text().splitlines():
+            tags |= {tag for tag in json.loads(line) if "/" in tag}
+    return tags
 
 
 def test_every_metric_is_explained():
-    source = "".join(path.read_text() for path in MODULES)
-    for tag in re.findall(r'"((?:train|rollout)/[\w/]+)"', source):
-        assert f"`{tag}`" in README, f"README's table lacks {tag}"
+    table = (ROOT / "docs" / "metrics.md").read_text()
+    assert len(all_metrics()) > 40
+    for tag in all_metrics():
+        assert f"`{tag}`" in table, f"docs/metrics.md lacks {tag}"
+
+
+@every_page
+def test_every_metric_that_is_named_exists(page):
+    for tag in re.findall(r"`((?:train|rollout|env|eval|time|memory)/\w[\w/]*)`", page.read_text()):
+        assert tag in all_metrics(), f"{page.name} names {tag}"
+
+
+DETAIL = re.compile(r"\[[\w/]+\.py\]\(\.\./([\w/]+\.py)\),\s+`(\w+)`:\s+`([^`]+)`")
+
+
+def function_text(path: str, name: str) -> str:
+    """The text of the one function or method of a file that has this name."""
+    text = (ROOT / path).read_text()
+    found = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name
+    ]
+    return "\n".join(ast.get_source_segment(text, node) for node in found)
+
+
+def test_every_detail_stands_in_the_function_that_is_named():
+    """docs/algorithms.md: [file.py](../file.py), `function`: `code`. The code stands there, and once."""
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    details = DETAIL.findall(text)
+    section = text[text.index("## Implementation details") : text.index("## More differences")]
+    assert len(details) == section.count("](../") >= 12
+    for path, function, code in details:
+        count = function_text(path, function).count(code)
+        assert count == 1, f"`{code}` stands {count} times in {function}() of {path}, docs/algorithms.md says once"
+
+
+@every_page
+def test_prose_is_plain(page):
+    """Short sentences, hardly a semicolon, at most three numbers in a sentence, the words of the field."""
+    from prose import NUMBER, measure
+
+    prose = measure(page.read_text())
+    assert prose.median_words <= 16
+    assert prose.semicolons < 0.3
+    full = [sentence for sentence in prose.sentences if len(NUMBER.findall(sentence)) > 3]
+    assert not full, f"more than three numbers: {full}"
+    assert not prose.banned, prose.banned
+
+
+def test_prose_is_measured_right():
+    from prose import measure
+
+    text = "# A title; 1 2 3\n\nOne `a; 1` two. Three\nfour 5; six?\n\n- seven\n\n```\n9; 9\n```\n\n| 8; 8 | mend |\n"
+    prose = measure(text)
+    assert prose.sentences == ["One code two.", "Three four 5; six?", "seven"]
+    assert (prose.median_words, prose.most_numbers, prose.semicolons) == (3, 1, 100 / 8)
+    assert prose.banned == ["'mend' (write: fix)"]
+
+
+def test_messages_in_troubleshooting_are_ours():
+    """The first column of docs/troubleshooting.md quotes what a user sees; `...` stands for what varies."""
+    texts = []
+    for path in [*MODULES, *ROOT.glob("*.sh")]:
+        texts.append(path.read_text())
+        if path.suffix == ".py":
+            texts += [said for node in ast.walk(ast.parse(texts[-1])) if (said := spoken(node))]
+    said = "\n".join(texts)
+    foreign = {"CUDA out of memory"}
+    rows = re.findall(r"^\| (.*?) \| ", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    quoted = {quote for row in rows for quote in re.findall(r"`([^`]+)`", row)} - foreign - all_metrics()
+    assert len(quoted) > 20
+    unsaid = {quote for quote in quoted for piece in quote.split("...") if piece.strip(" ,;:") not in said}
+    assert not unsaid, f"docs/troubleshooting.md quotes what nothing says: {unsaid}"
+
+
+def spoken(node: ast.AST) -> str:
+    """A string of the code as it is printed, `...` where a value is put in; "" for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def test_nothing_is_unpickled():
@@ -278,7 +382,3 @@ def test_every_third_party_import_is_pinned():
             assert of_module.get(package, package).lower() in pinned, (
                 f"{path.name} imports {package}, which is not pinned"
             )
-
-
-if __name__ == "__main__":
-    (ROOT / "README.md").write_text(with_right_numbers(README))
