@@ -111,6 +111,12 @@ def mend(found: str, remedy: str) -> Finding:
 
 
 # ---------------------------------------------------------------------- what is installed
+def check_version() -> Finding:
+    """SoloVLA's version. The file is read as text, since an import of vla needs torch."""
+    found = re.search(r'^VERSION = "(.+?)"', (ROOT / "vla" / "__init__.py").read_text(), re.M)
+    return ok(f"SoloVLA {found[1]}")
+
+
 def check_python() -> Finding:
     version = sys.version.split()[0]
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
@@ -446,6 +452,7 @@ def check_checkpoints() -> Finding:
 
 
 CHECKS = {
+    "version": check_version,
     "python": check_python,
     "packages": check_packages,
     "torch": check_torch,

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from schemas import UserError, check, parse_json, read_json, require_file
 from schemas.runs import Line, Tracking
-from vla import ROOT
+from vla import ROOT, VERSION
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
 from vla.text import without_keys, without_machine
 
@@ -72,6 +72,7 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
         "sizes": sizes,
         "seed": flags["seed"],
         "num_ranks": num_ranks,
+        "version": VERSION,
         "commit": git("rev-parse", "HEAD") or "not a git checkout",
         "uncommitted_changes": bool(
             git("status", "--porcelain", "--", ".", *(f":(exclude){name}" for name in written))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import train_sft
 from envs.demonstrations import Demos, Recipe
 from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
+from vla import VERSION
 from vla.distributed import UserError
 from vla.evaluation import model_card
 from vla.evaluation.model_card import card, export_folder, export_policy
@@ -343,6 +344,12 @@ def test_a_card_names_no_place_and_survives_lines_that_are_cut(tmp_path):
     assert "/home/me" not in text and str(tmp_path) not in text and str(ROOT) not in text
     assert "--demos .../demos/tiny --model_path checkpoints/openvla-7b" in text and "0.500 [0.15, 0.85] on 4" in text
     assert "| 1.0 of updates" in text or "1.0 of updates" in text
+    assert f"| version | {VERSION} |" in text
+    description = tmp_path / "run" / "run_from_iteration_000000.json"
+    older = json.loads(description.read_text())
+    older.pop("version")
+    description.write_text(json.dumps(older))
+    assert "| version | before 0.3.0 |" in card(tmp_path / "run", tmp_path / "policy")
     assert "--checkpoint runs/run/export" in card(tmp_path / "run", tmp_path / "run" / "export")
 
 

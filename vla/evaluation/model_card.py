@@ -150,6 +150,7 @@ def card(run_dir: Path, folder: Path) -> str:
     commits = [d["commit"] + " (with uncommitted changes)" * d["uncommitted_changes"] for d in descriptions]
     facts = {
         "made by": ", then ".join(markdown_code(d["command"]) for d in descriptions),
+        "version": ", then ".join(dict.fromkeys(d["version"] or "before 0.3.0" for d in descriptions)),
         "commit": ", then ".join(dict.fromkeys(commits)),
         "seed": flags["seed"],
         "demonstrations": f"{markdown_text(flags['demos'])}, {description['sizes'].get('num_samples', '?')} steps",

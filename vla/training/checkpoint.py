@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from schemas import UserError, read_json
 from schemas.lock import LOCK, check_free, hold_folder
 from schemas.runs import Header, OldState, State
+from vla import VERSION
 from vla.distributed import Engine, agree, all_gather_lists, print0, rank, world_size
 from vla.files.tensors import first_not_finite
 from vla.files.trees import REMEDY, checksum, load_old_tree, load_tree, one_line, save_tree
@@ -289,7 +290,7 @@ def put_in_place(partial: Path, final: Path, state: dict, checksums: dict[str, i
     for path in (path for path in contents if path.is_file()):
         name = str(path.relative_to(partial))
         files[name] = [path.stat().st_size, checksums[name] if name in checksums else checksum(path)]
-    (partial / "state.json").write_text(json.dumps(state | {"format": FORMAT, "files": files}))
+    (partial / "state.json").write_text(json.dumps(state | {"format": FORMAT, "version": VERSION, "files": files}))
     for path in (*contents, partial / "state.json", partial):
         reach_disk(path)
     replaced = final.with_name(final.name + ".replaced.partial")
