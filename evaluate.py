@@ -121,8 +121,8 @@ class Args:
 
     # ---- model
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts --chunk_size
-    actions in one pass)."""
+    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts a chunk of actions
+    in one pass)."""
     unnorm_key: flags.Text = "bridge_orig"
     """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
     image_resize: Literal["tensor", "pil"] = "tensor"
@@ -169,7 +169,7 @@ class Args:
 
 
 class ExpertActor:
-    """The scripted expert behind the interface of evaluation.Actor."""
+    """The scripted expert with the interface of vla.evaluation.episodes.Actor."""
 
     def begin(self, episode_ids) -> None:
         self.experts = [Expert() for _ in episode_ids]
@@ -182,7 +182,7 @@ class ExpertActor:
 
 
 class IdleActor:
-    """Stays where it is, gripper open."""
+    """An actor that does not move and keeps the gripper open."""
 
     def begin(self, episode_ids) -> None:
         pass
@@ -198,10 +198,10 @@ class IdleActor:
 
 # ---------------------------------------------------------------------- the checkpoint
 def find_checkpoint(path: str) -> tuple[Path, dict]:
-    """What --checkpoint names -> the folder in the published layout, and the flags of its run ({} where unknown).
+    """The folder in the published layout that --checkpoint names, and the flags of its run ({} if unknown).
 
     Raises:
-        UserError: it is no checkpoint, or one of which a part is missing.
+        UserError: it is not a checkpoint, or a part of it is missing.
     """
     folder = Path(path)
     if path in TINY_PRESETS:
@@ -211,24 +211,25 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
     if (folder / "args.json").exists():
         found = complete_checkpoints(folder)
         if not found:
-            raise UserError(f"--checkpoint {folder}: this run has no complete checkpoint yet")
+            raise UserError(f"--checkpoint {folder} has no complete checkpoint yet: train longer, or give another run")
         folder = found[-1]
     if (folder / "policy").is_dir():
         folder = folder / "policy"
     if not (folder / "config.json").is_file():
-        adapter = " alone: give its base model as --checkpoint, and this folder as --lora_path"
-        wrong = f"holds an adapter{adapter}" if (folder / "adapter_config.json").is_file() else "has no config.json"
-        raise UserError(f"--checkpoint {path} is no checkpoint: {folder} {wrong}")
+        if (folder / "adapter_config.json").is_file():
+            remedy = "give its base model as --checkpoint, and this folder as --lora_path"
+            raise UserError(f"--checkpoint {path} holds only an adapter: {remedy}")
+        raise UserError(f"--checkpoint {path} is not a checkpoint, since {folder} has no config.json: give another one")
     run_args = args_of(folder)
-    flags = read_json(run_args, dict[str, Any], REMEDY) if run_args else {}
-    check_complete(folder, check(RunFlags, flags, str(run_args), REMEDY))
-    return folder, flags
+    saved = read_json(run_args, dict[str, Any], REMEDY) if run_args else {}
+    check_complete(folder, check(RunFlags, saved, str(run_args), REMEDY))
+    return folder, saved
 
 
 def args_of(policy: Path) -> Path | None:
-    """The args.json of the run that a folder <run>/checkpoints/iteration_*/policy is of; None where there is none.
+    """The args.json of the run to which a folder <run>/checkpoints/iteration_*/policy belongs, or None.
 
-    A checkpoint that is linked from a run lies elsewhere: its run is the one that it is reached through.
+    A checkpoint may be a link. Its run is then the one that the given path goes through.
     """
     for place in (policy.absolute(), policy.resolve()):
         if place.name == "policy" and len(place.parents) > 2:
@@ -239,15 +240,15 @@ def args_of(policy: Path) -> Path | None:
 
 
 def check_task(trained_on: str | None, settings: list[Setting]) -> None:
-    """A policy of another task would get 0 % in the 16 settings without a word."""
+    """Raise UserError for a policy of another task, which would silently get 0 % in the 16 settings."""
     if trained_on and trained_on not in VARIANTS and all(one.env_id in VARIANTS for one in settings):
         raise UserError(
-            f"this policy was trained on {one_line(trained_on)!r}, not on these: name its env in --settings"
+            f"the policy was trained on {one_line(trained_on)!r}, not on these settings: name its env in --settings"
         )
 
 
 def check_complete(folder: Path, flags: RunFlags) -> None:
-    """A part that was lost in copying costs tens of points of success without a word."""
+    """Raise UserError if a part was lost in copying, which would silently cost tens of points of success."""
     has_critic = flags.value_learning_rate is not None and flags.critic == "hidden"
     wanted = {"value_head.safetensors": has_critic}
     adapter = {name: (folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")}
@@ -259,10 +260,10 @@ def check_complete(folder: Path, flags: RunFlags) -> None:
 
 
 def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, settings: list[Setting]) -> Path | None:
-    """The checkpoint's folder, None where no policy acts.
+    """The folder of the checkpoint, or None if no policy acts.
 
     Raises:
-        UserError: no checkpoint is given, or one of another task, or an actor that can not act in these settings.
+        UserError: no checkpoint is given, it is of another task, or the actor cannot act in these settings.
     """
     if policy != "checkpoint":
         if lora_path:
@@ -279,7 +280,7 @@ def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, sett
 
 
 def load_actor(args: Args, checkpoint: Path, device: torch.device | str) -> VLAPolicy:
-    """The policy as it was trained: what a run's flags or the folder say of it is known by now."""
+    """The policy with the settings that it was trained with. parse() has read them from its run."""
     check_policy_contents(checkpoint)
     policy = load_policy(
         str(checkpoint),
@@ -298,17 +299,17 @@ def load_actor(args: Args, checkpoint: Path, device: torch.device | str) -> VLAP
 
 
 def fit_prompts(policy, settings: list[Setting], ids: dict[str, list[int]], instruction: str | None) -> None:
-    """Raise max_prompt_length to the longest prompt of all settings: padding changes no action."""
-    told = {instruction} - {None}
+    """Raise max_prompt_length to the longest prompt of all settings. Padding changes no action."""
+    texts = set() if instruction is None else {instruction}
     for one in settings:
         if one.env_id in VARIANTS:
-            told |= set(instructions(one.env_id, one.obj_set, ids[one.name]))
+            texts |= set(instructions(one.env_id, one.obj_set, ids[one.name]))
     wanted, policy.max_prompt_length = policy.max_prompt_length, sys.maxsize
-    policy.max_prompt_length = max(wanted, *(len(policy.prompt_ids(text)) for text in told))
+    policy.max_prompt_length = max(wanted, *(len(policy.prompt_ids(text)) for text in texts))
 
 
 def fingerprint(*folders: Path | None) -> dict[str, str]:
-    """Size and CRC-32 of the files that say what a policy does, wherever they lie; a preset's is its name."""
+    """{file name: size and CRC-32} of a policy's files, independent of their folder. A tiny preset has its name."""
     found = {}
     for number, folder in enumerate(one for one in folders if one is not None):
         if not folder.is_dir():
@@ -320,7 +321,7 @@ def fingerprint(*folders: Path | None) -> dict[str, str]:
 
 
 def parse(argv: list[str]) -> Args:
-    """Flags that the checkpoint's run was started with, as far as they concern model and world, then argv."""
+    """Flags of model and env from the run of the checkpoint, overridden by argv."""
     layers, checkpoint = [], resolved_input("checkpoint", flag_value(argv, "checkpoint"))
     if checkpoint and not flag_value(argv, "compare"):
         saved = find_checkpoint(checkpoint)[1]
@@ -336,44 +337,45 @@ def parse(argv: list[str]) -> Args:
 
 # ---------------------------------------------------------------------- the output folder
 def find_output(output: str | None, resume: bool, identity: dict) -> Path:
-    """The folder for the results, which is only looked at; all ranks agree on it.
+    """The folder for the results, the same on all ranks. Nothing is written yet.
 
     Args:
-        identity: what must be the same when an evaluation goes on: who acts, in which world.
+        identity: what must stay the same when an evaluation is resumed: who acts, in which world.
 
     Raises:
-        UserError: it holds older results, or with resume those of something else.
+        UserError: the folder holds older results, or (with resume) those of another evaluation.
     """
     if resume and output is None:
-        raise UserError("--resume needs --output, the folder of the evaluation to go on with")
+        raise UserError("--resume needs --output: name the folder of the evaluation to resume")
     folder = Path(all_gather_lists([output or f"runs/evaluate_{time.strftime('%Y%m%d_%H%M%S')}"])[0])
     saved = folder / "evaluation.json"
     if resume:
         if not saved.exists():
-            raise UserError(f"--output {folder} is no evaluation to --resume: it has no evaluation.json")
+            raise UserError(f"--output {folder} has no evaluation.json to --resume: give the folder of an evaluation")
         check_same(saved, identity)
         if rank() == 0:
             check_free(folder, f"--output {folder}")
     else:
-        check_new(folder, "pass --resume to go on with them, or another --output")
-    barrier()  # everybody has looked
+        check_new(folder, "pass --resume to continue them, or give another --output")
+    barrier()  # all ranks have looked
     return folder
 
 
 def check_new(folder: Path, remedy: str) -> None:
-    """Raise UserError where results would meet older ones, or can not be written."""
+    """Raise UserError if the folder holds older results or cannot be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} holds older results: {remedy}")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output {folder} can not be written: {place} is no folder, or not yours to write to")
+        problem = "is not writable" if place.is_dir() else "is not a folder"
+        raise UserError(f"--output {folder} cannot be written, since {place} {problem}: give another --output")
 
 
 def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[int]]) -> EpisodeLog:
-    """Begin to write, or go on, after find_output(). All ranks together.
+    """Start to write, or resume, after find_output(). All ranks call it together.
 
     Raises:
-        UserError: another process writes there, or has done so since.
+        UserError: another process writes there, or has written since find_output().
     """
     saved, error = folder / "evaluation.json", None
     if rank() == 0:
@@ -381,11 +383,11 @@ def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[
             folder.mkdir(parents=True, exist_ok=True)
             hold_folder(folder, f"--output {folder}")
             if saved.exists() and not resume:
-                error = f"--output {folder} holds another evaluation's results by now: pass another --output"
+                error = f"--output {folder} now holds the results of another evaluation: give another --output"
         except UserError as failure:
             error = str(failure)
         except OSError as failure:
-            error = f"--output {folder} can not be written ({failure.strerror}): pass another --output"
+            error = f"--output {folder} cannot be written ({failure.strerror}): give another --output"
     if said := agree(error):
         raise UserError(said)
     log = EpisodeLog(folder / "episodes.jsonl")
@@ -396,15 +398,15 @@ def open_output(folder: Path, resume: bool, identity: dict, ids: dict[str, list[
 
 
 def check_same(saved: Path, identity: dict) -> None:
-    """Raise UserError for the first thing that an evaluation was begun with and that is another one now."""
-    remedy = "pass another --output"
+    """Raise UserError for the first setting that differs from the one the evaluation was started with."""
+    remedy = "give another --output"
     before = flat(read_json(saved, Identity, remedy).model_dump())
     now = flat(json.loads(json.dumps(identity)))
     for key in {**before, **now}:
         if before.get(key) != now.get(key):
             found, asked = (json.dumps(values[key]) if key in values else "nothing" for values in (before, now))
-            begun = f"--output {saved.parent} was begun with {key} {found}, now it is {asked}"
-            raise UserError(f"{begun}: pass the same, or another --output")
+            started = f"--output {saved.parent} was started with {key} {found}, but now it is {asked}"
+            raise UserError(f"{started}: give the same, or another --output")
 
 
 def flat(nested: dict) -> dict[str, Any]:
@@ -416,13 +418,13 @@ def flat(nested: dict) -> dict[str, Any]:
 
 
 def choose_published(names: tuple[str, ...]) -> dict[str, dict]:
-    """Rows of benchmarks/published.yaml by key."""
+    """{key: row} of benchmarks/published.yaml, for the names that --base gives."""
     rows = read_yaml(PUBLISHED)
     check(dict[str, Published], rows, str(PUBLISHED), "restore the file")
     for name in names:
         if name != "all" and name not in rows:
             near = difflib.get_close_matches(name, rows, n=1, cutoff=0.0)[0]
-            raise UserError(f"--base {name} is unknown: did you mean {near}? There are {', '.join(rows)}")
+            raise UserError(f"--base {name} is unknown, did you mean {near}? Choose from {', '.join(rows)}")
     return {name: row for name, row in rows.items() if name in names or "all" in names}
 
 
@@ -436,7 +438,7 @@ def run_setting(
     progress: Progress,
     stop: Stop = NEVER,
 ) -> bool:
-    """What the log still lacks, temperature by temperature. False on every rank: one was asked to stop."""
+    """Run the episodes that the log lacks, for each temperature. False on all ranks if one was asked to stop."""
     for temperature, actor in actors.items():
         missing = log.missing(name, temperature, episode_ids)
         done = [episode_id for episode_id in episode_ids if episode_id not in missing]
@@ -449,8 +451,10 @@ def run_setting(
     return True
 
 
-def films(episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, ...], failures: int) -> dict[Path, dict]:
-    """Which episodes of a setting get a video, and where: chosen ones by place, then the first that failed."""
+def choose_videos(
+    episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, ...], failures: int
+) -> dict[Path, dict]:
+    """{video file: episode} of one setting: the chosen places, then the first `failures` failed episodes."""
     places = [place for place in chosen if place < len(episodes)]
     failed = [place for place, episode in enumerate(episodes) if not episode["success_once"] and place not in places]
     stem = re.sub(r"[^\w.-]", "_", setting)
@@ -460,8 +464,8 @@ def films(episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, .
     }
 
 
-def make_films(envs, wanted: dict[Path, dict], stop: Stop = NEVER) -> None:
-    """Replay episodes from their actions into videos; the ranks share the work. Asked to stop, a rank makes no more."""
+def record_videos(envs, wanted: dict[Path, dict], stop: Stop = NEVER) -> None:
+    """Replay episodes from their actions into videos. The ranks share the work, and end early if asked to stop."""
     left = [path for path in wanted if not path.exists()]
     barrier()  # all ranks have seen the same files
     mine = left[rank() :: world_size()]
@@ -481,7 +485,7 @@ def make_films(envs, wanted: dict[Path, dict], stop: Stop = NEVER) -> None:
 
 
 def name_of(policy: str, checkpoint: Path | None) -> str:
-    """What the tables call it: run and checkpoint, or the folder."""
+    """Name of the actor in the tables: run and checkpoint, or the folder."""
     if policy != "checkpoint":
         return {"expert": "scripted expert", "idle": "doing nothing"}[policy]
     place = checkpoint.resolve()
@@ -491,25 +495,105 @@ def name_of(policy: str, checkpoint: Path | None) -> str:
 
 
 def compare_evaluations(first: str, second: str, output: str | None) -> None:
-    """Print and write whether two evaluations differ, setting by setting."""
+    """Print and write whether two evaluations differ, for each setting."""
     halves = []
     for folder in (first, second):
         path = Path(folder) / "results.json"
         if not path.exists():
-            raise UserError(f"--compare {folder}: it has no results.json, so it is no finished evaluation")
+            raise UserError(f"--compare {folder} has no results.json: give the output folder of a finished evaluation")
         remedy = "evaluate again with this version of the code"
         halves.append(read_json(path, Results, remedy).model_dump())
     rows = compare(*halves)
     names = tuple(half["name"] for half in halves)
     names = names if names[0] != names[1] else (first, second)
     folder = Path(output or f"runs/compare_{time.strftime('%Y%m%d_%H%M%S')}")
-    check_new(folder, "pass another --output")
+    check_new(folder, "give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     table = comparison_table(rows, names)
     (folder / "comparison.json").write_text(json.dumps({"names": names, "rows": rows}, indent=2) + "\n")
     (folder / "comparison.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
     plot_comparison(rows, names, folder / "comparison.png")
     print(f"{markdown_table(table)}\n\n{folder}/comparison.md, comparison.json, comparison.png")
+
+
+# ---------------------------------------------------------------------- the steps of main
+def identity_of(args: Args, checkpoint: Path | None) -> dict:
+    """What must stay the same when an evaluation is resumed: who acts, with which weights, in which world."""
+    adapter = Path(args.lora_path) if args.lora_path else None
+    weights = fingerprint(checkpoint, adapter) if rank() == 0 and checkpoint else {}
+    world = (*WORLD_FLAGS, "ignore_terminations")
+    return {
+        "policy": args.policy,
+        "weights": all_gather_lists([weights])[0],
+        "model": {name: getattr(args, name) for name in MODEL_FLAGS},
+        "seed": args.seed,
+        "world": {name: getattr(args, name) for name in world if name != "asset_dir"},  # a folder of this machine
+    }
+
+
+def describe(args: Args, checkpoint: Path | None, identity: dict) -> dict:
+    """What results.json says about the evaluation: name, checkpoint, identity, flags and machine."""
+    about = {"name": name_of(args.policy, checkpoint), "checkpoint": checkpoint and str(checkpoint.resolve())}
+    return without_machine(about | identity | without_places(describe_run(asdict(args), {}, world_size())))
+
+
+def make_actors(
+    args: Args, checkpoint: Path | None, settings: list[Setting], ids: dict[str, list[int]], device: torch.device
+) -> dict[float, Actor]:
+    """{temperature: actor}. Actors that are not policies have the temperature 0."""
+    if checkpoint is None:
+        return {0.0: ExpertActor() if args.policy == "expert" else IdleActor()}
+    policy = load_actor(args, checkpoint, device)
+    fit_prompts(policy, settings, ids, args.instruction)
+    return {t: PolicyActor(policy, t, args.seed, name=str(checkpoint)) for t in args.temperature}
+
+
+def print_start(args: Args, name: str, num_settings: int, folder: Path) -> None:
+    """Two lines: what runs, and in which world."""
+    print0(f"{name}: {num_settings} settings x {args.num_episodes} episodes -> {folder}")
+    of_model = f"{args.unnorm_key} statistics, {args.dtype}, " if args.policy == "checkpoint" else ""
+    width, height = args.image_size
+    print0(f"{of_model}{width} x {height} pixels, {args.sim_freq} Hz physics, {args.max_episode_steps} steps")
+
+
+def open_envs(args: Args, setting: Setting):
+    """The envs of this rank for one setting. Ends with one sentence for missing assets and the like."""
+    num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
+    world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
+    world["instruction"] = None if setting.env_id in VARIANTS else args.instruction
+    with user_errors():
+        return make_envs(
+            setting.env_id,
+            num_envs,
+            obj_set=setting.obj_set,
+            num_env_workers=min(args.num_env_workers, num_envs),
+            worker_timeout=args.worker_timeout,
+            render_backend=args.render_backend,
+            **world,
+        )
+
+
+def write_results(
+    folder: Path,
+    episodes: dict[float, dict[str, list[dict]]],
+    videos: dict[str, dict[Path, dict]],
+    about: dict,
+    published: dict[str, dict],
+) -> None:
+    """Write the report and print the headline.
+
+    Args:
+        episodes: {temperature: {setting: episodes}}. videos: {setting: {video file: episode}}.
+        about: see describe(). published: rows to show next to ours.
+    """
+    results = assemble(episodes, about)
+    for name, recorded in videos.items():
+        results["settings"][name]["videos"] = [
+            {"file": f"videos/{path.name}", "episode_id": episode["episode_id"], "outcome": outcome(episode)}
+            for path, episode in recorded.items()
+        ]
+    write_report(folder, results, published)
+    print(f"{headline(results)}\n{folder}/results.html, results.md, results.json, results.png", flush=True)
 
 
 def main(args: Args) -> None:
@@ -526,24 +610,10 @@ def main(args: Args) -> None:
         published = choose_published(args.base)
         checkpoint = check_actor(args.policy, args.checkpoint, args.lora_path, settings)
         device = setup_distributed(args.seed)
-        world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
-        weights = fingerprint(checkpoint, args.lora_path and Path(args.lora_path)) if rank() == 0 and checkpoint else {}
-        identity = {
-            "policy": args.policy,
-            "weights": all_gather_lists([weights])[0],
-            "model": {name: getattr(args, name) for name in MODEL_FLAGS},
-            "seed": args.seed,
-            "world": {name: value for name, value in world.items() if name != "asset_dir"},  # a place of this machine
-        }
-        about = {"name": name_of(args.policy, checkpoint), "checkpoint": checkpoint and str(checkpoint.resolve())}
-        about |= identity | without_places(describe_run(asdict(args), {}, world_size()))
-        about = without_machine(about)
+        identity = identity_of(args, checkpoint)
+        about = describe(args, checkpoint, identity)
         folder = find_output(args.output, args.resume, identity)
-        actors = {0.0: ExpertActor() if args.policy == "expert" else IdleActor()}
-        if checkpoint:
-            policy = load_actor(args, checkpoint, device)
-            fit_prompts(policy, settings, ids, args.instruction)
-            actors = {t: PolicyActor(policy, t, args.seed, name=str(checkpoint)) for t in args.temperature}
+        actors = make_actors(args, checkpoint, settings, ids, device)
         log = open_output(folder, args.resume, identity, ids)
         stop = StopRequest(folder)
 
@@ -551,58 +621,35 @@ def main(args: Args) -> None:
     cells = [(one.name, temperature) for one in settings for temperature in actors]
     done = sum(len(ids[name]) - len(log.missing(name, temperature, ids[name])) for name, temperature in cells)
     progress = Progress(len(cells) * args.num_episodes, done)
-    print0(f"{about['name']}: {len(settings)} settings x {args.num_episodes} episodes -> {folder}")
-    of_model = f"{args.unnorm_key} statistics, {args.dtype}, " if checkpoint else ""
-    width, height = args.image_size
-    print0(f"{of_model}{width} x {height} pixels, {args.sim_freq} Hz physics, {args.max_episode_steps} steps")
-    local_num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
-    first = next(iter(actors))  # the temperature that is filmed
+    print_start(args, about["name"], len(settings), folder)
+    first = next(iter(actors))  # the temperature of the videos
     videos: dict[str, dict[Path, dict]] = {}
     for one in settings:
         own_ids = ids[one.name]
-        plan = (folder / "videos", one.name, args.film_episodes, args.film_failures)
-        finished = not any(log.missing(one.name, temperature, own_ids) for temperature in actors)
-        if finished:  # by the evaluation that is being resumed
-            videos[one.name] = films(log.episodes(one.name, first, own_ids), *plan)
+        places = (folder / "videos", one.name, args.film_episodes, args.film_failures)
+        if not any(log.missing(one.name, temperature, own_ids) for temperature in actors):  # done before --resume
+            videos[one.name] = choose_videos(log.episodes(one.name, first, own_ids), *places)
             if all(path.exists() for path in videos[one.name]):
                 continue
-        own_world = world | {"instruction": None if one.env_id in VARIANTS else args.instruction}
-        with user_errors():  # such as assets that are missing
-            envs = make_envs(
-                one.env_id,
-                local_num_envs,
-                obj_set=one.obj_set,
-                num_env_workers=min(args.num_env_workers, local_num_envs),
-                worker_timeout=args.worker_timeout,
-                render_backend=args.render_backend,
-                **own_world,
-            )
-        with envs:
+        with open_envs(args, one) as envs:
             if run_setting(envs, one.name, own_ids, actors, log, progress, stop):
-                videos[one.name] = films(log.episodes(one.name, first, own_ids), *plan)
-                make_films(envs, videos[one.name], stop)
+                videos[one.name] = choose_videos(log.episodes(one.name, first, own_ids), *places)
+                record_videos(envs, videos[one.name], stop)
         if stop.agreed():
             progress.close()
             kept = f"{progress.done} of {progress.total} episodes are in {folder}/episodes.jsonl"
-            stop.end(f"{kept}. Go on with the same flags and --output {folder} --resume")
+            stop.end(f"{kept}. Resume with the same flags and --output {folder} --resume")
     progress.close()
     log.close()
 
     # ------------------------------------------------------------------ results
-    barrier()  # all films are there
+    barrier()  # all ranks have recorded their videos
     if rank() == 0:
         episodes = {
             temperature: {one.name: log.episodes(one.name, temperature, ids[one.name]) for one in settings}
             for temperature in actors
         }
-        results = assemble(episodes, about)
-        for name, wanted in videos.items():
-            results["settings"][name]["videos"] = [
-                {"file": f"videos/{path.name}", "episode_id": episode["episode_id"], "outcome": outcome(episode)}
-                for path, episode in wanted.items()
-            ]
-        write_report(folder, results, published)
-        print(f"{headline(results)}\n{folder}/results.html, results.md, results.json, results.png", flush=True)
+        write_results(folder, episodes, videos, about, published)
     barrier()
 
 

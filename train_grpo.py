@@ -108,8 +108,8 @@ class Args:
 
     # ---- model
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
-    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts --chunk_size
-    actions in one pass)."""
+    """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts a chunk of actions
+    in one pass)."""
     unnorm_key: flags.Text = "bridge_orig"
     """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
     image_resize: Literal["tensor", "pil"] = "tensor"

@@ -1,4 +1,4 @@
-"""What every file and flag may hold, and the one sentence that says what is wrong with it.
+"""Schemas of files and flags. A value that does not fit raises an error of one sentence.
 
     schemas/flags.py           ranges of flags, as annotated types
     schemas/engines.py         DeepSpeed configs
@@ -9,12 +9,12 @@
     schemas/assets.py          published assets and their listings
     schemas/lock.py            one writer per folder
 
-A schema is a pydantic model or an annotated type. This package knows neither `vla` nor `envs`, and both may import it.
+A schema is a pydantic model or an annotated type. `vla` and `envs` may import this package, which imports neither.
 
     state = read_json(folder / "state.json", State, remedy="copy the whole checkpoint again")
-    check_flags(args)                       # every field of a dataclass of flags against its annotation
+    check_flags(args)  # every field of a dataclass against its annotation
 
-Both raise UserError. The sentence names the file and key (or the flag), what was found and what is wanted.
+Both raise UserError. Its sentence names the file and key (or the flag), the value found and the value wanted.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ MAX_SHOWN = 60  # characters of a value that a sentence quotes
 
 
 class UserError(ValueError):
-    """Wrong input: its text is one sentence that names the thing and the remedy."""
+    """Wrong input. The text is one sentence that names the fault and the remedy."""
 
 
 class Schema(BaseModel):
-    """Base of the models here. Keys that a schema does not name are kept and not looked at."""
+    """Base of the models here. Other keys than those of the schema are kept and not checked."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
@@ -48,15 +48,15 @@ def adapter_of(schema: Any) -> TypeAdapter:
 
 
 def check(schema: Any, value: Any, source: str, remedy: str = "", key: str = "") -> Any:
-    """A value as JSON gives it, as an object of the schema.
+    """Turn a value from JSON into an object of the schema.
 
     Args:
-        source: what holds the value, such as a file's path. It begins the sentence.
-        remedy: what the reader can do. It ends the sentence.
-        key: where in the source the value stands, if it is not all of it.
+        source: what holds the value, such as a file's path. The sentence begins with it.
+        remedy: what the reader can do. The sentence ends with it.
+        key: place of the value in the source, if it is only a part of it.
 
     Raises:
-        UserError: the value does not fit. Types are taken strictly: "8" and true are no numbers.
+        UserError: the value does not fit. Types are strict: "8" and true are not numbers.
     """
     try:
         return adapter_of(schema).validate_json(json.dumps(value), strict=True)
@@ -65,10 +65,10 @@ def check(schema: Any, value: Any, source: str, remedy: str = "", key: str = "")
 
 
 def check_flags(flags: Any) -> None:
-    """Every field of a dataclass of flags against its annotation.
+    """Check every field of a dataclass of flags against its annotation.
 
     Raises:
-        UserError: it names the first flag that does not fit, the value found and the value wanted.
+        UserError: a flag does not fit. The sentence names the first one, the value found and the value wanted.
     """
     values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
     try:
@@ -83,20 +83,20 @@ def check_flags(flags: Any) -> None:
 
 
 def file_sentence(error: ValidationError, source: str, remedy: str, key: str = "") -> str:
-    """pydantic's first finding about a file, or about one key of it, as one sentence."""
+    """pydantic's first finding about a file, or about one key of the file, as one sentence."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in ([key] if key else []) + list(first["loc"]))
     if first["type"] == "missing":
         said = f"{source} has no {key}"
     elif not key:
-        said = f"{source} holds {quoted(first['input'])}, it must be {wanted(first)}"
+        said = f"{source} holds {quoted(first['input'])}, but it must be {wanted(first)}"
     else:
-        said = f"{source} has {key} {quoted(first['input'])}, it must be {wanted(first)}"
+        said = f"{source} has {key} {quoted(first['input'])}, but it must be {wanted(first)}"
     return f"{said}: {remedy}" if remedy else said
 
 
 def quoted(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """A value as JSON, shortened to MAX_SHOWN characters."""
     text = json.dumps(value, default=str)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
@@ -115,7 +115,7 @@ WANTED: dict[str, Callable[[dict], str]] = {
     "float_parsing": lambda ctx: "a number",
     "bool_type": lambda ctx: "true or false",
     "bool_parsing": lambda ctx: "true or false",
-    "string_type": lambda ctx: "a text",
+    "string_type": lambda ctx: "text",
     "list_type": lambda ctx: "a list",
     "tuple_type": lambda ctx: "a list",
     "dict_type": lambda ctx: "an object with keys",
@@ -123,17 +123,17 @@ WANTED: dict[str, Callable[[dict], str]] = {
     "model_attributes_type": lambda ctx: "an object with keys",
     "too_short": lambda ctx: f"at least {ctx['min_length']} long",
     "too_long": lambda ctx: f"at most {ctx['max_length']} long",
-    "json_invalid": lambda ctx: "without broken characters in its texts",
+    "json_invalid": lambda ctx: "text without broken characters",
     "extra_forbidden": lambda ctx: "left out",
-    "string_too_short": lambda ctx: "a text that is not empty",
-    "string_pattern_mismatch": lambda ctx: "a text without null characters",
+    "string_too_short": lambda ctx: "text that is not empty",
+    "string_pattern_mismatch": lambda ctx: "text without null characters",
 }
 
 
 def wanted(finding: dict) -> str:
-    """What one of pydantic's findings asks for, in words that follow "must be"."""
+    """The value that a pydantic finding asks for, in words that follow "must be"."""
     context = finding.get("ctx", {})
-    if finding["type"] == "value_error":  # raised by a validator of ours, in such words
+    if finding["type"] == "value_error":  # raised by our own validator, in such words
         return str(context["error"])
     if finding["type"] in WANTED:
         return WANTED[finding["type"]](context)
@@ -142,30 +142,30 @@ def wanted(finding: dict) -> str:
 
 # ---------------------------------------------------------------------- reading
 def require_file(path: Path, remedy: str) -> None:
-    """Raise UserError unless this is a regular file: a pipe would be waited for, a folder cannot be read."""
+    """Raise UserError unless this is a regular file. Reading a pipe would wait, and a folder cannot be read."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise UserError(f"{path} can not be read ({error.strerror}): {remedy}") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is no regular file: {remedy}")
+        raise UserError(f"{path} is not a regular file: {remedy}")
 
 
 def read_json(path: Path, schema: Any, remedy: str) -> Any:
-    """The content of a JSON file as an object of the schema.
+    """Read a JSON file as an object of the schema.
 
     Raises:
-        UserError: no such file, not JSON, a key twice, or a value that the schema does not take.
+        UserError: the file is missing, is not JSON, has a key twice, or holds a value that does not fit the schema.
     """
     require_file(path, remedy)
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size} bytes, more than {MAX_JSON_BYTES}: {remedy}")
+        raise UserError(f"{path} has {size} bytes, and at most {MAX_JSON_BYTES} are read: {remedy}")
     return check(schema, parse_json(path.read_bytes(), str(path), remedy), str(path), remedy)
 
 
 def parse_json(content: bytes, source: str, remedy: str) -> Any:
-    """JSON as Python objects. Raises UserError where it is none, or where an object has a key twice."""
+    """JSON as Python objects. Raises UserError if it is not JSON, or if an object has a key twice."""
 
     def without_twins(pairs: list[tuple[str, Any]]) -> dict:
         found = dict(pairs)

@@ -1,4 +1,4 @@
-"""Published assets: a data set's listing, the three model_db.json, and what a .glb says of its own bytes."""
+"""Published assets: the listing of a data set, the three model_db.json files, and the header of a .glb file."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from schemas import Schema, flags
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Place = Annotated[int, Field(ge=0, le=2**40)]  # a number of bytes, or where they begin
+Place = Annotated[int, Field(ge=0, le=2**40)]  # a number of bytes, or an offset
 
 
 # ---------------------------------------------------------------------- Hugging Face's tree API
@@ -55,17 +55,17 @@ class BodyEntry(Schema):
 
 class TableEntry(Schema):
     name: Annotated[str, StringConstraints(min_length=1)]
-    mix: flags.Fraction  # of the texture, in the whole picture
+    mix: flags.Fraction  # weight of the texture in the whole image
 
 
 # ---------------------------------------------------------------------- glTF 2.0
 class Inside(Schema):
-    """A buffer or picture: its bytes are in the file itself."""
+    """A buffer or image whose bytes are in the file itself."""
 
     uri: None = None
 
 
-class Picture(Inside):
+class Image(Inside):
     bufferView: Place
 
 
@@ -84,10 +84,10 @@ class Accessor(Schema):
 
 
 class Gltf(Schema):
-    """What the published files have of it."""
+    """The part of glTF that the published files use."""
 
     meshes: Annotated[list[dict], Field(min_length=1)]
     buffers: Annotated[list[Inside], Field(min_length=1)]
     bufferViews: Annotated[list[View], Field(min_length=1)]
     accessors: Annotated[list[Accessor], Field(min_length=1)]
-    images: list[Picture] = Field(default_factory=list)
+    images: list[Image] = Field(default_factory=list)

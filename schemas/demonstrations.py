@@ -13,25 +13,25 @@ from pydantic import AfterValidator, Field, ValidationInfo, create_model, field_
 from schemas import Schema, flags
 
 PICTURES = "obs/sensor_data/3rd_view_camera/rgb"
-TRAINED_ON = {  # dataset -> dtype and shape, of an episode of T steps with pictures of H x W
+TRAINED_ON = {  # dataset -> dtype and shape, for an episode of T steps with images of H x W pixels
     "expert_actions": ("float32", "T", 7),
     "keep": ("bool", "T"),
     PICTURES: ("uint8", "T + 1", "H", "W", 3),
 }
-RECORDED = {  # for ManiSkill's own tools: another set may lack them
+RECORDED = {  # for ManiSkill's own tools, so another set may lack them
     "actions": ("float32", "T", 7),
     "rewards": ("float32", "T"),
     "terminated": ("bool", "T"),
     "truncated": ("bool", "T"),
     "success": ("bool", "T"),
 }
-MAX_STEPS = 10**8  # of a whole set: what training keeps in memory of them is 3 GB
-MAX_CHUNK_BYTES = 256 * 2**20  # HDF5 unpacks a whole chunk to read one picture
+MAX_STEPS = 10**8  # of a whole set, of which training keeps 3 GB in memory
+MAX_CHUNK_BYTES = 256 * 2**20  # HDF5 unpacks a whole chunk to read one image
 
 
 def not_blank(text: str) -> str:
     if not text.strip():
-        raise ValueError("a text that is not empty")
+        raise ValueError("text that is not empty")
     return text
 
 
@@ -47,7 +47,7 @@ Whole = Annotated[int, Field(ge=0)]
 
 
 class Recipe(Schema):
-    """What a set was made with, as far as training compares it with its own flags."""
+    """Settings of a set that training compares with its own flags."""
 
     env_id: str
     obj_set: str
@@ -59,7 +59,7 @@ class Recipe(Schema):
 
 
 class Entry(Schema):
-    """What is said of one episode."""
+    """Facts about one episode."""
 
     control_mode: str
     elapsed_steps: flags.EpisodeSteps
@@ -67,7 +67,7 @@ class Entry(Schema):
 
 
 class Try(Entry):
-    """The same before the set is finished: tries are numbered, and some of them failed."""
+    """The same before the set is finished. Tries are numbered, and some of them failed."""
 
     attempt: Whole
 
@@ -84,7 +84,7 @@ class Trajectories(Schema):
 
 
 class ActionStatistics(Schema):
-    """Of each of the seven action dimensions, in robot units."""
+    """Statistics of each of the seven action dimensions, in robot units."""
 
     q01: Seven
     q99: Seven
@@ -117,7 +117,7 @@ class Array(Schema):
 
 
 def array(dtype: str, shape: tuple[int, ...]) -> Any:
-    """A schema that one dtype and shape fit."""
+    """A schema for arrays of one dtype and shape."""
 
     def fits(found: Array) -> Array:
         if (found.dtype, found.shape) != (dtype, shape):
@@ -129,7 +129,7 @@ def array(dtype: str, shape: tuple[int, ...]) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def arrays_of(steps: int, width: int, height: int) -> type[Schema]:
-    """A schema of the datasets of one episode: name -> description."""
+    """A schema for the datasets of one episode: name -> description."""
     sizes = {"T": steps, "T + 1": steps + 1, "H": height, "W": width}
 
     def field(dtype: str, *shape: int | str) -> Any:

@@ -1,4 +1,4 @@
-"""What a DeepSpeed config may hold. Keys that are not named here go to DeepSpeed as they are."""
+"""Schema of a DeepSpeed config. Keys that it does not name go to DeepSpeed unchanged."""
 
 import difflib
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from schemas import Schema
 
 
 def a_stage(stage: int) -> int:
-    """1 saves nothing that 2 does not, and is other code under bfloat16."""
+    """Check that the stage is supported. Stage 1 saves no more than 2, and runs different code with bfloat16."""
     if stage not in (0, 2, 3):
         raise ValueError("0, 2 or 3")
     return stage
@@ -27,7 +27,7 @@ class OffloadOptimizer(Schema):
 
 class ZeroOptimization(Schema):
     stage: Annotated[int, AfterValidator(a_stage)] = 0
-    offload_optimizer: OffloadOptimizer = OffloadOptimizer(device="cpu")  # where it is given
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer(device="cpu")  # a default for the type only
     overlap_comm: bool = False
     reduce_scatter: bool = True
     contiguous_gradients: bool = True
@@ -52,8 +52,8 @@ class DeepSpeedConfig(Schema):
 
     @model_validator(mode="after")
     def without_misspelt_keys(self) -> "DeepSpeedConfig":
-        """DeepSpeed leaves out what it does not know: `zero_optimisation` would be stage 0 without a word."""
+        """DeepSpeed silently ignores unknown keys, so `zero_optimisation` would mean stage 0."""
         for name in self.model_extra or {}:
             if near := difflib.get_close_matches(name, type(self).model_fields, n=1, cutoff=0.8):
-                raise ValueError(f"written with {near[0]!r} in the place of {name!r}")
+                raise ValueError(f"written with {near[0]!r} instead of {name!r}")
         return self

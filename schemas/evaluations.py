@@ -1,4 +1,4 @@
-"""What evaluate.py writes and reads again: evaluation.json, episodes.jsonl, results.json, benchmarks/published.yaml."""
+"""Files of evaluate.py: evaluation.json, episodes.jsonl and results.json, and benchmarks/published.yaml."""
 
 import base64
 import binascii
@@ -43,7 +43,7 @@ class Episode(Schema):
 
 
 class Identity(Schema):
-    """evaluation.json: what must be the same when an evaluation goes on."""
+    """evaluation.json: what must stay the same when an evaluation is resumed."""
 
     policy: Literal["checkpoint", "expert", "idle"]
     weights: dict[str, str]  # file or preset -> size and checksum
@@ -62,13 +62,13 @@ class SettingResult(Schema):
 
 
 class Part(Schema):
-    """What was found at one temperature."""
+    """Results at one temperature."""
 
     settings: dict[str, SettingResult]
 
 
 class Results(Part):
-    """What a comparison reads of results.json."""
+    """The part of results.json that a comparison reads."""
 
     name: str
     temperature: Temperature
@@ -95,7 +95,7 @@ class GroupCounts(Schema):
 
 
 class Published(Schema):
-    """A row of benchmarks/published.yaml: counts of successes by group and, where they were published, by setting."""
+    """A row of benchmarks/published.yaml: counts of successes by group and, if they were published, by setting."""
 
     name: str
     source: str
@@ -107,7 +107,7 @@ class Published(Schema):
 
 
 class RunFlags(Schema):
-    """What evaluate.py itself reads of a run's args.json."""
+    """Flags in the args.json of a run that evaluate.py itself reads."""
 
     env_id: str | None = None
     critic: str = "hidden"

@@ -1,7 +1,7 @@
-"""Ranges of flags, as annotated types: `learning_rate: NonNegative = 1e-4` in a script's Args.
+"""Ranges of flags, as annotated types: `learning_rate: flags.NonNegative = 1e-4` in a script's Args.
 
-NaN and infinity fit none of them. The upper ends are far above what any machine holds: they refuse by arithmetic what
-would end in a lack of memory minutes later.
+NaN and infinity fit none of them. The upper ends are far above what any machine holds. They refuse at once a value that
+would run out of memory minutes later.
 """
 
 import re
@@ -16,7 +16,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10**9)]  # of things there is at least one of
+Count = Annotated[int, Field(ge=1, le=10**9)]  # at least one
 CountOrNone = Annotated[int, Field(ge=0, le=10**9)]  # 0 switches it off
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 LocalRank = Annotated[int, Field(ge=-1, lt=2**16)]
@@ -28,20 +28,20 @@ Processes = Annotated[int, Field(ge=0, le=1024)]
 EpisodeSteps = Annotated[int, Field(ge=1, le=100_000)]
 Hertz = Annotated[int, Field(ge=5, le=10_000, multiple_of=5)]  # Hz; control is at 5 Hz
 Pixels = Annotated[int, Field(ge=1, le=4096)]
-GroupSize = Annotated[int, Field(ge=2, le=2**16)]  # a group of one has nothing to be compared with
+GroupSize = Annotated[int, Field(ge=2, le=2**16)]  # a group of one has no other member to compare with
 
 # ---- the model
-LoraRank = Annotated[int, Field(ge=0, le=4096)]  # a 7B model's layers are 4096 wide: more would be no low rank
+LoraRank = Annotated[int, Field(ge=0, le=4096)]  # the layers of a 7B model are 4096 wide, so a higher rank is not low
 LoraAlpha = Annotated[int, Field(ge=1, le=10**6)]
 Chunk = Annotated[int, Field(ge=1, le=128)]  # published models have 8
 PromptLength = Annotated[int, Field(ge=1, le=2048)]
 
-# ---- texts and lists: none of them is empty, as an unset variable of a shell is
+# ---- text and lists, which are never empty (an unset variable of a shell would be)
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pattern=r"^[^\x00]*$")]
 
 
 def plain(name: str) -> str:
-    """What wandb and swanlab both take as a project's name."""
+    """Check a name by the rules that wandb and swanlab have in common for projects."""
     if not re.fullmatch(r"[A-Za-z0-9_.+-]{1,100}", name):
         raise ValueError("a name of at most 100 letters, digits and _ . + -")
     return name
@@ -52,7 +52,7 @@ ENV_ID = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:)?[A-Za-z0-9_][\w.-]{0,99}"
 
 
 def identifier(env_id: str) -> str:
-    """Folders are named after it and it is shown in pages, so it is no path and no sentence."""
+    """Check an env id, which names folders and is shown in pages: not a path, not a sentence."""
     if not ENV_ID.fullmatch(env_id):
         raise ValueError("an id such as PickCube-v1 or my_module:MyTask-v1")
     return env_id

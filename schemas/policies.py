@@ -1,7 +1,7 @@
 """Model and adapter folders: config.json, adapter_config.json, dataset_statistics.json, preprocessor_config.json.
 
-What is named here changes what a policy computes, so it has the form that this code computes, or is refused. Keys that
-are not named change nothing here: published files hold many.
+The keys named here change what a policy computes, so a value that this code does not support is refused. Other keys
+change nothing here, and published files hold many of them.
 """
 
 import re
@@ -27,7 +27,7 @@ Switch = bool | None
 
 # ---------------------------------------------------------------------- config.json
 class TextConfig(Schema):
-    """The language model: Llama's sizes. What is left out is LlamaConfig's default."""
+    """The language model: sizes of Llama. LlamaConfig gives the defaults of missing keys."""
 
     model_type: Literal["llama"] = "llama"
     vocab_size: Size
@@ -62,7 +62,7 @@ class TextConfig(Schema):
 
 
 class VisionDims(Schema):
-    """Sizes of one tower, where they are not those of the published ones."""
+    """Sizes of one vision tower, if they differ from the published ones."""
 
     embed_dim: Size
     depth: Annotated[int, Field(ge=2, le=2**20)]  # the last block is not used
@@ -104,9 +104,9 @@ class PolicyConfig(Schema):
         return sizes
 
 
-# ---------------------------------------------------------------------- statistics and pictures
+# ---------------------------------------------------------------------- statistics and images
 class ActionStatistics(Schema):
-    """1 % and 99 % quantiles of the actions; dimensions outside the mask are not scaled."""
+    """1 % and 99 % quantiles of the actions. Dimensions outside the mask are not scaled."""
 
     q01: Bounds
     q99: Bounds
@@ -121,13 +121,13 @@ class ActionStatistics(Schema):
 
 
 class Statistics(Schema):
-    """What one unnorm_key stands for."""
+    """Statistics under one unnorm_key."""
 
     action: ActionStatistics
 
 
 class Preprocessor(Schema):
-    """How a picture becomes numbers: one mean and one standard deviation per colour, for DINOv2 and for SigLIP."""
+    """Normalisation of an image: one mean and one standard deviation per colour, for DINOv2 and for SigLIP."""
 
     means: Annotated[list[Colours], Field(min_length=2, max_length=2)]
     stds: Annotated[list[Spreads], Field(min_length=2, max_length=2)]
@@ -149,7 +149,7 @@ class WeightIndex(Schema):
     def inside_the_folder(cls, weight_map: dict[str, str]) -> dict[str, str]:
         for name in weight_map.values():
             if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-                raise ValueError(f"names of .safetensors files beside it, not {name!r}")
+                raise ValueError(f"names of .safetensors files in the same folder, not {name!r}")
         return weight_map
 
 
@@ -158,11 +158,11 @@ class AddedToken(BaseModel):
 
 
 def special_token(value: Any) -> Any:
-    """A token's name, from the text or from the object with which transformers writes it."""
+    """Name of a token, from text or from the object that transformers writes for it."""
     name = value.get("content") if isinstance(value, dict) else value
     if name is None or isinstance(name, str):
         return name
-    raise ValueError("a text")
+    raise ValueError("text")
 
 
 class TokenizerConfig(Schema):
@@ -175,27 +175,30 @@ class TokenizerConfig(Schema):
 
 # ---------------------------------------------------------------------- adapters
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-PLAIN_NAME = r"^\^?(?:[\w-]|\\?\.)+\$?$"  # a name or its end: no expression that could hang
+PLAIN_NAME = r"^\^?(?:[\w-]|\\?\.)+\$?$"  # a name or its end, not a regular expression that could hang
 ModuleName = Annotated[str, Field(pattern=PLAIN_NAME)]
 
 
 def one_or_more(kind: type, said: str) -> Callable[[Any], Any]:
-    """A validator of what peft takes alone or in a list, or None. (pydantic's unions name their types as keys.)"""
+    """A validator for one value, a list of values or None, as peft takes them.
+
+    A union would put the names of its types into the keys of pydantic's findings.
+    """
 
     def validate(value: Any) -> Any:
         entries = value if isinstance(value, list) else [value]
         if value is None or (entries and all(type(entry) is kind and entry != "" for entry in entries)):
             return value
-        raise ValueError(f"{said}, or a list of such")
+        raise ValueError(f"{said}, or a list of these")
 
     return validate
 
 
 Names = Annotated[Any, AfterValidator(one_or_more(str, "a module's name or a regular expression"))]
 Layers = Annotated[Any, AfterValidator(one_or_more(int, "a whole number"))]
-# kinds of a start after which the base's weights are what they were
+# kinds of initialisation that leave the weights of the base as they are
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# what says nothing of the function: names, records, settings of a start or of a dropout that is over
+# keys that do not change the function: names, records, and settings of initialisation or dropout in training
 WITHOUT_EFFECT = {
     "task_type",
     "auto_mapping",
@@ -217,10 +220,10 @@ WITHOUT_EFFECT = {
 
 
 class AdapterConfig(Schema):
-    """adapter_config.json of peft's LoRA: the fields that are honoured, those without effect, and no others.
+    """adapter_config.json of peft's LoRA: the fields that this code applies, those without effect, and no others.
 
-    Everything else peft has, or will have, is in model_extra and is refused where it is set (adapters.py): it would
-    compute something else here.
+    All other fields of peft, present or future, are in model_extra. vla/models/lora.py refuses them if they are set,
+    because the adapter would compute something else here.
     """
 
     peft_type: Literal["LORA"] = "LORA"
@@ -241,7 +244,7 @@ class AdapterConfig(Schema):
     @classmethod
     def some_modules(cls, names: Any) -> Any:
         if names is None:
-            raise ValueError("a module's name or a regular expression, or a list of such")
+            raise ValueError("a module's name or a regular expression, or a list of these")
         return names
 
     @field_validator("layers_pattern")
@@ -249,7 +252,7 @@ class AdapterConfig(Schema):
     def plain_names(cls, names: Any) -> Any:
         for name in names if isinstance(names, list) else [names or "layers"]:
             if not re.match(PLAIN_NAME, name):
-                raise ValueError("a module's name, or a list of such")
+                raise ValueError("a module's name, or a list of these")
         return names
 
     @field_validator("init_lora_weights")
@@ -261,7 +264,7 @@ class AdapterConfig(Schema):
 
 
 class AdapterBase(Schema):
-    """adapter_base.json: digests of what an adapter was trained on."""
+    """adapter_base.json: digests of the model that an adapter was trained on."""
 
     weights: str
     config: str

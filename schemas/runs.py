@@ -13,19 +13,19 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def flag(value: Any) -> Any:
-    """A saved flag: it becomes words of a command line, where a text that begins with - would be a flag of its own."""
+    """A saved flag. It becomes words of a command line, where text that begins with - would be another flag."""
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, str) and one.startswith("-"):
             raise ValueError("a value, not a flag")
         if isinstance(one, (list, dict)):
-            raise ValueError("a number, a text, true, false, null, or a list of these")
+            raise ValueError("a number, text, true, false, null, or a list of these")
         if isinstance(one, float) and not math.isfinite(one):
             raise ValueError("a finite number")
     return value
 
 
 def inside(name: str) -> str:
-    """A file's name below the folder that lists it."""
+    """Name of a file below the folder that lists it."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\0" in name or str(path) != name:
         raise ValueError("the name of a file below the checkpoint")
@@ -40,7 +40,7 @@ SavedFlags = dict[FlagName, Annotated[Any, AfterValidator(flag)]]
 
 
 class Description(Schema):
-    """run_from_iteration_*.json: what was started, and where."""
+    """run_from_iteration_*.json: the command, its flags and the machine."""
 
     command: str
     args: SavedFlags
@@ -54,7 +54,7 @@ class Description(Schema):
 
 
 class Header(Schema):
-    """Of state.json: what decides how the rest is read. The first files had no format."""
+    """The format in state.json, which decides how the rest is read. The first files had none."""
 
     format: int = 1
 
@@ -68,24 +68,24 @@ class State(Schema):
     trained: dict[str, list[Natural]]  # shapes by parameter
     files: dict[FileName, Annotated[list[Natural], Pair]]  # size in bytes and CRC-32
     version: str | None = None  # of the code that wrote it; checkpoints from before 0.3.0 have none
-    base: dict[str, Any] | None = None  # digests of what training began with, see folders.describe_base()
-    adapter: dict[str, Any] | None = None  # adapter_config.json, without where its base lies
+    base: dict[str, Any] | None = None  # digests of the model that training started from, see describe_base()
+    adapter: dict[str, Any] | None = None  # adapter_config.json, without the path of its base
 
 
 class OldState(State):
-    """Of format 2, which had no checksums."""
+    """state.json of format 2, which had no checksums."""
 
     files: dict[FileName, Natural]  # size in bytes
 
 
-# in a shard's metadata: of every parameter, its first element here and the optimizer's step
+# metadata of a shard: for every parameter, its first element in the shard and the optimizer's step
 ShardIndex = dict[str, Annotated[list[Finite], Pair]]
 # a line of metrics.jsonl or evaluations.jsonl
 Line = dict[str, Finite]
 
 
 class Holder(Schema):
-    """lock of a run folder: the process that writes there."""
+    """The lock of a run folder: the process that writes there."""
 
     host: str
     pid: Natural
@@ -93,6 +93,6 @@ class Holder(Schema):
 
 
 class Tracking(Schema):
-    """tracking.json of a run folder: the run's id at wandb and swanlab."""
+    """tracking.json of a run folder: the id of the run at wandb and swanlab."""
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9]{8,64}$")]

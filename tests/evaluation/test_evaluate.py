@@ -189,7 +189,7 @@ def test_log_gives_back_every_bit_and_drops_a_cut_line(tmp_path, capsys):
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     (tmp_path / "episodes.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         EpisodeLog(tmp_path / "episodes.jsonl")
     log = EpisodeLog(tmp_path / "more.jsonl")
     os.dup2(os.open("/dev/full", os.O_WRONLY), log._file.fileno())
@@ -342,11 +342,11 @@ IDENTITY_DAMAGES = [
     (lambda content: json.dumps(content)[:20], "is not valid JSON"),
     (lambda content: [], "an object with keys"),
     (without("seed"), "has no seed"),
-    (lambda content: content | {"weights": {"model.safetensors": [1, 2]}}, "a text"),
+    (lambda content: content | {"weights": {"model.safetensors": [1, 2]}}, "text"),
     (lambda content: content | {"seed": float("nan")}, "a whole number"),
-    (lambda content: content | {"seed": 1}, "was begun with seed 1, now it is 0"),
-    (lambda content: content | {"world": {}}, "begun with world.sim_freq nothing, now it is 100"),
-    (lambda content: content | {"wind": 3}, "begun with wind 3, now it is nothing"),
+    (lambda content: content | {"seed": 1}, "was started with seed 1, but now it is 0"),
+    (lambda content: content | {"world": {}}, "started with world.sim_freq nothing, but now it is 100"),
+    (lambda content: content | {"wind": 3}, "started with wind 3, but now it is nothing"),
 ]
 
 
@@ -412,7 +412,7 @@ def fake_checkpoint(folder: Path, *files: str, flags: dict | None = None) -> Pat
         (["config.json"], {"lora_rank": 0, "lora_path": "x"}, "lacks adapter_config.json"),
         (["config.json", "adapter_config.json"], {"lora_rank": 32}, "lacks adapter_model.safetensors"),
         (["config.json", "adapter_model.safetensors"], {}, "lacks adapter_config.json"),
-        (["adapter_config.json", "adapter_model.safetensors"], {}, "holds an adapter alone.*--lora_path"),
+        (["adapter_config.json", "adapter_model.safetensors"], {}, "holds only an adapter.*--lora_path"),
         ([], {}, "has no config.json"),
     ],
 )
@@ -458,7 +458,7 @@ def test_a_strangers_run_adds_no_flag_and_imports_nothing(tmp_path, monkeypatch)
     policy = fake_checkpoint(tmp_path / "run", "config.json", flags=flags)
     args = evaluate.parse(["--checkpoint", str(policy)])
     assert args.settings == ("all",) and args.num_envs == 16 and args.output is None and args.instruction is None
-    with pytest.raises(UserError, match="trained on 'payload:X-v1', not on these"):
+    with pytest.raises(UserError, match="trained on 'payload:X-v1', not on these settings"):
         evaluate.check_actor("checkpoint", str(policy), None, parse_settings(["all"], VARIANTS, None))
     for value in ([32, 32, "--settings", "payload:X-v1"], ["--settings", "payload:X-v1"], "--settings", None):
         (tmp_path / "run" / "args.json").write_text(json.dumps({"image_size": value}))
@@ -530,17 +530,17 @@ def test_older_results_are_kept(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="older results"):
         evaluate.find_output(str(tmp_path), False, identity)
-    with pytest.raises(UserError, match=r"was begun with world.sim_freq 100, now it is 500"):
+    with pytest.raises(UserError, match=r"was started with world.sim_freq 100, but now it is 500"):
         evaluate.find_output(str(tmp_path), True, identity | {"world": {"sim_freq": 500, "image_size": (96, 96)}})
     assert before and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert evaluate.find_output(str(tmp_path), True, identity) == tmp_path
-    with pytest.raises(UserError, match="holds another evaluation's results by now"):
+    with pytest.raises(UserError, match="now holds the results of another evaluation"):
         evaluate.open_output(tmp_path, False, identity, {})  # begun and ended since find_output() looked
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with pytest.raises(UserError, match="no evaluation to --resume"):
+    with pytest.raises(UserError, match=r"no evaluation\.json to --resume"):
         evaluate.find_output(str(tmp_path / "new"), True, identity)
     for place in (tmp_path / "evaluation.json" / "x", Path("/proc/nothing")):  # a file; a folder that takes none
-        with pytest.raises(UserError, match=f"--output {place} can not be written"):
+        with pytest.raises(UserError, match=f"--output {place} cannot be written"):
             evaluate.open_output(evaluate.find_output(str(place), False, identity), False, identity, {})
     with pytest.raises(UserError, match="needs --output"):
         evaluate.find_output(None, True, identity)
@@ -592,7 +592,8 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, model, flags):
 
 def test_it_advises_no_flag_that_it_lacks():
     source = (ROOT / "evaluate.py").read_text().replace("doctor.py --download", "")
-    source = "".join((source, *((ROOT / f"vla/{name}.py").read_text() for name in ("settings", "results", "report"))))
+    for name in ("settings", "statistics", "report"):
+        source += (ROOT / "vla" / "evaluation" / f"{name}.py").read_text()
     known = {field.name for field in dataclasses.fields(evaluate.Args)}
     assert set(re.findall(r"--([a-z]\w+)", source)) <= known
 
@@ -622,7 +623,7 @@ def test_pipes_in_place_of_files_are_not_waited_for(tmp_path):
         lambda: evaluate.find_output(str(tmp_path), True, IDENTITY),
         lambda: EpisodeLog(tmp_path / "episodes.jsonl"),
     ):
-        with pytest.raises(UserError, match="no regular file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             read()
 
 

@@ -201,8 +201,8 @@ SIDE = ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_
         (cut_short, "truncated|not valid JSON|damaged"),
         (lambda file: file.write_bytes(b""), "is empty|truncated|damaged"),
         (lambda file: file.write_bytes(b"\xff\xfe\x00rubbish" * 9), "not UTF-8|truncated|damaged"),
-        (fifo, "is no regular file"),
-        (as_folder, "is no regular file"),
+        (fifo, "is not a regular file"),
+        (as_folder, "is not a regular file"),
     ],
 )
 def test_a_file_that_is_not_what_it_should_be_is_named(base, copy, file, damage, said):
@@ -229,7 +229,7 @@ def test_what_stands_in_place_of_weights_is_said(base, copy):
     assert "it holds pytorch_model-00001-of-00003.bin, a pickle" in refusal(folder)
     (folder / "pytorch_model-00001-of-00003.bin").unlink()
     (folder / WEIGHTS).symlink_to(folder / "nowhere")
-    assert f"{folder / WEIGHTS} can not be read" in refusal(folder)
+    assert f"{folder / WEIGHTS} cannot be read" in refusal(folder)
     (folder / WEIGHTS).unlink()
     assert "lacks model.safetensors: copy or download it again" in refusal(folder)
 
@@ -293,11 +293,17 @@ def wrong_maps() -> dict:
         index[key] = names[1]
 
     return {
-        "outside": (lambda index: index.update(x="../base/model.safetensors"), "names of .safetensors files beside it"),
-        "absolute": (lambda index: index.update(x="/etc/model.safetensors"), "names of .safetensors files beside it"),
-        "a pickle": (lambda index: index.update(x="model.bin"), "names of .safetensors files beside it"),
-        "a number": (lambda index: index.update(x=3), "weight_map.x 3, it must be a text"),
-        "empty": (lambda index: index.clear(), "weight_map {}, it must be at least 1 long"),
+        "outside": (
+            lambda index: index.update(x="../base/model.safetensors"),
+            "names of .safetensors files in the same folder",
+        ),
+        "absolute": (
+            lambda index: index.update(x="/etc/model.safetensors"),
+            "names of .safetensors files in the same folder",
+        ),
+        "a pickle": (lambda index: index.update(x="model.bin"), "names of .safetensors files in the same folder"),
+        "a number": (lambda index: index.update(x=3), "weight_map.x 3, but it must be text"),
+        "empty": (lambda index: index.clear(), "weight_map {}, but it must be at least 1 long"),
         "more": (lambda index: index.update(x=next(iter(index.values()))), "has x in model-00001"),
         "less": (lambda index: index.pop("projector.fc1.bias"), "has projector.fc1.bias in no file"),
         "moved": (moved, "copy the index and its shards from one place"),
@@ -345,17 +351,17 @@ MILLION = 10**6
     [
         (dict(text_config=...), "config.json has no text_config"),
         (dict(image_sizes=...), "config.json has no image_sizes"),
-        (dict(image_sizes=[64, 32]), "image_sizes [64, 32], it must be two equal sizes"),
-        (dict(image_sizes=64), "image_sizes 64, it must be a list"),
-        (dict(model_type="llava"), 'model_type "llava", it must be'),
+        (dict(image_sizes=[64, 32]), "image_sizes [64, 32], but it must be two equal sizes"),
+        (dict(image_sizes=64), "image_sizes 64, but it must be a list"),
+        (dict(model_type="llava"), 'model_type "llava", but it must be'),
         (dict(use_fused_vision_backbone=False), "use_fused_vision_backbone false"),
         (dict(quantization_config={"load_in_8bit": True}), "quantization_config"),
         (dict(timm_override_act_layers=["quick_gelu", None]), "timm_override_act_layers"),
         (dict(vision_dims=[{"embed_dim": 64, "depth": MILLION, "num_heads": 4}] * 2), "depth 1000000"),
         (dict(vision_dims=[{"embed_dim": 64, "depth": 3, "num_heads": 5}] * 2), "num_heads (5) divides"),
-        (dict(chunk_size=0), "chunk_size 0, it must be at least 1"),
+        (dict(chunk_size=0), "chunk_size 0, but it must be at least 1"),
         (dict(n_action_bins=128), "n_action_bins 128"),
-        (dict(norm_stats=[1]), "norm_stats [1], it must be an object"),
+        (dict(norm_stats=[1]), "norm_stats [1], but it must be an object"),
     ],
 )
 def test_a_config_that_is_another_models_is_refused(base, copy, change, said):
@@ -369,10 +375,10 @@ def test_a_config_that_is_another_models_is_refused(base, copy, change, said):
     "change, said",
     [
         (dict(vocab_size=...), "config.json has no text_config.vocab_size"),
-        (dict(model_type="mistral"), "text_config.model_type \"mistral\", it must be 'llama'"),
+        (dict(model_type="mistral"), "text_config.model_type \"mistral\", but it must be 'llama'"),
         (dict(num_hidden_layers=MILLION), "text_config.num_hidden_layers 1000000, the weights of"),
-        (dict(num_hidden_layers=10**9), "text_config.num_hidden_layers 1000000000, it must be at most"),
-        (dict(num_hidden_layers="2"), 'text_config.num_hidden_layers "2", it must be a whole number'),
+        (dict(num_hidden_layers=10**9), "text_config.num_hidden_layers 1000000000, but it must be at most"),
+        (dict(num_hidden_layers="2"), 'text_config.num_hidden_layers "2", but it must be a whole number'),
         (dict(hidden_size=MILLION), "text_config.hidden_size 1000000, the weights of"),
         (dict(intermediate_size=MILLION), "text_config.intermediate_size 1000000, the weights of"),
         (dict(num_attention_heads=5), "num_attention_heads (5) divides"),
@@ -380,7 +386,7 @@ def test_a_config_that_is_another_models_is_refused(base, copy, change, said):
         (dict(attention_dropout=0.1), "text_config.attention_dropout 0.1"),
         (dict(tie_word_embeddings=True), "text_config.tie_word_embeddings true"),
         (dict(rms_norm_eps=float("nan")), "text_config.rms_norm_eps NaN"),
-        (dict(rope_theta=0), "text_config.rope_theta 0, it must be above 0"),
+        (dict(rope_theta=0), "text_config.rope_theta 0, but it must be above 0"),
         (dict(rope_parameters={"rope_type": "nonsense"}), "text_config of which no Llama can be made"),
         (dict(rope_scaling={"type": "linear"}), "text_config of which no Llama can be made"),
         (dict(head_dim=7), "text_config of which no Llama can be made"),
@@ -403,14 +409,14 @@ NAN = float("nan")
     "change, said",
     [
         (dict(q01=[1.0] * 7, q99=[-1.0] * 7), "q01 at most q99 (dimension 0 has 1 and -1)"),
-        (dict(q01=None), "action.q01 null, it must be a list"),
-        (dict(q01=[0.0] * 6), "action.q01 [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], it must be at least 7 long"),
+        (dict(q01=None), "action.q01 null, but it must be a list"),
+        (dict(q01=[0.0] * 6), "action.q01 [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], but it must be at least 7 long"),
         (dict(q99=[0.5] * 14), "action.q99"),
-        (dict(q99=[NAN] * 7), "action.q99.0 NaN, it must be a finite number"),
-        (dict(q99=["1"] * 7), 'action.q99.0 "1", it must be a number'),
+        (dict(q99=[NAN] * 7), "action.q99.0 NaN, but it must be a finite number"),
+        (dict(q99=["1"] * 7), 'action.q99.0 "1", but it must be a number'),
         (dict(mask=[True] * 6), "action.mask"),
-        (dict(mask=None), "action.mask null, it must be a list"),
-        (dict(mask=[2] * 7), "action.mask.0 2, it must be true or false"),
+        (dict(mask=None), "action.mask null, but it must be a list"),
+        (dict(mask=[2] * 7), "action.mask.0 2, but it must be true or false"),
     ],
 )
 @pytest.mark.parametrize("file", ["config.json", "dataset_statistics.json"])
@@ -433,8 +439,8 @@ def test_statistics_that_would_scale_wrongly_are_refused(base, copy, change, sai
         ({"bridge_orig": {}}, "has no action"),
         ({"bridge_orig": []}, "must be an object with keys"),
         ({"bridge_orig": None}, "must be an object with keys"),
-        ([], "dataset_statistics.json holds [], it must be"),
-        (None, "dataset_statistics.json holds null, it must be"),
+        ([], "dataset_statistics.json holds [], but it must be"),
+        (None, "dataset_statistics.json holds null, but it must be"),
     ],
 )
 def test_statistics_of_another_form_are_refused(base, copy, statistics, said):
@@ -468,8 +474,8 @@ def test_statistics_that_are_fine(base, copy):
     [
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 64}}, "has image_mean, the form of"),
         ({"means": [[0.5] * 3] * 2}, "has no stds"),
-        ({"means": [[0.5] * 3], "stds": [[0.5] * 3]}, "means [[0.5, 0.5, 0.5]], it must be at least 2 long"),
-        ({"means": [[0.5] * 3] * 2, "stds": [[0.5, 0.5, 0.0]] * 2}, "stds.0.2 0.0, it must be above 0"),
+        ({"means": [[0.5] * 3], "stds": [[0.5] * 3]}, "means [[0.5, 0.5, 0.5]], but it must be at least 2 long"),
+        ({"means": [[0.5] * 3] * 2, "stds": [[0.5, 0.5, 0.0]] * 2}, "stds.0.2 0.0, but it must be above 0"),
         ({"means": [[NAN] * 3] * 2, "stds": [[0.5] * 3] * 2}, "means.0.0 NaN"),
         ({"means": [[0.5] * 3] * 2, "stds": [[0.5] * 3] * 2, "tvf_do_letterbox": True}, "tvf_do_letterbox true"),
         ({"means": [[0.5] * 3] * 2, "stds": [[0.5] * 3] * 2, "interpolations": ["lanczos"]}, 'interpolations.0 "lan'),
@@ -568,7 +574,7 @@ def test_rules_that_add_to_a_prompt_or_swallow_of_it_are_refused(base, copy, tok
         (dict(bos_token="</s>"), "gives '</s>' the id 1, "),
         (dict(added_tokens_decoder={"600": {"content": "carrot"}}), "gives 'carrot' the id 600, "),
         (dict(added_tokens_decoder={"x": {"content": "carrot"}}), "added_tokens_decoder.x"),
-        (dict(bos_token=5), "bos_token 5, it must be a text"),
+        (dict(bos_token=5), "bos_token 5, but it must be text"),
     ],
 )
 def test_a_tokenizer_config_that_transformers_would_follow_is_refused(base, copy, config, said):
@@ -641,31 +647,31 @@ def test_a_setting_that_would_do_something_else_is_refused(adapter, copy, key, v
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(init_lora_weights="pissa"), 'init_lora_weights "pissa", it must be true'),
+        (dict(init_lora_weights="pissa"), 'init_lora_weights "pissa", but it must be true'),
         (dict(init_lora_weights="pissa_niter_4"), 'init_lora_weights "pissa_niter_4"'),
         (dict(init_lora_weights="olora"), 'init_lora_weights "olora"'),
         (dict(init_lora_weights="loftq"), 'init_lora_weights "loftq"'),
         (dict(init_lora_weights="corda"), 'init_lora_weights "corda"'),
         (dict(peft_type="IA3"), 'peft_type "IA3"'),
-        (dict(bias="all"), "bias \"all\", it must be 'none'"),
-        (dict(r=0), "r 0, it must be at least 1"),
+        (dict(bias="all"), "bias \"all\", but it must be 'none'"),
+        (dict(r=0), "r 0, but it must be at least 1"),
         (dict(r=...), "has no r"),
-        (dict(r=MILLION), "r 1000000, it must be at most"),
+        (dict(r=MILLION), "r 1000000, but it must be at most"),
         (dict(r=65536), "r 65536, the largest factor in adapter_model.safetensors has 2 rows"),
         (dict(lora_alpha=NAN), "lora_alpha NaN"),
         (dict(target_modules=...), "has no target_modules"),
-        (dict(target_modules=[]), "target_modules [], it must be a module's name or a regular expression, or a list"),
-        (dict(target_modules=None), "target_modules null, it must be a module's name"),
-        (dict(target_modules=5), "target_modules 5, it must be a module's name"),
+        (dict(target_modules=[]), "[], but it must be a module's name or a regular expression, or a list"),
+        (dict(target_modules=None), "target_modules null, but it must be a module's name"),
+        (dict(target_modules=5), "target_modules 5, but it must be a module's name"),
         (dict(exclude_modules=["fc1", 5]), "exclude_modules"),
-        (dict(layers_to_transform="1"), 'layers_to_transform "1", it must be a whole number, or a list of such'),
-        (dict(init_lora_weights=["pissa"]), 'init_lora_weights ["pissa"], it must be true'),
+        (dict(layers_to_transform="1"), 'layers_to_transform "1", but it must be a whole number, or a list of these'),
+        (dict(init_lora_weights=["pissa"]), 'init_lora_weights ["pissa"], but it must be true'),
         (dict(target_modules=["nothing_of_this_name"]), "does not fit the model"),
         (dict(target_modules="(("), "no regular expression"),
         (dict(rank_pattern={"(a+)+$": 2}), "rank_pattern"),
         (dict(alpha_pattern={"fc1": NAN}), "alpha_pattern.fc1 NaN"),
         (dict(layers_pattern="(.*)*"), "layers_pattern"),
-        (dict(layers_pattern=["layers", "(.*)*"]), "it must be a module's name, or a list of such"),
+        (dict(layers_pattern=["layers", "(.*)*"]), "it must be a module's name, or a list of these"),
         (dict(target_modules=".*fc1", layers_to_transform=[0]), "layers_to_transform and a text as target_modules"),
     ],
 )

@@ -32,12 +32,12 @@ class Example(Schema):
         (b'{"size": 1' + b"0" * 5000 + b', "rate": 0}', "is not valid JSON (Exceeds the limit"),
         (b"[1, 2]", "must be an object with keys"),
         (b'{"rate": 0}', "has no size"),
-        (b'{"size": 0, "rate": 0}', "has size 0, it must be at least 1"),
-        (b'{"size": true, "rate": 0}', "has size true, it must be a whole number"),
-        (b'{"size": "1", "rate": 0}', 'has size "1", it must be a whole number'),
-        (b'{"size": 1, "rate": NaN}', "has rate NaN, it must be a finite number"),
-        (b'{"size": 1, "rate": null}', "has rate null, it must be a number"),
-        (b'{"size": 1, "rate": 0, "kind": "c"}', "has kind \"c\", it must be 'a' or 'b'"),
+        (b'{"size": 0, "rate": 0}', "has size 0, but it must be at least 1"),
+        (b'{"size": true, "rate": 0}', "has size true, but it must be a whole number"),
+        (b'{"size": "1", "rate": 0}', 'has size "1", but it must be a whole number'),
+        (b'{"size": 1, "rate": NaN}', "has rate NaN, but it must be a finite number"),
+        (b'{"size": 1, "rate": null}', "has rate null, but it must be a number"),
+        (b'{"size": 1, "rate": 0, "kind": "c"}', "has kind \"c\", but it must be 'a' or 'b'"),
         (b'{"size": 1, "rate": 0, "shape": [1]}', "has no shape.1"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("elsewhere", path)])
 def test_what_is_no_lock_file_is_neither_waited_for_nor_followed(tmp_path, make):
     make(tmp_path / LOCK)
-    with pytest.raises(UserError, match=r"^--output x can not be locked"):
+    with pytest.raises(UserError, match=r"^--output x cannot be locked"):
         lock_folder(tmp_path, "--output x")
     assert not (tmp_path / "elsewhere").exists()
 

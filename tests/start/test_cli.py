@@ -79,7 +79,7 @@ def test_a_preset_of_another_script_says_so():
 
 def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("num_envs: lots\n")
-    with pytest.raises(UserError, match=rf'^{tmp_path}/a\.yaml has num_envs "lots", it must be a whole number$'):
+    with pytest.raises(UserError, match=rf'^{tmp_path}/a\.yaml has num_envs "lots", but it must be a whole number$'):
         parse("--config", str(tmp_path / "a.yaml"))
 
 
@@ -162,13 +162,13 @@ def test_deepspeed_config(tmp_path):
         ('{"gradient_clipping": 1.0}', r"sets 'gradient_clipping', which is decided by --max_grad_norm"),
         ('{"bf16": {"enabled": true}}', r"bf16 on but --dtype is float32"),
         ("{", "not valid JSON"),
-        ("[1]", r"a\.json holds \[1\], it must be an object with keys"),
+        ("[1]", r"a\.json holds \[1\], but it must be an object with keys"),
         ('{"bf16": {}, "bf16": {}}', "has the key 'bf16' twice"),
-        ('{"zero_optimization": {"stage": "3"}}', r'has zero_optimization\.stage "3", it must be a whole number'),
-        ('{"zero_optimization": {"stage": 1}}', r"has zero_optimization\.stage 1, it must be 0, 2 or 3"),
-        ('{"zero_optimization": null}', "has zero_optimization null, it must be an object with keys"),
-        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', r"device \"nvme\", it must be 'cpu'"),
-        ('{"bf16": {"enabled": "yes"}}', r'has bf16\.enabled.* "yes", it must be'),
+        ('{"zero_optimization": {"stage": "3"}}', r'has zero_optimization\.stage "3", but it must be a whole number'),
+        ('{"zero_optimization": {"stage": 1}}', r"has zero_optimization\.stage 1, but it must be 0, 2 or 3"),
+        ('{"zero_optimization": null}', "has zero_optimization null, but it must be an object with keys"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', r"device \"nvme\", but it must be 'cpu'"),
+        ('{"bf16": {"enabled": "yes"}}', r'has bf16\.enabled.* "yes", but it must be'),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=sentence):
@@ -200,5 +200,5 @@ def test_a_logger_that_is_not_installed_is_refused():
 @pytest.mark.parametrize("key", ["zero_optimisation", "Zero_optimization", "zero-optimization"])
 def test_a_misspelt_key_of_deepspeeds_is_not_left_out(tmp_path, key):
     (tmp_path / "d.json").write_text(f'{{"{key}": {{"stage": 3}}}}')
-    with pytest.raises(UserError, match=f"written with 'zero_optimization' in the place of '{key}'"):
+    with pytest.raises(UserError, match=f"written with 'zero_optimization' instead of '{key}'"):
         read_deepspeed_config(str(tmp_path / "d.json"), "float32", "none")

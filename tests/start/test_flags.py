@@ -103,8 +103,8 @@ def test_no_text_is_empty(args_class, name):
         (["--num_envs", "1000000"], "--num_envs 1000000 must be at most 65536"),
         (["--image_size", "1000000", "1000000"], "--image_size 1000000 1000000 must be at most 4096"),
         (["--sim_freq", "101"], "--sim_freq 101 must be a multiple of 5"),
-        (["--resume", ""], "--resume '' must be a text that is not empty"),
-        (["--run_dir", " "], "--run_dir ' ' must be a text that is not empty"),
+        (["--resume", ""], "--resume '' must be text that is not empty"),
+        (["--run_dir", " "], "--run_dir ' ' must be text that is not empty"),
         (["--config", ""], "--config is empty"),
         (["--config"], "--config has no value"),
         (["--image_size", "96", "96", "96"], "Unrecognized options: 96"),
@@ -138,20 +138,20 @@ def test_a_wrong_flag_is_named_whatever_the_terminal_can_write(monkeypatch, enco
         (b"num_envs: 4\nnum_envs: 8\n", "line 2: the key 'num_envs' stands twice"),
         (b"num_envs: 4\nnum-envs: 8\n", "line 2: the key 'num-envs' stands twice"),
         (b"num_envs: {a: {b: 1, b: 2}}\n", "the key 'b' stands twice"),
-        (b"seed: 010\n", 'has seed "010", it must be a whole number'),
-        (b"sim_freq: 1:40\n", 'has sim_freq "1:40", it must be a whole number'),
-        (b"num_envs: true\n", "has num_envs true, it must be a whole number"),
-        (b"num_envs: 8.5\n", "has num_envs 8.5, it must be a whole number"),
-        (b"num_envs:\n", "has num_envs null, it must be a whole number"),
+        (b"seed: 010\n", 'has seed "010", but it must be a whole number'),
+        (b"sim_freq: 1:40\n", 'has sim_freq "1:40", but it must be a whole number'),
+        (b"num_envs: true\n", "has num_envs true, but it must be a whole number"),
+        (b"num_envs: 8.5\n", "has num_envs 8.5, but it must be a whole number"),
+        (b"num_envs:\n", "has num_envs null, but it must be a whole number"),
         (b"num_envs: {a: 1}\n", "it must be a whole number"),
-        (b"learning_rate: .nan\n", "has learning_rate NaN, it must be a finite number"),
-        (b"gamma: .inf\n", "has gamma Infinity, it must be a finite number"),
-        (b"auto_reset: 1\n", "has auto_reset 1, it must be true or false"),
-        (b"unnorm_key: ''\n", "it must be a text that is not empty"),
-        (b'run_dir: "a\\0b"\n', "it must be a text without null characters"),
-        (b"image_size: 96\n", "has image_size 96, it must be a list"),
+        (b"learning_rate: .nan\n", "has learning_rate NaN, but it must be a finite number"),
+        (b"gamma: .inf\n", "has gamma Infinity, but it must be a finite number"),
+        (b"auto_reset: 1\n", "has auto_reset 1, but it must be true or false"),
+        (b"unnorm_key: ''\n", "it must be text that is not empty"),
+        (b'run_dir: "a\\0b"\n', "it must be text without null characters"),
+        (b"image_size: 96\n", "has image_size 96, but it must be a list"),
         (b"image_size: [96]\n", "image_size"),
-        (b"schedule: off\n", "has schedule false, it must be 'constant', 'linear' or 'cosine'"),
+        (b"schedule: off\n", "has schedule false, but it must be 'constant', 'linear' or 'cosine'"),
         (b"- num_envs\n", "must hold `flag: value` lines"),
         (b"# nothing\n", "must hold `flag: value` lines, it is empty"),
         (b"num_envs:\n\t4\n", "yaml indents with spaces, not with tabs"),
@@ -190,7 +190,7 @@ def test_numbers_in_yaml_are_read_as_people_mean_them(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         parse("--config", str(tmp_path / "pipe.yaml"))
 
 

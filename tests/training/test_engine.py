@@ -395,8 +395,8 @@ def test_a_rank_that_finds_its_launcher_gone_ends(monkeypatch, parents, first_co
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "none", "offload_param is not supported"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "stage", "use ds_configs/zero3.json"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "none", "offload_optimizer needs ZeRO-3"),
-        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "none", "device \"nvme\", it must be 'cpu'"),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "none", "ratio 0.5, it must be left out"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "none", "device \"nvme\", but it must be 'cpu'"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "none", "0.5, but it must be left out"),
     ],
 )
 def test_unsupported_combinations_are_refused_with_a_sentence(tmp_path, zero, offload, sentence):

@@ -236,9 +236,9 @@ def test_the_ranks_share_the_reading_of_a_checkpoint(tmp_path):
     "content, said",
     [
         ("", "state.json is empty"),
-        ("[]", "state.json holds [], it must be an object"),
+        ("[]", "state.json holds [], but it must be an object"),
         ('{"files": {}}', "state.json has format 1"),
-        ('{"format": "3"}', 'state.json has format "3", it must be a whole number'),
+        ('{"format": "3"}', 'state.json has format "3", but it must be a whole number'),
         ('{"format": 3, "global_step": 0, "trained": {}, "files": {}}', "state.json has no iteration"),
         ('{"format": 3, "iteration": NaN}', "iteration NaN"),
         ('{"format": 3, "iteration": 1, "global_step": 0, "trained": [], "files": {}}', "trained []"),
@@ -270,8 +270,8 @@ def test_pipes_in_place_of_files_are_not_waited_for(tmp_path):
     assert damage(folder) == f"{SHARD} is missing"
     (folder / "state.json").unlink()
     os.mkfifo(folder / "state.json")
-    assert damage(folder) == "state.json is no regular file"
-    with pytest.raises(UserError, match="no regular file"):
+    assert damage(folder) == "state.json is not a regular file"
+    with pytest.raises(UserError, match="not a regular file"):
         load_tree(folder / SHARD)
 
 
@@ -403,8 +403,8 @@ def test_what_would_be_another_run_is_refused(tmp_path, change, said):
         ("[]", "it must be an object with keys"),
         ('{"image_size": [32, 32, "--settings", "evil:X-v1"]}', "a value, not a flag"),
         ('{"instruction": "--help"}', "a value, not a flag"),
-        ('{"learning_rate": NaN}', "learning_rate NaN, it must be a finite number"),
-        ('{"seed": {"a": 1}}', "it must be a number, a text"),
+        ('{"learning_rate": NaN}', "learning_rate NaN, but it must be a finite number"),
+        ('{"seed": {"a": 1}}', "it must be a number, text"),
     ],
 )
 def test_args_that_can_not_be(tmp_path, content, said):
@@ -439,7 +439,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path, monkeypa
     (run_dir / "args.json").write_text("{}")
     first = holder_of(run_dir)
     try:
-        who = f"process {first.pid} on {socket.gethostname()}, begun at 20.*: wait for it, or name another folder"
+        who = f"process {first.pid} on {socket.gethostname()}, started at 20.*: wait for it, or name another folder"
         with pytest.raises(UserError, match=f"--resume .*{who}"):
             open_run(None, str(run_dir), "", {})
         with pytest.raises(UserError, match=f"--run_dir .*{who}"):

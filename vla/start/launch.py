@@ -55,7 +55,7 @@ def number_in(name: str, text: str) -> int:
     """A launcher's variable as a number of its range. Raises UserError."""
     smallest, largest = SMALLEST.get(name, 0), LARGEST.get(name, 2**31 - 1)
     if not (text.isascii() and text.isdecimal() and smallest <= int(text) <= largest):
-        raise UserError(f"{name} is {text!r}, it must be a whole number from {smallest} to {largest}: unset it")
+        raise UserError(f"{name} is {text!r}, but it must be a whole number from {smallest} to {largest}: unset it")
     return int(text)
 
 
