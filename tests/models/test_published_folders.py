@@ -293,15 +293,9 @@ def wrong_maps() -> dict:
         index[key] = names[1]
 
     return {
-        "outside": (
-            lambda index: index.update(x="../base/model.safetensors"),
-            "names of .safetensors files in the same folder",
-        ),
-        "absolute": (
-            lambda index: index.update(x="/etc/model.safetensors"),
-            "names of .safetensors files in the same folder",
-        ),
-        "a pickle": (lambda index: index.update(x="model.bin"), "names of .safetensors files in the same folder"),
+        "outside": (lambda index: index.update(x="../base/model.safetensors"), "files in the same folder"),
+        "absolute": (lambda index: index.update(x="/etc/model.safetensors"), "files in the same folder"),
+        "a pickle": (lambda index: index.update(x="model.bin"), "files in the same folder"),
         "a number": (lambda index: index.update(x=3), "weight_map.x 3, but it must be text"),
         "empty": (lambda index: index.clear(), "weight_map {}, but it must be at least 1 long"),
         "more": (lambda index: index.update(x=next(iter(index.values()))), "has x in model-00001"),
