@@ -173,8 +173,11 @@ def test_readme_is_one_page():
 def test_a_page_is_short_and_reachable(page):
     text = page.read_text()
     assert len(text.splitlines()) <= 200
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+    assert not long, f"longer than 120 characters: {long}"
     if page != ROOT / "README.md":
         assert f"](docs/{page.name})" in README, f"README does not link {page.name}"
+        assert f"- {page.name}" in (ROOT / "mkdocs.yml").read_text(), f"mkdocs.yml has no {page.name}"
         first = re.split(r"(?<=[.!?])\s", text.split("\n\n")[1])[0]
         assert first.startswith("This page answers "), f"{page.name} begins with: {first}"
 
@@ -362,8 +365,9 @@ def test_nothing_is_unpickled():
 
 
 def test_pins_are_exact():
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        assert not line or line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+", line), line
+    for name in ("requirements.txt", "requirements-docs.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            assert not line or line.startswith("#") or re.fullmatch(r"[\w-]+==[\w.]+", line), line
 
 
 def test_every_third_party_import_is_pinned():
