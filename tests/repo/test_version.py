@@ -36,9 +36,12 @@ def test_the_citation_is_valid_and_has_the_version():
     """CFF 1.2.0 requires the first four keys, and allows no others than those of its schema."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     required = {"cff-version", "message", "title", "authors"}
-    assert required <= citation.keys() <= required | {
-        *("type", "abstract", "version", "date-released", "license", "keywords", "repository-code", "url")
-    }
+    assert (
+        required
+        <= citation.keys()
+        <= required
+        | {*("type", "abstract", "version", "date-released", "license", "keywords", "repository-code", "url")}
+    )
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software" and citation["license"] == "Apache-2.0"
     assert citation["authors"] == [{"name": "SoloVLA contributors"}]
     assert (citation["version"], citation["date-released"]) == HEADING.findall((ROOT / "CHANGELOG.md").read_text())[0]
