@@ -31,7 +31,7 @@ from vla.distributed import REQUEUE, run_main, user_errors
 from vla.start.checks import check_scene_memory
 
 ENVS_PER_WORKER = 8
-HOPELESS = 64  # tries without one success
+HOPELESS = 64  # tries without a success before the script gives up
 
 
 @dataclass
@@ -112,7 +112,7 @@ def main(args: Args) -> None:
         if folder.count() >= args.num_demos:
             if not folder.is_finished():
                 folder.finish()
-            print(f"{folder.folder} holds {folder.count()} demonstrations already")
+            print(f"{folder.folder} already holds {folder.count()} demonstrations")
             return
         num_envs = ENVS_PER_WORKER * max(1, args.num_env_workers)
         check_scene_memory(num_envs, args.num_env_workers, args.image_size, "--num_env_workers and --image_size")
@@ -137,25 +137,26 @@ def main(args: Args) -> None:
                 bar.update()
             elif not found and number >= HOPELESS:
                 raise UserError(
-                    f"none of {number} tries succeeded in {args.env_id}: the expert needs --max_episode_steps above "
-                    f"{args.max_episode_steps}, less --action_noise or smaller steps"
+                    f"the expert failed in all of {number} tries in {args.env_id}: raise --max_episode_steps above "
+                    f"{args.max_episode_steps}, or lower --action_noise, --max_translation or --max_rotation"
                 )
             if pending and (len(pending) == PART_SIZE or count + found == args.num_demos):
                 keep(folder, pending)
             if count + found == args.num_demos:
                 break
-        keep(folder, pending)  # of a collection that was asked to end
+        keep(folder, pending)  # the rest, if the script was asked to end
     if count + found < args.num_demos:
-        print(f"{asked.signal}: {folder.folder} keeps {count + found} of {args.num_demos}; the same command goes on")
+        saved = f"{folder.folder} has {count + found} of {args.num_demos} demonstrations"
+        print(f"{asked.signal}: {saved}. Run the same command to continue")
         raise SystemExit(REQUEUE)
     with user_errors():
         statistics = folder.finish()
     steps, size = statistics["num_transitions"], (folder.folder / "trajectory.h5").stat().st_size / 2**20
-    print(f"{folder.folder}: {args.num_demos} demonstrations, {steps} steps to learn from, {size:.0f} MiB")
+    print(f"{folder.folder}: {args.num_demos} demonstrations, {steps} steps for training, {size:.0f} MiB")
 
 
 def keep(folder: DemoFolder, pending: list[Demonstration]) -> None:
-    """Put these episodes on the disk and empty the list. Raises UserError where the disk does not take them."""
+    """Write these episodes to the disk and empty the list. Raises UserError if they cannot be written."""
     with user_errors():
         if pending:
             folder.write_part(pending)
@@ -163,7 +164,7 @@ def keep(folder: DemoFolder, pending: list[Demonstration]) -> None:
 
 
 class EndRequest:
-    """True from SIGTERM, SIGUSR1 or Ctrl-C on; a second Ctrl-C ends the process at once."""
+    """True after SIGTERM, SIGUSR1 or Ctrl-C. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.signal = ""

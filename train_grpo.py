@@ -496,7 +496,8 @@ def main(args: Args) -> None:
         device = setup_distributed(args.seed)
         default_dir = f"runs/grpo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
-        check_iterations_left(checkpoint, sizes.num_iterations, "--num_iterations")
+        deciding = "--num_iterations" if args.total_timesteps is None else "--total_timesteps"
+        check_iterations_left(checkpoint, sizes.num_iterations, deciding)
         in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False)

@@ -53,7 +53,7 @@ from vla.training.engine import (
 from vla.training.preemption import Preemption
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
-MAX_CLIPPED = 0.1  # share of a dimension's labels that the statistics may cut off
+MAX_CLIPPED = 0.1  # largest share of labels that the statistics may clip in a dimension
 
 # evaluation runs every episode once, to its end
 ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
@@ -193,32 +193,32 @@ class Args:
 
 
 class CloneBatch(NamedTuple):
-    """What one forward reads, on the model's device."""
+    """Input of one forward pass, on the device of the model."""
 
     inputs: PolicyInputs  # [B, ...]
-    tokens: torch.Tensor  # int64 [B, C, D]: the labels as tokens
-    context_tokens: torch.Tensor  # int64 [B, C, D], what the model reads as its own earlier tokens
-    labels: torch.Tensor  # fp32 [B, C, D]: the labels, normalised to [-1, 1]
-    weights: torch.Tensor  # [B, C]: 0 past the end of an episode
+    tokens: torch.Tensor  # int64 [B, C, D], the labels as tokens
+    context_tokens: torch.Tensor  # int64 [B, C, D], read by the model as its own earlier tokens
+    labels: torch.Tensor  # fp32 [B, C, D], the labels normalised to [-1, 1]
+    weights: torch.Tensor  # [B, C], 0 after the end of an episode
 
 
 def learning_rate_at(
     update: int, *, num_updates: int, learning_rate: float, schedule: str, warmup_updates: int
 ) -> float:
-    """The rate of update 0 .. num_updates - 1: rises linearly, then follows the schedule."""
+    """Learning rate of an update (0 to num_updates - 1). It rises linearly, then follows the schedule."""
     if update < warmup_updates:
         return learning_rate * (update + 1) / (warmup_updates + 1)
     return learning_rate * decay_at(schedule, (update - warmup_updates) / max(num_updates - warmup_updates, 1))
 
 
-@lru_cache(maxsize=1)  # asked for once per update
+@lru_cache(maxsize=1)  # called once per update
 def order_of_pass(number: int, num_samples: int, seed: int) -> torch.Tensor:
     """The order of one pass over the data, int64 [num_samples]."""
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
 
 
 def batch_indices(update: int, num_samples: int, batch_size: int, seed: int) -> torch.Tensor:
-    """The samples of one update, int64 [batch_size]: every pass over the data is shuffled anew, a rest is left out."""
+    """The samples of one update, int64 [batch_size]. Every pass over the data has a new order and drops its rest."""
     number, position = divmod(update, num_samples // batch_size)
     return order_of_pass(number, num_samples, seed)[position * batch_size : (position + 1) * batch_size]
 
@@ -226,12 +226,12 @@ def batch_indices(update: int, num_samples: int, batch_size: int, seed: int) -> 
 def clone_loss(
     losses: torch.Tensor, predicted: torch.Tensor, batch: CloneBatch, decoded: torch.Tensor, total_weight: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean cross entropy of the tokens, and how far greedy actions are from the labels.
+    """Mean cross entropy of the tokens, and the distance of greedy actions from the labels.
 
     Args:
         losses, predicted: [B, C, D], of VLAPolicy.clone(). decoded: [B, C, D], `predicted` normalised to [-1, 1].
-        total_weight: sum of weights of the whole batch over all ranks, per rank; what this returns then sums up to the
-            batch's mean over micro batches, averaged over ranks.
+        total_weight: sum of the weights of the whole batch, divided by the number of ranks. The losses of the micro
+            batches then sum to the mean of the batch, after the average over ranks.
     """
 
     def mean(x: torch.Tensor) -> torch.Tensor:  # [B, C, D]
@@ -247,24 +247,27 @@ def clone_loss(
 
 
 def check_labels(policy: VLAPolicy, demos: Demos, unnorm_key: str) -> None:
-    """Raises ValueError where the policy's statistics cut off what the demonstrations do."""
+    """Raise ValueError if the statistics of the policy clip too many actions of the demonstrations."""
     labels, tokens = torch.from_numpy(demos.labels).double(), policy.action_tokens
-    span = 0.05 * (tokens.q99 - tokens.q01)  # quantiles leave out 1 % on either side by themselves
+    span = 0.05 * (tokens.q99 - tokens.q01)  # the quantiles themselves leave out 1 % on either side
     outside = ((labels < tokens.q01 - span) | (labels > tokens.q99 + span)) & tokens.mask  # [M, 7]
     share, axis = outside.double().mean(dim=0).max(dim=0)
     if share > MAX_CLIPPED:
         raise ValueError(
             f"{share:.0%} of the demonstrations' actions are out of range in dimension {int(axis)} of --unnorm_key "
-            f"{unnorm_key}: use their own statistics ({', '.join(demos.statistics)}) or smaller expert steps"
+            f"{unnorm_key}: use the statistics of the demonstrations ({', '.join(demos.statistics)}), or smaller steps"
         )
 
 
 def check_sizes(*, num_updates: int, updates_per_iteration: int, batch_size: int, world_size: int) -> None:
-    """Raises UserError for the first sizes that do not go together."""
+    """Raise UserError for sizes that do not divide."""
     if num_updates % updates_per_iteration:
-        raise UserError(f"--num_updates {num_updates} is not a multiple of --updates_per_iteration")
+        raise UserError(
+            f"--num_updates {num_updates} is not a multiple of --updates_per_iteration {updates_per_iteration}: "
+            "change one of them"
+        )
     if batch_size % world_size:
-        raise UserError(f"--batch_size {batch_size} is not divisible by {world_size} ranks")
+        raise UserError(f"--batch_size {batch_size} is not divisible by {world_size} ranks: change one")
 
 
 def read_batch(
@@ -276,8 +279,12 @@ def read_batch(
     label_sigma: float = 0.0,
     noise: torch.Tensor | None = None,
 ) -> CloneBatch:
-    """Samples [B] from the file; draws [B, 6] augment their pictures, None leaves them. noise: uniform [B, C, D], which
-    decides the context tokens where label_sigma spreads the targets."""
+    """Read samples from the file.
+
+    Args:
+        index: int64 [B]. draws: [B, 6], random numbers for augment(). None leaves the images as they are.
+        label_sigma: see Args. noise: uniform [B, C, D], which decides the context tokens if label_sigma is above 0.
+    """
     obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
     inputs = policy.preprocess(obs | {"task_description": [demos.instructions[i] for i in index]})
     if draws is not None:
@@ -303,14 +310,14 @@ def main(args: Args) -> None:
         demos = Demos(Path(args.demos))
         demos.check_world(**pick(args, demos.check_world))
         if len(demos) < args.batch_size:
-            raise UserError(f"--demos {args.demos} has {len(demos)} steps, fewer than --batch_size {args.batch_size}")
+            raise UserError(f"--demos {args.demos} has only {len(demos)} steps: lower --batch_size {args.batch_size}")
         num_eval_envs = max(1, args.num_eval_envs // launch.world_size)
         workers = min(args.num_env_workers, num_eval_envs)
         eval_world = pick(args, make_envs, num_env_workers=workers, **ONE_PER_ID)
         check_envs(args.env_id, num_eval_envs, **eval_world)
         eval_ids = eval_episode_ids(args.env_id, args.obj_set, args.num_eval_episodes)
-        told = every_instruction(args.env_id, args.obj_set, args.instruction) | set(demos.instructions)
-        args.max_prompt_length = prompt_room(args.model_path, told, args.max_prompt_length)
+        texts = every_instruction(args.env_id, args.obj_set, args.instruction) | set(demos.instructions)
+        args.max_prompt_length = prompt_room(args.model_path, texts, args.max_prompt_length)
         check_scene_memory(
             launch.ranks_here * num_eval_envs,
             launch.ranks_here * workers,
@@ -324,8 +331,8 @@ def main(args: Args) -> None:
         num_iterations = args.num_updates // args.updates_per_iteration
         check_iterations_left(checkpoint, num_iterations, "--num_updates")
         in_words = (
-            f"{launch.world_size} ranks, {args.batch_size} of {len(demos)} demonstrated decisions an optimizer step, "
-            f"{args.num_updates} steps, evaluation in {num_eval_envs} envs and {workers} workers a rank"
+            f"{launch.world_size} ranks, {args.batch_size} of {len(demos)} demonstrated decisions per optimizer step, "
+            f"{args.num_updates} steps, evaluation in {num_eval_envs} envs and {workers} workers per rank"
         )
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(norm_stats=demos.statistics, value_head=False, dtype=DTYPES[args.dtype], device=device)
@@ -361,7 +368,7 @@ def main(args: Args) -> None:
         logger.describe(describe_run(asdict(args), sizes, world_size()))
 
     def run_evaluation(iteration: int) -> bool:
-        """The held-out episodes, with whole weights; rank 0 films its first batch. False: this run was asked to end."""
+        """Run the held-out episodes. Rank 0 records its first batch. False if the run was asked to end."""
         with logger.timer("eval"), rollout_stage(stages) as actor:
             with logger.video(VideoWriter, iteration) as video:
                 means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
@@ -406,7 +413,7 @@ def main(args: Args) -> None:
         logger.write(iteration + 1, num_seen, metrics, [], 0)
         if stopped or due(iteration, args.save_freq, num_iterations):
             saved = save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
-            if stopped:  # --resume makes the evaluation again
+            if stopped:  # --resume repeats the evaluation
                 preemption.exit(saved)
 
     export_policy(engine.module, whole_state_dict(engine, keep=rank() == 0), run_dir, export_dir)

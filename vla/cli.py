@@ -1,9 +1,9 @@
-"""Flags of a script: those saved in the run that --resume names, then --config's files in order, then the command line.
+"""Flags of a script: from the run that --resume names, then from the files of --config, then from the command line.
 
     deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml --config mine.yaml --num_envs 8
 
-The later one wins. Every value is checked against its annotation in the script's Args before anything starts, whoever
-gave it. Names are written with hyphens or underscores, as you like.
+The later one wins. Every value is checked against its annotation in the script's Args before anything starts. You may
+write names with hyphens or underscores.
 """
 
 import contextlib
@@ -32,10 +32,13 @@ ArgsType = TypeVar("ArgsType")
 
 # ---------------------------------------------------------------------- parsing
 def parse_args(args_class: type[ArgsType], argv: list[str], description: str) -> ArgsType:
-    """Flags of a run, from the folder that --resume names, from --config's files and from argv; the later one wins.
+    """Flags from the run that --resume names, from the files of --config and from argv. The later one wins.
+
+    Args:
+        description: the docstring of the script, for --help.
 
     Raises:
-        UserError: a missing file, an unknown key or flag, a value that the flag does not take.
+        UserError: a file is missing, a key or flag is unknown, or a value does not fit its flag.
     """
     argv = with_underscores(argv)
     layers = []
@@ -46,7 +49,7 @@ def parse_args(args_class: type[ArgsType], argv: list[str], description: str) ->
 
 
 def parse_layers(args_class: type[ArgsType], layers: list[Layer], argv: list[str], description: str) -> ArgsType:
-    """Flags from files, a later file before an earlier one, and argv before all of them. Raises as parse_args()."""
+    """Flags from files and from argv. A later file wins over an earlier one, argv over all. Raises as parse_args()."""
     argv = with_underscores(argv)
     typed = typed_flags(argv)
     values: dict[str, Any] = {}
@@ -62,22 +65,22 @@ def parse_layers(args_class: type[ArgsType], layers: list[Layer], argv: list[str
 
 
 def forget_total(values: dict[str, Any], newer: Any) -> None:
-    """total_timesteps would win over a num_iterations that was asked for after it."""
+    """Drop an older total_timesteps, which would win over a newer num_iterations."""
     if "num_iterations" in newer and "total_timesteps" not in newer:
         values.pop("total_timesteps", None)
 
 
 def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, default: ArgsType) -> ArgsType:
-    """tyro over argv with `default` for what is not in it, ranges checked, paths resolved. --help prints and exits.
+    """Parse argv with tyro, check ranges and resolve paths. `default` has the other values. --help prints and exits.
 
     Raises:
-        UserError: one sentence, in the place of tyro's boxed report.
+        UserError: a flag or value is wrong. One sentence replaces tyro's boxed report.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(args_class, default, description), end="")
         raise SystemExit(0)
     check_switches(args_class, argv)
-    # tyro draws its box as the encoding of stdout allows, and breaks lines at the terminal's width
+    # tyro's report depends on the encoding of stdout, and its lines on the width of the terminal
     report = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     wide = mock.patch.dict(os.environ, {"COLUMNS": "10000"})
     try:
@@ -93,7 +96,7 @@ def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, d
 
 
 def check_switches(args_class: type, argv: list[str]) -> None:
-    """Raise UserError for `--auto_reset False`: tyro's report of it names the word alone."""
+    """Raise UserError for `--auto_reset False`, since tyro's report would not name the flag."""
     types = typing.get_type_hints(args_class)
     for word, following in itertools.pairwise([*argv, "--"]):
         name, equals, value = word.removeprefix("--").partition("=")
@@ -104,25 +107,25 @@ def check_switches(args_class: type, argv: list[str]) -> None:
 
 
 def sentence_of(report: str) -> str:
-    """tyro's boxed report of a bad flag, in one sentence."""
+    """tyro's boxed report of a bad flag, as one sentence."""
     lines = [line.strip("\u2502 ") for line in report.splitlines() if line.startswith("\u2502")]
     near = [line.split()[0] for line in lines if line.startswith("--")]
-    said = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), lines)).rstrip(".")
-    hint = f"; did you mean {near[0]}?" if said.startswith("Unrecognized") and near else ""
-    return f"{said}{hint} (see --help)"
+    sentence = " ".join(itertools.takewhile(lambda line: not line.startswith("\u2500"), lines)).rstrip(".")
+    hint = f", did you mean {near[0]}?" if sentence.startswith("Unrecognized") and near else ""
+    return f"{sentence}{hint} (see --help)"
 
 
 def resolved_input(name: str, value: str | None) -> str | None:
-    """A path from the command line leads from the working directory, and else from the repository."""
+    """A path of the command line, relative to the working directory or else to the repository."""
     try:
         return resolved(name, value, (Path.cwd(), ROOT))
     except FileNotFoundError:
-        raise UserError("the working directory has been removed: change into another one") from None
+        raise UserError("the working directory does not exist any more: change to another one") from None
 
 
 # ---------------------------------------------------------------------- words of the command line
 def with_underscores(argv: list[str]) -> list[str]:
-    """--num-envs and --no-auto-reset as --num_envs and --no_auto_reset; values stay."""
+    """--num-envs and --no-auto-reset as --num_envs and --no_auto_reset. Values stay as they are."""
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
@@ -131,16 +134,16 @@ def with_underscores(argv: list[str]) -> list[str]:
 
 
 def typed_flags(argv: list[str]) -> set[str]:
-    """Names of the flags in argv, with a value or without: --num-envs 4 is num_envs, --no_auto_reset is auto_reset."""
+    """Names of the flags in argv: num_envs for --num-envs 4, auto_reset for --no_auto_reset."""
     names = {word.partition("=")[0][2:] for word in with_underscores(argv) if word.startswith("--")}
     return names | {name.removeprefix("no_") for name in names}
 
 
 def flag_values(argv: list[str], name: str) -> list[str]:
-    """All values of --name in argv, in order: `--name X Y`, `--name X --name Y` and `--name=X`, in either spelling.
+    """All values of --name in argv, in order: of `--name X Y`, `--name X --name Y` and `--name=X`.
 
     Raises:
-        UserError: --name stands there without a value.
+        UserError: --name has no value.
     """
     values, open_flag = [], False
     for word, following in itertools.pairwise([*with_underscores(argv), "--"]):
@@ -174,13 +177,13 @@ def without_flag(argv: list[str], name: str) -> list[str]:
 
 # ---------------------------------------------------------------------- from flags to functions
 def pick(flags: Any, function: Callable, **replaced: Any) -> dict:
-    """Those fields of a flags dataclass that `function` takes by keyword only, and `replaced` over them.
+    """The flags that `function` takes as keyword-only parameters. `replaced` wins over them.
 
-    make_envs(args.env_id, 8, **pick(args, make_envs, auto_reset=False)) passes --sim_freq, --image_size, ... on.
+    make_envs(args.env_id, 8, **pick(args, make_envs, auto_reset=False)) passes sim_freq, image_size and so on.
 
     Raises:
-        TypeError: a keyword that neither a flag nor the caller gives. The function's default would be taken silently,
-            also where a flag was only renamed.
+        TypeError: neither a flag nor the caller gives a parameter. Otherwise a renamed flag would silently get the
+            default of the function.
     """
     wanted = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     given = {name: value for name, value in vars(flags).items() if name in wanted} | replaced
@@ -191,21 +194,21 @@ def pick(flags: Any, function: Callable, **replaced: Any) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Per-rank quantities that follow from the global flags."""
+    """Sizes of one rank that follow from the global flags."""
 
     num_iterations: int
     num_chunks: int  # T: decisions per env and rollout
     local_num_envs: int  # N
     first_env: int  # global index of this rank's first env
     local_num_eval_envs: int
-    num_env_workers: int  # of this rank; at most one per env
+    num_env_workers: int  # of this rank, at most one per env
     num_eval_env_workers: int
     env_steps: int  # per iteration, over all ranks
-    minibatch_size: int  # decisions per optimizer step, over all ranks (at most: dropped ones leave it smaller)
-    micro_batches: int  # per optimizer step and rank; the last may be smaller
+    minibatch_size: int  # decisions per optimizer step, over all ranks (fewer if some are dropped)
+    micro_batches: int  # per optimizer step and rank, of which the last may be smaller
 
     def in_words(self, num_ranks: int, chunk_size: int, num_env_workers: int) -> str:
-        """One line for people. num_env_workers: as asked for."""
+        """The sizes as one line for people. num_env_workers is the number that the user asked for."""
         fewer = f" ({num_env_workers} asked for)" if self.num_env_workers < num_env_workers else ""
         return (
             f"{num_ranks} ranks of {self.local_num_envs} envs and {self.num_env_workers} workers{fewer}, "
@@ -229,32 +232,33 @@ def derive_sizes(
     rank: int,
     world_size: int,
 ) -> Sizes:
-    """Global flags, each at least 1 -> what one rank does. Raises UserError where something does not divide."""
+    """Sizes of one rank from global flags. Raises UserError if one does not divide another."""
     if num_envs % world_size:
         below, above = num_envs // world_size * world_size, -(-num_envs // world_size) * world_size
         choices = f"{below} or {above}" if below else f"{above}"
         raise UserError(f"--num_envs {num_envs} is not divisible by {world_size} ranks: use {choices}")
     if num_steps < chunk_size:
-        raise UserError(f"--num_steps {num_steps} is shorter than one chunk of {chunk_size} actions: raise it")
+        raise UserError(f"--num_steps {num_steps} is less than one chunk of {chunk_size} actions: raise it")
     if num_steps % chunk_size:
-        raise UserError(f"--num_steps {num_steps} is not a multiple of --chunk_size {chunk_size}")
+        raise UserError(f"--num_steps {num_steps} is not a multiple of --chunk_size {chunk_size}: change one of them")
     num_chunks, local_num_envs = num_steps // chunk_size, num_envs // world_size
     if local_num_envs % group_size:
         raise UserError(
-            f"--group_size {group_size} does not divide the {local_num_envs} envs of a rank: a group stays on one rank"
+            f"--group_size {group_size} does not divide the {local_num_envs} envs of a rank: change one of them"
         )
     decisions = num_chunks * num_envs
     block = minibatch_block(num_chunks, num_minibatches)
     if decisions % num_minibatches or local_num_envs % block:
         raise UserError(
-            f"--num_minibatches {num_minibatches} does not cut {num_chunks} decisions of {local_num_envs} envs a rank "
-            f"evenly: use a divisor of {num_chunks}"
+            f"--num_minibatches {num_minibatches} does not split {num_chunks} decisions of {local_num_envs} envs "
+            f"(of one rank) evenly: use a divisor of {num_chunks}"
         )
     if total_timesteps is not None:
         num_iterations = total_timesteps // (num_envs * num_steps)
         if num_iterations < 1:
             raise UserError(
-                f"--total_timesteps {total_timesteps} is less than one iteration ({num_envs * num_steps} env steps)"
+                f"--total_timesteps {total_timesteps} is less than one iteration of {num_envs * num_steps} env steps: "
+                "raise it"
             )
     local_num_eval_envs = max(1, num_eval_envs // world_size)
     return Sizes(
@@ -272,12 +276,14 @@ def derive_sizes(
 
 
 def check_whole_episodes(*, num_steps: int, max_episode_steps: int, chunk_size: int) -> None:
-    """Where every iteration begins its episodes anew: one that is longer than the rollout would not be counted, and
-    those that succeed are the short ones. Raises UserError."""
+    """Check that a rollout holds whole episodes, for runs that reset all envs at the start of an iteration.
+
+    Longer episodes would not be counted, and the successful ones are the short ones. Raises UserError.
+    """
     if num_steps < max_episode_steps:
         enough = -(-max_episode_steps // chunk_size) * chunk_size
         raise UserError(
-            f"--num_steps {num_steps} ends before --max_episode_steps {max_episode_steps}, so only episodes that "
+            f"--num_steps {num_steps} is less than --max_episode_steps {max_episode_steps}, so only episodes that "
             f"succeed early would be counted: use --num_steps {enough}"
         )
 
@@ -291,19 +297,17 @@ def check_combinations(
     lora_path: str | None,
     merge_lora: bool,
 ) -> None:
-    """What flags must be, taken two together; schemas.check_flags() says what each must be for itself.
+    """Check combinations of flags. schemas.check_flags() checks each flag alone.
 
     Raises:
-        UserError: for the first pair that does not go together.
+        UserError: two flags do not fit together.
     """
     if clip_ratio_high < clip_ratio_low:
-        raise UserError(
-            f"--clip_ratio_low {clip_ratio_low} and --clip_ratio_high {clip_ratio_high} are out of order: low <= high"
-        )
+        raise UserError(f"--clip_ratio_low {clip_ratio_low} is above --clip_ratio_high {clip_ratio_high}: change one")
     if kl_coef and (not lora_rank or (lora_path and not merge_lora)):
         raise UserError(
-            "--kl_coef compares with the policy whose adapter is switched off, which must be the one that training "
-            "starts from: give --lora_rank, and with --lora_path also --merge_lora"
+            "--kl_coef needs an adapter that starts at zero, since it compares with the policy without the adapter: "
+            "give --lora_rank, and with --lora_path also --merge_lora"
         )
     if merge_lora and not lora_path:
         raise UserError("--merge_lora has no adapter to merge: give --lora_path")

@@ -238,7 +238,7 @@ def test_colours_by_hand():
         (dict(unnorm_key="fractal"), "--unnorm_key 'fractal' is not in the norm_stats"),
         (dict(unnorm_key="bridge_orig"), "actions are out of range in dimension"),
         (dict(num_updates=5), "--num_updates 5 is not a multiple"),
-        (dict(batch_size=33), "has 32 steps, fewer than --batch_size 33"),
+        (dict(batch_size=33), "has only 32 steps: lower --batch_size 33"),
         (dict(export_dir=str(ROOT / "tests")), "tests holds something else than a policy"),
         (dict(export_dir=str(ROOT / "checkpoints/openvla-tiny-warmup")), "holds a policy already: give --export_dir"),
     ],

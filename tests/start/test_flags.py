@@ -460,8 +460,8 @@ def test_iterations_that_were_made_already(tmp_path, capsys):
     checks.check_iterations_left(None, 1, "--num_iterations")
     assert not capsys.readouterr().out
     checks.check_iterations_left(checkpoint, 5, "--num_iterations")
-    assert "has made all its 5 iterations" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has made 5 iterations and --num_iterations asks for 2"):
+    assert "has finished all 5 iterations: raise --num_iterations for more" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has finished 5 iterations, but --num_iterations asks for 2"):
         checks.check_iterations_left(checkpoint, 2, "--num_iterations")
 
 

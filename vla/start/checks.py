@@ -91,18 +91,22 @@ def check_scene_memory(scenes: int, processes: int, image_size: tuple[int, int],
 
 # ---------------------------------------------------------------------- what applies
 def check_iterations_left(checkpoint: Path | None, wanted: int, flag: str) -> None:
-    """Say where a run that goes on has all its iterations behind it. flag: what decides how many it is to have.
+    """Print a line if the run that is resumed has finished its iterations.
+
+    Args:
+        wanted: the number of iterations that the run is to have.
+        flag: the flag that decides this number, such as --num_iterations.
 
     Raises:
-        UserError: it has more of them behind it than it is to have.
+        UserError: the run has more iterations than that.
     """
-    made = int(checkpoint.name.rpartition("_")[2]) if checkpoint else 0
-    if made > wanted:
+    finished = int(checkpoint.name.rpartition("_")[2]) if checkpoint else 0
+    if finished > wanted:
         raise UserError(
-            f"{checkpoint.parents[1]} has made {made} iterations and {flag} asks for {wanted}: ask for more"
+            f"{checkpoint.parents[1]} has finished {finished} iterations, but {flag} asks for {wanted}: raise it"
         )
-    if checkpoint and made == wanted and launched().rank == 0:
-        print(f"{checkpoint.parents[1]} has made all its {made} iterations: {flag} asks for no more", flush=True)
+    if checkpoint and finished == wanted and launched().rank == 0:
+        print(f"{checkpoint.parents[1]} has finished all {finished} iterations: raise {flag} for more", flush=True)
 
 
 def what_applies(
