@@ -11,6 +11,7 @@ with and the one it ended with, sampled and greedy. What is kept of it is what t
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,28 +162,68 @@ def rate(success: dict) -> str:
     return f"{success['success_once']:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
-    """Lines of Markdown. Seeds share their episodes, so what they have together is a mean and a range."""
-    lines = [
-        "| curve | seed | commit | env steps | minutes | T = 1, before | after | greedy, before | after |",
-        "|---|---|---|---|---|---|---|---|---|",
+def table(header: list[str], rows: list[list]) -> list[str]:
+    """Lines of Markdown."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|---" * len(header) + "|",
+        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
     ]
+
+
+def folded(title: str, lines: list[str]) -> list[str]:
+    """Lines that a reader opens with a click. `markdown` is for mkdocs, and GitHub leaves it out."""
+    return [f'<details markdown="1"><summary>{title}</summary>', "", *lines, "", "</details>", ""]
+
+
+def machine(description: dict) -> str:
+    """ "Intel(R) Xeon(R) Processor" and 2 ranks -> "Intel Xeon, 2 ranks"."""
+    name = re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b", "", description["device"])
+    return f"{' '.join(name.split())}, {description['num_ranks']} ranks"
+
+
+def summary_table(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
+    """One row per curve, at T = 1. Seeds share their episodes, so what they have together is a mean and a range."""
+    rows = []
     for name, seeds in runs.items():
-        title = specs[name]["title"]
-        for seed, of in seeds.items():
-            commit = of[DESCRIPTION]["commit"][:7] + " and changes" * of[DESCRIPTION]["uncommitted_changes"]
-            cells = [title, seed, commit, f"{of['steps'][-1]:,}", f"{of['minutes'][-1]:.1f}"]
-            cells += [rate(of[moment][str(t)]) for t in TEMPERATURES for moment in ("before", "after")]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
         ends = [[of[moment]["1.0"]["success_once"] for moment in ("before", "after")] for of in seeds.values()]
         before, after = (sum(column) / len(ends) for column in zip(*ends))
         gains, last = [end - start for start, end in ends], [end for _, end in ends]
-        lines.append(
-            f"| **{title}** | all {len(seeds)} | | | | {before:.3f} | **{after:.3f}** ({min(last):.3f} to "
-            f"{max(last):.3f}), gain {min(gains):+.3f} to {max(gains):+.3f} | | |"
-        )
-    devices = {(of[DESCRIPTION]["device"], of[DESCRIPTION]["num_ranks"]) for s in runs.values() for of in s.values()}
-    lines += ["", *(f"{ranks} ranks on {device}." for device, ranks in sorted(devices)), "", "```bash"]
+        machines = sorted({machine(of[DESCRIPTION]) for of in seeds.values()})
+        minutes = sum(of["minutes"][-1] for of in seeds.values()) / len(seeds)
+        row = [specs[name]["title"], len(seeds), " and ".join(machines), f"{minutes:.0f}", f"{before:.3f}"]
+        row += [f"**{after:.3f}** ({min(last):.3f} to {max(last):.3f})", f"{min(gains):+.3f} to {max(gains):+.3f}"]
+        rows.append(row)
+    return table(["curve", "seeds", "machine", "minutes", "before", "after: mean (range)", "gain"], rows)
+
+
+def choices_table(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
+    """One row per curve: what its settings were chosen by, and what had been seen by then."""
+    header = ["curve", "settings were chosen by", "held-out success that was seen before", "runs that were repeated"]
+    return table(
+        header,
+        [[specs[name]["title"], *(specs[name]["chosen"][key] for key in ("by", "seen", "repeated"))] for name in runs],
+    )
+
+
+def seeds_table(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
+    """One row per run. "+ changes": the working tree had uncommitted changes."""
+    header = ["curve", "seed", "commit", "machine", "env steps", "minutes"]
+    header += ["T = 1, before", "after", "greedy, before", "after"]
+    rows = []
+    for name, seeds in runs.items():
+        for seed, of in seeds.items():
+            description = of[DESCRIPTION]
+            commit = description["commit"][:7] + " + changes" * description["uncommitted_changes"]
+            row = [specs[name]["title"], seed, commit, machine(description)]
+            row += [f"{of['steps'][-1]:,}", f"{of['minutes'][-1]:.1f}"]
+            row += [rate(of[moment][str(t)]) for t in TEMPERATURES for moment in ("before", "after")]
+            rows.append(row)
+    return table(header, rows)
+
+
+def commands(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
+    lines = ["```bash"]
     for name, seeds in runs.items():
         first, *rest = [" ".join(command) for command in commands_of(specs[name], min(seeds))]
         lines += [f"{first}    # seeds {list(seeds)}", *rest]
@@ -190,26 +231,21 @@ def tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str
 
 
 def settings_tables(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
-    """Lines of Markdown: the 16 settings before and after, for the curves that ran them."""
+    """Lines of Markdown: the 16 settings before and after, folded, for the curves that ran them."""
     lines: list[str] = []
     for name, seeds in runs.items():
         tables = {seed: of for seed, of in seeds.items() if "after_settings" in of}
         if not tables:
             continue
-        each = specs[name]["episodes_per_setting"]
-        lines += [
-            "",
-            f"{specs[name]['title']}: the 16 settings of evaluate.py, {each} held-out episodes each, T = 1.",
-            "",
-        ]
         starts = [of["before_settings"]["means"] for of in tables.values()]
         parts = {f"seed {seed}, before": start for seed, start in zip(tables, starts)}
         if starts.count(starts[0]) == len(starts):  # what all seeds begin with, once
             parts = {"before": starts[0]}
         parts |= {f"seed {seed}, after": of["after_settings"]["means"] for seed, of in tables.items()}
-        lines += ["| | " + " | ".join(parts) + " |", "|---" * (1 + len(parts)) + "|"]
-        for column, title in COLUMNS.items():
-            lines.append(f"| {title} | " + " | ".join(rate(means[column]) for means in parts.values()) + " |")
+        rows = [[title, *(rate(means[column]) for means in parts.values())] for column, title in COLUMNS.items()]
+        each = specs[name]["episodes_per_setting"]
+        said = f"Each of the 16 settings has {each} held-out episodes, at temperature 1."
+        lines += folded(f"{specs[name]['title']}: the settings of evaluate.py", [said, "", *table(["", *parts], rows)])
     return lines
 
 
@@ -238,7 +274,7 @@ def figure(runs: dict[str, dict[int, dict]], specs: dict[str, dict], path: Path)
 
 
 def draw() -> None:
-    """Replace the drawn part of RESULTS.md; what people wrote around it stays."""
+    """Replace the drawn part of RESULTS.md. What people wrote around it stays."""
     specs = curves()
     runs = all_runs(specs)
     if not runs:
@@ -246,8 +282,23 @@ def draw() -> None:
     figure(runs, specs, ROOT / "docs" / "learning.png")
     page = ROOT / "RESULTS.md"
     head, _, rest = page.read_text().partition(BEGIN)
-    drawn = "\n".join([BEGIN, "", *tables(runs, specs), *settings_tables(runs, specs), "", END])
-    page.write_text(head + drawn + rest.partition(END)[2])
+    lines = [
+        BEGIN,
+        "",
+        "![Success on held-out episodes against env steps and against minutes](docs/learning.png)",
+        "",
+        *summary_table(runs, specs),
+        "",
+        "## How settings were chosen",
+        "",
+        *choices_table(runs, specs),
+        "",
+        *folded("Every run: commit, machine, env steps, intervals, greedy success", seeds_table(runs, specs)),
+        *settings_tables(runs, specs),
+        *folded("The commands", commands(runs, specs)),
+        END,
+    ]
+    page.write_text(head + "\n".join(lines) + rest.partition(END)[2])
     print(f"{page} and docs/learning.png: {sum(map(len, runs.values()))} runs of {len(runs)} curves")
 
 

@@ -20,7 +20,7 @@ def keep_run(folder: Path, before: float, after: float) -> None:
     ends = [(0, 0, before), (2, 5000, after)]
     lines = [{"iteration": i, "global_step": step, "eval/success_once": rate} for i, step, rate in ends]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    description = {"commit": "abcdef0123", "uncommitted_changes": False, "device": "a CPU", "num_ranks": 2}
+    description = {"commit": "abcdef0123", "uncommitted_changes": False, "device": "Acme(R) X1 CPU", "num_ranks": 2}
     (folder / "run_from_iteration_000000.json").write_text(json.dumps(description))
     for moment, rate in (("before", before), ("after", after)):
         success = {"success_once": rate, "wilson_95": [rate - 0.06, rate + 0.06], "episodes": 256}
@@ -40,7 +40,10 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(learning, "RESULTS", tmp_path / "results")
     (tmp_path / "docs").mkdir()
     (tmp_path / "results").mkdir()
-    curve = "{title: PPO, script: train_ppo.py, config: c.yaml, flags: {num_iterations: 2}, seeds: [0, 1]}"
+    chosen = "chosen: {by: training success, seen: nothing, repeated: none}"
+    curve = (
+        f"{{title: PPO, {chosen}, script: train_ppo.py, config: c.yaml, flags: {{num_iterations: 2}}, seeds: [0, 1]}}"
+    )
     (tmp_path / "results" / "curves.yaml").write_text(f"ppo: {curve}\nnever_run: {curve}\n")
     (tmp_path / "RESULTS.md").write_text(f"written above\n{learning.BEGIN}\nold\n{learning.END}\nwritten below\n")
     return tmp_path
@@ -60,8 +63,11 @@ def test_the_page_is_drawn_from_what_is_kept(place):
     learning.draw()
     page = (place / "RESULTS.md").read_text()
     assert page.startswith("written above\n") and page.endswith("written below\n") and "old" not in page
-    assert "| PPO | 1 | abcdef0 | 5,000 | 1.0 | 0.250 [0.19, 0.31] | 0.850 [0.79, 0.91] |" in page
-    assert "| 0.250 | **0.800** (0.750 to 0.850), gain +0.500 to +0.600 |" in page and "2 ranks on a CPU." in page
+    assert "| PPO | 1 | abcdef0 | Acme X1, 2 ranks | 5,000 | 1.0 | 0.250 [0.19, 0.31] | 0.850 [0.79, 0.91] |" in page
+    summary = "| PPO | 2 | Acme X1, 2 ranks | 1 | 0.250 | **0.800** (0.750 to 0.850) | +0.500 to +0.600 |\n"
+    choices = "| PPO | training success | nothing | none |\n"
+    order = [page.index(part) for part in ("](docs/learning.png)", summary, choices, "<details", "| abcdef0 |")]
+    assert order == sorted(order) and page.count("<details") == page.count("</details>") == 2
     assert "--config c.yaml --num_iterations 2 --seed 0    # seeds [0, 1]" in page
     assert (place / "docs" / "learning.png").stat().st_size > 5000
     learning.draw()
@@ -75,14 +81,14 @@ def test_the_16_settings_are_drawn_where_they_were_run(place):
     assert "16 settings" not in (place / "RESULTS.md").read_text()
     keep_settings(folder, 0.25, 0.5)
     page = drawn_with(place, "episodes_per_setting: 32")
-    assert "PPO: the 16 settings of evaluate.py, 32 held-out episodes each" in page
+    assert "PPO: the settings of evaluate.py</summary>\n\nEach of the 16 settings has 32 held-out episodes" in page
     assert "| mean of the 15 out-of-distribution settings | 0.250 [0.21, 0.29] | 0.500 [0.46, 0.54] |" in page
     other = place / "results" / "ppo" / "seed_1"
     keep_run(other, 0.25, 0.75)
     for start, heads in ((0.25, "before"), (0.75, "seed 0, before | seed 1, before")):
         keep_settings(other, start, 0.5)
         learning.draw()
-        assert f"| | {heads} | seed 0, after | seed 1, after |\n" in (place / "RESULTS.md").read_text()
+        assert f"|  | {heads} | seed 0, after | seed 1, after |\n" in (place / "RESULTS.md").read_text()
 
 
 def test_a_curve_may_go_on_with_other_flags(place):
@@ -92,6 +98,25 @@ def test_a_curve_may_go_on_with_other_flags(place):
     assert "\ndeepspeed --num_gpus 2 train_ppo.py --resume runs/my_run --num_iterations 3\n```" in page
     first, second = learning.commands_of(learning.curves()["ppo"], 1, "/there")
     assert first[-2:] == ["--run_dir", "/there"] and second[4:6] == ["--resume", "/there"]
+
+
+def test_a_run_with_uncommitted_changes_says_so(place):
+    folder = place / "results" / "ppo" / "seed_0"
+    keep_run(folder, 0.25, 0.75)
+    path = folder / "run_from_iteration_000000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"uncommitted_changes": True}))
+    learning.draw()
+    assert "| PPO | 0 | abcdef0 + changes |" in (place / "RESULTS.md").read_text()
+
+
+def test_the_page_is_what_its_runs_and_curves_give(monkeypatch, tmp_path):
+    """RESULTS.md was drawn after the last change of results/ and of the code that draws it."""
+    root = learning.ROOT
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "RESULTS.md").write_text((root / "RESULTS.md").read_text())
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    learning.draw()
+    assert (tmp_path / "RESULTS.md").read_text() == (root / "RESULTS.md").read_text()
 
 
 def test_nothing_to_draw_is_one_sentence(place):
@@ -127,4 +152,4 @@ def test_lines_that_are_cut_do_not_end_the_drawing(place, cut):
         path = folder / name
         path.write_text("".join(path.read_text().splitlines(keepends=True)[: 1 if name[0] == "m" else 2]) + cut)
     learning.draw()
-    assert "| PPO | 0 | abcdef0 | 5,000 | 0.5 |" in (place / "RESULTS.md").read_text()
+    assert "| PPO | 0 | abcdef0 | Acme X1, 2 ranks | 5,000 | 0.5 |" in (place / "RESULTS.md").read_text()
