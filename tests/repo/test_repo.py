@@ -155,11 +155,15 @@ def test_same_name_same_text(one, other):
 
 # ---------------------------------------------------------------------- README and docs say what is there
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+TEXTS = [*PAGES, *(ROOT / name for name in ("RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "dev/LOG.md"))]
 FOLDERS = "vla|envs|schemas|yaml|ds_configs|tests|slurm|benchmarks|checkpoints|results|docs|dev"
 
 
-def every_page(function):
-    return pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))(function)
+def every(pages: list[Path]):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+every_page, every_text = every(PAGES), every(TEXTS)
 
 
 def test_readme_is_one_page():
@@ -182,7 +186,7 @@ def test_a_page_is_short_and_reachable(page):
         assert first.startswith("This page answers "), f"{page.name} begins with: {first}"
 
 
-@every_page
+@every_text
 def test_every_link_leads_somewhere(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
         place = (page.parent / target).resolve() if target else page
@@ -300,7 +304,7 @@ def test_every_detail_stands_in_the_function_that_is_named():
         assert count == 1, f"`{code}` stands {count} times in {function}() of {path}, docs/algorithms.md says once"
 
 
-@every_page
+@every_text
 def test_prose_is_plain(page):
     """Short sentences, hardly a semicolon, at most three numbers in a sentence, the words of the field."""
     from prose import NUMBER, measure
