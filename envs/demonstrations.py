@@ -1,27 +1,28 @@
-"""Demonstrations in ManiSkill's trajectory format: made by the scripted expert, written, read again for training.
+"""Demonstrations in ManiSkill's trajectory format: recorded from the scripted expert, and read again for training.
 
     folder/trajectory.h5              traj_0, traj_1, ...: actions, terminated, truncated, success, rewards,
-                                      obs/sensor_data/3rd_view_camera/rgb; and for training expert_actions, keep
+                                      obs/sensor_data/3rd_view_camera/rgb, and for training expert_actions, keep
     folder/trajectory.json            env_info, episodes: ManiSkill's keys, and `instruction` per episode
     folder/dataset_statistics.json    {env_id: {"action": {"q01": ...}}}: what turns tokens into metres and radians
 
-T actions per episode, T + 1 pictures. `actions` float32 [T, 7] is what the controller executed (gripper 1 or -1), so
-that `python -m mani_skill.trajectory.replay_trajectory` repeats the episode; `expert_actions` float32 [T, 7] is what
-the expert wanted, without noise, in robot units (gripper 1 opens, 0 closes): the label. `keep` bool [T] leaves out
+An episode has T actions and T + 1 images. `actions` float32 [T, 7] is what the controller executed (gripper 1 or -1),
+so `python -m mani_skill.trajectory.replay_trajectory` repeats the episode. `expert_actions` float32 [T, 7] is the
+label: what the expert wanted, without noise, in robot units (gripper 1 opens, 0 closes). `keep` bool [T] is False at
 idle steps. The env is named `envs:<id>`, which makes gymnasium import this package first.
 
-A set is a function of its recipe: tries are numbered, each has an episode id and noise of its own, and the first N
-successful ones are kept in that order, whatever the number of workers. Parts of it are put in place whole, so a killed
-run goes on after its last part.
+A set is a function of its recipe. Tries are numbered, and each has its own episode id and its own noise. The first N
+successful tries are kept in that order, whatever the number of workers. Parts of the set are put in place whole, so a
+collection that was killed continues after its last part.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
@@ -49,9 +50,9 @@ from schemas.demonstrations import (
 from schemas.lock import LOCK, lock_folder
 
 PART_SIZE = 50  # episodes
-# a step is idle that moves less than this (m), turns less than this (rad) and leaves the gripper: RL4VLA's filter
+# RL4VLA's filter: an idle step moves less than this (m), turns less than this (rad) and leaves the gripper as it is
 IDLE_TRANSLATION, IDLE_ROTATION = 0.01, 0.06
-MASK = [True] * 6 + [False]  # the gripper is used as it is
+MASK = [True] * 6 + [False]  # which action dimensions are normalised: all but the gripper
 
 
 @dataclass
@@ -70,12 +71,12 @@ class Recipe:
     filter_idle: bool
     max_translation: float  # m per step
     max_rotation: float  # rad per step
-    measured_pose: bool = False  # the expert acts on where the arm is, as a picture shows it
+    measured_pose: bool = False  # the expert acts on the measured pose of the arm, which is what an image shows
 
 
 @dataclass
 class Demonstration:
-    """One episode while it is recorded."""
+    """One recorded episode of T steps."""
 
     attempt: int
     episode_id: int
@@ -100,11 +101,12 @@ class Attempt:
             slack=2.5 * recipe.action_noise,
             measured=recipe.measured_pose,
         )
-        self.noise, self.noise_std = np.random.default_rng((recipe.seed, number)), recipe.action_noise
+        self.noise = np.random.default_rng((recipe.seed, number))
+        self.noise_std = recipe.action_noise
         self.demo = Demonstration(number, episode_id, "")
 
     def act(self, state: dict) -> np.ndarray:
-        """The next action to execute, float32 [7]; what the expert wanted is recorded beside it."""
+        """The next action to execute, float32 [7]. It is recorded together with what the expert wanted."""
         wanted = self.expert(state)
         executed = wanted.copy()
         if self.noise_std:
@@ -117,48 +119,63 @@ class Attempt:
 
 
 def attempts(envs: VectorEnv, recipe: Recipe, first: int, asked_to_end: object = False) -> Iterator[Demonstration]:
-    """Episodes of the expert in the order of their numbers, beginning with number `first`.
+    """Record episodes of the expert. They come in the order of their numbers, beginning with number `first`.
 
-    asked_to_end: no further step is taken once this is true; it is looked at before each of them.
+    asked_to_end: no further step is taken once this object is true.
     """
-    slots = [Attempt(first + i, recipe, envs.num_start_states) for i in range(envs.num_envs)]
-    following, due = first + envs.num_envs, first
-    done: dict[int, Demonstration] = {}  # finished before a lower number was
+    numbers = itertools.count(first)
+    slots = [Attempt(next(numbers), recipe, envs.num_start_states) for _ in range(envs.num_envs)]  # one per env
+    finished: dict[int, Demonstration] = {}  # by number, until all lower numbers are finished as well
+    due = first  # the next number to yield
     obs = envs.reset([slot.demo.episode_id for slot in slots])
-    for slot, image, text in zip(slots, obs["image"].numpy(), obs["task_description"]):
-        slot.demo.images.append(image)
-        slot.demo.instruction = text
+    record_start(slots, obs, range(envs.num_envs))
     while not asked_to_end:
-        actions = np.stack([slot.act(state) for slot, state in zip(slots, envs.describe())])[:, None]  # [N, 1, 7]
-        obs, rewards, _, _, infos = envs.step(actions)
-        for slot, image, reward in zip(slots, obs["image"].numpy(), rewards[:, 0].tolist()):
-            slot.demo.images.append(image)
-            slot.demo.rewards.append(reward)
+        infos = record_step(envs, slots)
         ended = infos["ended"].tolist()
+        dropped = infos["dropped"].nonzero()[:, 0].tolist()  # envs whose episode was lost with a worker
         for env, success in zip(ended, infos["episode"]["success_once"].tolist()):
-            slots[env].demo.success = success > 0
-            done[slots[env].demo.attempt] = slots[env].demo
-        restart = [*ended, *infos["dropped"].nonzero()[:, 0].tolist()]
-        for env in restart:  # one lost with its worker is tried again, under the same number
-            lost = env not in ended
-            slots[env] = Attempt(slots[env].demo.attempt if lost else following, recipe, envs.num_start_states)
-            following += not lost
-        if restart:
-            obs = envs.reset([slots[env].demo.episode_id for env in restart], restart)
-            for env in restart:
-                slots[env].demo.images.append(obs["image"][env].numpy())
-                slots[env].demo.instruction = obs["task_description"][env]
-        while due in done:
-            yield done.pop(due)
+            demo = slots[env].demo
+            demo.success = success > 0
+            finished[demo.attempt] = demo
+            slots[env] = Attempt(next(numbers), recipe, envs.num_start_states)
+        for env in dropped:  # the same attempt again
+            slots[env] = Attempt(slots[env].demo.attempt, recipe, envs.num_start_states)
+        if restarted := ended + dropped:
+            obs = envs.reset([slots[env].demo.episode_id for env in restarted], restarted)
+            record_start(slots, obs, restarted)
+        while due in finished:
+            yield finished.pop(due)
             due += 1
 
 
+def record_start(slots: list[Attempt], obs: dict, envs: Iterable[int]) -> None:
+    """Record the first image and the instruction of the attempts that have just begun in these envs."""
+    for env in envs:
+        slots[env].demo.images.append(obs["image"][env].numpy())
+        slots[env].demo.instruction = obs["task_description"][env]
+
+
+def record_step(envs: VectorEnv, slots: list[Attempt]) -> dict:
+    """Execute and record one step of every expert. Returns the step's infos."""
+    states = envs.describe()
+    actions = np.stack([slot.act(state) for slot, state in zip(slots, states)])[:, None]  # [N, 1, 7]
+    obs, rewards, _, _, infos = envs.step(actions)
+    for slot, image, reward in zip(slots, obs["image"].numpy(), rewards[:, 0].tolist()):
+        slot.demo.images.append(image)
+        slot.demo.rewards.append(reward)
+    return infos
+
+
 def idle_steps(actions: np.ndarray) -> np.ndarray:
-    """actions float [T, 7], robot units, gripper open before -> bool [T]: nearly nothing is asked for."""
-    gripper = np.concatenate([[1.0], actions[:, 6]])
-    still = np.linalg.norm(actions[:, :3], axis=1) <= IDLE_TRANSLATION
-    still &= np.linalg.norm(actions[:, 3:6], axis=1) <= IDLE_ROTATION
-    return still & (gripper[1:] == gripper[:-1])
+    """Steps that ask for nearly nothing, bool [T], of actions float [T, 7] in robot units.
+
+    The gripper is open before the first action.
+    """
+    moves_little = np.linalg.norm(actions[:, :3], axis=1) <= IDLE_TRANSLATION
+    turns_little = np.linalg.norm(actions[:, 3:6], axis=1) <= IDLE_ROTATION
+    gripper = np.concatenate([[1.0], actions[:, 6]])  # [T + 1]
+    keeps_gripper = gripper[1:] == gripper[:-1]
+    return moves_little & turns_little & keeps_gripper
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,13 +184,14 @@ def idle_steps(actions: np.ndarray) -> np.ndarray:
 
 
 class DemoFolder:
-    """A set that grows in whole parts, and is one file in the end."""
+    """A set of demonstrations that grows in whole parts and becomes one file in the end."""
 
     def __init__(self, folder: Path, recipe: Recipe, env_kwargs: dict):
         """env_kwargs: what gymnasium.make needs besides the id to build the env again.
 
         Raises:
-            UserError: the folder holds something else, demonstrations of another recipe, or another process writes it.
+            UserError: the folder holds something else or demonstrations of another recipe, or another process writes
+                into it.
         """
         self.folder, self.recipe, self.env_kwargs = folder, recipe, env_kwargs
         self._remedy = f"give --output another folder than {folder}"
@@ -193,29 +211,29 @@ class DemoFolder:
             if before.get(key) != value:
                 raise UserError(
                     f"--output {self.folder} was begun with {key}={before.get(key)!r}, not {value!r}: give another "
-                    "folder, or the same flags to go on"
+                    "folder, or the same flags to continue"
                 )
 
     def count(self) -> int:
-        """How many episodes it holds. Raises UserError where they are damaged or not of this collection."""
+        """The number of episodes in the folder. Raises UserError where they are damaged or of another collection."""
         return len(self._tries())
 
     def is_finished(self) -> bool:
-        """Everything it holds is in trajectory.h5, and the files beside it are there."""
+        """Whether trajectory.h5 and the two files that belong to it exist."""
         names = ("trajectory.h5", "trajectory.json", "dataset_statistics.json")
         return all((self.folder / name).exists() for name in names)
 
     def begin(self) -> tuple[int, int]:
-        """Make the folder. Returns how many episodes it holds, and the number of the first try that is not in it.
+        """Make the folder. Returns the number of its episodes, and the number of the next try.
 
         Raises:
-            UserError: another process collects here, or `count` says so.
+            UserError: another process collects here, or the episodes are damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._lock = lock_folder(self.folder, f"--output {self.folder}")
         tries = self._tries()
-        if self._finished.exists():  # what is left of parts is in it: the last run was killed as it removed them
+        if self._finished.exists():  # the last run was killed while it removed parts whose content is in this file
             for part in self._parts():
                 part.unlink()
         for partial in self.folder.glob("*.partial*"):
@@ -231,7 +249,7 @@ class DemoFolder:
         return sorted(self.folder.glob("part_*.h5"))
 
     def _sources(self) -> list[Path]:
-        """Files that hold the episodes, each of them once."""
+        """The files that together hold every episode once."""
         return [self._finished] if self._finished.exists() else self._parts()
 
     def _tries(self) -> list[int]:
@@ -246,10 +264,10 @@ class DemoFolder:
         return EpisodeReader(path, tuple(self.recipe.image_size), f"move it away, or {self._remedy}")
 
     def write_part(self, demos: list[Demonstration]) -> None:
-        """Put one more part in place; all of it or nothing. A set that was finished becomes the first part."""
+        """Add a part to the folder, whole or not at all. A set that was finished becomes the first part."""
         if self._finished.exists():
             os.replace(self._finished, self.folder / "part_000000.h5")
-        first = demos[0].attempt + 1  # above 0: part 0 is a set that was finished before
+        first = demos[0].attempt + 1  # never 0: part 0 is a set that was finished before
         path = self.folder / f"part_{first:06d}.h5"
         with h5py.File(path.with_suffix(".partial"), "w") as file:
             for demo in demos:
@@ -259,14 +277,17 @@ class DemoFolder:
     def _write_episode(self, group: h5py.Group, demo: Demonstration) -> None:
         wanted, executed = np.stack(demo.expert_actions), np.stack(demo.actions)
         length = len(executed)
-        executed[:, 6] = np.where(executed[:, 6] > 0.5, 1.0, -1.0)  # as the controller takes it
+        executed[:, 6] = np.where(executed[:, 6] > 0.5, 1.0, -1.0)  # the controller's units
         last = np.arange(length) == length - 1
         images = np.stack(demo.images)
-        # one picture per chunk: training reads them in any order
+        # one image per HDF5 chunk, because training reads images in any order
         packed = dict(chunks=(1, *images.shape[1:]), compression="gzip", compression_opts=1)
         group.create_dataset(PICTURES, data=images, **packed)
-        group["actions"], group["rewards"] = executed, np.asarray(demo.rewards, np.float32)
-        group["terminated"], group["truncated"], group["success"] = last, np.zeros(length, bool), last
+        group["actions"] = executed
+        group["rewards"] = np.asarray(demo.rewards, np.float32)
+        group["terminated"] = last
+        group["truncated"] = np.zeros(length, bool)
+        group["success"] = last
         group["expert_actions"] = wanted
         group["keep"] = ~idle_steps(wanted) if self.recipe.filter_idle else np.ones(length, bool)
         options = {"episode_id": demo.episode_id, "obj_set": self.recipe.obj_set}
@@ -282,16 +303,17 @@ class DemoFolder:
         group.attrs["entry"] = json.dumps(entry)
 
     def finish(self) -> dict:
-        """Parts -> trajectory.h5, trajectory.json and dataset_statistics.json. Returns the statistics."""
-        target, listed, labels = self.folder / "trajectory.partial", [], []
+        """Join all parts into trajectory.h5, trajectory.json and dataset_statistics.json.
+
+        Returns the statistics of the actions.
+        """
+        target = self.folder / "trajectory.partial"
+        listed: list[dict] = []  # entries of trajectory.json
+        labels: list[np.ndarray] = []  # float32 [T, 7] of each episode
         with h5py.File(target, "w") as whole:
             for path in self._sources():
                 with self._reader(path) as reader:
-                    for name, entry in sorted(reader.tries().items(), key=lambda item: item[1]["attempt"]):
-                        actions, keep, _ = reader.read(name, entry["elapsed_steps"], TRAINED_ON | RECORDED)
-                        reader.file.copy(name, whole, f"traj_{len(listed)}")
-                        labels.append(actions[keep])
-                        listed.append({"episode_id": len(listed), **entry})
+                    self._copy_episodes(reader, whole, listed, labels)
         info = {
             "env_id": f"envs:{self.recipe.env_id}",
             "env_kwargs": self.env_kwargs,
@@ -308,9 +330,18 @@ class DemoFolder:
         self._lock = None
         return statistics[self.recipe.env_id]
 
+    @staticmethod
+    def _copy_episodes(reader: EpisodeReader, whole: h5py.File, listed: list[dict], labels: list[np.ndarray]) -> None:
+        """Check all episodes of a part, copy them into `whole`, and add their entries and labels to the lists."""
+        for name, entry in sorted(reader.tries().items(), key=lambda item: item[1]["attempt"]):
+            actions, keep, _ = reader.read(name, entry["elapsed_steps"], TRAINED_ON | RECORDED)
+            reader.file.copy(name, whole, f"traj_{len(listed)}")
+            labels.append(actions[keep])
+            listed.append({"episode_id": len(listed), **entry})
+
 
 def action_statistics(labels: list[np.ndarray]) -> dict:
-    """Labels of all episodes, [T, 7] each -> an entry of a published dataset_statistics.json."""
+    """An entry of dataset_statistics.json in the published form, from the labels [T, 7] of all episodes."""
     actions = np.concatenate(labels).astype(np.float64)
     columns = {
         "mean": actions.mean(0),
@@ -325,6 +356,7 @@ def action_statistics(labels: list[np.ndarray]) -> dict:
 
 
 def _write_whole(path: Path, text: str) -> None:
+    """Write a file that appears under its name whole or not at all."""
     partial = path.with_suffix(".partial_json")
     partial.write_text(text + "\n")
     os.replace(partial, path)
@@ -336,24 +368,24 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def check_finished(folder: Path, remedy: str) -> None:
-    """Raise UserError unless the three files of a finished set are in the folder, and nothing of an unfinished one."""
+    """Raise UserError unless the folder holds the three files of a finished set, and no parts."""
     try:
         others = sorted(path.name for path in folder.glob("*.h5"))
     except OSError as error:
-        raise UserError(f"--demos {folder} can not be read ({error.strerror}): name the folder of a set") from error
+        raise UserError(f"--demos {folder} cannot be read ({error.strerror}): name the folder of a set") from error
     if any(name.startswith("part_") for name in others):
-        raise UserError(f"--demos {folder} is not finished: run the collect_demos.py command that began it once more")
+        raise UserError(f"--demos {folder} is not finished: run the same collect_demos.py command again")
     for name in ("trajectory.json", "trajectory.h5", "dataset_statistics.json"):
         if not (folder / name).exists():
-            there = f" but {', '.join(others[:3])}" if others and "trajectory.h5" not in others else ""
-            raise UserError(f"--demos {folder} has no {name}{there}: {remedy}")
+            found = f" but {', '.join(others[:3])}" if others and "trajectory.h5" not in others else ""
+            raise UserError(f"--demos {folder} has no {name}{found}: {remedy}")
 
 
 class EpisodeReader:
-    """Checked access to a trajectory.h5 that anybody may have made: nothing outside the file is opened for it."""
+    """Checked access to a trajectory.h5 from any source. Nothing outside the file is opened for it."""
 
     def __init__(self, path: Path, image_size: tuple[int, int], remedy: str):
-        """image_size: width and height that pictures must have. Raises UserError where the file is no HDF5 file."""
+        """image_size: width and height that the images must have. Raises UserError where this is no HDF5 file."""
         self.path, self.image_size, self.remedy = path, image_size, remedy
         require_file(path, remedy)
         try:
@@ -371,59 +403,69 @@ class EpisodeReader:
         return UserError(f"{self.path} {what}: {self.remedy}")
 
     def check_episodes(self, episodes: list[Episode]) -> None:
-        """Raise UserError unless these are the groups of the file, each named once, and memory holds their steps."""
+        """Raise UserError unless `episodes` names every group of the file once and their steps fit into memory."""
         named = collections.Counter(f"traj_{entry.episode_id}" for entry in episodes)
-        there = set(self.file)
-        for names, what in (
-            ([name for name, count in named.items() if count > 1], "is named twice in trajectory.json"),
-            (sorted(named.keys() - there), "is missing, but trajectory.json names it"),
-            (sorted(there - named.keys()), "is not named in trajectory.json"),
+        groups = set(self.file)
+        twice = [name for name, count in named.items() if count > 1]
+        for names, problem in (
+            (twice, "is named twice in trajectory.json"),
+            (sorted(named.keys() - groups), "is missing, but trajectory.json names it"),
+            (sorted(groups - named.keys()), "is not named in trajectory.json"),
         ):
             if names:
-                raise self._wrong(f"and trajectory.json do not agree: {names[0]} {what}")
-        if other := next((entry for entry in episodes if entry.control_mode != CONTROL_MODE), None):
-            raise self._wrong(
-                f"has actions of control mode {other.control_mode!r} in traj_{other.episode_id}, they must be of "
-                f"{CONTROL_MODE!r}"
-            )
+                raise self._wrong(f"and trajectory.json do not agree: {names[0]} {problem}")
+        for entry in episodes:
+            if entry.control_mode != CONTROL_MODE:
+                raise self._wrong(
+                    f"has actions of control mode {entry.control_mode!r} in traj_{entry.episode_id}, they must be of "
+                    f"{CONTROL_MODE!r}"
+                )
         steps = sum(entry.elapsed_steps for entry in episodes)
         if steps > MAX_STEPS:
             raise self._wrong(f"claims {steps} steps, more than {MAX_STEPS}")
 
     def tries(self) -> dict[str, dict]:
-        """Group -> what is said of the episode in it, of a set that collect_demos.py has not finished or finished."""
-        found = {}
-        for name in self.file:
-            try:
-                said = self.file[name].attrs["entry"] if self._holds(self.file, name) else None
-            except (KeyError, OSError, TypeError) as error:
-                raise self._wrong(f"has no entry at {name}, as collect_demos.py writes it ({error})") from error
-            if not isinstance(said, str):
-                raise self._wrong(f"has no entry at {name}, as collect_demos.py writes it")
-            found[name] = parse_json(said.encode(), f"{self.path} {name}", self.remedy)
-            check(Try, found[name], f"{self.path} {name}", self.remedy)
-        return found
+        """The entry of every episode by the name of its group, as collect_demos.py writes it.
+
+        Raises:
+            UserError: an entry is missing or damaged.
+        """
+        return {name: self._entry(name) for name in self.file}
+
+    def _entry(self, name: str) -> dict:
+        try:
+            text = self.file[name].attrs["entry"] if self._holds(self.file, name) else None
+        except (KeyError, OSError, TypeError) as error:
+            raise self._wrong(f"has no entry at {name}, as collect_demos.py writes it ({error})") from error
+        if not isinstance(text, str):
+            raise self._wrong(f"has no entry at {name}, as collect_demos.py writes it")
+        entry = parse_json(text.encode(), f"{self.path} {name}", self.remedy)
+        check(Try, entry, f"{self.path} {name}", self.remedy)
+        return entry
 
     def read(
         self, name: str, steps: int, checked: Iterable[str] = TRAINED_ON
     ) -> tuple[np.ndarray, np.ndarray, h5py.Dataset]:
-        """One episode: labels float32 [T, 7], keep bool [T], pictures uint8 [T + 1, H, W, 3] still in the file.
+        """One episode: labels float32 [T, 7], keep bool [T], and images uint8 [T + 1, H, W, 3] still in the file.
 
         Args:
-            checked: names of the arrays to look at; what training does not read can be left alone.
+            checked: names of the arrays to check. The default is what training reads.
 
         Raises:
-            UserError: it lacks an array, or one has another form, lies outside the file or is out of range.
+            UserError: an array is missing, has another form, is stored outside the file or is out of range.
         """
-        found = {key: self._dataset(name, key) for key in checked}
-        found = {key: dataset for key, dataset in found.items() if dataset is not None}
+        found: dict[str, h5py.Dataset] = {}
+        for key in checked:
+            dataset = self._dataset(name, key)
+            if dataset is not None:
+                found[key] = dataset
         described = {key: {"dtype": dtype_name(each), "shape": list(each.shape)} for key, each in found.items()}
         check(arrays_of(steps, *self.image_size), described, f"{self.path} {name}", self.remedy)
         for key, dataset in found.items():
             self._check_storage(f"{name}/{key}", dataset)
         actions, keep = self.array(found["expert_actions"], ...), self.array(found["keep"], ...)
         if not np.isfinite(actions).all():
-            raise self._wrong(f"has {name}/expert_actions that are no numbers (NaN or infinite)")
+            raise self._wrong(f"has {name}/expert_actions that are not finite (NaN or infinite)")
         if not (np.abs(actions) <= ACTION_LIMITS).all():
             raise UserError(
                 f"{self.path}: {name} has actions out of range (1 m and pi/2 rad per step at most): "
@@ -432,29 +474,33 @@ class EpisodeReader:
         return actions, keep, found[PICTURES]
 
     def array(self, dataset: h5py.Dataset, index: int | EllipsisType) -> np.ndarray:
-        """A part of a dataset. Raises UserError where the file is damaged there."""
+        """Part of a dataset. Raises UserError where the file is damaged there."""
         try:
             return dataset[index]
         except OSError as error:
-            raise self._wrong(f"is damaged: {dataset.name} can not be read ({error})") from error
+            raise self._wrong(f"is damaged: {dataset.name} cannot be read ({error})") from error
 
     def _dataset(self, name: str, key: str) -> h5py.Dataset | None:
-        """The dataset at name/key, None where there is none. Links are looked at and never followed."""
-        place, at = self.file, ""
+        """The dataset at name/key, or None where there is none. Links are never followed.
+
+        Raises:
+            UserError: the file is damaged there, or has a link or a group.
+        """
+        node, path = self.file, ""
         for part in (name, *key.split("/")):
-            at = f"{at}/{part}".removeprefix("/")
+            path = f"{path}/{part}".removeprefix("/")
             try:
-                if not isinstance(place, h5py.Group) or not self._holds(place, part):
+                if not isinstance(node, h5py.Group) or not self._holds(node, part):
                     return None
-                place = place[part]
+                node = node[part]
             except (KeyError, OSError, RuntimeError, TypeError) as error:
-                raise self._wrong(f"is damaged: {at} can not be read ({error})") from error
-        if not isinstance(place, h5py.Dataset):
-            raise self._wrong(f"has a group at {at}, it must be a dataset")
-        return place
+                raise self._wrong(f"is damaged: {path} cannot be read ({error})") from error
+        if not isinstance(node, h5py.Dataset):
+            raise self._wrong(f"has a group at {path}, it must be a dataset")
+        return node
 
     def _holds(self, group: h5py.Group, name: str) -> bool:
-        """Whether there is something of that name. Raises UserError where it is a soft or external link, unfollowed."""
+        """Whether the group has a member of this name. Raises UserError where it is a soft or external link."""
         if not group.id.links.exists(name.encode()):
             return False
         if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
@@ -462,22 +508,23 @@ class EpisodeReader:
         return True
 
     def _check_storage(self, at: str, dataset: h5py.Dataset) -> None:
-        """Raise UserError where the numbers are not all in this file, or can not be unpacked in this memory."""
+        """Raise UserError where the numbers are not all in this file, or one chunk does not fit into memory."""
         if dataset.is_virtual or dataset.external:
             raise self._wrong(f"keeps {at} in another file, it must be in this one")
-        if dataset.chunks is None:
-            whole = dataset.id.get_storage_size() == dataset.nbytes
+        chunk_shape = dataset.chunks
+        if chunk_shape is None:
+            is_whole = dataset.id.get_storage_size() == dataset.nbytes
         else:
-            if math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
-                raise self._wrong(f"keeps {at} in chunks of {list(dataset.chunks)}, more than {MAX_CHUNK_BYTES} bytes")
-            chunks = math.prod(-(-size // step) for size, step in zip(dataset.shape, dataset.chunks))
-            whole = dataset.id.get_num_chunks() == chunks
-        if not whole:
+            if math.prod(chunk_shape) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
+                raise self._wrong(f"keeps {at} in chunks of {list(chunk_shape)}, more than {MAX_CHUNK_BYTES} bytes")
+            num_chunks = math.prod(math.ceil(size / step) for size, step in zip(dataset.shape, chunk_shape))
+            is_whole = dataset.id.get_num_chunks() == num_chunks
+        if not is_whole:
             raise self._wrong(f"lacks a part of {at}, which was never written")
 
 
 def dtype_name(dataset: h5py.Dataset) -> str:
-    """Its element type as numpy calls it; "unknown" where numpy has none."""
+    """numpy's name of the element type, "unknown" where numpy has none."""
     try:
         return str(dataset.dtype)
     except TypeError:
@@ -485,17 +532,20 @@ def dtype_name(dataset: h5py.Dataset) -> str:
 
 
 class Demos:
-    """A finished set for training: M steps that are kept, in order. Pictures stay in the file until they are wanted.
+    """A finished set for training: M kept steps in order. Images stay in the file until they are needed.
 
     Attributes:
-        recipe: dict, how it was made; statistics: dict, the content of dataset_statistics.json.
-        labels: float32 [M, 7], robot units; instructions: M strings.
+        recipe: dict, the settings that the set was made with.
+        statistics: dict, the content of dataset_statistics.json.
+        labels: float32 [M, 7], robot units.
+        instructions: M strings.
     """
 
     def __init__(self, folder: Path):
-        """
+        """Open and check the set.
+
         Raises:
-            UserError: one sentence that names what is missing, cut short, of another form or out of range.
+            UserError: it names what is missing, cut short, of another form or out of range.
         """
         self.folder = folder
         remedy = f"make the set again with collect_demos.py --output {folder}"
@@ -507,23 +557,28 @@ class Demos:
         self._reader = EpisodeReader(folder / "trajectory.h5", tuple(self.recipe["image_size"]), remedy)
         self._reader.check_episodes(content.episodes)
         self.num_episodes = len(content.episodes)
-        labels, self._pictures, self._rows, ends, self.instructions = [], [], [], [], []
+        self.instructions: list[str] = []
+        self._images: list[h5py.Dataset] = []  # of each episode, uint8 [T + 1, H, W, 3]
+        self._rows: list[tuple[int, int]] = []  # episode and step of each kept step
+        labels: list[np.ndarray] = []
+        ends: list[int] = []  # of each kept step: the index after the last kept step of its episode
         for entry in content.episodes:
-            actions, keep, pictures = self._reader.read(f"traj_{entry.episode_id}", entry.elapsed_steps)
+            actions, keep, images = self._reader.read(f"traj_{entry.episode_id}", entry.elapsed_steps)
             kept = np.flatnonzero(keep)
             labels.append(actions[kept])
-            self._rows += [(len(self._pictures), int(step)) for step in kept]
-            self._pictures.append(pictures)
+            self._rows += [(len(self._images), int(step)) for step in kept]
+            self._images.append(images)
             ends += [len(self._rows)] * len(kept)
             self.instructions += [entry.instruction] * len(kept)
-        self.labels, self._ends = np.concatenate(labels), np.array(ends)
+        self.labels = np.concatenate(labels)
+        self._ends = np.array(ends)
         if not len(self.labels):
             raise UserError(f"{folder}/trajectory.h5 keeps no step of any episode: {remedy}")
 
     def check_world(
         self, *, env_id: str, asset_pack: str, protocol: str, image_size: tuple[int, int], sim_freq: int
     ) -> None:
-        """Raises UserError where one of these settings is not the one that the set was made with."""
+        """Raise UserError where one of these settings differs from the set's own."""
         given = dict(
             env_id=env_id, asset_pack=asset_pack, protocol=protocol, image_size=list(image_size), sim_freq=sim_freq
         )
@@ -538,23 +593,28 @@ class Demos:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def images(self, index) -> np.ndarray:
-        """Steps [B] -> what the camera saw before them, uint8 [B, H, W, 3]."""
+    def images(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The camera's images before the steps `index` [B], uint8 [B, H, W, 3]."""
         wanted = [self._rows[i] for i in index]
-        return np.stack([self._reader.array(self._pictures[episode], step) for episode, step in wanted])
+        return np.stack([self._reader.array(self._images[episode], step) for episode, step in wanted])
 
-    def chunks(self, index, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [B] -> the labels of them and of the next kept steps, float32 [B, C, 7]; bool [B, C]: not past the
-        episode's end."""
-        steps = np.asarray(index)[:, None] + np.arange(chunk_size)  # [B, C]
-        valid = steps < self._ends[np.asarray(index)][:, None]
+    def chunks(self, index: Sequence[int] | np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Labels of the steps `index` [B] and of the kept steps after each.
+
+        Returns:
+            labels float32 [B, C, 7].
+            valid bool [B, C]: False past the episode's end.
+        """
+        index = np.asarray(index)
+        steps = index[:, None] + np.arange(chunk_size)  # [B, C]
+        valid = steps < self._ends[index][:, None]
         return self.labels[np.minimum(steps, len(self) - 1)], valid
 
 
 def check_expert_knows(env_id: str) -> None:
-    """The scripted expert reads poses that only the family's envs describe."""
+    """Raise UserError for an env whose `describe()` lacks the poses that the scripted expert reads."""
     if not episodes.in_family(env_id):
         raise UserError(
-            f"the scripted expert knows the {episodes.FAMILY} family alone, not {env_id!r}: record its demonstrations "
+            f"the scripted expert only knows the {episodes.FAMILY} family, not {env_id!r}: record demonstrations of it "
             "with ManiSkill's own tools"
         )

@@ -1,15 +1,18 @@
-"""Which start states an env id has, whether it is of the PutOnPlateInScene25 family or any other of ManiSkill's.
+"""The start states of an env id, be it of the PutOnPlateInScene25 family or any other ManiSkill env.
 
-A family's ids are those of `envs/variants.py`. For another env an episode id is the seed of ManiSkill's reset. One rule
-holds out one id in eight for evaluation in both. Pure Python: importing this imports no simulator.
+Each start state has an episode id. `envs/variants.py` numbers those of the family. For any other env, the episode id is
+the seed of ManiSkill's reset. In both cases one id in eight is held out for evaluation. Importing this file imports no
+simulator.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import zlib
 
 from envs import variants
+from envs.assets.catalog import OBJECTS, RECEPTACLES
 from schemas.flags import ENV_ID
 
 NUM_SEEDS = 2**31 - 1  # ManiSkill's seeds are 0 .. 2^31 - 2
@@ -21,16 +24,16 @@ def in_family(env_id: str) -> bool:
 
 
 def check_id(env_id: str) -> None:
-    """Raise ValueError unless this is an identifier: ids become names of folders and modules."""
+    """Raise ValueError unless this is an identifier, because ids become names of folders and modules."""
     if not ENV_ID.fullmatch(env_id):
         raise ValueError(
-            f"env_id {env_id[:100]!r} is no id: give one such as 'PickCube-v1', or 'my_module:MyTask-v1' where "
+            f"env_id {env_id[:100]!r} is not an env id: give one such as 'PickCube-v1', or 'my_module:MyTask-v1' where "
             "importing my_module registers it."
         )
 
 
 def check_env_id(env_id: str, obj_set: str, instruction: str | None) -> None:
-    """One sentence for what can be known of an id without ManiSkill's registry."""
+    """Raise ValueError for an id that is wrong as far as this can be known without ManiSkill's registry."""
     check_id(env_id)
     if in_family(env_id):
         variants.lookup(env_id, obj_set)
@@ -39,23 +42,23 @@ def check_env_id(env_id: str, obj_set: str, instruction: str | None) -> None:
         return
     near = difflib.get_close_matches(env_id, variants.VARIANTS, n=1, cutoff=0.8)
     if near or FAMILY in env_id:
-        variants.lookup(env_id, obj_set)  # says which id was meant
+        variants.lookup(env_id, obj_set)  # raises an error that names the id that was probably meant
     if not instruction or not instruction.strip():
         raise ValueError(
             f"env_id {env_id!r} is not of the {FAMILY} family ({', '.join(variants.VARIANTS)}): any other ManiSkill id "
             "needs an instruction, such as --instruction 'pick up the cube'."
         )
     if obj_set != "train":
-        raise ValueError(f"obj_set {obj_set!r} is a choice of the {FAMILY} family: leave it at 'train' for {env_id}.")
+        raise ValueError(f"only the {FAMILY} family has obj_set {obj_set!r}: leave it at 'train' for {env_id}.")
 
 
 def num_start_states(env_id: str, obj_set: str = "train") -> int:
-    """How many episode ids there are: 0 to this number - 1."""
+    """The number of episode ids. They are 0 to this number - 1."""
     return variants.num_start_states(env_id, obj_set) if in_family(env_id) else NUM_SEEDS
 
 
 def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
-    """The id as an int, or one clear sentence."""
+    """The id as an int. Raises ValueError where it is out of range."""
     total = num_start_states(env_id, obj_set)
     if int(episode_id) != episode_id or not 0 <= episode_id < total:
         raise ValueError(f"episode id {episode_id} is out of range: {env_id} {obj_set} has ids 0 to {total - 1}.")
@@ -63,12 +66,15 @@ def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
 
 
 def start_state(env_id: str, obj_set: str, episode_id: int, protocol: str) -> variants.StartState | int:
-    """What an env's `start_episode` takes: the decoded id, or the seed itself."""
+    """The argument of an env's `start_episode`: the decoded id, or the seed itself."""
     return variants.decode(env_id, obj_set, episode_id, protocol) if in_family(env_id) else episode_id
 
 
 def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
-    """The first `num_episodes` of one fixed sequence of distinct held-out ids; a longer list begins with a shorter."""
+    """The first `num_episodes` of one fixed sequence of distinct held-out ids.
+
+    A longer list begins with every shorter one.
+    """
     check_id(env_id)
     if in_family(env_id) or FAMILY in env_id:
         return variants.eval_episode_ids(env_id, obj_set, num_episodes)
@@ -83,26 +89,21 @@ def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
 
 
 def every_instruction(env_id: str, obj_set: str, instruction: str | None) -> set[str]:
-    """All that the policy can be told in an env: the family's own sentences, or the one that is given."""
+    """All instructions that the policy can get in an env: the family's own, or the one that is given."""
     if not in_family(env_id):
-        return {instruction} - {None}
-    from envs.assets.catalog import OBJECTS, RECEPTACLES  # imports sapien
-
-    found, told = variants.lookup(env_id, obj_set), range(0, 1)
-    if found.extra is not None and found.extra.kind == "wording":
-        told = range(found.extra.first, found.extra.first + found.extra.count)
+        return set() if instruction is None else {instruction}
+    ranges = variants.lookup(env_id, obj_set)
+    wordings = range(0, 1)
+    if ranges.extra is not None and ranges.extra.kind == "wording":
+        wordings = range(ranges.extra.first, ranges.extra.first + ranges.extra.count)
     return {
         variants.WORDINGS[i].format(object=OBJECTS[j].name, receptacle=RECEPTACLES[k].name)
-        for i in told
-        for j in found.objects
-        for k in found.receptacles
+        for i, j, k in itertools.product(wordings, ranges.objects, ranges.receptacles)
     }
 
 
 def instructions(env_id: str, obj_set: str, episode_ids: list[int]) -> list[str]:
-    """What the policy is told in these episodes of the family, found without simulating; the same in both packs."""
-    from envs.assets.catalog import OBJECTS, RECEPTACLES  # imports sapien
-
+    """The instructions of these episodes of the family, without simulating them. They are the same in both packs."""
     starts = [variants.decode(env_id, obj_set, episode_id) for episode_id in episode_ids]
     return [
         variants.WORDINGS[start.wording_index].format(

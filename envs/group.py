@@ -1,6 +1,7 @@
-"""The envs of one process: what is simulated where, one env after the other. Shapes: C actions per decision.
+"""The envs of one process and the settings of all envs. Shapes: C actions per decision.
 
-`EnvGroup` runs in this process or in a worker (`envs/workers.py`); `envs/vector.py` puts groups together.
+`EnvGroup` simulates one env after the other, in this process or in a worker (`envs/workers.py`). `envs/vector.py` joins
+the groups of all processes.
 """
 
 from __future__ import annotations
@@ -8,11 +9,16 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from envs import episodes, variants
+
+if TYPE_CHECKING:
+    from envs.maniskill_task import ManiSkillTask
+    from envs.put_on_plate import PutOnPlateInScene
 
 ACTION_DIM = 7
 CONTROL_FREQ = 5  # Hz, of the PutOnPlateInScene25 family; other envs have their own
@@ -36,7 +42,7 @@ EPISODE_METRICS = ("success_once", "success_at_end", "return", "episode_len", "r
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """Everything that decides what the envs do; plain data, so it can be sent to a worker and kept in a checkpoint."""
+    """Everything that decides what the envs do. It is plain data, so it can be sent to a worker."""
 
     env_id: str
     num_envs: int
@@ -53,7 +59,7 @@ class EnvSpec:
     first_env: int
     instruction: str | None = None
     sim_backend: str = "physx_cpu"  # or "physx_cuda"
-    render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: who draws what physx_cpu simulates
+    render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: what renders the images of physx_cpu
     privileged: bool = False  # observations also hold the simulator's state
 
     @property
@@ -61,11 +67,21 @@ class EnvSpec:
         return (self.image_size[1], self.image_size[0], 3)
 
     def check(self, num_env_workers: int, pipeline_stages: int, worker_timeout: float) -> None:
-        """One clear sentence for anything that cannot work, before the simulator is touched."""
+        """Raise ValueError for anything that cannot work, before the simulator is loaded."""
         episodes.check_env_id(self.env_id, self.obj_set, self.instruction)
         for name in ("num_envs", "max_episode_steps", "sim_freq"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        self._check_processes(num_env_workers, pipeline_stages, worker_timeout)
+        self._check_simulation()
+        if self.sim_backend == "physx_cuda":
+            self._check_batch(pipeline_stages)
+        variants.check_protocol(self.protocol)
+        if self.asset_pack not in variants.ASSET_PACKS:
+            raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
+
+    def _check_processes(self, num_env_workers: int, pipeline_stages: int, worker_timeout: float) -> None:
+        """Numbers of workers and half-batches, and the workers' time limit."""
         if not 0 <= num_env_workers <= self.num_envs:
             raise ValueError(
                 f"num_env_workers={num_env_workers} must lie between 0 and num_envs={self.num_envs}: "
@@ -75,34 +91,32 @@ class EnvSpec:
             raise ValueError(f"pipeline_stages={pipeline_stages} must be 1, or 2 for two half-batches.")
         if self.num_envs < pipeline_stages or 0 < num_env_workers < pipeline_stages:
             raise ValueError(
-                f"pipeline_stages={pipeline_stages} wants at least {pipeline_stages} envs and as many workers: "
+                f"pipeline_stages={pipeline_stages} needs at least {pipeline_stages} envs and as many workers: "
                 f"num_envs={self.num_envs}, num_env_workers={num_env_workers} are too few."
             )
         if not worker_timeout > 0:
             raise ValueError(f"worker_timeout={worker_timeout} must be more than 0 seconds.")
+
+    def _check_simulation(self) -> None:
+        """Rates, image size, and settings that only the family has."""
         if self.sim_freq % CONTROL_FREQ:
             raise ValueError(
                 f"sim_freq={self.sim_freq} must be a multiple of {CONTROL_FREQ} Hz, the control rate: use 100 or 500."
             )
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"image_size={self.image_size} must be (width, height), both at least 1.")
-        chosen = (self.asset_pack, self.asset_dir, self.protocol)
-        if not episodes.in_family(self.env_id) and chosen != ("builtin", None, "rl4vla"):
+        family_settings = (self.asset_pack, self.asset_dir, self.protocol)
+        if not episodes.in_family(self.env_id) and family_settings != ("builtin", None, "rl4vla"):
             raise ValueError(
-                f"asset_pack, asset_dir and protocol are choices of the {episodes.FAMILY} family: "
+                f"only the {episodes.FAMILY} family has asset_pack, asset_dir and protocol: "
                 f"leave them out for {self.env_id}."
             )
-        if self.sim_backend == "physx_cuda":
-            self._check_batch(pipeline_stages)
-        variants.check_protocol(self.protocol)
-        if self.asset_pack not in variants.ASSET_PACKS:
-            raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
 
     def _check_batch(self, pipeline_stages: int) -> None:
-        """What only the batched simulation on the GPU asks for."""
+        """Conditions of the batched simulation on the GPU."""
         if not torch.cuda.is_available():
             raise ValueError(
-                "sim_backend='physx_cuda' needs a CUDA device, and torch sees none here: use sim_backend='physx_cpu' "
+                "sim_backend='physx_cuda' needs a CUDA device, and torch finds none here: use sim_backend='physx_cpu' "
                 "with num_env_workers, or run `python doctor.py`."
             )
         if not episodes.in_family(self.env_id):
@@ -116,43 +130,53 @@ class EnvSpec:
             )
 
     def next_episode_id(self, env_index: int, counter: int) -> int:
-        """Training episode number `counter` of global env `env_index`."""
+        """Training episode number `counter` of env `env_index`, counted over all ranks."""
         return variants.train_episode_id(
             episodes.num_start_states(self.env_id, self.obj_set), self.seed, env_index, counter
         )
 
 
 def resolve_backend(sim_backend: str, env_id: str, pipeline_stages: int) -> str:
-    """physx_cpu or physx_cuda; "auto" is the GPU where there is one that can do it. One clear sentence otherwise."""
+    """Turn "auto" into "physx_cuda" where this GPU can simulate these envs, and into "physx_cpu" elsewhere.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
     if sim_backend not in SIM_BACKENDS:
         raise ValueError(f"unknown sim_backend {sim_backend!r}: use one of {', '.join(SIM_BACKENDS)}.")
     if sim_backend != "auto":
         return sim_backend
-    able = torch.cuda.is_available() and episodes.in_family(env_id) and pipeline_stages == 1
-    return "physx_cuda" if able else "physx_cpu"
+    gpu_can_simulate = torch.cuda.is_available() and episodes.in_family(env_id) and pipeline_stages == 1
+    return "physx_cuda" if gpu_can_simulate else "physx_cpu"
 
 
 def check_module(env_id: str) -> None:
-    """One sentence where "module:Id" names a module that is not there. Nothing is imported."""
+    """Raise ValueError where "module:Id" names a module that does not exist. Nothing is imported."""
     module = env_id.rpartition(":")[0]
     if module and importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise ValueError(f"env_id {env_id!r}: there is no module {module}; put the folder that has it on PYTHONPATH.")
+        raise ValueError(f"env_id {env_id!r}: there is no module {module}, so add its folder to PYTHONPATH.")
 
 
 def check_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> None:
-    """One sentence for a choice that is none, or that needs a GPU which is not there."""
+    """Raise ValueError for a backend that does not exist, or that needs a missing GPU."""
     if render_backend not in RENDER_BACKENDS:
         raise ValueError(f"unknown render_backend {render_backend!r}: use one of {', '.join(RENDER_BACKENDS)}.")
     if render_backend == "cuda" and sim_backend != "physx_cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "render_backend='cuda' needs a CUDA device, and torch sees none here: use render_backend='cpu', or run "
+            "render_backend='cuda' needs a CUDA device, and torch finds none here: use render_backend='cpu', or run "
             "`python doctor.py`."
         )
 
 
 def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> str:
-    """cpu, or this process's CUDA device as "cuda:0"; "auto" is the second where SAPIEN can draw on it. A batch on the
-    GPU has no choice: `batched_group.open_batch` draws it there."""
+    """Turn "auto" and "cuda" into a device: "cpu", or this process's CUDA device such as "cuda:0".
+
+    "auto" is the GPU where SAPIEN can render on it. A batch on the GPU is always rendered there
+    (`open_batch` in `envs/gpu/group.py`), so its answer here is not used.
+
+    Raises:
+        ValueError: the backend does not exist, or SAPIEN cannot render on the GPU that was asked for.
+    """
     check_render_backend(render_backend, sim_backend)
     if sim_backend == "physx_cuda" or render_backend == "cpu" or not torch.cuda.is_available():
         return "cpu"
@@ -162,17 +186,17 @@ def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") 
     try:
         sapien.render.RenderSystem(sapien.Device(device))
     except RuntimeError as error:
-        reason = f"SAPIEN can not draw on {device} ({error}): the machine lacks NVIDIA's Vulkan driver or hides it"
+        reason = f"SAPIEN cannot render on {device} ({error}): NVIDIA's Vulkan driver is missing or hidden"
         if render_backend == "cuda":
             raise ValueError(f"render_backend='cuda': {reason}; run `python doctor.py`.") from error
-        warnings.warn(f"pictures are drawn by the CPU, which is slow: {reason}.", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"the CPU renders the images, which is slow: {reason}.", RuntimeWarning, stacklevel=3)
         return "cpu"
     return device
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where one env stands in its stream of episodes: what a worker's successor has to know."""
+    """The place of one env in its stream of episodes. A worker's successor continues from it."""
 
     counter: int
     episode_id: int | None
@@ -183,8 +207,9 @@ class Position:
 class EnvSlot:
     """One env and the episode it is in."""
 
-    def __init__(self, env, spec: EnvSpec, env_index: int):
-        self.env, self.spec, self.env_index = env, spec, env_index  # env_index counts over all ranks
+    def __init__(self, env: PutOnPlateInScene | ManiSkillTask, spec: EnvSpec, env_index: int):
+        """env_index counts over all ranks."""
+        self.env, self.spec, self.env_index = env, spec, env_index
         self.counter = 0  # training episodes taken from this env's stream
         self.episode_id: int | None = None
         self.explicit = False  # the caller gave this episode's id
@@ -192,7 +217,7 @@ class EnvSlot:
         self.running = False
 
     def begin(self, episode_id: int | None) -> None:
-        """The given episode, or with None the next of this env's own training stream."""
+        """Start the given episode, or with None the next one of this env's own training stream."""
         self.explicit = episode_id is not None
         if episode_id is None:
             episode_id = self.spec.next_episode_id(self.env_index, self.counter)
@@ -204,7 +229,7 @@ class EnvSlot:
         self.episode_return, self.success_once, self.success = 0.0, False, False
 
     def execute(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """One control step. Returns reward, terminated, truncated (never both)."""
+        """Simulate one control step; action float32 [7]. Returns reward, terminated, truncated (never both)."""
         command = action.copy()
         command[6] = 1.0 if action[6] > 0.5 else -1.0  # gripper: open / close
         reward, self.success = self.env.advance(torch.from_numpy(command[None]))
@@ -217,7 +242,7 @@ class EnvSlot:
         return reward, terminated, truncated
 
     def state(self) -> np.ndarray:
-        """What the simulator knows and how much of the episode is over, float32 [S]."""
+        """The simulator's state and the share of the episode that is over, float32 [S]."""
         progress = len(self.actions) / self.spec.max_episode_steps
         return np.append(self.env.privileged_state(), np.float32(progress))
 
@@ -225,7 +250,7 @@ class EnvSlot:
         return Position(self.counter, self.episode_id, self.explicit, self.running)
 
     def metrics(self) -> tuple[float, ...]:
-        """In the order of EPISODE_METRICS."""
+        """Values in the order of EPISODE_METRICS."""
         length = len(self.actions)
         return (
             float(self.success_once),
@@ -241,68 +266,92 @@ class EnvGroup:
 
     def __init__(self, spec: EnvSpec, offset: int, images: np.ndarray, final_images: np.ndarray):
         """images, final_images uint8 [count, H, W, 3]: written here, read by the vector env."""
-        self.spec, self.offset, self.images, self.final_images = spec, offset, images, final_images
-        self.slots = [EnvSlot(_build_env(spec), spec, spec.first_env + offset + i) for i in range(len(images))]
+        self.spec = spec
+        self.images = images
+        self.final_images = final_images
+        first_index = spec.first_env + offset  # over all ranks
+        self.slots = [EnvSlot(_build_env(spec), spec, first_index + i) for i in range(len(images))]
 
     def reset(self, episode_ids: list[int | None], chosen: list[int]) -> dict:
-        """Start an episode in the chosen envs; None takes the next of an env's own stream. Returns `seen()`."""
+        """Start an episode in the chosen envs. None takes the next one of an env's own stream. Returns `seen()`."""
         for i, episode_id in zip(chosen, episode_ids):
             self.slots[i].begin(episode_id)
             self.images[i] = self.slots[i].env.render_image()
         return self.seen()
 
     def seen(self) -> dict:
-        """What belongs to an observation besides `images`: all instructions and, where asked for, states [count, S]."""
-        said = {"instructions": [slot.env.instruction for slot in self.slots]}
-        return said | {"state": np.stack([slot.state() for slot in self.slots])} if self.spec.privileged else said
+        """The rest of an observation besides `images`: all instructions and, if wanted, `state` [count, S]."""
+        seen = {"instructions": [slot.env.instruction for slot in self.slots]}
+        if self.spec.privileged:
+            seen["state"] = np.stack([slot.state() for slot in self.slots])
+        return seen
 
     def positions(self) -> list[Position]:
         return [slot.position() for slot in self.slots]
 
     def step(self, actions: np.ndarray) -> dict:
-        """actions float32 [count, C, 7]. Each env runs its chunk until it ends; only last frames are rendered."""
-        out = empty_result(*actions.shape[:2])
+        """actions float32 [count, C, 7]. Each env runs its chunk until its episode ends. Only last frames are rendered.
+
+        Returns the keys of `empty_result` and of `seen()`, and with `privileged` states [count, C, S] before each
+        action.
+        """
+        count, chunk_size, _ = actions.shape
+        out = empty_result(count, chunk_size)
         if self.spec.privileged:
-            out["states"] = np.stack([np.repeat(slot.state()[None], actions.shape[1], axis=0) for slot in self.slots])
+            states = np.stack([slot.state() for slot in self.slots])  # [count, S]
+            out["states"] = np.repeat(states[:, None], chunk_size, axis=1)
         for i, slot in enumerate(self.slots):
-            if slot.running:
-                self._run_chunk(i, slot, actions[i], out)
+            if not slot.running:
+                continue
+            self._run_chunk(i, slot, actions[i], out)
+            if not slot.running:
+                self._end_episode(i, slot, out)
         return out | self.seen()
 
     def _run_chunk(self, i: int, slot: EnvSlot, actions: np.ndarray, out: dict) -> None:
+        """Execute actions [C, 7] in env i until its episode ends, and render its image."""
         for j, action in enumerate(actions):
             if self.spec.privileged and j > 0:
                 out["states"][i, j] = slot.state()
-            out["rewards"][i, j], out["terminations"][i], out["truncations"][i] = slot.execute(action)
+            reward, terminated, truncated = slot.execute(action)
+            out["rewards"][i, j] = reward
             out["valid"][i, j] = True
             if not slot.running:
+                out["terminations"][i] = terminated
+                out["truncations"][i] = truncated
                 break
         self.images[i] = slot.env.render_image()
-        if slot.running:
-            return
-        out["ended"].append((i, slot.metrics(), slot.env.instruction, slot.state() if self.spec.privileged else None))
+
+    def _end_episode(self, i: int, slot: EnvSlot, out: dict) -> None:
+        """Report the episode that ended in env i. With auto_reset, begin the next one."""
+        last_state = slot.state() if self.spec.privileged else None
+        out["ended"].append((i, slot.metrics(), slot.env.instruction, last_state))
         self.final_images[i] = self.images[i]
         if self.spec.auto_reset:
             slot.begin(None)
             self.images[i] = slot.env.render_image()
 
     def take_over(self, positions: list[Position], begin: bool) -> dict:
-        """Stand in for a group that is gone. With `begin`, each episode that was under way is given up.
+        """Continue for a group whose worker is lost. With `begin`, every env that was in an episode begins one.
 
         An env then starts the next episode of its stream, or the same one again where the caller had given its id. An
-        env that rested goes on resting, and `images` still holds its last picture. Returns `seen()`, once there is
-        something to see.
+        env at rest stays at rest, and `images` still holds its last image.
+
+        Returns `seen()`, or {} while no episode has begun.
         """
         for i, (slot, position) in enumerate(zip(self.slots, positions)):
             slot.counter = position.counter
-            if not begin or position.episode_id is None:
-                continue
-            keep = position.explicit or not position.running
-            slot.begin(position.episode_id if keep else None)
-            slot.explicit, slot.running = position.explicit, position.running
-            if slot.running:
-                self.images[i] = slot.env.render_image()
+            if begin and position.episode_id is not None:
+                self._begin_like(i, slot, position)
         return self.seen() if begin and positions[0].episode_id is not None else {}
+
+    def _begin_like(self, i: int, slot: EnvSlot, position: Position) -> None:
+        """Begin an episode in env i in the place of the one at `position`."""
+        same_episode = position.explicit or not position.running
+        slot.begin(position.episode_id if same_episode else None)
+        slot.explicit, slot.running = position.explicit, position.running
+        if slot.running:
+            self.images[i] = slot.env.render_image()
 
     def describe(self) -> list[dict]:
         return [slot.env.describe() | {"elapsed_steps": len(slot.actions)} for slot in self.slots]
@@ -315,9 +364,9 @@ class EnvGroup:
         ]
 
     def load_state_dict(self, states: list[dict]) -> dict:
-        """Begin each episode again and replay what was executed: the simulator is a function of that, bit for bit.
+        """Begin each episode again and replay its actions. The state afterwards is the same to the last bit.
 
-        Returns `seen()`, once there is something to see.
+        Returns `seen()`, or {} while no episode has begun.
         """
         for i, (slot, state) in enumerate(zip(self.slots, states)):
             slot.counter = state["counter"]
@@ -337,7 +386,7 @@ class EnvGroup:
 
 
 def empty_result(count: int, chunk_size: int) -> dict:
-    """What a step of `count` envs returns in which nothing was executed."""
+    """The result of a step of `count` envs in which nothing was executed."""
     return {
         "rewards": np.zeros((count, chunk_size), np.float32),
         "valid": np.zeros((count, chunk_size), bool),
@@ -348,15 +397,15 @@ def empty_result(count: int, chunk_size: int) -> dict:
     }
 
 
-def _build_env(spec: EnvSpec):
-    """One ManiSkill env; the simulator is imported here, not when `envs` is."""
+def _build_env(spec: EnvSpec) -> PutOnPlateInScene | ManiSkillTask:
+    """Make one ManiSkill env. The simulator is imported here, not together with `envs`."""
     import sapien
 
     try:
         sapien.render.RenderSystem(sapien.Device(spec.render_backend))
     except RuntimeError as error:
         raise RuntimeError(
-            f"no Vulkan device can render here ({error}); to see what is missing, run `python doctor.py`"
+            f"no Vulkan device can render here ({error}): to see what is missing, run `python doctor.py`"
         ) from error
     if not episodes.in_family(spec.env_id):
         import envs.maniskill_task as maniskill_task

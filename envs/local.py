@@ -3,6 +3,8 @@
 A simulator that hangs here cannot be replaced. The process writes all stacks to stderr and ends with exit code 1.
 """
 
+from typing import Any
+
 import numpy as np
 
 from envs.group import EnvGroup, EnvSpec
@@ -10,17 +12,18 @@ from envs.processes import START_SECONDS, image_arrays, watched
 
 
 class LocalGroup:
-    """A group in this process, with a worker's interface. What it raises goes straight to the caller."""
+    """A group in this process, with a worker's interface. Its errors go straight to the caller."""
 
     num_restarts = 0
 
     def __init__(self, spec: EnvSpec, offset: int, count: int, timeout: float, num_settlers: int = 1):
-        """timeout: seconds a call may take. num_settlers: processes that settle start states, for a batch on the GPU
-        alone."""
+        """timeout: seconds that a call may take.
+
+        num_settlers: processes that settle start states. Only a batch on the GPU has them.
+        """
         self._timeout = timeout
-        self.images, self.final_images = image_arrays(
-            bytearray(2 * count * int(np.prod(spec.image_shape))), count, spec
-        )
+        size = 2 * count * int(np.prod(spec.image_shape))
+        self.images, self.final_images = image_arrays(bytearray(size), count, spec)
         with watched(max(timeout, START_SECONDS)):
             if spec.sim_backend == "physx_cuda":
                 from envs.gpu.group import open_batch
@@ -30,10 +33,11 @@ class LocalGroup:
                 self._group = EnvGroup(spec, offset, self.images, self.final_images)
 
     def start(self, method: str, *args) -> None:
+        """Run the call. `finish` gives its result."""
         with watched(self._timeout):
             self._result = getattr(self._group, method)(*args)
 
-    def finish(self):
+    def finish(self) -> Any:
         return self._result
 
     def close(self) -> None:

@@ -1,18 +1,19 @@
-"""Any ManiSkill env behind the contract of `envs/vector.py`: an id, and a sentence that says what to do.
+"""Any ManiSkill env with the interface of the family: you give an id and a sentence that says what to do.
 
     make_envs("PickCube-v1", 8, instruction="pick up the cube", image_size=(224, 224), max_episode_steps=50)
-    make_envs("my_tasks:MyTask-v1", 8, instruction="...")       # a task of yours: importing my_tasks registers it
+    make_envs("my_tasks:MyTask-v1", 8, instruction="...")       # your own task: importing my_tasks registers it
 
-It needs a camera, a robot with the control mode `pd_ee_delta_pose` and seven action dimensions, and `info["success"]`.
+The env needs a camera, a robot with the control mode `pd_ee_delta_pose` and seven action dimensions, and
+`info["success"]`.
 
-Start states: episode id = seed of ManiSkill's reset. The scene is built anew for every episode (0.2 s for PickCube),
-    because PhysX keeps caches, so an episode is a function of (env id, episode id, actions), bit for bit.
-Actions: metres, Euler angles (rad, XYZ), gripper (> 0.5 opens), as everywhere here. ManiSkill wants them divided by the
-    controller's bounds; beyond these it clips (Panda: 0.1 m per axis, 0.1 rad in all). Translation is along the axes of
-    the robot's base, rotation about them.
-Reward: the increase of success, 1 when it is reached and -1 when it is lost again; the env's dense reward is not used,
-    and `info["fail"]` does not end an episode.
-Camera: the env's first one, at image_size. Rates (20 Hz control in most) and assets are the env's own.
+Start states: the episode id is the seed of ManiSkill's reset. The scene is built again for every episode (0.2 s for
+    PickCube), because PhysX keeps caches. So an episode depends on (env id, episode id, actions) only, to the last bit.
+Actions: metres, Euler angles (rad, XYZ) and gripper (> 0.5 opens), as in all envs here. ManiSkill wants them divided by
+    the controller's bounds, and clips them there (Panda: 0.1 m per axis, 0.1 rad in all). Translation is along the axes
+    of the robot's base, and rotation is about them.
+Reward: the increase of success, so 1 when it is reached and -1 when it is lost again. The env's dense reward is not
+    used, and `info["fail"]` does not end an episode.
+Camera: the env's first one, at image_size. The env keeps its own rates (mostly 20 Hz control) and assets.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import contextlib
 import difflib
 import importlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401  registers ManiSkill's own ids
@@ -46,12 +48,12 @@ class ManiSkillTask:
         self._check()
 
     def _check(self) -> None:
-        """One sentence for an env that these actions, pictures or rewards do not fit."""
+        """Raise ValueError for an env whose actions, images or rewards do not fit."""
         shape = self.env.single_action_space.shape
         if shape != (7,):
             raise ValueError(
-                f"{self.env_id} takes actions of shape {shape} in {CONTROL_MODE}: only robots with six for the arm and "
-                "one for the gripper fit here."
+                f"{self.env_id} takes actions of shape {shape} in {CONTROL_MODE}: choose a robot with six action "
+                "dimensions for the arm and one for the gripper."
             )
         if not isinstance(next(iter(self.env.scene.sensors.values()), None), Camera):
             raise ValueError(f"{self.env_id} has no camera: give it one in _default_sensor_configs.")
@@ -67,7 +69,7 @@ class ManiSkillTask:
                 )
 
     def start_episode(self, episode_id: int) -> None:
-        """The start state that ManiSkill makes of this seed, in a scene without a past."""
+        """Begin the episode that ManiSkill makes of this seed, in a newly built scene."""
         with _no_prompt(self.env_id):
             self.env.reset(seed=episode_id, options={"reconfigure": True})
         self.episode_id, self.success = episode_id, False
@@ -75,20 +77,22 @@ class ManiSkillTask:
     def advance(self, action: torch.Tensor) -> tuple[float, bool]:
         """One control step; action float32 [1, 7] in m and rad, gripper 1 or -1. Returns reward and success."""
         _, _, _, _, info = self.env.step(self._command(action))
-        before, self.success = self.success, bool(info["success"][0])
-        return float(self.success) - float(before), self.success
+        success_before = self.success
+        self.success = bool(info["success"][0])
+        return float(self.success) - float(success_before), self.success
 
     def _command(self, action: torch.Tensor) -> torch.Tensor:
         """The same motion in the controller's units, float32 [1, 7].
 
         mani_skill 3.0.1 maps a normalised translation onto [pos_lower, pos_upper], but multiplies a normalised rotation
-        by rot_lower (`PDEEPoseController._clip_and_scale_action`): where that is negative, as the Panda's -0.1, a +1
-        turns by -0.1 rad. Dividing by rot_lower makes the arm turn the way it was asked to.
+        by rot_lower (`PDEEPoseController._clip_and_scale_action`). That is negative for the Panda (-0.1), so a +1 turns
+        by -0.1 rad. Dividing by rot_lower makes the arm turn the right way.
         """
         command = action.clone()
         config = self._arm.config
         if config.normalize_action:
-            lower, upper = (torch.as_tensor(x, dtype=torch.float32) for x in (config.pos_lower, config.pos_upper))
+            lower = torch.as_tensor(config.pos_lower, dtype=torch.float32)
+            upper = torch.as_tensor(config.pos_upper, dtype=torch.float32)
             command[:, :3] = 2 * (action[:, :3] - lower) / (upper - lower) - 1
             command[:, 3:6] = action[:, 3:6] / torch.as_tensor(config.rot_lower, dtype=torch.float32)
         space = self.env.single_action_space
@@ -97,11 +101,12 @@ class ManiSkillTask:
 
     @property
     def _arm(self) -> PDEEPoseController:
-        parts = self.env.agent.controller.controllers.values()
-        return next(part for part in parts if isinstance(part, PDEEPoseController))
+        """The controller of the arm."""
+        controllers = self.env.agent.controller.controllers.values()
+        return next(controller for controller in controllers if isinstance(controller, PDEEPoseController))
 
     def render_image(self) -> np.ndarray:
-        """What the first camera sees now, without the markers that the task hides from policies; uint8 [H, W, 3]."""
+        """The first camera's image, without the markers that the task hides from policies: uint8 [H, W, 3]."""
         for marker in self.env._hidden_objects:
             marker.hide_visual()
         self.env.scene.update_render(update_sensors=True, update_human_render_cameras=False)
@@ -110,12 +115,14 @@ class ManiSkillTask:
         return camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"][0].numpy()
 
     def privileged_state(self) -> np.ndarray:
-        """ManiSkill's own state of everything, joints, tool pose in the base frame and success, float32 [S - 1]."""
-        parts = (self.env.get_state(), self.env.agent.robot.get_qpos(), self._arm.ee_pose_at_base.raw_pose)
-        return np.concatenate([*(part[0].numpy() for part in parts), [self.success]]).astype(np.float32)
+        """ManiSkill's own state, joint positions, tool pose in the base frame and success: float32 [S - 1]."""
+        state = self.env.get_state()[0].numpy()
+        qpos = self.env.agent.robot.get_qpos()[0].numpy()
+        tool_pose = self._arm.ee_pose_at_base.raw_pose[0].numpy()
+        return np.concatenate([state, qpos, tool_pose, [self.success]]).astype(np.float32)
 
     def describe(self) -> dict:
-        """The live state, plain data; tcp_pose is p, q (wxyz) in the base frame, `state` is ManiSkill's get_state()."""
+        """The present state as plain data. tcp_pose is p, q (wxyz) in the base frame, `state` ManiSkill's own."""
         return {
             "episode_id": self.episode_id,
             "instruction": self.instruction,
@@ -130,14 +137,14 @@ class ManiSkillTask:
 
 
 def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> BaseEnv:
-    """The env without wrappers, or one sentence that names what is missing."""
+    """Make the env without wrappers. Raises ValueError or RuntimeError that name what is missing."""
     module, _, name = env_id.rpartition(":")
     if module:
         _import(env_id, module)
     if name not in REGISTERED_ENVS:
         near = difflib.get_close_matches(name, REGISTERED_ENVS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"unknown env_id {env_id!r}: did you mean {near!r}? A task of your own is 'module:{name}', where importing "
+            f"unknown env_id {env_id!r}: did you mean {near!r}? Your own task is 'module:{name}', where importing "
             "module registers it."
         )
     width, height = image_size
@@ -145,48 +152,46 @@ def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> Base
         with _no_prompt(name):
             env = gym.make(
                 name,
-                obs_mode="none",  # pictures are taken once per chunk, by render_image
+                obs_mode="none",  # render_image takes one image per chunk
                 reward_mode="none",
                 control_mode=CONTROL_MODE,
                 sensor_configs={"width": width, "height": height},
                 sim_backend="physx_cpu",
                 render_backend=render_backend,
             )
-    except (
-        AssertionError,
-        KeyError,
-        NotImplementedError,
-    ) as error:  # what ManiSkill raises for modes that do not exist
+    # ManiSkill raises one of these for a mode that the env does not have
+    except (AssertionError, KeyError, NotImplementedError) as error:
         raise ValueError(
-            f"{env_id} can not run here ({type(error).__name__}: {error}): it has to allow obs_mode and reward_mode "
+            f"{env_id} cannot run here ({type(error).__name__}: {error}): it must allow obs_mode and reward_mode "
             f"'none' and control_mode {CONTROL_MODE!r}."
         ) from error
     return env.unwrapped
 
 
 def _import(env_id: str, module: str) -> None:
-    """Run the code of the module that registers a task. Raises ValueError, one sentence, whatever that code does."""
+    """Import the module that registers a task. Raises ValueError, whatever that module's code does."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"env_id {env_id!r}: {error}; put the folder that has it on PYTHONPATH.") from error
+        raise ValueError(f"env_id {env_id!r}: {error}, so add its folder to PYTHONPATH.") from error
     except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"env_id {env_id!r}: importing {module} ended in {type(error).__name__} ({said}): "
+            f"env_id {env_id!r}: importing {module} ended in {type(error).__name__} ({message}): "
             f"`python -c 'import {module}'` shows where."
         ) from error
 
 
 @contextlib.contextmanager
 def _no_prompt(env_id: str) -> Iterator[None]:
-    """Where ManiSkill lacks assets it asks on standard input, or exits; here that is one sentence."""
+    """Raise RuntimeError for missing assets. ManiSkill itself would ask on standard input, or exit."""
 
-    def refuse(message: str):
-        needs = message.split(". ")[0].strip()  # "Environment X requires asset(s) ycb which could not be found"
-        raise RuntimeError(f"{needs}: run `python -m mani_skill.utils.download_asset {needs.split()[1]}`.")
+    def refuse(message: str) -> NoReturn:
+        problem = message.split(". ")[0].strip()  # "Environment X requires asset(s) ycb which could not be found"
+        raise RuntimeError(f"{problem}: run `python -m mani_skill.utils.download_asset {problem.split()[1]}`.")
 
-    asked, download_asset.prompt_yes_no = download_asset.prompt_yes_no, refuse
+    original_prompt = download_asset.prompt_yes_no
+    download_asset.prompt_yes_no = refuse
     try:
         yield
     except SystemExit as error:
@@ -194,4 +199,4 @@ def _no_prompt(env_id: str) -> Iterator[None]:
             f"assets of {env_id} are missing, and ManiSkill does not know where to find them."
         ) from error
     finally:
-        download_asset.prompt_yes_no = asked
+        download_asset.prompt_yes_no = original_prompt

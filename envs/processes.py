@@ -1,7 +1,8 @@
-"""What every process that simulates needs: environment variables, image memory, limits on time and losses."""
+"""Shared by all processes that simulate: environment variables, image memory, limits on time and losses."""
 
 import contextlib
 import faulthandler
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ import numpy as np
 
 from envs.group import EnvSpec
 
-MAX_LOSSES = 3  # of one worker, without a successful step between
-START_SECONDS = 300.0  # to import the simulator, build the envs and compile shaders, at least
+MAX_LOSSES = 3  # of one worker or one row of a batch, without a successful step between them
+START_SECONDS = 300.0  # a process may take at least this long to import the simulator, build envs, compile shaders
 
 
-def image_arrays(buffer, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.ndarray]:
+def image_arrays(buffer: bytearray | mmap.mmap, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.ndarray]:
     """Two uint8 [count, H, W, 3] views of one buffer: observations and final observations."""
     both = np.frombuffer(buffer, np.uint8).reshape(2, count, *spec.image_shape)
     return both[0], both[1]
@@ -23,8 +24,10 @@ def image_arrays(buffer, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.ndar
 
 @contextlib.contextmanager
 def watched(seconds: float) -> Iterator[None]:
-    """All stacks and exit code 1 if the block takes longer. faulthandler's timer needs no lock of the interpreter, so a
-    simulator that holds it is found too."""
+    """End the process with all stacks and exit code 1 if the block takes longer.
+
+    faulthandler's timer does not need the interpreter's lock, so it also works while the simulator holds it.
+    """
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
     try:
         yield
@@ -33,7 +36,9 @@ def watched(seconds: float) -> Iterator[None]:
 
 
 def worker_environment() -> dict[str, str]:
-    """This environment, with the repository importable, one thread per library and no GPU memory taken by torch."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
+    """This process's environment variables, with this repository on PYTHONPATH and one thread per library."""
+    folders = [str(Path(__file__).resolve().parent.parent)]
+    if own := os.environ.get("PYTHONPATH"):
+        folders.append(own)
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}  # LP: lavapipe
+    return os.environ | {"PYTHONPATH": os.pathsep.join(folders)} | one_thread

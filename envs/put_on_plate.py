@@ -1,30 +1,33 @@
-"""The ManiSkill task: a WidowX-250s puts one object on one receptacle. RL4VLA's PutOnPlateInScene25, written anew.
+"""The ManiSkill task PutOnPlateInScene25: a WidowX-250s puts one object on one receptacle. Rewritten after RL4VLA.
 
-An ordinary ManiSkill env, one scene per env, for `gymnasium.make` too (see `envs/registration.py`).
+This is an ordinary ManiSkill env with one scene, and `gymnasium.make` makes it too (see `envs/registration.py`).
 
-What differs from RL4VLA's (arXiv 2505.19789), and why:
-- Only this episode's bodies are in the scene, not all 42 parked beside it: faster, and one contact query.
-- Every reset moves all bodies into a new PhysX scene. PhysX keeps contact caches and an order of insertion; with them
-  an episode would depend on what was simulated before. So an episode is a function of
-  (env_id, obj_set, episode_id, actions, protocol, sim_freq, image_size), bit for bit.
-- The mid-episode reposition goes by each env's own step count.
-- In MultiCarrot test, one distractor in eight was the object itself; here it is another (see `variants.decode`).
-- The reward is part of the task, and resolution and sim_freq are parameters (control stays 5 Hz).
+Differences from RL4VLA's env (arXiv 2505.19789), with their reasons:
+- The scene only holds this episode's bodies. RL4VLA parks all 42 next to it. Fewer bodies are faster and need one
+  contact query.
+- Every reset moves all bodies into a new PhysX scene. PhysX keeps contact caches and an order of insertion, which would
+  make an episode depend on earlier ones. So here an episode is a function of
+  (env_id, obj_set, episode_id, actions, protocol, sim_freq, image_size), to the last bit.
+- The object is moved during the episode by each env's own step count.
+- In MultiCarrot test, one distractor in eight was the object itself. Here it is another body (see `variants.decode`).
+- The reward is part of the task. Resolution and sim_freq are parameters, and control stays at 5 Hz.
 
-`protocol="rlinf"` does as RLinf (arXiv 2510.06710) where that differs from RL4VLA, for comparison with its table:
-- nothing settles: the first picture shows bodies in the air, at 0.90 m in the ids that spawn as Main-v3 does
-- Texture and Whole ids take texture and weight by the table's index: table 0 has weight 0, so 1 in 16 is unperturbed
-- the mid-episode reposition shows for one step and in that step's flags; physics never hears of it
-- a distractor may be the object itself
+`protocol="rlinf"` follows RLinf (arXiv 2510.06710) where it differs from RL4VLA, for comparison with its table:
+- Nothing settles. The first image shows bodies in the air, at 0.90 m in the ids that spawn like Main-v3.
+- Texture and Whole ids choose texture and weight by the table's index. Table 0 has weight 0, so 1 in 16 is unperturbed.
+- An object that is moved during the episode is only shown elsewhere, for one step and in that step's flags. The physics
+  does not move it.
+- A distractor may be the object itself.
 RLinf's box sizes after partial resets (those of other envs) and its counting of env 0's steps are not reproduced.
 
-`advance()` and `render_image()` are what `BaseEnv.step` does here, without its per-substep Python and its observation
-dictionaries; a test holds both paths to equal bits.
+`advance()` and `render_image()` do the work of `BaseEnv.step` without its Python code per substep and its observation
+dictionaries. A test shows that both give the same bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import gymnasium as gym
 import numpy as np
@@ -48,11 +51,11 @@ from envs.registration import CAMERA, CONTROL_MODE, MAX_EPISODE_STEPS
 
 CONTROL_FREQ = 5  # Hz
 START_QPOS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)
-BASE_POSE = sapien.Pose(list(catalog.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # yaw of 180 degrees
+BASE_POSE = sapien.Pose(list(catalog.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # a yaw of 180 degrees
 PARKED_POSE = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])  # out of the way while objects settle
 SETTLE_SECONDS, SETTLE_MORE_SECONDS = 0.1, 1.2  # 50 and 600 substeps at 500 Hz
-STILL_LINEAR, STILL_ANGULAR = 1e-3, 1e-2  # m/s, rad/s summed over bodies: below both, the first settling is enough
-MOVE_STEP = 5  # after this control step the object is put elsewhere, where the variant has that
+STILL_LINEAR, STILL_ANGULAR = 1e-3, 1e-2  # m/s, rad/s, summed over bodies: below both the first settling is enough
+MOVE_STEP = 5  # the object is moved after this control step, if the variant moves it
 
 GRASP_MIN_FORCE = 0.5  # N per finger
 GRASP_MIN_COSINE = math.cos(math.radians(85))  # between the force on a finger and its opening direction
@@ -63,7 +66,7 @@ REWARD_GRASP, REWARD_STREAK, REWARD_SUCCESS = 0.1, 0.1, 1.0
 
 
 class WidowX250S(BaseAgent):
-    """WidowX-250s with the published gains and controllers; the env adds `urdf_path`, which its asset pack knows."""
+    """WidowX-250s with the published gains and controllers. The env adds `urdf_path` from its asset pack."""
 
     uid = "solovla_widowx250s"
     arm_joints = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
@@ -76,7 +79,7 @@ class WidowX250S(BaseAgent):
             pos_lower=-1.0,
             pos_upper=1.0,
             rot_lower=-np.pi / 2,
-            rot_upper=np.pi / 2,  # nominal: nothing is normalised
+            rot_upper=np.pi / 2,  # only nominal, because nothing is normalised
             stiffness=[
                 1169.7891719504198,
                 730.0,
@@ -108,7 +111,7 @@ class WidowX250S(BaseAgent):
 
 
 class PutOnPlateScene(BaseEnv):
-    """What stands in every scene of the family: robot, camera, lights, table. Episodes are the subclasses' affair."""
+    """Base of the family's envs: robot, camera, lights and table. The subclasses add episodes."""
 
     SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
     SUPPORTED_REWARD_MODES = ("dense", "none")
@@ -120,15 +123,16 @@ class PutOnPlateScene(BaseEnv):
     def __init__(
         self,
         *args,
-        obj_set="train",
-        asset_pack="builtin",
-        asset_dir=None,
-        image_size=(640, 480),
-        sim_freq=500,
-        protocol="rl4vla",
-        obs_mode="none",
+        obj_set: str = "train",
+        asset_pack: str = "builtin",
+        asset_dir: str | None = None,
+        image_size: tuple[int, int] = (640, 480),
+        sim_freq: int = 500,
+        protocol: str = "rl4vla",
+        obs_mode: str = "none",
         **kwargs,
     ):
+        """args, kwargs: BaseEnv's own. The others are those of `envs.make_envs`."""
         self.obj_set = obj_set
         self.pack = assets.asset_pack(asset_pack, asset_dir)
         self.protocol = variants.check_protocol(protocol)
@@ -139,12 +143,12 @@ class PutOnPlateScene(BaseEnv):
         super().__init__(*args, obs_mode=obs_mode, robot_uids=robot, **kwargs)
 
     @property
-    def _default_sim_config(self):
+    def _default_sim_config(self) -> SimConfig:
         scene = SceneConfig(enable_enhanced_determinism=True)
         return SimConfig(sim_freq=self._requested_sim_freq, control_freq=CONTROL_FREQ, spacing=20, scene_config=scene)
 
     @property
-    def _default_sensor_configs(self):
+    def _default_sensor_configs(self) -> CameraConfig:
         width, height = self.image_size
         fx, fy, cx, cy = catalog.CAMERA_INTRINSICS
         sx, sy = width / catalog.CAMERA_SIZE[0], height / catalog.CAMERA_SIZE[1]
@@ -158,17 +162,17 @@ class PutOnPlateScene(BaseEnv):
             shader_config=shaders.minimal_shader_config(),
         )
 
-    def _load_agent(self, options: dict):
+    def _load_agent(self, options: dict) -> None:
         super()._load_agent(options, self.LOAD_POSE)
 
-    def _load_lighting(self, options: dict):
+    def _load_lighting(self, options: dict) -> None:
         self.scene.set_ambient_light([0.3, 0.3, 0.3])
         self.scene.add_directional_light([0, 0, -1], [2.2, 2.2, 2.2], shadow=False)
         self.scene.add_directional_light([-1, -0.5, -1], [0.7, 0.7, 0.7])
         self.scene.add_directional_light([1, 1, -1], [0.7, 0.7, 0.7])
 
-    def _load_scene(self, options: dict):
-        """Arm and table; subclasses go on from here."""
+    def _load_scene(self, options: dict) -> None:
+        """Add arm and table. Subclasses add the rest."""
         if self.pack.arm_shine is not None:
             for robot in self.agent.robot._objs:
                 sapien_utils.set_articulation_render_material(robot, **self.pack.arm_shine)
@@ -185,13 +189,13 @@ class PutOnPlateInScene(PutOnPlateScene):
     # scene
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _load_scene(self, options: dict):
+    def _load_scene(self, options: dict) -> None:
         super()._load_scene(options)
         self._stage = self._arena._objs[0]
         self._stage_visual = self._stage.find_component_by_type(sapien.render.RenderBodyComponent)
         self._entities: dict[tuple[str, int], sapien.Entity] = {}  # built on first use, kept for later episodes
-        self._bodies: list[sapien.Entity] = []  # object, receptacle and perhaps a distractor of this episode
-        self._lasting: list[sapien.Entity] | None = None  # all other entities, in the order they were made
+        self._bodies: list[sapien.Entity] = []  # this episode's object, receptacle and perhaps a distractor
+        self._permanent: list[sapien.Entity] | None = None  # all other entities, in the order in which they were made
         self._robot = self.agent.robot._objs[0]
         by_name = {name: link._objs[0] for name, link in self.agent.robot.links_map.items()}
         self._fingers = by_name["left_finger_link"], by_name["right_finger_link"]
@@ -202,15 +206,17 @@ class PutOnPlateInScene(PutOnPlateScene):
         self._solver_order = arm.kinematics.pmodel_active_joint_indices.numpy()
         self._solver_arm = arm.kinematics.pmodel_controlled_joint_indices.numpy()
         gripper = self.agent.controller.controllers["gripper"]
-        low, high = gripper.action_space_low.numpy()[0], gripper.action_space_high.numpy()[0]
-        self._grip_middle, self._grip_reach = (high + low) * np.float32(0.5), (high - low) * np.float32(0.5)
+        low = gripper.action_space_low.numpy()[0]
+        high = gripper.action_space_high.numpy()[0]
+        self._grip_middle = (high + low) * np.float32(0.5)
+        self._grip_reach = (high - low) * np.float32(0.5)
 
-    def _setup_sensors(self, options: dict):
+    def _setup_sensors(self, options: dict) -> None:
         super()._setup_sensors(options)
         self._camera = self._sensors[CAMERA].camera._render_cameras[0]
 
     def _entity(self, kind: str, index: int) -> sapien.Entity:
-        """Object or receptacle `index`, not in any scene unless selected."""
+        """Object or receptacle `index`, built on its first use. It is in no scene yet."""
         if (kind, index) not in self._entities:
             model = model_of(self.pack, kind, index)
             builder = self.scene.create_actor_builder()
@@ -221,43 +227,45 @@ class PutOnPlateInScene(PutOnPlateScene):
         return self._entities[kind, index]
 
     def _fresh_physics(self, bodies: list[sapien.Entity]) -> None:
-        """Move everything into a new PhysX scene, in one fixed order; `bodies` are this episode's.
+        """Move everything into a new PhysX scene, in one fixed order. `bodies` are this episode's.
 
-        PhysX keeps contact caches, free lists and an order of insertion, and neither removing and adding all bodies nor
-        enhanced determinism undoes that (measured: 1 to 4 of 12 episodes repeat). A new scene does: 12 of 12, 0.5 ms.
+        PhysX keeps contact caches, free lists and an order of insertion. Neither removing and adding all bodies nor
+        enhanced determinism undoes that: 1 to 4 of 12 episodes repeated exactly. With a new scene 12 of 12 do, for
+        0.5 ms.
         """
         old = self.scene.sub_scenes[0]
-        if self._lasting is None:
-            self._lasting = list(old.entities)  # stage, robot, lights, camera
-        for entity in reversed(self._lasting + self._bodies):
+        if self._permanent is None:
+            self._permanent = list(old.entities)  # stage, robot, lights, camera
+        for entity in reversed(self._permanent + self._bodies):
             old.remove_entity(entity)
         if self.scene.can_render():
-            # a camera that is added takes the shader of the moment, which another env may have changed
+            # an added camera uses the shader that is selected now, and another env may have selected its own
             shaders.select(self._sensors[CAMERA].config.shader_config)
         px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
         new = sapien.Scene([px, old.render_system] if self.scene.can_render() else [px])
         self._bodies = bodies
-        for entity in self._lasting + bodies:
+        for entity in self._permanent + bodies:
             new.add_entity(entity)
-        self.scene.sub_scenes[0], self.scene.px = new, px
+        self.scene.sub_scenes[0] = new
+        self.scene.px = px
 
     # -----------------------------------------------------------------------------------------------------------------
     # episode
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict) -> None:
         obj_set = options.get("obj_set", self.obj_set)
         total = variants.num_start_states(self.env_id, obj_set)
         episode_id = int(options["episode_id"]) if "episode_id" in options else int(torch.randint(total, (1,)))
         self.start_episode(variants.decode(self.env_id, obj_set, episode_id, self.protocol))
 
     def start_episode(self, start: variants.StartState) -> None:
-        """Place, settle with the robot out of the way, bring the robot to its start pose."""
+        """Place the bodies, let them settle with the robot out of the way, and put the robot into its start pose."""
         self.start = start
         self.instruction = instruction_of(self.pack, start)
         if self.scene.can_render():
-            self._load_pictures()
+            self._load_images()
         self._place_bodies()
         self._still_robot(PARKED_POSE, np.zeros(6))
         if self.protocol == "rl4vla":
@@ -266,28 +274,36 @@ class PutOnPlateInScene(PutOnPlateScene):
         self._object_half = self._world_half_size(self._bodies[0], self.pack.objects[start.object_index])
         receptacle = self.pack.receptacles[start.receptacle_index]
         self._receptacle_half = self._world_half_size(self._bodies[1], receptacle)
-        self.grasped_once, self.streak, self.streak_once, self.potential = False, 0, False, 0.0
-        self.grasped, self.success, self.last_reward = False, False, 0.0
-        self._elapsed_steps[:] = self._judged_step = self._step_count = 0
+        self.grasped = False
+        self.grasped_once = False
+        self.streak = 0  # control steps in a row with the object grasped
+        self.streak_once = False
+        self.success = False
+        self.potential = 0.0
+        self.last_reward = 0.0
+        self._step_count = 0
+        self._judged_step = 0
+        self._elapsed_steps[:] = 0
         self._shown_elsewhere = None
         self.agent.controller.reset()  # the commanded pose is where the tool is
 
     def _place_bodies(self) -> None:
-        """This episode's bodies into a fresh scene, at rest above the table."""
-        start, chosen = self.start, chosen_bodies(self.start)
+        """Put this episode's bodies into a fresh scene, at rest above the table."""
+        start = self.start
+        chosen = chosen_bodies(start)
         positions = start.object_position, start.receptacle_position, start.distractor_position
         self._fresh_physics([self._entity(*body) for body in chosen])
         for entity, (kind, _), position in zip(self._bodies, chosen, positions):
             self._place(entity, position, yaw_quaternion(start.object_yaw if kind == "object" else 0.0))
 
-    def _place(self, entity: sapien.Entity, position, quaternion) -> None:
+    def _place(self, entity: sapien.Entity, position: Sequence[float], quaternion: list[float]) -> None:
         body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
         entity.pose = sapien.Pose(list(position), quaternion)
         body.linear_velocity = body.angular_velocity = [0, 0, 0]
         body.wake_up()
 
-    def _still_robot(self, base: sapien.Pose, arm_offset) -> None:
-        """The whole articulation at its start configuration, unmoving, driven to where it is."""
+    def _still_robot(self, base: sapien.Pose, arm_offset: Sequence[float] | np.ndarray) -> None:
+        """Put the whole articulation at rest in its start configuration, with drives that hold it there."""
         qpos = np.asarray(START_QPOS)
         qpos[:6] += arm_offset
         qpos = qpos.astype(np.float32)
@@ -299,6 +315,7 @@ class PutOnPlateInScene(PutOnPlateScene):
             joint.drive_target = [[target]]
 
     def _settle(self) -> None:
+        """Let the bodies fall, and wait longer for those that still move."""
         self._substeps(round(SETTLE_SECONDS * self.sim_freq))
         bodies = [entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent) for entity in self._bodies]
         linear = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
@@ -307,6 +324,7 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._substeps(round(SETTLE_MORE_SECONDS * self.sim_freq))
 
     def _substeps(self, count: int) -> None:
+        """Simulate `count` physics steps."""
         step = self.scene.px.step
         for _ in range(count):
             step()
@@ -318,7 +336,10 @@ class PutOnPlateInScene(PutOnPlateScene):
         return np.abs(rotation) @ model.size / 2
 
     def body_states(self) -> np.ndarray:
-        """Object, receptacle, perhaps a distractor: p, q (wxyz), linear, angular velocity, float32 [2 or 3, 13]."""
+        """States of object, receptacle and perhaps a distractor, float32 [2 or 3, 13].
+
+        Each is p, q (wxyz), linear and angular velocity.
+        """
         rows = []
         for entity in self._bodies:
             body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
@@ -330,18 +351,19 @@ class PutOnPlateInScene(PutOnPlateScene):
     # -----------------------------------------------------------------------------------------------------------------
 
     def advance(self, action: torch.Tensor) -> tuple[float, bool]:
-        """One control step without an observation; action float32 [1, 7]. Returns reward and success."""
+        """Simulate one control step without an observation; action float32 [1, 7]. Returns reward and success."""
         self._before_control_step()
         self._command(action)
         self._substeps(self._sim_steps_per_control)
         self._after_control_step()
         return self._judge()
 
-    def _before_control_step(self):
+    def _before_control_step(self) -> None:
         if self._shown_elsewhere is not None:
-            self._bodies[0].pose, self._shown_elsewhere = self._shown_elsewhere, None
+            self._bodies[0].pose = self._shown_elsewhere
+            self._shown_elsewhere = None
 
-    def _after_control_step(self):
+    def _after_control_step(self) -> None:
         self._step_count += 1
         if self.start.moves_to is None or self._step_count != MOVE_STEP:
             return
@@ -353,11 +375,12 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._substeps(round(SETTLE_SECONDS * self.sim_freq))
 
     def _command(self, action: torch.Tensor) -> None:
-        """What the two controllers' `set_action` does, without what it computes and a CPU does not use.
+        """Set the joints' targets, like the two controllers' `set_action`, without its unused results.
 
-        Of the stock call's 1.2 ms (mani_skill 3.0.1) that is the present tool pose, and torch on a few numbers.
+        The stock call takes 1.2 ms (mani_skill 3.0.1), mostly for the present tool pose and for torch on a few numbers.
         """
-        arm, gripper = self.agent.controller.controllers["arm"], self.agent.controller.controllers["gripper"]
+        arm = self.agent.controller.controllers["arm"]
+        gripper = self.agent.controller.controllers["gripper"]
         arm._target_pose = Pose.create(added_pose(arm._target_pose.raw_pose, action))
         solver, qpos = arm.kinematics, self._robot.qpos
         angles, solved, _ = solver.pmodel.compute_inverse_kinematics(
@@ -367,38 +390,48 @@ class PutOnPlateInScene(PutOnPlateScene):
             active_qmask=solver.qmask,
             max_iterations=100,
         )
-        targets = angles[self._solver_arm].astype(np.float32) if solved else qpos[self._arm]  # out of reach: stay
+        # where the pose is out of reach, the arm stays as it is
+        targets = angles[self._solver_arm].astype(np.float32) if solved else qpos[self._arm]
         for joint, target in zip(arm.joints, targets):
             joint._objs[0].drive_target = [[target]]
-        width = self._grip_middle + self._grip_reach * np.float32(min(max(float(action[0, 6]), -1.0), 1.0))
+        opening = min(max(float(action[0, 6]), -1.0), 1.0)
+        width = self._grip_middle + self._grip_reach * np.float32(opening)
         for joint in gripper.joints:
             joint._objs[0].drive_target = [[width]]
 
     def _judge(self) -> tuple[float, bool]:
-        """Look at the contacts once; update the latches; reward is the increase of the potential (RL4VLA 1.5)."""
+        """Read the contacts and update all flags. The reward is the increase of the potential (RL4VLA 1.5).
+
+        Returns reward and success.
+        """
         grasped, success = self._grasped_and_on()
         self.streak = self.streak + 1 if grasped else 0
         self.grasped_once |= grasped
         self.streak_once |= self.streak >= GRASP_STREAK
         self.grasped, self.success = grasped, success
-        potential = REWARD_GRASP * self.grasped_once + REWARD_STREAK * self.streak_once
-        potential += REWARD_SUCCESS * (success and self.grasped_once)
-        reward, self.potential = potential - self.potential, potential
+        potential = REWARD_GRASP * float(self.grasped_once) + REWARD_STREAK * float(self.streak_once)
+        potential += REWARD_SUCCESS * float(success and self.grasped_once)
+        reward = potential - self.potential
+        self.potential = potential
         return reward, success
 
     def _grasped_and_on(self) -> tuple[bool, bool]:
+        """Whether the object is grasped, and whether it is on the receptacle."""
         obj, receptacle = self._bodies[:2]
         left, right = self._fingers
         impulses = impulses_from(obj, (left.entity, right.entity, receptacle), self.scene.px.get_contacts())
         forces = {entity: impulse * self.sim_freq for entity, impulse in impulses.items()}
-        grasped = self._pressed_open(left, forces[left.entity], 1) and self._pressed_open(
-            right, forces[right.entity], -1
-        )
-        return grasped, self._over_receptacle() and bool(np.linalg.norm(forces[receptacle]) > ON_MIN_FORCE)
+        left_holds = self._pressed_open(left, forces[left.entity], 1)
+        right_holds = self._pressed_open(right, forces[right.entity], -1)
+        touches = bool(np.linalg.norm(forces[receptacle]) > ON_MIN_FORCE)
+        return left_holds and right_holds, self._over_receptacle() and touches
 
     @staticmethod
-    def _pressed_open(finger, force: np.ndarray, sign: int) -> bool:
-        """Whether the object pushes this finger outwards hard enough; the left finger opens along its +y."""
+    def _pressed_open(finger: sapien.physx.PhysxArticulationLinkComponent, force: np.ndarray, sign: int) -> bool:
+        """Whether the object pushes this finger outwards hard enough.
+
+        sign: 1 for the left finger, which opens along its +y axis, and -1 for the right one.
+        """
         size = np.linalg.norm(force)
         if size < GRASP_MIN_FORCE:
             return False
@@ -406,16 +439,17 @@ class PutOnPlateInScene(PutOnPlateScene):
         return bool(opening @ force >= GRASP_MIN_COSINE * size)
 
     def _over_receptacle(self) -> bool:
+        """Whether the object is above the receptacle and low enough."""
         obj, receptacle = self._bodies[:2]
         offset = obj.pose.p - receptacle.pose.p
         near = np.linalg.norm(offset[:2]) <= self._receptacle_half.max() + ON_XY_SLACK
         low = offset[2] - self._receptacle_half[2] - self._object_half[2] <= ON_Z_SLACK
         return bool(near and offset[2] > 0 and low)
 
-    # BaseEnv's own path, for `gym.make` users and for the test that compares the two paths
+    # BaseEnv's own path, for users of `gym.make` and for the test that compares the two paths
 
     def evaluate(self) -> dict:
-        if int(self._elapsed_steps[0]) != self._judged_step:  # once per step, however often somebody asks
+        if int(self._elapsed_steps[0]) != self._judged_step:  # once per step, however often it is called
             self._judged_step = int(self._elapsed_steps[0])
             self.last_reward, _ = self._judge()
         flags = dict(
@@ -426,7 +460,7 @@ class PutOnPlateInScene(PutOnPlateScene):
         )
         return {name: torch.tensor([flag]) for name, flag in flags.items()}
 
-    def compute_dense_reward(self, obs, action, info):
+    def compute_dense_reward(self, obs: dict, action: torch.Tensor, info: dict) -> torch.Tensor:
         return torch.tensor([self.last_reward], dtype=torch.float32)
 
     def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict:
@@ -437,11 +471,11 @@ class PutOnPlateInScene(PutOnPlateScene):
         return obs
 
     # -----------------------------------------------------------------------------------------------------------------
-    # picture
+    # image
     # -----------------------------------------------------------------------------------------------------------------
 
     def render_image(self) -> np.ndarray:
-        """What the camera sees now, the table picture wherever no robot and no object is; uint8 [H, W, 3]."""
+        """The camera's image, uint8 [H, W, 3]. The table image is wherever no robot and no object is."""
         self._show_stage()
         self.scene.sub_scenes[0].update_render()
         self._camera.take_picture()
@@ -449,15 +483,18 @@ class PutOnPlateInScene(PutOnPlateScene):
         return self._compose(self._camera.get_picture("Color")[..., :3], segmentation)
 
     def _show_stage(self) -> None:
-        """The table is never seen, yet it hides what has fallen off it. Drawing it only then saves up to 10 ms."""
+        """Render the table only if something has fallen off it, which saves up to 10 ms.
+
+        The table itself is never in the image, but it hides what is below it.
+        """
         if self._stage_visual is not None:
             below = any(entity.pose.p[2] < catalog.TABLE_HEIGHT - 0.01 for entity in self._bodies)
             self._stage_visual.visibility = float(below)
 
-    def _load_pictures(self) -> None:
-        """Table picture and, where the variant has one, texture of this episode."""
+    def _load_images(self) -> None:
+        """Load this episode's table image and, if the variant has one, its texture."""
         width, height = self.image_size
-        self._overlay = self.pack.picture(self.start.table_index, width, height)
+        self._overlay = self.pack.table_image(self.start.table_index, width, height)
         self._texture_weight = texture_weight_of(self.pack, self.variant, self.start)
         if self._texture_weight:
             scale = texture_scale(self.variant)
@@ -465,50 +502,53 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._texture = texture.astype(np.float32)
 
     def _compose(self, color: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
-        """color uint8 [H, W, 3], segmentation int16 [H, W, 1] -> the observation, uint8 [H, W, 3] (RL4VLA 1.4)."""
-        segmentation = segmentation[..., 0]
-        seen = (segmentation != 0) & (segmentation != self._stage.per_scene_id)
-        picture = self._overlay.copy()
+        """The observation, uint8 [H, W, 3], of color uint8 [H, W, 3] and segmentation int16 [H, W, 1] (RL4VLA 1.4)."""
+        ids = segmentation[..., 0]
+        foreground = (ids != 0) & (ids != self._stage.per_scene_id)  # robot and objects
+        image = self._overlay.copy()
         for channel in range(3):  # eight times faster than one np.where with broadcasting
-            np.copyto(picture[..., channel], color[..., channel], where=seen)
+            np.copyto(image[..., channel], color[..., channel], where=foreground)
         if not self._texture_weight:
-            return picture
-        rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
-        if not len(rows):  # nothing to see
-            rows = columns = np.zeros(1, int)
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+            return image
         blend = self._blend_whole if self.variant.texture_on == "whole" else self._blend_foreground
-        return blend(picture, seen, top, bottom, left, right)
+        return blend(image, foreground, *_bounding_box(foreground))
 
-    def _mixed(self, picture: np.ndarray, texture: np.ndarray) -> np.ndarray:
+    def _mixed(self, image: np.ndarray, texture: np.ndarray) -> np.ndarray:
+        """The weighted mean of image and texture, rounded towards zero: uint8 [H, W, 3]."""
         weight = np.float32(self._texture_weight)
-        return np.clip(picture * (1 - weight) + texture * weight, 0, 255).astype(np.uint8)
+        mixed = image * (1 - weight) + texture * weight
+        return np.clip(mixed, 0, 255).astype(np.uint8)
 
-    def _blend_foreground(self, picture, seen, top, bottom, left, right) -> np.ndarray:
-        """The texture, stretched over the box of all that is seen, on what is seen."""
+    def _blend_foreground(
+        self, image: np.ndarray, foreground: np.ndarray, top: int, bottom: int, left: int, right: int
+    ) -> np.ndarray:
+        """Stretch the texture over the box around the foreground, and mix it into the foreground."""
         texture = torch.from_numpy(self._texture).permute(2, 0, 1)[None]
-        stretched = F.interpolate(texture, size=(int(bottom - top), int(right - left)), mode="bilinear")
+        stretched = F.interpolate(texture, size=(bottom - top, right - left), mode="bilinear")
         box = np.s_[top:bottom, left:right]
-        mixed = self._mixed(picture[box], stretched[0].permute(1, 2, 0).numpy())
-        picture[box] = np.where(seen[box][..., None], mixed, picture[box])
-        return picture
+        mixed = self._mixed(image[box], stretched[0].permute(1, 2, 0).numpy())
+        image[box] = np.where(foreground[box][..., None], mixed, image[box])
+        return image
 
-    def _blend_whole(self, picture, seen, top, bottom, left, right) -> np.ndarray:
-        """A cut from the texture of twice the size on everything, its corner at the middle of that box."""
-        height, width, _ = picture.shape
+    def _blend_whole(
+        self, image: np.ndarray, foreground: np.ndarray, top: int, bottom: int, left: int, right: int
+    ) -> np.ndarray:
+        """Mix in a piece of the texture of twice the size. Its corner is at the middle of the box."""
+        height, width, _ = image.shape
         y = np.clip((top + bottom - 1) // 2, 1, height - 1)
         x = np.clip((left + right - 1) // 2, 1, width - 1)
-        return self._mixed(picture, self._texture[y : y + height, x : x + width])
+        return self._mixed(image, self._texture[y : y + height, x : x + width])
 
     # -----------------------------------------------------------------------------------------------------------------
-    # what is going on
+    # state
     # -----------------------------------------------------------------------------------------------------------------
 
     def privileged_state(self) -> np.ndarray:
-        """What a critic may know and a policy may not, float32 [45]; poses are p, q (wxyz) in the world frame.
+        """The state for a critic, which a policy does not see: float32 [45]. Poses are p, q (wxyz) in the world frame.
 
-        Poses of tool, object and receptacle (3 x 7); joints (8); half sizes of object and receptacle (6); object from
-        tool, receptacle from object (6); grasped now, ever, for long, and for how many steps (4).
+        It holds the poses of tool, object and receptacle (3 x 7), joint positions (8), half sizes of object and
+        receptacle (6), the offsets from tool to object and from object to receptacle (6), and whether the object is
+        grasped now, was ever grasped, was grasped for long, and for how many steps it has been (4).
         """
         tool, obj, receptacle = self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose
         flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, GRASP_STREAK))
@@ -529,7 +569,7 @@ class PutOnPlateInScene(PutOnPlateScene):
         return np.concatenate(parts, dtype=np.float32, casting="unsafe")
 
     def describe(self) -> dict:
-        """The live state, plain data; poses are p, q (wxyz) in the world frame."""
+        """The present state as plain data. Poses are p, q (wxyz) in the world frame."""
 
         def pose(entity_pose: sapien.Pose) -> list[float]:
             return [*map(float, entity_pose.p), *map(float, entity_pose.q)]
@@ -548,44 +588,57 @@ class PutOnPlateInScene(PutOnPlateScene):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a start state means with a pack
+# start states and asset packs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def model_of(pack, kind: str, index: int) -> catalog.Model:
-    """kind: object | receptacle."""
+def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """top, bottom, left, right of a mask bool [H, W], bottom and right excluded. The first pixel if it is empty."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return 0, 1, 0, 1
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def model_of(pack: assets.AssetPack, kind: str, index: int) -> catalog.Model:
+    """The pack's object or receptacle `index`. kind: object | receptacle."""
     return (pack.objects if kind == "object" else pack.receptacles)[index]
 
 
 def chosen_bodies(start: variants.StartState) -> list[tuple[str, int]]:
-    """(kind, index) of object, receptacle and perhaps a distractor."""
+    """(kind, index) of an episode's object, receptacle and perhaps a distractor."""
     pair = [("object", start.object_index), ("receptacle", start.receptacle_index)]
     return pair if start.distractor is None else [*pair, start.distractor]
 
 
 def yaw_quaternion(yaw: float) -> list[float]:
-    """wxyz of a turn about the vertical (rad)."""
+    """Quaternion wxyz of a turn by `yaw` (rad) about the vertical."""
     return [math.cos(yaw / 2), 0, 0, math.sin(yaw / 2)]
 
 
-def instruction_of(pack, start: variants.StartState) -> str:
+def instruction_of(pack: assets.AssetPack, start: variants.StartState) -> str:
     return variants.WORDINGS[start.wording_index].format(
         object=pack.objects[start.object_index].name, receptacle=pack.receptacles[start.receptacle_index].name
     )
 
 
-def texture_weight_of(pack, variant: variants.Variant, start: variants.StartState) -> float:
-    """How much of the texture is mixed in, 0 to 1."""
-    return 0.0 if start.texture_index is None else variant.texture_mix * pack.tables[start.texture_index].mix
+def texture_weight_of(pack: assets.AssetPack, variant: variants.Variant, start: variants.StartState) -> float:
+    """The weight of the texture in the mix, 0 to 1."""
+    if start.texture_index is None:
+        return 0.0
+    return variant.texture_mix * pack.tables[start.texture_index].mix
 
 
 def texture_scale(variant: variants.Variant) -> int:
-    """How many times the picture's size the texture is wanted at: a part is cut out where it covers the whole."""
+    """The size of the texture in multiples of the image's. A texture on the whole image is a piece of a larger one."""
     return 2 if variant.texture_on == "whole" else 1
 
 
-def impulses_from(obj: sapien.Entity, bodies: tuple[sapien.Entity, ...], contacts: list) -> dict:
-    """What `obj` gave to each of `bodies` in the last substep: N s, float [3], world frame."""
+def impulses_from(
+    obj: sapien.Entity, bodies: tuple[sapien.Entity, ...], contacts: list
+) -> dict[sapien.Entity, np.ndarray]:
+    """Impulses (N s) that `obj` gave to each of `bodies` in the last substep: float64 [3] in the world frame."""
     impulses = {body: np.zeros(3) for body in bodies}
     for contact in contacts:
         first, second = contact.bodies[0].entity, contact.bodies[1].entity
@@ -596,11 +649,27 @@ def impulses_from(obj: sapien.Entity, bodies: tuple[sapien.Entity, ...], contact
     return impulses
 
 
-def describe_episode(pack, variant, start, poses, *, robot_pose, tcp_pose, qpos, grasped, success) -> dict:
-    """`describe()` of one env. poses: p, q (wxyz) of object, receptacle and perhaps a distractor, world frame."""
+def describe_episode(
+    pack: assets.AssetPack,
+    variant: variants.Variant,
+    start: variants.StartState,
+    poses: list[list[float]],
+    *,
+    robot_pose: list[float],
+    tcp_pose: list[float],
+    qpos: list[float],
+    grasped: bool,
+    success: bool,
+) -> dict:
+    """`describe()` of one env. All poses are p, q (wxyz) in the world frame.
+
+    poses: of object, receptacle and perhaps a distractor.
+    """
     models = [model_of(pack, *body) for body in chosen_bodies(start)]
-    obj, receptacle, distractor = (*models, None)[:3]
-    table, texture = pack.tables[start.table_index], start.texture_index
+    obj, receptacle = models[:2]
+    distractor = models[2] if len(models) > 2 else None
+    table = pack.tables[start.table_index]
+    texture = None if start.texture_index is None else pack.tables[start.texture_index].texture
     return {
         "episode_id": start.episode_id,
         "object": obj.name,
@@ -611,7 +680,7 @@ def describe_episode(pack, variant, start, poses, *, robot_pose, tcp_pose, qpos,
         "extra_key": None if distractor is None else distractor.key,
         "table": table.name,
         "table_key": table.key,
-        "texture": None if texture is None else pack.tables[texture].texture,
+        "texture": texture,
         "texture_weight": texture_weight_of(pack, variant, start),
         "instruction": instruction_of(pack, start),
         "object_pose": poses[0],
@@ -628,10 +697,11 @@ def describe_episode(pack, variant, start, poses, *, robot_pose, tcp_pose, qpos,
 
 
 def _register(variant: variants.Variant) -> None:
+    """Register the env class of one id with ManiSkill."""
     env_class = type(
         variant.env_id.replace("-", "_"), (PutOnPlateInScene,), {"env_id": variant.env_id, "__module__": __name__}
     )
-    gym.registry.pop(variant.env_id, None)  # the lazy entry: from now on ManiSkill's own
+    gym.registry.pop(variant.env_id, None)  # the lazy entry, which ManiSkill's own replaces
     register_env(variant.env_id, max_episode_steps=MAX_EPISODE_STEPS)(env_class)
 
 
@@ -640,10 +710,11 @@ for _variant in variants.VARIANTS.values():
 
 
 def make_registered(env_id: str, **kwargs) -> PutOnPlateInScene:
-    """What gymnasium calls for an id that `envs.registration` registered."""
+    """Make an env of an id that `envs.registration` registered. gymnasium calls this."""
     return REGISTERED_ENVS[env_id].make(**kwargs)
 
 
 def build(env_id: str, **kwargs) -> PutOnPlateInScene:
-    """One env without wrappers, simulated on the CPU, and rendered there unless another render_backend is passed."""
-    return gym.make(env_id, sim_backend="physx_cpu", **({"render_backend": "cpu"} | kwargs)).unwrapped
+    """Make one env without wrappers. The CPU simulates it, and renders it unless `render_backend` says otherwise."""
+    settings = {"render_backend": "cpu"} | kwargs
+    return gym.make(env_id, sim_backend="physx_cpu", **settings).unwrapped

@@ -1,4 +1,4 @@
-"""Every env id of `envs.variants` as an ordinary gymnasium id; the simulator is imported when one is made.
+"""Registers every env id of `envs.variants` with gymnasium. The simulator is only imported when an env is made.
 
 import gymnasium, envs
 env = gymnasium.make("PutOnPlateInScene25Carrot-v1", obs_mode="rgb+segmentation", obj_set="test",
@@ -18,7 +18,7 @@ CAMERA = "3rd_view_camera"
 
 
 def register() -> None:
-    """As ManiSkill's `register_env` does it, which takes over once `envs.put_on_plate` is imported."""
+    """Register all ids like ManiSkill's `register_env`, which replaces them once `envs.put_on_plate` is imported."""
     limit = dict(max_episode_steps=MAX_EPISODE_STEPS)
     wrapper = WrapperSpec("MSTimeLimit", "mani_skill.utils.registration:TimeLimitWrapper", limit)
     for env_id in VARIANTS:

@@ -1,14 +1,14 @@
-"""The env ids as data, and the arithmetic of start states. Pure Python and numpy: no simulator here.
+"""The env ids of the family as data, and the arithmetic of their start states. Importing this needs no simulator.
 
-An episode id names one start state. It is a mixed-radix number; from the slowest digit to the fastest:
-(object, [extra], receptacle, table, placement, yaw), as in RL4VLA (arXiv 2505.19789); where the extra digit is a second
-receptacle, it comes after the first. Main-v3 train has 16 objects x 1 receptacle x 16 tables x 784 placements x 4 yaws
-= 802,816 of them. Every number below is the published one.
+An episode id names one start state. It is a mixed-radix number. Its digits are, from the slowest to the fastest,
+(object, [extra], receptacle, table, placement, yaw), as in RL4VLA (arXiv 2505.19789). An extra digit that stands for a
+second receptacle comes after the first receptacle. Main-v3 train has 16 objects x 1 receptacle x 16 tables x
+784 placements x 4 yaws = 802,816 start states. All numbers in this file are the published ones.
 
-`protocol="rlinf"` decodes as RLinf (arXiv 2510.06710) does; what differs in all is listed in `envs/put_on_plate.py`.
+`protocol="rlinf"` decodes like RLinf (arXiv 2510.06710). `envs/put_on_plate.py` lists all differences.
 
-One id in eight is held out: training streams never give it, evaluation gives nothing else. All streams are functions
-of their arguments alone, so any number of ranks and workers sees the same episodes.
+One id in eight is held out: training never gets it, and evaluation gets nothing else. All streams of ids depend on
+their arguments only, so any number of ranks and workers sees the same episodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import math
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,22 +32,22 @@ HELD_OUT_SHARE = 8  # one id in eight
 
 @dataclass(frozen=True)
 class Grid:
-    """Where bodies start: every choice of grid points that are far enough apart, the object's point slowest.
+    """Start positions: every choice of grid points that are far enough apart, with the object's point slowest.
 
-    Bodies are object, receptacle and, in some ids, a third: a distractor, or where the object is moved to.
+    The bodies are object and receptacle. Some ids have a third: a distractor, or the place that the object is moved to.
     """
 
-    points: tuple[tuple[float, float], ...]
-    heights: tuple[float, ...]  # of each body; they fall from there onto the table at 0.8695
-    gaps: tuple[float, ...]  # distance must exceed: object-receptacle[, third-receptacle, third-object]
-    rlinf_heights: tuple[float, ...] | None = None  # where RLinf differs
+    points: tuple[tuple[float, float], ...]  # m, world x, y
+    heights: tuple[float, ...]  # m, of each body, which falls from there onto the table at 0.8695
+    gaps: tuple[float, ...]  # m that distances must exceed: object-receptacle[, third-receptacle, third-object]
+    rlinf_heights: tuple[float, ...] | None = None  # m, if RLinf has other ones
 
 
 @dataclass(frozen=True)
 class Extra:
-    """The digit that only some ids have: which texture, wording, arm pose or second body.
+    """The digit that only some ids have. It chooses a texture, a wording, an arm pose or a second body.
 
-    A second body is counted on from the first: (local index of the first + skip + digit + 1) modulo `modulus`.
+    A second body has the index (local index of the first + skip + digit + 1) modulo `modulus`.
     """
 
     kind: str  # texture | wording | arm | object | receptacle
@@ -57,7 +59,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Episodes:
-    """What one obj_set of one env id ranges over; a digit of the episode id per field."""
+    """The start states of one obj_set of one env id: a range for each digit of the episode id."""
 
     objects: range = range(0, 16)
     receptacles: range = range(0, 1)
@@ -65,7 +67,7 @@ class Episodes:
     grids: tuple[Grid, ...] = ()
     yaws_deg: tuple[float, ...] = (0.0, 45.0, 90.0, 135.0)
     extra: Extra | None = None
-    moves: bool = False  # the object is moved to the third point in mid-episode
+    moves: bool = False  # the object is moved to the third point during the episode
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,14 @@ class Variant:
 
     env_id: str
     sets: dict[str, Episodes]
-    texture_on: str | None = None  # foreground (robot and objects) | whole (picture)
+    texture_on: str | None = None  # foreground (robot and objects) | whole (image)
     texture_mix: float = 0.0
 
 
-def _points(cells) -> tuple[tuple[float, float], ...]:
-    """World x, y of grid cells (i, j): 3 cm apart, cell (0, 0) at (-0.235, -0.075).
+def _points(cells: Iterable[tuple[int, int]]) -> tuple[tuple[float, float], ...]:
+    """World x, y of grid cells (i, j), which are 3 cm apart. Cell (0, 0) is at (-0.235, -0.075).
 
-    Written as the published code computes it: some distances are 0.15 up to rounding, and `> 0.15` decides by it.
+    The formula is the published code's. Some distances are 0.15 up to rounding, which decides whether they are > 0.15.
     """
     return tuple(((i / 5 * 2 - 1) * 0.075 - 0.16, (j / 5 * 2 - 1) * 0.075 + 0.0) for i, j in cells)
 
@@ -95,7 +97,7 @@ GRID_OBJECTS = Grid(SQUARE, (0.95, 0.92, 1.0), (0.070, 0.070, 0.15))
 GRID_RECEPTACLES = Grid(SQUARE, (1.0, 0.92, 0.96), (0.070, 0.150, 0.070))
 RING_YAWS = (-22.5, -67.5, -112.5, -157.5)
 
-WORDINGS = (  # 0 as in training, 1 to 16 in the test set; the published list has four more that no set reaches
+WORDINGS = (  # 0 is for training, 1 to 16 are the test set, and no set reaches the last four
     "put {object} on {receptacle}",
     "Place the {object} on the {receptacle}",
     "set {object} on {receptacle}",
@@ -122,22 +124,29 @@ WORDINGS = (  # 0 as in training, 1 to 16 in the test set; the published list ha
 
 @functools.cache
 def arm_offsets() -> tuple[tuple[float, ...], ...]:
-    """What EEPose-v1 adds to the six start angles (rad): none, then 14,375 combinations, the waist slowest."""
-    small, wrist = (-0.15, -0.08, 0.0, 0.08, 0.15), (-0.6, -0.3, 0.0, 0.3, 0.6)
-    combinations = itertools.product(small, small, small, small, small, wrist)
-    return ((0.0,) * 6, *(angles for angles in combinations if abs(angles[1] + angles[2]) <= 0.25))
+    """Offsets (rad) that EEPose-v1 adds to the six start angles: zeros, then 14,375 combinations, the waist slowest."""
+    small = (-0.15, -0.08, 0.0, 0.08, 0.15)
+    wrist = (-0.6, -0.3, 0.0, 0.3, 0.6)
+    offsets = [(0.0,) * 6]
+    for angles in itertools.product(small, small, small, small, small, wrist):
+        if abs(angles[1] + angles[2]) <= 0.25:
+            offsets.append(angles)
+    return tuple(offsets)
 
 
 def _sets(train: Episodes, test: dict, all_: dict | None = None) -> dict[str, Episodes]:
-    """The three object sets as changes of the first; "all" is "test" where not given."""
+    """The three object sets. `test` and `all_` hold what differs from `train`, and `all_` defaults to `test`."""
     every = test if all_ is None else all_
     return {"train": train, "test": replace(train, **test), "all": replace(train, **every)}
 
 
 def _extra_sets(kind: str, count: int) -> dict[str, Episodes]:
-    """Choice 0 to train on, choices 1 to `count` to test on."""
-    train = Episodes(grids=(GRID_HIGH if kind == "arm" else GRID,), extra=Extra(kind, 1))
-    return _sets(train, dict(extra=Extra(kind, count, 1)), dict(extra=Extra(kind, count + 1)))
+    """Choice 0 is for training, choices 1 to `count` are the test set."""
+    grid = GRID_HIGH if kind == "arm" else GRID
+    train = Episodes(grids=(grid,), extra=Extra(kind, 1))
+    test = dict(extra=Extra(kind, count, first=1))
+    every = dict(extra=Extra(kind, count + 1))
+    return _sets(train, test, every)
 
 
 MAIN = Episodes(grids=(GRID,))
@@ -147,7 +156,7 @@ FIRST = range(0, 1)
 TEXTURES = _extra_sets("texture", 16)
 NAME = "PutOnPlateInScene25"
 
-# one row per env id: what each object set ranges over, and what is done to the picture
+# one row per env id: the ranges of each object set, and how the image is changed
 VARIANTS: dict[str, Variant] = {
     variant.env_id: variant
     for variant in (
@@ -209,7 +218,7 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class StartState:
-    """One decoded episode id; positions in metres, world frame, before anything has fallen."""
+    """One decoded episode id. Positions are in metres in the world frame, before anything has fallen."""
 
     episode_id: int
     object_index: int
@@ -217,17 +226,17 @@ class StartState:
     table_index: int
     object_position: tuple[float, float, float]
     receptacle_position: tuple[float, float, float]
-    object_yaw: float  # radians, also of a second object; receptacles start unrotated
+    object_yaw: float  # radians, of a second object as well. Receptacles start unrotated
     distractor: tuple[str, int] | None = None  # ("object" | "receptacle", index)
     distractor_position: tuple[float, float, float] | None = None
-    moves_to: tuple[float, float, float] | None = None  # where the object is put in mid-episode
+    moves_to: tuple[float, float, float] | None = None  # where the object is moved to during the episode
     texture_index: int | None = None
     wording_index: int = 0
     arm_offset: tuple[float, ...] = (0.0,) * 6  # radians, added to the start angles
 
 
 def lookup(env_id: str, obj_set: str) -> Episodes:
-    """The row's ranges, or one clear sentence."""
+    """The ranges of one object set. Raises ValueError for an unknown id or set."""
     if env_id not in VARIANTS:
         near = difflib.get_close_matches(env_id, VARIANTS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown env_id {env_id!r}: did you mean {near!r}? Known: {', '.join(VARIANTS)}.")
@@ -238,7 +247,7 @@ def lookup(env_id: str, obj_set: str) -> Episodes:
 
 
 def check_protocol(protocol: str) -> str:
-    """The name, or one clear sentence."""
+    """The name itself. Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}.")
     return protocol
@@ -246,24 +255,30 @@ def check_protocol(protocol: str) -> str:
 
 @functools.cache
 def placements(grid: Grid) -> tuple[tuple[int, ...], ...]:
-    """Indices of points (object, receptacle[, third]) far enough apart: 784 pairs on the 6 x 6 grid, 2,104 triples."""
+    """Indices of points (object, receptacle[, third]) that are far enough apart.
+
+    On the 6 x 6 grid these are 784 pairs, or 2,104 triples.
+    """
     points = [np.array(point) for point in grid.points]
-    distance = np.array([[np.linalg.norm(a - b) for b in points] for a in points])
-    near = distance > grid.gaps[0]
+    distance = np.array([[np.linalg.norm(a - b) for b in points] for a in points])  # [P, P]
+    object_receptacle = distance > grid.gaps[0]
     if len(grid.gaps) == 1:
-        chosen = np.argwhere(near)
-    else:  # [object, receptacle, third]
-        chosen = np.argwhere(near[:, :, None] & (distance > grid.gaps[1])[None] & (distance > grid.gaps[2])[:, None])
+        chosen = np.argwhere(object_receptacle)
+    else:
+        receptacle_third = distance > grid.gaps[1]
+        object_third = distance > grid.gaps[2]
+        # axes: object, receptacle, third
+        chosen = np.argwhere(object_receptacle[:, :, None] & receptacle_third[None] & object_third[:, None])
     return tuple(tuple(int(i) for i in row) for row in chosen)
 
 
 def radices(episodes: Episodes) -> dict[str, int]:
-    """Sizes of the digits of an episode id by name, slowest first."""
+    """The radix of each digit of an episode id by name, slowest first."""
     digits = {"object": len(episodes.objects), "receptacle": len(episodes.receptacles)}
     if episodes.extra is not None:
         digits["extra"] = episodes.extra.count
         if episodes.extra.kind != "receptacle":
-            digits["receptacle"] = digits.pop("receptacle")  # to the end
+            digits["receptacle"] = digits.pop("receptacle")  # moves to the end
     digits["table"] = len(episodes.tables)
     digits["placement"] = sum(len(placements(grid)) for grid in episodes.grids)
     digits["yaw"] = len(episodes.yaws_deg)
@@ -271,15 +286,12 @@ def radices(episodes: Episodes) -> dict[str, int]:
 
 
 def num_start_states(env_id: str, obj_set: str) -> int:
-    """How many episode ids there are."""
-    count = 1
-    for radix in radices(lookup(env_id, obj_set)).values():
-        count *= radix
-    return count
+    """The number of episode ids."""
+    return math.prod(radices(lookup(env_id, obj_set)).values())
 
 
 def bodies_needed(env_id: str, obj_set: str) -> list[tuple[str, int]]:
-    """(kind, index) of every object and receptacle that some episode has: objects first, each kind by index."""
+    """(kind, index) of every object and receptacle in any episode. Objects come first, each kind by index."""
     episodes = lookup(env_id, obj_set)
     needed = {"object": set(episodes.objects), "receptacle": set(episodes.receptacles)}
     extra = episodes.extra
@@ -289,7 +301,7 @@ def bodies_needed(env_id: str, obj_set: str) -> list[tuple[str, int]]:
 
 
 def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
-    """The id as an int, or one clear sentence."""
+    """The id as an int. Raises ValueError where it is out of range."""
     total = num_start_states(env_id, obj_set)
     if int(episode_id) != episode_id or not 0 <= episode_id < total:
         raise ValueError(f"episode id {episode_id} is out of range: {env_id} {obj_set} has ids 0 to {total - 1}.")
@@ -297,10 +309,11 @@ def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
 
 
 def decode(env_id: str, obj_set: str, episode_id: int, protocol: str = "rl4vla") -> StartState:
-    """Episode id -> what stands where."""
+    """The start state that an episode id names."""
     episodes = lookup(env_id, obj_set)
     check_protocol(protocol)
-    rest, digits = check_episode_id(env_id, obj_set, episode_id), {}
+    digits: dict[str, int] = {}
+    rest = check_episode_id(env_id, obj_set, episode_id)
     for name, radix in reversed(radices(episodes).items()):
         rest, digits[name] = divmod(rest, radix)
     positions = _positions(episodes.grids, digits["placement"], protocol)
@@ -314,40 +327,42 @@ def decode(env_id: str, obj_set: str, episode_id: int, protocol: str = "rl4vla")
         object_yaw=float(np.deg2rad(episodes.yaws_deg[digits["yaw"]])),
         moves_to=positions[2] if episodes.moves else None,
     )
-    return start if episodes.extra is None else _with_extra(start, episodes.extra, digits, positions, protocol)
+    if episodes.extra is None:
+        return start
+    return _with_extra(start, episodes.extra, digits, positions, protocol)
 
 
 def _positions(grids: tuple[Grid, ...], placement: int, protocol: str) -> list[tuple[float, float, float]]:
-    """World positions of object, receptacle and perhaps a third body."""
+    """World positions of object, receptacle and perhaps a third body. `placement` counts through all grids."""
     for grid in grids:
         count = len(placements(grid))
         if placement < count:
             break
         placement -= count
-    published = protocol == "rl4vla" or grid.rlinf_heights is None
-    heights = grid.heights if published else grid.rlinf_heights
+    heights = grid.heights
+    if protocol == "rlinf" and grid.rlinf_heights is not None:
+        heights = grid.rlinf_heights
     return [(*grid.points[point], height) for point, height in zip(placements(grid)[placement], heights)]
 
 
 def _with_extra(start: StartState, extra: Extra, digits: dict, positions: list, protocol: str) -> StartState:
+    """Add what the extra digit stands for."""
     digit = digits["extra"]
-    if extra.kind == "texture":  # RLinf takes the texture that belongs to the table
+    if extra.kind == "texture":  # RLinf uses the table's own texture
         return replace(start, texture_index=start.table_index if protocol == "rlinf" else extra.first + digit)
     if extra.kind == "wording":
         return replace(start, wording_index=extra.first + digit)
     if extra.kind == "arm":
         return replace(start, arm_offset=arm_offsets()[extra.first + digit])
-    local = digits[extra.kind]
-    other = (local + extra.skip + digit + 1) % extra.modulus
-    if other != local:
-        second = (extra.kind, extra.first + other)
-        return replace(start, distractor=second, distractor_position=positions[2])
-    # Published fault: in MultiCarrot test one "distractor" in eight is the object itself, which then stands at the
-    # third point, alone. RLinf keeps that; here it is the one that no digit stands for.
-    if protocol == "rlinf":
-        return replace(start, object_position=positions[2])
-    second = (extra.kind, extra.first + (local + extra.skip) % extra.modulus)
-    return replace(start, distractor=second, distractor_position=positions[2])
+    index = digits[extra.kind]
+    other = (index + extra.skip + digit + 1) % extra.modulus
+    if other == index:
+        # Fault of the published code: in MultiCarrot test one distractor in eight is the object itself, which then is
+        # alone at the third point. RLinf keeps the fault. Here the distractor is the body that no digit stands for.
+        if protocol == "rlinf":
+            return replace(start, object_position=positions[2])
+        other = (index + extra.skip) % extra.modulus
+    return replace(start, distractor=(extra.kind, extra.first + other), distractor_position=positions[2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +371,7 @@ def _with_extra(start: StartState, extra: Extra, digits: dict, positions: list, 
 
 
 def splitmix64(x: int) -> int:
-    """A 64-bit mixing function (Steele, Lea, Flood 2014, the finaliser of SplitMix64)."""
+    """A 64-bit mixing function: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -368,8 +383,8 @@ def is_held_out(episode_id: int) -> bool:
     return splitmix64(episode_id) % HELD_OUT_SHARE == 0
 
 
-def _draws(key: tuple[int, ...], total: int):
-    """Endless ids in [0, total) as a function of `key` alone. The modulo bias is below total / 2^64."""
+def _random_ids(key: tuple[int, ...], total: int) -> Iterator[int]:
+    """Endless random ids in [0, total) that depend on `key` only. The modulo bias is below total / 2^64."""
     state = 0
     for word in key:
         state = splitmix64(state ^ (word & MASK64))
@@ -378,25 +393,32 @@ def _draws(key: tuple[int, ...], total: int):
 
 
 def train_episode_id(total: int, seed: int, env_index: int, counter: int) -> int:
-    """Episode number `counter` of global env `env_index`; never a held-out id."""
-    for episode_id in _draws((seed, env_index, counter), total):
+    """Training episode number `counter` of env `env_index`, counted over all ranks. It is never a held-out id."""
+    for episode_id in _random_ids((seed, env_index, counter), total):
         if not is_held_out(episode_id):
             return episode_id
     raise AssertionError("unreachable: seven ids in eight are for training")
 
 
 def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
-    """The first `num_episodes` of one fixed sequence of distinct held-out ids; a longer list begins with a shorter."""
+    """The first `num_episodes` of one fixed sequence of distinct held-out ids.
+
+    A longer list begins with every shorter one.
+
+    Raises:
+        ValueError: fewer ids are held out.
+    """
     total = num_start_states(env_id, obj_set)
+    if num_episodes > total // (2 * HELD_OUT_SHARE):  # perhaps too many: count
+        available = sum(map(is_held_out, range(total)))
+        if num_episodes > available:
+            raise ValueError(
+                f"{num_episodes} evaluation episodes are wanted, but {env_id} {obj_set} holds out {available}: "
+                "ask for fewer."
+            )
     key = zlib.crc32(f"{env_id}:{obj_set}".encode())
-    if num_episodes > total // (2 * HELD_OUT_SHARE) and num_episodes > (
-        available := sum(map(is_held_out, range(total)))
-    ):
-        raise ValueError(
-            f"{num_episodes} evaluation episodes wanted, but {env_id} {obj_set} holds out {available}: ask for fewer."
-        )
-    chosen: dict[int, None] = {}  # keeps order
-    for episode_id in _draws((key,), total):
+    chosen: dict[int, None] = {}  # keeps the order
+    for episode_id in _random_ids((key,), total):
         if len(chosen) == num_episodes:
             break
         if is_held_out(episode_id):

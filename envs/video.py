@@ -1,6 +1,6 @@
-"""N camera pictures per step, tiled into one frame, captioned and streamed into an h264 file. Keeps no frames.
+"""Videos of N camera images per step, tiled into one frame and streamed into an h264 file. No frame is kept in memory.
 
-Captions stand in a strip above each picture, so they cover nothing of it.
+Captions are in a strip above each image, so they cover nothing of it.
 
 with VideoWriter("run/eval.mp4") as video:
     video.add(obs["image"], captions=[["put carrot on plate", "t=3"], ...])
@@ -11,36 +11,40 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw
 
-MIN_TILE_HEIGHT = 240  # smaller pictures are enlarged by a whole factor, so that captions can be read
+if TYPE_CHECKING:
+    import torch
+
+MIN_TILE_HEIGHT = 240  # smaller images are enlarged by a whole factor, so that captions can be read
 LINE_HEIGHT, MARGIN = 14, 4
-MAX_CAPTION = 500  # characters of a line that are looked at
+MAX_CAPTION = 500  # characters of a line that are used
 MAX_CHARACTERS = 400  # of a caption's line: more than fits into all rows
-CAPTION_ROWS = 4  # fixed, because a video's frames all have one size: a long instruction takes two, step and outcome
+CAPTION_ROWS = 4  # the same for all, because the frames of a video have one size: two for a long instruction, two more
 
 
 def drawable(line: str) -> str:
-    """What the font may be asked to draw: a caption is data, whoever wrote it. What cannot be printed becomes "?"."""
+    """A caption that the font can draw, whoever wrote it. Letters that cannot be printed become "?"."""
     cut = line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]} ..."
-    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in cut)
+    return "".join(_drawable_letter(letter) for letter in cut)
+
+
+def _drawable_letter(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return " " if letter.isspace() else "?"
 
 
 def _fitted(lines: Sequence[str], width: float, length: Callable[[str], float]) -> list[str]:
-    """`lines` broken at spaces to fit `width` pixels, at most CAPTION_ROWS; the longest one is cut short for that."""
-    blocks = []
-    for line in lines:
-        block = [""]
-        for word in line[:MAX_CAPTION].split():
-            joined = f"{block[-1]} {word}".strip()
-            if block[-1] and length(joined) > width:
-                block.append(word)
-            else:
-                block[-1] = joined
-        blocks.append(block)
+    """Break `lines` at spaces to fit `width` pixels. The longest line is cut where they need more than CAPTION_ROWS.
+
+    length: width of a text in pixels.
+    """
+    blocks = [_wrapped(line[:MAX_CAPTION], width, length) for line in lines]  # the rows of each line
     while sum(map(len, blocks)) > CAPTION_ROWS and max(map(len, blocks)) > 1:
         longest = max(blocks, key=len)
         longest.pop()
@@ -48,39 +52,58 @@ def _fitted(lines: Sequence[str], width: float, length: Callable[[str], float]) 
     return [row for block in blocks for row in block][:CAPTION_ROWS]
 
 
+def _wrapped(line: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """One line as rows of at most `width` pixels. A longer word gets a row of its own."""
+    rows = [""]
+    for word in line.split():
+        joined = f"{rows[-1]} {word}".strip()
+        if rows[-1] and length(joined) > width:
+            rows.append(word)
+        else:
+            rows[-1] = joined
+    return rows
+
+
 class VideoWriter:
-    """Context manager; the file is complete when it closes. fps 5 = real time, one frame per control step."""
+    """A video file, as a context manager. It is complete once closed. 5 fps is real time: one frame a control step."""
 
     def __init__(self, path: str | os.PathLike, fps: int = 5):
         self.path, self.fps = os.fspath(path), fps
         self._writer = None
         self._frame_shape: tuple[int, ...] | None = None
 
-    def add(self, images, captions: Sequence[Sequence[str]] | None = None) -> None:
-        """One frame: images uint8 [N, H, W, 3] (torch or numpy), captions N lists of short lines."""
+    def add(self, images: torch.Tensor | np.ndarray, captions: Sequence[Sequence[str]] | None = None) -> None:
+        """Add one frame of images uint8 [N, H, W, 3]. captions: N lists of short lines."""
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype} {images.shape}: give uint8 [N, H, W, 3].")
         if captions is not None and len(captions) != len(images):
             raise ValueError(f"{len(captions)} captions for {len(images)} images: give one list of lines per image.")
-        tiles = [self._tile(image, captions[i] if captions is not None else None) for i, image in enumerate(images)]
-        frame = self._grid(tiles)
+        lines = captions if captions is not None else [None] * len(images)
+        frame = self._grid([self._tile(image, caption) for image, caption in zip(images, lines)])
         if self._frame_shape not in (None, frame.shape):
             raise ValueError(
-                f"this frame is {frame.shape}, the video's are {self._frame_shape}: keep number and size of images."
+                f"this frame is {frame.shape}, earlier ones are {self._frame_shape}: keep number and size of images."
             )
         if self._writer is None:
             self._frame_shape = frame.shape
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            # macro_block_size 2: yuv420p needs even sides, nothing more
-            self._writer = imageio.get_writer(
-                self.path, format="FFMPEG", fps=self.fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2
-            )
+            self._writer = self._open()
         self._writer.append_data(frame)
+
+    def _open(self) -> imageio.core.format.Format.Writer:
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        return imageio.get_writer(
+            self.path,
+            format="FFMPEG",
+            fps=self.fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            macro_block_size=2,  # yuv420p needs even sides
+        )
 
     @staticmethod
     def _tile(image: np.ndarray, lines: Sequence[str] | None) -> np.ndarray:
-        """One picture, enlarged if small, below its caption if it has one; uint8 [h, w, 3]."""
+        """One image, enlarged if it is small, below its caption if it has one: uint8 [h, w, 3]."""
         factor = max(1, math.ceil(MIN_TILE_HEIGHT / image.shape[0]))
         large = image.repeat(factor, axis=0).repeat(factor, axis=1)
         if lines is None:
@@ -93,18 +116,18 @@ class VideoWriter:
 
     @staticmethod
     def _grid(tiles: list[np.ndarray]) -> np.ndarray:
-        """As square as it gets, black where no tile is, even sides; uint8 [H, W, 3]."""
+        """All tiles in one nearly square frame with even sides, black where there is no tile: uint8 [H, W, 3]."""
         columns = math.ceil(math.sqrt(len(tiles)))
         rows = math.ceil(len(tiles) / columns)
         height, width, _ = tiles[0].shape
-        frame = np.zeros((rows * height + rows * height % 2, columns * width + columns * width % 2, 3), np.uint8)
+        frame = np.zeros((_even(rows * height), _even(columns * width), 3), np.uint8)
         for i, tile in enumerate(tiles):
             top, left = i // columns * height, i % columns * width
             frame[top : top + height, left : left + width] = tile
         return frame
 
     def close(self) -> None:
-        """Finish the file; safe to call twice."""
+        """Finish the file. A second call does nothing."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -114,3 +137,8 @@ class VideoWriter:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
+
+
+def _even(size: int) -> int:
+    """The next even number."""
+    return size + size % 2

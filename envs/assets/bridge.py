@@ -1,13 +1,13 @@
-"""The published pack: meshes and photographs of RL4VLA (arXiv 2505.19789), read from where a user downloads them to.
+"""The asset pack `bridge`: the published meshes and photographs of RL4VLA (arXiv 2505.19789), read from files.
 
     carrot/more_carrot  more_plate  more_table     Hugging Face data set RLinf/maniskill_assets
     robots/widowx                                  ManiSkill's asset widowx250s
     tasks/bridge_v2_real2sim_dataset/stages        ManiSkill's asset bridge_v2_real2sim
 
-Each of the three is looked for in `asset_dir`, in `asset_dir/data`, and in ManiSkill's own folder (`$MS_ASSET_DIR`,
-else `~/.maniskill`, and its `data`). Nothing is downloaded and nobody is asked; what is missing is listed.
+Each of these three is searched in `asset_dir`, in `asset_dir/data`, and in ManiSkill's own folder (`$MS_ASSET_DIR`, or
+`~/.maniskill`, and its `data`). This file downloads nothing and asks no questions. An error names missing files.
 
-Every file is looked into before SAPIEN gets it: SAPIEN's loaders print and go on, or take the process with them.
+Every file is checked before SAPIEN gets it, because SAPIEN's loaders print a message and continue, or end the process.
 """
 
 from __future__ import annotations
@@ -33,33 +33,38 @@ from schemas.assets import Accessor, BodyEntry, Gltf, TableEntry, View
 REMEDY = "fetch what is missing with `python doctor.py --download`"
 STAGE = "stages/bridge_table_1_v1.glb"
 STAGE_POSITION = (2.0634, 2.8313, 0.0)
-STAGE_QUATERNION = (0.707, 0.707, 0, 0)  # as published, not quite a unit one
+STAGE_QUATERNION = (0.707, 0.707, 0, 0)  # wxyz, as published: not quite a unit quaternion
 VISUALS = ("textured.obj", "textured.dae", "textured.glb")  # in the published order of preference
-MAX_PIXELS = 8192 * 8192  # of a picture; the published ones have 640 x 480, textures 4096 x 4096
+MAX_PIXELS = 8192 * 8192  # of an image. The published ones have 640 x 480, textures of meshes 4096 x 4096
+MAX_NAMED = 3  # missing files that an error names
 ARM_SHINE = dict(specular=0.9, roughness=0.3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# where things are
+# places of files
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def search_folders(asset_dir: str | None) -> list[Path]:
-    """Where the three parts may lie, in order."""
+    """The folders that may hold the three parts, in the order of the search."""
     own = Path(os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill")
     roots = [own] if asset_dir is None else [Path(asset_dir).expanduser(), own]
     return [folder for root in roots for folder in (root, root / "data")]
 
 
 def find_part(part: str, folders: list[Path]) -> Path:
-    """The first folder that has `part`; where none has, the place it would have in the first."""
-    return next((folder / part for folder in folders if (folder / part).is_dir()), folders[0] / part)
+    """The place of `part` in the first folder that has it, or in the first folder of all."""
+    for folder in folders:
+        if (folder / part).is_dir():
+            return folder / part
+    return folders[0] / part
 
 
 class Layout:
-    """Paths of all files, missing or not."""
+    """The paths of all files of the pack, whether they exist or not."""
 
     def __init__(self, asset_dir: str | None):
+        """Raises ValueError where asset_dir is not a folder."""
         if asset_dir is not None and not Path(asset_dir).expanduser().is_dir():
             raise ValueError(f"asset_dir {asset_dir!r} is not a folder: give the one that holds carrot/ and robots/.")
         folders = search_folders(asset_dir)
@@ -69,22 +74,30 @@ class Layout:
         self.databases = {kind: self.carrot / f"more_{kind}" / "model_db.json" for kind in ("carrot", "plate", "table")}
 
     def visual(self, folder: Path, default: str) -> Path:
-        return next((folder / name for name in VISUALS if (folder / name).is_file()), folder / default)
+        """The file with the look of a model, or `folder / default` if there is none."""
+        for name in VISUALS:
+            if (folder / name).is_file():
+                return folder / name
+        return folder / default
 
     def missing(self) -> list[str]:
-        """Every file that is not there, in words that can be copied."""
-        wanted = [*self.databases.values(), self.stage, *self._robot_files()]
+        """The path of every file that does not exist."""
+        needed = [*self.databases.values(), self.stage, *self._robot_files()]
         for kind, models in (("carrot", OBJECTS), ("plate", RECEPTACLES)):
             for i, model in enumerate(models):
-                folder = self.carrot / f"more_{kind}" / model.key
-                visual = self.visual(folder, "textured.glb" if i else "textured.dae")
-                wanted += [folder / "collision.obj", visual, *_dae_pictures(visual)]
+                needed += self._model_files(kind, model, "textured.glb" if i else "textured.dae")
         for table in TABLES:
-            wanted += [self.carrot / "more_table/imgs" / table.key, self.carrot / "more_table/textures" / table.texture]
-        return [str(path) for path in wanted if not path.is_file()]
+            needed.append(self.carrot / "more_table/imgs" / table.key)
+            needed.append(self.carrot / "more_table/textures" / table.texture)
+        return [str(path) for path in needed if not path.is_file()]
+
+    def _model_files(self, kind: str, model: Model, default_visual: str) -> list[Path]:
+        folder = self.carrot / f"more_{kind}" / model.key
+        visual = self.visual(folder, default_visual)
+        return [folder / "collision.obj", visual, *_dae_images(visual)]
 
     def _robot_files(self) -> list[Path]:
-        """The URDF and what it names."""
+        """The URDF and the files that it names."""
         urdf = self.robot / "wx250s.urdf"
         files = [urdf, self.robot / "wx250s.srdf", self.robot / "interbotix_black.png"]
         if urdf.is_file():
@@ -94,7 +107,8 @@ class Layout:
         return files
 
 
-def _dae_pictures(path: Path) -> list[Path]:
+def _dae_images(path: Path) -> list[Path]:
+    """The images that a .dae file names."""
     if path.suffix != ".dae" or not path.is_file():
         return []
     names = re.findall(r"<init_from>([^<]+\.\w+)</init_from>", read_text(path))
@@ -102,16 +116,16 @@ def _dae_pictures(path: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# looking into files
+# checks of files
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _bad(path: Path, why: str) -> RuntimeError:
-    return RuntimeError(f"asset {path} is damaged ({why}): delete it and {REMEDY}.")
+def _damaged(path: Path, reason: str) -> RuntimeError:
+    return RuntimeError(f"asset {path} is damaged ({reason}): delete it and {REMEDY}.")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file, or one clear sentence."""
+    """The file's content. Raises RuntimeError where this user may not read it."""
     try:
         return path.read_bytes()
     except PermissionError as error:
@@ -119,14 +133,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
+    """The file's text. Raises RuntimeError where it is not UTF-8."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise _bad(path, "not a text") from error
+        raise _damaged(path, "not a text") from error
 
 
 def parsed(path: Path, content: bytes, schema: Any) -> Any:
-    """JSON of an asset as an object of the schema, or one clear sentence."""
+    """JSON of an asset as an object of the schema. Raises RuntimeError where it does not fit."""
     source, remedy = f"asset {path} is damaged: it", f"delete it and {REMEDY}"
     try:
         return check(schema, parse_json(content, source, remedy), source, remedy)
@@ -135,60 +150,70 @@ def parsed(path: Path, content: bytes, schema: Any) -> Any:
 
 
 def read_database(path: Path, entry: type, keys: list[str]) -> dict:
-    """A model_db.json that has the published entries in the published order."""
+    """A model_db.json. Raises RuntimeError unless it has the published entries in the published order."""
     database = parsed(path, read_bytes(path), dict[str, entry])
     if list(database) != keys:
-        raise _bad(path, f"not the {len(keys)} published entries")
+        raise _damaged(path, f"not the {len(keys)} published entries")
     return database
 
 
 def named_by(path: Path, name: str, root: Path) -> Path:
-    """A file that another one names, which must lie below `root`: a published asset reads nothing of its user's."""
+    """The path of a file that another file names. Raises RuntimeError unless it is below `root`.
+
+    So an asset cannot make the simulator read other files of its user.
+    """
     place = Path(os.path.normpath(path.parent / name))
     if not place.is_relative_to(os.path.normpath(root)) or not name.isprintable() or ":" in name or "\\" in name:
-        raise _bad(path, f"it names {name!r}, which is not in its folder")
+        raise _damaged(path, f"it names {name!r}, which is not in its folder")
     return place
 
 
 @functools.cache
 def checked(path: Path) -> str:
-    """The path as text, once the file is known to be whole."""
+    """The path as text, after a check of the file. Raises RuntimeError where it is damaged."""
     checks = {
         ".obj": _check_obj,
         ".stl": _check_stl,
         ".glb": _check_glb,
         ".dae": _check_dae,
         ".urdf": _xml,
-        ".png": _check_picture,
-        ".jpg": _check_picture,
+        ".png": _check_image,
+        ".jpg": _check_image,
     }
     try:
         if path.suffix not in checks:
-            raise ValueError("a file of no known kind")
+            raise ValueError("a file of an unknown kind")
         checks[path.suffix](path)
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
-        raise _bad(path, str(error) or type(error).__name__) from error
+        raise _damaged(path, str(error) or type(error).__name__) from error
     return str(path)
+
+
+# The checks below raise ValueError, KeyError, IndexError, TypeError or struct.error for a damaged file.
 
 
 def _check_obj(path: Path) -> None:
     lines = read_text(path).splitlines()
-    vertices = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    corners = [corner.split("/")[0] for line in lines if line.startswith("f ") for corner in line.split()[1:]]
+    vertices, corners = [], []
+    for line in lines:
+        if line.startswith("v "):
+            vertices.append(line.split()[1:4])
+        elif line.startswith("f "):
+            corners += [corner.split("/")[0] for corner in line.split()[1:]]
     points = np.array(vertices, dtype=np.float64).reshape(-1, 3)
     index = np.array(corners, dtype=np.int64)
     if len(points) < 4 or not len(index) or not np.isfinite(points).all():
-        raise ValueError("no solid")
+        raise ValueError("not a solid")
     if np.abs(index).max() > len(points) or not index.all():
-        raise ValueError("a face names a vertex that is not there")
+        raise ValueError("a face names a vertex that does not exist")
     for line in lines:
         if line.startswith("mtllib "):
             _check_material(named_by(path, line.split(maxsplit=1)[1].strip(), path.parent))
 
 
 def _check_material(path: Path) -> None:
-    """The pictures that an .obj's materials name; meshes of one robot share a picture one folder up."""
-    if not path.exists():  # many published ones lack theirs, and are grey
+    """Check the names of images in the materials of an .obj. Meshes of one robot share an image one folder up."""
+    if not path.exists():  # many published models lack their materials, and are grey
         return
     for line in read_text(path).splitlines():
         words = line.split(maxsplit=1)
@@ -203,17 +228,18 @@ def _check_stl(path: Path) -> None:
         raise ValueError(f"{len(data)} bytes for {count} triangles")
     triangles = np.frombuffer(data, np.dtype([("corners", "<f4", (4, 3)), ("flags", "<u2")]), offset=84)
     if not np.isfinite(triangles["corners"]).all():
-        raise ValueError("a corner that is no number")
+        raise ValueError("a corner that is not finite")
 
 
 def _xml(path: Path) -> ElementTree.Element:
+    """The root of an XML file."""
     text = read_text(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # which could name other files, or grow without end
         raise ValueError("XML with a document type")
     try:
         return ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
-        raise ValueError(f"no XML: {error}") from error
+        raise ValueError(f"not XML: {error}") from error
 
 
 def _check_dae(path: Path) -> None:
@@ -225,12 +251,12 @@ def _check_dae(path: Path) -> None:
         values = np.array((array.text or "").split(), dtype=np.float64)
         if str(len(values)) != array.get("count") or not np.isfinite(values).all():
             raise ValueError(f"array {array.get('id')} is not {array.get('count')} numbers")
-    for picture in _dae_pictures(path):
-        checked(picture)
+    for image in _dae_images(path):
+        checked(image)
 
 
 def _check_glb(path: Path) -> None:
-    """Header, chunks, and that every accessor and picture lies inside its buffer (glTF 2.0)."""
+    """Check header and chunks, and that every accessor and image is inside its buffer (glTF 2.0)."""
     data = read_bytes(path)
     magic, version, length = struct.unpack_from("<4sII", data)
     if magic != b"glTF" or version != 2 or length != len(data):
@@ -249,36 +275,39 @@ def _check_glb(path: Path) -> None:
         _check_accessor(accessor, views, binary)
     for image in scene.images:
         view = views[image.bufferView]
-        _decode_picture(binary[view.byteOffset : view.byteOffset + view.byteLength])
+        _decode_image(binary[view.byteOffset : view.byteOffset + view.byteLength])
 
 
 def _check_accessor(accessor: Accessor, views: list[View], binary: bytes) -> None:
-    kinds = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
-    width = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}[accessor.type]
-    kind = np.dtype(kinds[accessor.componentType])
+    component_types = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
+    component = np.dtype(component_types[accessor.componentType])
+    num_components = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}[accessor.type]
+    element_size = num_components * component.itemsize
     view = views[accessor.bufferView]
-    stride = view.byteStride or width * kind.itemsize
-    if accessor.byteOffset + stride * (accessor.count - 1) + width * kind.itemsize > view.byteLength:
+    stride = view.byteStride or element_size
+    end = accessor.byteOffset + stride * (accessor.count - 1) + element_size
+    if end > view.byteLength:
         raise ValueError("an accessor beyond its buffer view")
-    if kind.kind == "f" and stride == width * kind.itemsize:
-        values = np.frombuffer(binary, kind, accessor.count * width, view.byteOffset + accessor.byteOffset)
+    if component.kind == "f" and stride == element_size:
+        first = view.byteOffset + accessor.byteOffset
+        values = np.frombuffer(binary, component, accessor.count * num_components, first)
         if not np.isfinite(values).all():
-            raise ValueError("a coordinate that is no number")
+            raise ValueError("a coordinate that is not finite")
 
 
-def _check_picture(path: Path) -> None:
-    _decode_picture(read_bytes(path))
+def _check_image(path: Path) -> None:
+    _decode_image(read_bytes(path))
 
 
-def _decode_picture(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+def _decode_image(data: bytes) -> np.ndarray:
+    """The pixels of a PNG or JPEG, uint8 [H, W, 3]."""
     try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))  # PIL starts other programs for some formats
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels")
-        return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # whatever PIL raises for a broken picture
-        raise ValueError(f"no picture: {error}") from error
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))  # PIL starts other programs for some formats
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's errors for a broken image
+        raise ValueError(f"not an image: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,12 +316,18 @@ def _decode_picture(data: bytes) -> np.ndarray:
 
 
 class BridgeAssets:
-    """What `BuiltinAssets` offers, from files."""
+    """The pack `bridge`, with the interface of `envs.assets.AssetPack`."""
 
     name = "bridge"
     arm_shine = ARM_SHINE
 
     def __init__(self, asset_dir: str | None):
+        """Read the databases.
+
+        Raises:
+            ValueError: asset_dir is not a folder.
+            RuntimeError: files are missing, unreadable or damaged.
+        """
         try:
             self.layout = Layout(asset_dir)
             missing = self.layout.missing()
@@ -301,12 +336,17 @@ class BridgeAssets:
                 f"asset folder {error.filename} may not be read by this user: change its permissions."
             ) from error
         if missing:
-            raise RuntimeError(f"asset pack 'bridge' lacks {len(missing)} files: {'; '.join(missing)}: {REMEDY}.")
+            named = ", ".join(missing[:MAX_NAMED])
+            if len(missing) > MAX_NAMED:
+                named += f" and {len(missing) - MAX_NAMED} more"
+            files = "1 file" if len(missing) == 1 else f"{len(missing)} files"
+            raise RuntimeError(f"asset pack 'bridge' lacks {files} ({named}): {REMEDY}.")
         self.objects = self._models("carrot", OBJECTS)
         self.receptacles = self._models("plate", RECEPTACLES)
         self.tables = self._tables()
 
     def _models(self, kind: str, known: tuple[Model, ...]) -> tuple[Model, ...]:
+        """The models of a database. Their grasps are those of the `known` ones."""
         database = read_database(self.layout.databases[kind], BodyEntry, [model.key for model in known])
         return tuple(
             Model(key, entry.name, entry.bbox.min, entry.bbox.max, entry.density, grasp=model.grasp)
@@ -319,29 +359,32 @@ class BridgeAssets:
 
     @functools.cached_property
     def robot_urdf(self) -> str:
+        """Path of the arm's URDF, after a check of all its files."""
         for path in self.layout._robot_files():
             if path.suffix in (".urdf", ".obj", ".stl", ".png"):
                 checked(path)
         return str(self.layout.robot / "wx250s.urdf")
 
-    def picture(self, index: int, width: int, height: int) -> np.ndarray:
-        """Table photograph, uint8 [height, width, 3], read-only."""
-        return resized(_photograph, self.layout.carrot / "more_table/imgs" / self.tables[index].key, width, height)
+    def table_image(self, index: int, width: int, height: int) -> np.ndarray:
+        """Photograph of a table, uint8 [height, width, 3], read-only."""
+        path = self.layout.carrot / "more_table/imgs" / self.tables[index].key
+        return resized(_photograph, path, width, height)
 
     def texture(self, index: int, width: int, height: int) -> np.ndarray:
-        """Texture picture, uint8 [height, width, 3], read-only."""
+        """The texture of a table, uint8 [height, width, 3], read-only."""
         path = self.layout.carrot / "more_table/textures" / self.tables[index].texture
         return resized(_photograph, path, width, height)
 
-    def add_stage(self, builder) -> None:
-        """The table. It is never seen, the photograph takes its place, but it hides what is behind it."""
-        pose, path = sapien.Pose(q=STAGE_QUATERNION), checked(self.layout.stage)
+    def add_stage(self, builder: sapien.ActorBuilder) -> None:
+        """Add the table. The photograph takes its place in the image, but it hides what is behind it."""
+        path = checked(self.layout.stage)
+        pose = sapien.Pose(q=STAGE_QUATERNION)
         builder.add_nonconvex_collision_from_file(path, pose=pose)
         builder.add_visual_from_file(path, pose=pose)
         builder.initial_pose = sapien.Pose(STAGE_POSITION)
 
-    def add_model(self, builder, model: Model) -> None:
-        """Collision pieces and visual of one object or receptacle. Friction 1.0/1.0 (stock SIMPLER: 0.5)."""
+    def add_model(self, builder: sapien.ActorBuilder, model: Model) -> None:
+        """Add an object or receptacle. Friction is 1.0 as in RL4VLA (stock SIMPLER has 0.5)."""
         kind = "carrot" if model in self.objects else "plate"
         folder = self.layout.carrot / f"more_{kind}" / model.key
         builder.add_multiple_convex_collisions_from_file(
@@ -351,13 +394,12 @@ class BridgeAssets:
 
 
 def _photograph(path: Path) -> np.ndarray:
-    """uint8 [480, 640, 3], read-only."""
+    """A published photograph or texture, uint8 [480, 640, 3], read-only."""
     try:
-        picture = _decode_picture(read_bytes(path))
+        image = np.ascontiguousarray(_decode_image(read_bytes(path)))
     except ValueError as error:
-        raise _bad(path, str(error)) from error
-    picture = np.ascontiguousarray(picture)
-    if picture.shape != (480, 640, 3):
-        raise _bad(path, f"{picture.shape[1]} x {picture.shape[0]} instead of 640 x 480")
-    picture.flags.writeable = False
-    return picture
+        raise _damaged(path, str(error)) from error
+    if image.shape != (480, 640, 3):
+        raise _damaged(path, f"{image.shape[1]} x {image.shape[0]} instead of 640 x 480")
+    image.flags.writeable = False
+    return image

@@ -1,11 +1,13 @@
-"""The 25 objects, 17 receptacles and 21 tables: names, bounding boxes, densities, and what the built-in ones look like.
+"""The 25 objects, 17 receptacles and 21 tables: names, bounding boxes, densities, and shapes of the built-in pack.
 
 Names, bounding boxes and densities are those of RL4VLA's PutOnPlateInScene25 (arXiv 2505.19789). Shapes and colours are
-ours. Lengths are metres, colours linear RGB in [0, 1], images uint8 [H, W, 3].
+our own. Lengths are metres, colours linear RGB in [0, 1], images uint8 [H, W, 3].
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,14 +17,14 @@ ROBOT_BASE_POSITION = (0.147, 0.028, 0.870)  # world; the base is yawed by 180 d
 CAMERA_POSITION = (0.0, -0.16, 0.36)  # in the base frame
 CAMERA_QUATERNION = (0.8992917, -0.09263245, 0.35892478, 0.23209205)  # wxyz, in the base frame
 CAMERA_INTRINSICS = (623.588, 623.588, 319.501, 239.545)  # fx, fy, cx, cy at 640 x 480 (Logitech C920)
-CAMERA_SIZE = (640, 480)  # width, height these intrinsics belong to
+CAMERA_SIZE = (640, 480)  # width, height that the intrinsics belong to
 
 
 @dataclass(frozen=True)
 class Part:
-    """One primitive, filling the share `span` of its model's bounding box."""
+    """One primitive shape. It fills the share `span` of its model's bounding box."""
 
-    kind: str  # box | cylinder | ball | roll (a lying cylinder to look at, a box to touch, so that it does not roll)
+    kind: str  # box | cylinder | ball | roll (looks like a lying cylinder, collides as a box, so that it does not roll)
     span: tuple[float, float, float, float, float, float]  # x0, x1, y0, y1, z0, z1 as fractions of the bounding box
     color: tuple[float, float, float]
     axis: str = "z"  # of a cylinder or roll
@@ -30,15 +32,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """One object or receptacle; `lower` and `upper` are the published bounding box in the model's own frame."""
+    """One object or receptacle. `lower` and `upper` are the published bounding box in the model's own frame."""
 
     key: str
     name: str
     lower: tuple[float, float, float]
     upper: tuple[float, float, float]
-    density: float
-    parts: tuple[Part, ...] = ()  # none where shapes come from files
-    grasp: tuple[float, float] | None = None  # x, y in the model's frame where fingers fit; None: the box's centre
+    density: float  # kg/m^3
+    parts: tuple[Part, ...] = ()  # empty if the shapes come from files
+    grasp: tuple[float, float] | None = None  # x, y in the model's frame where fingers fit, None for the box's centre
 
     @property
     def size(self) -> np.ndarray:
@@ -53,19 +55,22 @@ BLUE, SKY, WHITE, BLACK = (0.03, 0.10, 0.6), (0.25, 0.55, 0.85), (0.9, 0.9, 0.9)
 GREY, STEEL = (0.4, 0.4, 0.42), (0.55, 0.57, 0.6)
 
 
-def _box(x0, x1, y0, y1, z0, z1, color) -> Part:
+Color = tuple[float, float, float]
+
+
+def _box(x0: float, x1: float, y0: float, y1: float, z0: float, z1: float, color: Color) -> Part:
     return Part("box", (x0, x1, y0, y1, z0, z1), color)
 
 
-def _cylinder(x0, x1, y0, y1, z0, z1, color) -> Part:
+def _cylinder(x0: float, x1: float, y0: float, y1: float, z0: float, z1: float, color: Color) -> Part:
     return Part("cylinder", (x0, x1, y0, y1, z0, z1), color)
 
 
-def _roll(axis, x0, x1, y0, y1, z0, z1, color) -> Part:
+def _roll(axis: str, x0: float, x1: float, y0: float, y1: float, z0: float, z1: float, color: Color) -> Part:
     return Part("roll", (x0, x1, y0, y1, z0, z1), color, axis)
 
 
-def _ball(x0, x1, y0, y1, z0, z1, color) -> Part:
+def _ball(x0: float, x1: float, y0: float, y1: float, z0: float, z1: float, color: Color) -> Part:
     return Part("ball", (x0, x1, y0, y1, z0, z1), color)
 
 
@@ -194,19 +199,19 @@ RECEPTACLES: tuple[Model, ...] = (
 
 @dataclass(frozen=True)
 class Table:
-    """One table picture: published key and name, and how ours is painted."""
+    """One table image: published key and name, and the painting of the built-in one."""
 
     key: str
     name: str
     mix: float  # weight of the paired texture in the texture settings
-    pattern: str = ""  # plain | wood | stone | checker | grass | speckle | stripes; none where it is a photograph
+    pattern: str = ""  # plain | wood | stone | checker | grass | speckle | stripes, empty for a photograph
     color: tuple[int, int, int] = (0, 0, 0)
     second: tuple[int, int, int] = (0, 0, 0)
     backdrop: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def texture(self) -> str:
-        """Key of the paired texture, by the published numbering."""
+        """Key of the paired texture, which has the same number."""
         return f"{self.key[:3]}.png"
 
 
@@ -240,12 +245,12 @@ TABLES: tuple[Table, ...] = (
 
 
 @functools.lru_cache(maxsize=64)
-def resized(picture_of, which, width: int, height: int) -> np.ndarray:
-    """`picture_of(which)` at another size, area-averaged when it shrinks; uint8 [height, width, 3], read-only."""
-    picture = picture_of(which)
-    if picture.shape[:2] != (height, width):
-        shrinks = picture.shape[0] > height and picture.shape[1] > width
+def resized(image_of: Callable[[Any], np.ndarray], which: Any, width: int, height: int) -> np.ndarray:
+    """`image_of(which)` at another size, area-averaged if it shrinks: uint8 [height, width, 3], read-only."""
+    image = image_of(which)
+    if image.shape[:2] != (height, width):
+        shrinks = image.shape[0] > height and image.shape[1] > width
         kind = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-        picture = np.asarray(Image.fromarray(picture).resize((width, height), kind)).copy()
-        picture.flags.writeable = False
-    return picture
+        image = np.asarray(Image.fromarray(image).resize((width, height), kind)).copy()
+        image.flags.writeable = False
+    return image

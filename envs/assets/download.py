@@ -1,4 +1,4 @@
-"""Fetch the published assets of the `bridge` pack. Standard library only; `python doctor.py --download` calls this.
+"""Downloads the published assets of the `bridge` pack, for `python doctor.py --download`.
 
     fetch_assets(default_asset_dir(), say=print)
 
@@ -7,15 +7,18 @@ What arrives where, under the asset folder (ManiSkill's own, if none is given):
     robots/widowx/                     WidowX-250s                             ManiSkill's asset widowx250s
     tasks/bridge_v2_real2sim_dataset/  stage mesh, first table photograph      ManiSkill's asset bridge_v2_real2sim
 
-A file is written beside its place and moved there when it is whole and its checksum right, so what is in place is good.
-What an interruption left is continued (HTTP Range). What is already there is checked and not fetched again.
+A file is written next to its place and moved there once it is whole and its checksum is right. So every file in place
+is good. An interrupted download continues where it stopped (HTTP Range). Files that are already there are checked and
+not fetched again.
 
-What a server says is bounded and checked: pages, bytes (no file is longer than listed), the unpacked size of archives,
-names (none leaves the asset folder) and where a redirect leads. Every file has a checksum.
+Nothing that a server sends is trusted. There are limits on the number of pages, on bytes (no file is longer than
+listed) and on the unpacked size of archives. No name may leave the asset folder, and a redirect may not leave https.
+Every file has a checksum.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import lzma
@@ -29,9 +32,10 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import quote, urljoin, urlsplit
 
 from schemas import UserError, check, parse_json
@@ -41,28 +45,28 @@ HUGGING_FACE, GITHUB = "https://huggingface.co", "https://github.com"
 DATA_SET, FOLDER = "RLinf/maniskill_assets", "carrot"
 TIMEOUT = 60  # s without a byte
 ATTEMPTS = 5
-BLOCK = 1 << 20
-# far above what is published (0.1 GB in some 200 files)
+BLOCK = 1 << 20  # bytes read at once
+# limits far above the published assets (0.1 GB in some 200 files)
 MAX_PAGES, MAX_PAGE_BYTES = 100, 16 << 20
-MAX_FILES, MAX_BYTES = 20_000, 20 << 30  # of a data set, and of an archive before and after it is unpacked
-DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no file can have such a name on Windows
+MAX_FILES, MAX_BYTES = 20_000, 20 << 30  # of a data set, and of an archive, packed and unpacked
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows allows no such file names
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to fetch; None where a size or checksum is not known."""
+    """A file to fetch. A size or checksum that is not known is None."""
 
     url: str
     size: int | None = None
     sha256: str | None = None
-    git_sha1: str | None = None  # of git's blob: what Hugging Face lists for files outside LFS
+    git_sha1: str | None = None  # of git's blob, which Hugging Face lists for files outside LFS
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip that becomes the folder `target`; it is complete when `needed` files are in it.
+    """A zip that becomes the folder `target`. The folder is complete when the `needed` files are in it.
 
-    git_tree: git's id of the content as a tree of ordinary files, None where the zip itself has a checksum.
+    git_tree: git's id of the content as a tree of ordinary files, or None where the zip itself has a checksum.
     """
 
     file: RemoteFile
@@ -71,8 +75,8 @@ class Archive:
     git_tree: str | None = None
 
 
-# urls and checksum as in mani_skill 3.0.1, utils/assets/data.py; GitHub makes its archives anew, so that they have no
-# lasting checksum, but what is in them has one: `git rev-parse v0.2.0^{tree}` in a clone
+# URLs and checksum are those of mani_skill 3.0.1, utils/assets/data.py. GitHub may pack the same archive differently,
+# so its zip has no lasting checksum. Its content has one: `git rev-parse v0.2.0^{tree}` in a clone.
 ARCHIVES = (
     Archive(
         RemoteFile(f"{GITHUB}/haosulab/ManiSkill-WidowX250S/archive/refs/tags/v0.2.0.zip"),
@@ -103,12 +107,15 @@ def fetch_assets(
     mirror: str | None = None,
     archives: tuple[Archive, ...] = ARCHIVES,
 ) -> None:
-    """Everything the `bridge` pack reads, under `asset_dir`; says one line per thing.
+    """Download everything that the `bridge` pack reads into `asset_dir`.
 
-    mirror: a base url with the same paths, in the place of huggingface.co and github.com.
+    Args:
+        say: gets one line per folder.
+        mirror: base url of a server with the same paths as huggingface.co and github.com.
+
     Raises:
-        UserError: the mirror is no url.
-        RuntimeError: one sentence where something can not be had. Run again, it goes on from there.
+        UserError: the mirror is not a url.
+        RuntimeError: something could not be downloaded. A second call continues from there.
     """
     check_mirror(mirror)
     root = Path(asset_dir).expanduser()
@@ -119,8 +126,8 @@ def fetch_assets(
         say(f"{FOLDER}: {len(listed)} files, {size / 1e6:.0f} MB")
         if len(listed) > MAX_FILES or size > min(MAX_BYTES, free):
             raise RuntimeError(
-                f"the data set {DATA_SET} lists {len(listed)} files of {size / 1e6:.0f} MB: more than {MAX_FILES} "
-                f"files, {MAX_BYTES / 1e6:.0f} MB or the {free / 1e6:.0f} MB that are free in {root} are not fetched."
+                f"the data set {DATA_SET} lists {len(listed)} files of {size / 1e6:.0f} MB: the limits are {MAX_FILES} "
+                f"files, {MAX_BYTES / 1e6:.0f} MB and the {free / 1e6:.0f} MB that are free in {root}."
             )
         fetched = sum(fetch(file, root / path) for path, file in listed.items())
         say(f"{FOLDER}: {fetched} fetched, {len(listed) - fetched} were there, in {root / FOLDER}")
@@ -130,7 +137,7 @@ def fetch_assets(
         raise RuntimeError(f"no permission to write {error.filename}: choose another --asset_dir.") from error
     except OSError as error:
         raise RuntimeError(
-            f"{error.filename or root}: {error.strerror or error}; mend that and run it again."
+            f"{error.filename or root}: {error.strerror or error}: fix that and run the command again."
         ) from error
 
 
@@ -141,50 +148,40 @@ def check_mirror(mirror: str | None) -> None:
     try:
         parts = urlsplit(mirror)
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is none, brackets that do not close
+    except ValueError:  # a port that is not a number, brackets that do not close
         good = False
     if not good or not mirror.isprintable() or " " in mirror:
-        raise UserError(f"--mirror {mirror!r} is no address: it must begin with https:// or http:// and name a host")
+        raise UserError(f"--mirror {mirror!r} is not a url: it must begin with https:// or http:// and name a host")
 
 
 def leaves_folder(path: str) -> bool:
-    """Whether a listed name is anything but a plain path downwards, on any system."""
-    return any(
-        part in ("", ".", "..")
-        or not part.isprintable()
-        or len(part) > 200
-        or set(part) & set("\\:")
-        or DEVICE.fullmatch(part) is not None
-        for part in path.split("/")
-    )
+    """Whether a listed name is anything but a plain path downwards, on any operating system."""
+    return not all(_is_plain_name(part) for part in path.split("/"))
+
+
+def _is_plain_name(name: str) -> bool:
+    if name in ("", ".", "..") or len(name) > 200 or not name.isprintable():
+        return False
+    return "\\" not in name and ":" not in name and DEVICE.fullmatch(name) is None
 
 
 def list_folder(data_set: str, folder: str, mirror: str | None = None) -> dict[str, RemoteFile]:
-    """Path within the data set -> file, for all files below `folder`, from Hugging Face's tree API (pages of 1000)."""
+    """All files below `folder` of a Hugging Face data set, by their path in it. The tree API gives pages of 1000.
+
+    Raises:
+        RuntimeError: the list does not end, names a file outside the folder, or is empty.
+    """
     base = mirror.rstrip("/") if mirror else HUGGING_FACE
-    url: str | None = f"{base}/api/datasets/{data_set}/tree/main/{folder}?recursive=true"
     files: dict[str, RemoteFile] = {}
-    seen: set[str] = set()
-    while url:
-        if url in seen or len(seen) == MAX_PAGES:
-            raise RuntimeError(f"the list of {data_set} does not end after {len(seen)} pages: try another mirror.")
-        seen.add(url)
-        entries, following = _patiently(url, lambda url=url: _page(url))
-        for entry in entries:
-            if not isinstance(entry, ListedFile):
-                continue
-            path = entry.path
-            if not path.startswith(f"{folder}/") or leaves_folder(path):
-                raise RuntimeError(
-                    f"the data set {data_set} lists {path!r}, which is not below {folder}/: not fetched."
-                )
-            files[path] = RemoteFile(
-                f"{base}/datasets/{data_set}/resolve/main/{quote(path)}",
-                entry.size,
-                sha256=entry.lfs.oid if entry.lfs else None,
-                git_sha1=None if entry.lfs else entry.oid,
-            )
-        url = _following(url, following, mirror) if following else None
+    for entry in _listed_files(data_set, f"{base}/api/datasets/{data_set}/tree/main/{folder}?recursive=true", mirror):
+        path = entry.path
+        if not path.startswith(f"{folder}/") or leaves_folder(path):
+            raise RuntimeError(f"the data set {data_set} lists {path!r}, which is not below {folder}/: not fetched.")
+        url = f"{base}/datasets/{data_set}/resolve/main/{quote(path)}"
+        if entry.lfs:
+            files[path] = RemoteFile(url, entry.size, sha256=entry.lfs.oid)
+        else:
+            files[path] = RemoteFile(url, entry.size, git_sha1=entry.oid)
     if not files:
         raise RuntimeError(
             f"the data set {data_set} has no files below {folder}/: it has changed, or the mirror lacks it."
@@ -192,8 +189,21 @@ def list_folder(data_set: str, folder: str, mirror: str | None = None) -> dict[s
     return files
 
 
+def _listed_files(data_set: str, first_url: str, mirror: str | None) -> Iterator[ListedFile]:
+    """The files of all pages of a list. Raises RuntimeError where the pages do not end."""
+    url: str | None = first_url
+    visited: set[str] = set()
+    while url:
+        if url in visited or len(visited) == MAX_PAGES:
+            raise RuntimeError(f"the list of {data_set} does not end after {len(visited)} pages: try another mirror.")
+        visited.add(url)
+        entries, link = _patiently(url, functools.partial(_page, url))
+        yield from (entry for entry in entries if isinstance(entry, ListedFile))
+        url = _following(url, link, mirror) if link else None
+
+
 def _following(url: str, link: str, mirror: str | None) -> str:
-    """Where the next page is: at the same host, or at the mirror."""
+    """The url of the next page, at the same host or at the mirror. Raises RuntimeError for another host."""
     following = _mirrored(urljoin(url, link), mirror)
     if urlsplit(following)[:2] != urlsplit(url)[:2]:
         raise RuntimeError(f"{url} names {following!r} as its next page, which is another host: not fetched.")
@@ -201,12 +211,12 @@ def _following(url: str, link: str, mirror: str | None) -> str:
 
 
 def _page(url: str) -> tuple[list, str | None]:
-    """One page of the tree API, and the url of the next."""
+    """The entries of one page of the tree API, and the link to the next page."""
     with _open(url) as response:
         link = re.search(r'<([^>]+)>;\s*rel="next"', response.headers.get("Link", ""))
         content = response.read(MAX_PAGE_BYTES + 1)
     if len(content) > MAX_PAGE_BYTES:
-        raise RuntimeError(f"{url} answers with more than {MAX_PAGE_BYTES} bytes: that is no list of files.")
+        raise RuntimeError(f"{url} answers with more than {MAX_PAGE_BYTES} bytes: that is not a list of files.")
     try:
         remedy = "try again later, or another mirror"
         entries = check(Page, parse_json(content, url, remedy), url, remedy)
@@ -216,79 +226,102 @@ def _page(url: str) -> tuple[list, str | None]:
 
 
 def fetch(file: RemoteFile, target: Path) -> bool:
-    """Bring `file` to `target`. Returns False if it was there. Connections that break are taken up again."""
+    """Download `file` to `target`, over several connections if they break. Returns False if it was already there.
+
+    Raises:
+        RuntimeError: the file could not be downloaded, or arrived damaged.
+    """
     if target.exists() and wrong_with(target, file) is None:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     if part.is_symlink() or (part.exists() and not part.is_file()):
-        raise RuntimeError(f"{part} is no regular file: remove it and run it again.")
+        raise RuntimeError(f"{part} is not a regular file: remove it and run the command again.")
     _patiently(file.url, lambda: _continue(file, part))
     if problem := wrong_with(part, file):
         part.unlink()
-        raise RuntimeError(f"{file.url} arrived damaged ({problem}): run it again.")
+        raise RuntimeError(f"{file.url} arrived damaged ({problem}): run the command again.")
     os.replace(part, target)
     return True
 
 
-def _patiently(url: str, request: Callable):
-    """The request's result; what a network does now and then is tried again, what a server means is not."""
+def _patiently(url: str, request: Callable[[], Any]) -> Any:
+    """The result of `request`, with up to ATTEMPTS tries. A clear refusal of the server is not tried again."""
     for attempt in range(ATTEMPTS):
         try:
             return request()
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 raise RuntimeError(
-                    f"{url} can not be fetched (HTTP status {error.code}): it has moved, or the mirror lacks it."
+                    f"{url} cannot be fetched (HTTP status {error.code}): it has moved, or the mirror lacks it."
                 ) from None
             problem = f"HTTP status {error.code}"
         except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as error:
             problem = error
         if attempt + 1 < ATTEMPTS:
             time.sleep(min(0.2 * 2**attempt, 5.0))
-    raise RuntimeError(f"{url} can not be fetched ({problem}): run it again, it goes on where it stopped.")
+    raise RuntimeError(f"{url} cannot be fetched ({problem}): run the command again, it continues where it stopped.")
 
 
 def _continue(file: RemoteFile, part: Path) -> None:
-    """Append what `part` still lacks; starts over where the server can not continue."""
+    """Append to `part` what it lacks. Start over where the server cannot continue.
+
+    Raises:
+        RuntimeError: the file is longer than it may be.
+        ConnectionError: the connection broke.
+    """
     have = part.stat().st_size if part.exists() else 0
     if file.size is not None and have > file.size:
         part.unlink()
         have = 0
     if have and have == file.size:
         return
-    try:
-        response = _open(file.url, {"Range": f"bytes={have}-"} if have else {})
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise
-        part.unlink()  # nothing follows, yet the size is not known to be right: all of it anew
-        response, have = _open(file.url), 0
+    response, have = _open_at(file.url, part, have)
     with response:
-        begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        if response.status != 206 or begin is None or int(begin.group(1)) != have:
-            have = 0
-        length, room = response.length, (MAX_BYTES if file.size is None else file.size) - have
-        if (length or 0) > room:
+        limit = MAX_BYTES if file.size is None else file.size
+        length = response.length  # bytes that the server announces, None if it does not
+        if (length or 0) > limit - have:
             raise _too_long(file, part)
         with open(part, "ab" if have else "wb") as out:
-            while block := response.read(min(BLOCK, room + 1)):
-                room -= len(block)
-                if room < 0:
-                    raise _too_long(file, part)
-                out.write(block)
+            if not _copy(response, out, limit - have):
+                raise _too_long(file, part)
     missing = have + length - part.stat().st_size if length is not None else 0
     if missing > 0:
         raise ConnectionError(f"the connection broke {missing} bytes before the end")
 
 
+def _open_at(url: str, part: Path, have: int) -> tuple[http.client.HTTPResponse, int]:
+    """Ask for all bytes from `have` on. Returns the answer and the position of its first byte, `have` or 0."""
+    try:
+        response = _open(url, {"Range": f"bytes={have}-"} if have else {})
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        # nothing follows these bytes, but we do not know that they are the whole file: fetch it all again
+        part.unlink()
+        return _open(url), 0
+    begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    continues = response.status == 206 and begin is not None and int(begin.group(1)) == have
+    return response, have if continues else 0
+
+
+def _copy(response: http.client.HTTPResponse, out: BinaryIO, limit: int) -> bool:
+    """Copy the answer to a file. Returns False as soon as it is longer than `limit` bytes."""
+    while block := response.read(min(BLOCK, limit + 1)):
+        limit -= len(block)
+        if limit < 0:
+            return False
+        out.write(block)
+    return True
+
+
 def _too_long(file: RemoteFile, part: Path) -> RuntimeError:
     part.unlink(missing_ok=True)
-    return RuntimeError(f"{file.url} is longer than the {file.size or MAX_BYTES} bytes that it may have: not fetched.")
+    return RuntimeError(f"{file.url} is longer than the {file.size or MAX_BYTES} bytes that are allowed: not fetched.")
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows to https alone, or from http to http: what was asked for safely comes safely, and from no local file."""
+    """Follows redirects to https, and from http to http. So a safe request stays safe, and no local file is read."""
 
     max_redirections = 5
 
@@ -301,8 +334,8 @@ class _Redirect(urllib.request.HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-def _open(url: str, headers: dict[str, str] | None = None):
-    """The answer to a request, by http and https alone: urllib's own opener also knows file:, ftp: and data:."""
+def _open(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+    """Send a request, by http or https only. urllib's own opener would also take file:, ftp: and data:."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -327,32 +360,46 @@ def _mirrored(url: str, mirror: str | None) -> str:
 
 
 def wrong_with(path: Path, file: RemoteFile) -> str | None:
-    """What tells `path` from `file`, None if nothing that is known does."""
+    """How `path` differs from `file`, or None where size and known checksums agree."""
     if not path.is_file():
         return "no regular file"
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return f"{size} bytes, not {file.size}"
-    sums = {"sha256": (file.sha256, hashlib.sha256())}
-    sums["git sha1"] = (file.git_sha1, hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False))
-    for name, (wanted, digest) in sums.items():
-        if wanted is not None:
-            with open(path, "rb") as data:
-                while block := data.read(BLOCK):
-                    digest.update(block)
-            if digest.hexdigest() != wanted:
-                return f"{name} is {digest.hexdigest()[:12]}..., not {wanted[:12]}..."
+    git_header = f"blob {size}\0".encode()  # git's checksum of a blob covers it
+    for name, wanted, digest in (
+        ("sha256", file.sha256, hashlib.sha256()),
+        ("git sha1", file.git_sha1, hashlib.sha1(git_header, usedforsecurity=False)),
+    ):
+        if wanted is None:
+            continue
+        found = _checksum(path, digest)
+        if found != wanted:
+            return f"{name} is {found[:12]}..., not {wanted[:12]}..."
     return None
 
 
+def _checksum(path: Path, digest: hashlib._Hash) -> str:
+    with open(path, "rb") as data:
+        while block := data.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def install(archive: Archive, root: Path, mirror: str | None = None) -> str:
-    """The archive's content at its place; the folder appears there whole or not at all. Returns what was done."""
+    """Put the archive's content in its place below `root`. The folder appears there whole or not at all.
+
+    Returns a phrase that says what was done.
+
+    Raises:
+        RuntimeError: the archive could not be downloaded, or its content is not the published one.
+    """
     target = root / archive.target
-    missing = [name for name in archive.needed if not (target / name).exists()]
+    missing = _missing(archive, target)
     if not missing:
         return f"was there, in {target}"
     if target.is_dir() and any(target.iterdir()):
-        raise RuntimeError(f"{target} is there without {missing[0]}: move it away and run it again.")
+        raise RuntimeError(f"{target} exists without {missing[0]}: move it away and run the command again.")
     packed, unpacked = target.with_name(target.name + ".zip"), target.with_name(target.name + ".unpacked")
     file = archive.file
     if mirror:
@@ -360,42 +407,52 @@ def install(archive: Archive, root: Path, mirror: str | None = None) -> str:
     fetch(file, packed)
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        left_out = _unpack(packed, unpacked, file.url)
-        top = list(unpacked.iterdir())
-        inner = top[0] if len(top) == 1 and top[0].is_dir() else unpacked
-        for name in archive.needed:
-            if not (inner / name).exists():
-                raise RuntimeError(f"{file.url} holds no {name}: the archive has changed.")
-        if archive.git_tree and git_tree(inner).hex() != archive.git_tree:
-            raise RuntimeError(f"{file.url} holds other files than the published ones: try another mirror.")
-        os.replace(inner, target)
+        num_left_out = _unpack(packed, unpacked, file.url)
+        content = _content_folder(archive, unpacked, file.url)
+        os.replace(content, target)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
-        raise RuntimeError(f"{file.url} arrived damaged ({error}): run it again.") from error
+        raise RuntimeError(f"{file.url} arrived damaged ({error}): run the command again.") from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
         packed.unlink()
-    return f"fetched, in {target}{f' (left out {left_out} links)' if left_out else ''}"
+    return f"fetched, in {target}" + (f" (left out {num_left_out} links)" if num_left_out else "")
+
+
+def _missing(archive: Archive, folder: Path) -> list[str]:
+    """The needed files that are not in the folder."""
+    return [name for name in archive.needed if not (folder / name).exists()]
+
+
+def _content_folder(archive: Archive, unpacked: Path, url: str) -> Path:
+    """The unpacked folder that holds the content: often the only one in the zip. Raises RuntimeError if it is wrong."""
+    top = list(unpacked.iterdir())
+    folder = top[0] if len(top) == 1 and top[0].is_dir() else unpacked
+    if missing := _missing(archive, folder):
+        raise RuntimeError(f"{url} holds no {missing[0]}: the archive has changed.")
+    if archive.git_tree and git_tree(folder).hex() != archive.git_tree:
+        raise RuntimeError(f"{url} holds other files than the published ones: try another mirror.")
+    return folder
 
 
 def _unpack(packed: Path, unpacked: Path, url: str) -> int:
-    """All ordinary files of a zip. Returns how many links and devices it named, which are left out.
+    """Unpack all ordinary files of a zip. Returns the number of links and devices, which are left out.
 
     Raises:
-        RuntimeError: a name that leaves the folder, or more than any published archive holds.
+        RuntimeError: a name leaves the folder, the zip is encrypted, or it is larger than any published archive.
     """
     with zipfile.ZipFile(packed) as content:
         entries = content.infolist()
         size = sum(entry.file_size for entry in entries)  # zipfile reads no more of an entry than this
         if len(entries) > MAX_FILES or size > min(MAX_BYTES, shutil.disk_usage(packed.parent).free):
             raise RuntimeError(
-                f"{url} unpacks to {len(entries)} files of {size / 1e6:.0f} MB: that is more than any asset has, or "
-                "than there is room for."
+                f"{url} unpacks to {len(entries)} files of {size / 1e6:.0f} MB: no asset is that large, or the disk is "
+                "too full."
             )
         for entry in entries:
             if leaves_folder(entry.filename.removesuffix("/")) or entry.orig_filename != entry.filename:
-                raise RuntimeError(f"{url} holds {entry.orig_filename!r}, which is no plain name: not unpacked.")
+                raise RuntimeError(f"{url} holds {entry.orig_filename!r}, which is not a plain name: not unpacked.")
             if entry.flag_bits & 1:
-                raise RuntimeError(f"{url} is encrypted: that is no published asset.")
+                raise RuntimeError(f"{url} is encrypted: that is not a published asset.")
         kinds = {0, stat.S_IFREG, stat.S_IFDIR}
         plain = [entry for entry in entries if stat.S_IFMT(entry.external_attr >> 16) in kinds]
         content.extractall(unpacked, plain)  # checks every file's CRC
@@ -403,13 +460,21 @@ def _unpack(packed: Path, unpacked: Path, url: str) -> int:
 
 
 def git_tree(folder: Path) -> bytes:
-    """git's id of a folder of ordinary files, 20 bytes: what `git write-tree` gives for it."""
+    """git's id of a folder of ordinary files, 20 bytes. `git write-tree` gives the same."""
+
+    def name_in_git_order(path: Path) -> bytes:
+        return os.fsencode(path.name) + (b"/" if path.is_dir() else b"")
+
     content = b""
-    for path in sorted(folder.iterdir(), key=lambda path: os.fsencode(path.name) + b"/" * path.is_dir()):
+    for path in sorted(folder.iterdir(), key=name_in_git_order):
         if path.is_dir():
             mode, digest = b"40000", git_tree(path)
         else:
-            data = path.read_bytes()
-            mode, digest = b"100644", hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).digest()
+            mode, digest = b"100644", _git_object(b"blob", path.read_bytes())
         content += mode + b" " + os.fsencode(path.name) + b"\0" + digest
-    return hashlib.sha1(b"tree %d\0" % len(content) + content, usedforsecurity=False).digest()
+    return _git_object(b"tree", content)
+
+
+def _git_object(kind: bytes, data: bytes) -> bytes:
+    """git's id of a blob or tree, 20 bytes."""
+    return hashlib.sha1(b"%s %d\0" % (kind, len(data)) + data, usedforsecurity=False).digest()

@@ -1,9 +1,9 @@
-"""SAPIEN's minimal shader pack without what no scene here has use for: the first picture comes 6 s earlier.
+"""SAPIEN's minimal shader pack without a table that no scene here needs, so that the first image comes 6 s earlier.
 
-The pack names a table for reflections of an environment map, and SAPIEN 3.0.3 integrates it before a process' first
-picture. On lavapipe that takes 6 CPU seconds of the 9 that importing the simulator, make_envs and reset took together
-(one env, 96 x 96). Our scenes have no environment map, so what is looked up is multiplied by black: pictures are equal
-bit for bit without it, by test.
+The pack names a table for reflections of an environment map, and SAPIEN 3.0.3 computes it before a process's first
+image. On lavapipe this takes 6 CPU seconds. Importing the simulator, make_envs and reset take 9 together (one env,
+96 x 96). Our scenes have no environment map, so values from the table are multiplied by black. A test shows that images
+without the table have the same bits.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ LOOKUP = re.compile(r"texture\(samplerBRDFLUT, [^;]*\)\.xy")
 
 
 def minimal_shader_config() -> ShaderConfig:
-    """ManiSkill's "minimal" with the smaller pack, selected; as it is where SAPIEN's is not the one known here."""
+    """Select ManiSkill's "minimal" config with the smaller pack. Without a smaller pack, return the config as it is."""
     config = PREBUILT_SHADER_CONFIGS["minimal"]
     folder = write_pack(Path(sapien.__file__).parent / "vulkan_shader")
     if folder is None:
@@ -34,18 +34,21 @@ def minimal_shader_config() -> ShaderConfig:
 
 
 def select(config: ShaderConfig) -> None:
-    """Cameras that enter a scene from now on take this config of minimal_shader_config(), not another env's."""
+    """Use this config of minimal_shader_config() for all cameras that enter a scene from now on."""
     set_shader_pack(config)
-    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")  # ManiSkill sets these for the name "minimal" alone
+    # ManiSkill only sets these formats for the name "minimal"
+    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
     sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
     sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
 
 
 def write_pack(stock: Path) -> Path | None:
-    """The stock "minimal" pack without its table, in the scratch folder; made once per machine, user and SAPIEN.
+    """Write SAPIEN's "minimal" pack without its table into the scratch folder, once per machine, user and version.
 
-    None where the stock pack has other lines than expected, or nothing can be written. Raises RuntimeError where the
-    scratch folder is not this user's alone.
+    Returns the folder of the pack, or None where SAPIEN's has unexpected lines or nothing can be written.
+
+    Raises:
+        RuntimeError: the scratch folder does not belong to this user only.
     """
     try:
         place = scratch_folder() / f"shaders_{version('sapien')}"
@@ -55,15 +58,15 @@ def write_pack(stock: Path) -> Path | None:
         slim = {name: LOOKUP.sub("vec2(0)", DECLARATION.sub("", text)) for name, text in texts.items()}
         if slim == texts or any("BRDFLUT" in text for text in slim.values()):
             return None
-        beside = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))
-        shutil.copytree(stock / "common", beside / "common")  # what the pack includes
-        (beside / "minimal").mkdir()
+        partial = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))
+        shutil.copytree(stock / "common", partial / "common")  # the pack includes these files
+        (partial / "minimal").mkdir()
         for name, text in slim.items():
-            (beside / "minimal" / name).write_text(text)
+            (partial / "minimal" / name).write_text(text)
         try:
-            beside.rename(place)  # atomic: another process may be at it too
+            partial.rename(place)  # atomic, because another process may do the same
         except OSError:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError:
         return None
     return place / "minimal" if (place / "minimal").is_dir() else None

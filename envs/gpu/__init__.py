@@ -1,1 +1,1 @@
-"""All envs of a rank in one batch on the GPU."""
+"""One batched simulation on the GPU for all envs of a rank."""

@@ -1,7 +1,8 @@
-"""Reward, success and picture of many envs at once, as functions of tensors: nothing here loops over rows.
+"""Reward, success and images of many envs at once, as functions of tensors without a loop over rows.
 
-The rules are those of `envs/put_on_plate.py`, which judges one env in plain numbers; its constants are used here, and
-tests hold both to the same results. N rows, one per env; metres, newtons, world frame; any device.
+The rules are those of `envs/put_on_plate.py`, which judges one env in plain numbers. This file uses its constants, and
+tests show that both give the same results. There are N rows, one per env. Units are metres and newtons in the world
+frame. Every device works.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from envs.put_on_plate import (
     REWARD_SUCCESS,
 )
 
-ROWS_AT_ONCE = 32  # of a picture with a texture: float32 copies of more would fill a GPU
+ROWS_AT_ONCE = 32  # that get a texture together, because float32 copies of more images would fill a GPU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ ROWS_AT_ONCE = 32  # of a picture with a texture: float32 copies of more would f
 
 @dataclass
 class Latches:
-    """What an episode remembers; [N] each."""
+    """Flags and counters that last for an episode, [N] each."""
 
     grasped_once: torch.Tensor  # bool
     streak: torch.Tensor  # int64, control steps in a row with the object grasped
@@ -42,23 +43,32 @@ class Latches:
 
     @classmethod
     def zeros(cls, count: int, device: torch.device | str) -> Latches:
-        flags = [torch.zeros(count, dtype=torch.bool, device=device) for _ in range(2)]
-        streak = torch.zeros(count, dtype=torch.int64, device=device)
-        return cls(flags[0], streak, flags[1], torch.zeros(count, dtype=torch.float64, device=device))
+        return cls(
+            grasped_once=torch.zeros(count, dtype=torch.bool, device=device),
+            streak=torch.zeros(count, dtype=torch.int64, device=device),
+            streak_once=torch.zeros(count, dtype=torch.bool, device=device),
+            potential=torch.zeros(count, dtype=torch.float64, device=device),
+        )
 
     def clear(self, rows: torch.Tensor) -> None:
-        """Episodes begin in `rows`, a bool mask [N] or indices."""
+        """Reset the rows in which an episode begins. rows: a bool mask [N] or indices."""
         for values in vars(self).values():
             values[rows] = 0
 
     def update(self, grasped: torch.Tensor, success: torch.Tensor) -> torch.Tensor:
-        """One control step: bool [N] each. Returns the rewards, float64 [N], the increase of the potential."""
+        """Account for one control step; grasped and success are bool [N].
+
+        Returns the rewards, float64 [N]: the increase of the potential.
+        """
         self.streak = torch.where(grasped, self.streak + 1, 0)
         self.grasped_once = self.grasped_once | grasped
         self.streak_once = self.streak_once | (self.streak >= GRASP_STREAK)
-        potential = REWARD_GRASP * self.grasped_once.double() + REWARD_STREAK * self.streak_once.double()
-        potential = potential + REWARD_SUCCESS * (success & self.grasped_once).double()
-        rewards, self.potential = potential - self.potential, potential
+        grasp = REWARD_GRASP * self.grasped_once.double()
+        streak = REWARD_STREAK * self.streak_once.double()
+        succeeded = REWARD_SUCCESS * (success & self.grasped_once).double()
+        potential = grasp + streak + succeeded
+        rewards = potential - self.potential
+        self.potential = potential
         return rewards
 
 
@@ -81,20 +91,23 @@ def privileged_state(
 def pressed_open(opening: torch.Tensor, force: torch.Tensor) -> torch.Tensor:
     """Whether fingers are pushed outwards hard enough: bool [N].
 
-    opening: unit vector [N, 3] in which each finger opens; force: what the object does to it, [N, 3].
+    opening: unit vectors [N, 3] in which the fingers open. force: of the object on each finger, [N, 3].
     """
     size = torch.linalg.vector_norm(force, dim=-1)
-    return (size >= GRASP_MIN_FORCE) & ((opening * force).sum(-1) >= GRASP_MIN_COSINE * size)
+    outwards = (opening * force).sum(-1)
+    return (size >= GRASP_MIN_FORCE) & (outwards >= GRASP_MIN_COSINE * size)
 
 
 def over_receptacle(
     obj: torch.Tensor, receptacle: torch.Tensor, object_half: torch.Tensor, receptacle_half: torch.Tensor
 ) -> torch.Tensor:
-    """Whether objects are above their receptacles and low enough: bool [N]; positions and half edges [N, 3]."""
+    """Whether objects are above their receptacles and low enough: bool [N], of positions and half edges [N, 3]."""
     offset = obj - receptacle
-    near = torch.linalg.vector_norm(offset[:, :2], dim=-1) <= receptacle_half.amax(-1) + ON_XY_SLACK
-    low = offset[:, 2] - receptacle_half[:, 2] - object_half[:, 2] <= ON_Z_SLACK
-    return near & (offset[:, 2] > 0) & low
+    distance = torch.linalg.vector_norm(offset[:, :2], dim=-1)
+    height = offset[:, 2]
+    gap = height - receptacle_half[:, 2] - object_half[:, 2]
+    near = distance <= receptacle_half.amax(-1) + ON_XY_SLACK
+    return near & (height > 0) & (gap <= ON_Z_SLACK)
 
 
 def touches(force: torch.Tensor) -> torch.Tensor:
@@ -103,71 +116,103 @@ def touches(force: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# picture
+# images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compose(color: torch.Tensor, seen: torch.Tensor, overlay: torch.Tensor) -> torch.Tensor:
-    """Robot and objects over the table pictures: uint8 [N, H, W, 3] of color and overlay alike, seen bool [N, H, W]."""
-    return torch.where(seen[..., None], color, overlay)
+def compose(color: torch.Tensor, foreground: torch.Tensor, overlay: torch.Tensor) -> torch.Tensor:
+    """Robot and objects over the table images: uint8 [N, H, W, 3].
 
-
-def seen_box(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """top, bottom, left, right of all that is seen: int64 [N], bottom and right excluded; the first pixel for none."""
-
-    def ends(line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # bool [N, L]
-        numbers = line.to(torch.uint8)
-        first, last = numbers.argmax(-1), line.shape[-1] - numbers.flip(-1).argmax(-1)
-        return first, torch.where(line.any(-1), last, 1)
-
-    return (*ends(seen.any(2)), *ends(seen.any(1)))
-
-
-def mixed(picture: torch.Tensor, texture: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """picture uint8, texture float32, both [N, H, W, 3], weight float32 [N] -> uint8; rounds towards zero."""
-    weight = weight[:, None, None, None]
-    return (picture * (1 - weight) + texture * weight).clamp(0, 255).to(torch.uint8)
-
-
-def blend_foreground(picture, seen, textures, which, weight) -> torch.Tensor:
-    """Textures stretched over the box of all that is seen, on what is seen: uint8 [N, H, W, 3].
-
-    picture uint8 [N, H, W, 3]; seen bool [N, H, W]; textures uint8 [K, H, W, 3]; which int64 [N]; weight float32 [N].
+    color and overlay are of that shape too. foreground bool [N, H, W].
     """
-    height, width = seen.shape[1:]
-    top, bottom, left, right = seen_box(seen)
+    return torch.where(foreground[..., None], color, overlay)
 
-    def across(first: torch.Tensor, last: torch.Tensor, length: int) -> torch.Tensor:
-        """Where pixels lie in the box, -1 to 1: float32 [N, length]."""
-        pixel = torch.arange(length, device=seen.device) + 0.5
-        return 2 * (pixel - first[:, None]) / (last - first)[:, None] - 1
 
-    x, y = across(left, right, width), across(top, bottom, height)
-    grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
+def bounding_box(foreground: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """top, bottom, left, right of each mask: int64 [N], bottom and right excluded. The first pixel if it is empty."""
+    top, bottom = _ends(foreground.any(2))
+    left, right = _ends(foreground.any(1))
+    return top, bottom, left, right
+
+
+def _ends(line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First True of each row and the index after its last one: int64 [N] of bool [N, L]. 0 and 1 if there is none."""
+    length = line.shape[-1]
+    numbers = line.to(torch.uint8)
+    first = numbers.argmax(-1)
+    end = length - numbers.flip(-1).argmax(-1)
+    return first, torch.where(line.any(-1), end, 1)
+
+
+def mixed(image: torch.Tensor, texture: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weighted mean of image uint8 and texture float32, both [N, H, W, 3], rounded towards zero: uint8.
+
+    weight: float32 [N], of the texture.
+    """
+    weight = weight[:, None, None, None]
+    return (image * (1 - weight) + texture * weight).clamp(0, 255).to(torch.uint8)
+
+
+def blend_foreground(
+    image: torch.Tensor, foreground: torch.Tensor, textures: torch.Tensor, which: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Stretch textures over the box around the foreground, and mix them into the foreground: uint8 [N, H, W, 3].
+
+    Args:
+        image: uint8 [N, H, W, 3].
+        foreground: bool [N, H, W].
+        textures: uint8 [K, H, W, 3].
+        which: int64 [N], the index of each row's texture.
+        weight: float32 [N].
+    """
+    height, width = foreground.shape[1:]
+    top, bottom, left, right = bounding_box(foreground)
+    x = _place_in_box(left, right, width)[:, None, :].expand(-1, height, -1)
+    y = _place_in_box(top, bottom, height)[:, :, None].expand(-1, -1, width)
+    grid = torch.stack([x, y], -1)  # [N, H, W, 2]
     texture = textures[which].permute(0, 3, 1, 2).float()
     stretched = F.grid_sample(texture, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return torch.where(seen[..., None], mixed(picture, stretched.permute(0, 2, 3, 1), weight), picture)
+    blended = mixed(image, stretched.permute(0, 2, 3, 1), weight)
+    return torch.where(foreground[..., None], blended, image)
 
 
-def blend_whole(picture, seen, textures, which, weight) -> torch.Tensor:
-    """Cuts from textures of twice the size on everything, their corners at the middle of that box.
+def _place_in_box(first: torch.Tensor, end: torch.Tensor, length: int) -> torch.Tensor:
+    """Position of each pixel in the box from `first` to `end` [N], -1 to 1: float32 [N, length]."""
+    pixel = torch.arange(length, device=first.device) + 0.5
+    return 2 * (pixel - first[:, None]) / (end - first)[:, None] - 1
 
-    As `blend_foreground`, but textures uint8 [K, 2 H, 2 W, 3].
+
+def blend_whole(
+    image: torch.Tensor, foreground: torch.Tensor, textures: torch.Tensor, which: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Cut pieces from textures of twice the size, their corners at the middle of the box, and mix them in everywhere.
+
+    The arguments are those of `blend_foreground`, but textures are uint8 [K, 2 H, 2 W, 3].
     """
-    height, width = seen.shape[1:]
-    top, bottom, left, right = seen_box(seen)
+    height, width = foreground.shape[1:]
+    top, bottom, left, right = bounding_box(foreground)
     y = ((top + bottom - 1) // 2).clamp(1, height - 1)
     x = ((left + right - 1) // 2).clamp(1, width - 1)
-    rows = y[:, None] + torch.arange(height, device=seen.device)
-    columns = x[:, None] + torch.arange(width, device=seen.device)
-    cut = textures[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return mixed(picture, cut.float(), weight)
+    rows = y[:, None] + torch.arange(height, device=foreground.device)
+    columns = x[:, None] + torch.arange(width, device=foreground.device)
+    piece = textures[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return mixed(image, piece.float(), weight)
 
 
-def textured(picture, seen, textures, which, weight, texture_on: str) -> torch.Tensor:
-    """Textures on pictures (`blend_foreground`, `blend_whole`) where the weight is not 0, some rows at a time."""
+def textured(
+    image: torch.Tensor,
+    foreground: torch.Tensor,
+    textures: torch.Tensor,
+    which: torch.Tensor,
+    weight: torch.Tensor,
+    texture_on: str,
+) -> torch.Tensor:
+    """Images with their textures where the weight is not 0, some rows at a time.
+
+    texture_on: "whole" for `blend_whole`, else `blend_foreground`, which explains the other arguments.
+    """
     blend = blend_whole if texture_on == "whole" else blend_foreground
-    picture = picture.clone()
+    image = image.clone()
     for rows in torch.nonzero(weight)[:, 0].split(ROWS_AT_ONCE):
-        picture[rows] = blend(picture[rows], seen[rows], textures, which[rows], weight[rows])
-    return picture
+        image[rows] = blend(image[rows], foreground[rows], textures, which[rows], weight[rows])
+    return image

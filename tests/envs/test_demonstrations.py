@@ -428,7 +428,7 @@ def test_a_picture_that_is_damaged_is_said_when_it_is_read(small, tmp_path):
     (folder / "trajectory.h5").write_bytes(content)
     demos = Demos(folder)
     assert demos.images([0]).shape == (1, 4, 5, 3)
-    with pytest.raises(UserError, match=r"trajectory.h5 is damaged: /traj_0/.* can not be read"):
+    with pytest.raises(UserError, match=r"trajectory.h5 is damaged: /traj_0/.* cannot be read"):
         demos.images([1])
 
 

@@ -256,12 +256,12 @@ def test_what_can_not_be_had_is_one_sentence(server, tmp_path, monkeypatch):
     server.zips = dict(ZIPS)
     (tmp_path / "b/robots/widowx").mkdir(parents=True)
     (tmp_path / "b/robots/widowx/mine.txt").write_text("mine")
-    refused("widowx is there without wx250s.urdf: move it away", tmp_path / "b")
+    refused("widowx exists without wx250s.urdf: move it away", tmp_path / "b")
     assert (tmp_path / "b/robots/widowx/mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
     refused("file", tmp_path / "file")
     server.cuts = {LARGE: [1] * 9}
-    refused("can not be fetched .*run it again, it goes on", tmp_path / "c")
+    refused("cannot be fetched .*run the command again, it continues", tmp_path / "c")
 
 
 # ------------------------------------------------------------------ servers that mean no good
@@ -389,9 +389,9 @@ def test_redirects_stay_on_the_web(server, tmp_path, monkeypatch, target):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     server.instead[WIDOWX] = answer(b"", status=302, Location=target)
     said = refusal(server, tmp_path)
-    assert ("can not be fetched" if target.startswith("//") else f"leads to {target!r}, which is not https") in said
+    assert ("cannot be fetched" if target.startswith("//") else f"leads to {target!r}, which is not https") in said
     server.instead[WIDOWX] = answer(b"", status=301, Location=WIDOWX)
-    assert "can not be fetched (HTTP status 301)" in refusal(server, tmp_path)
+    assert "cannot be fetched (HTTP status 301)" in refusal(server, tmp_path)
 
 
 def test_what_came_safely_is_not_led_to_http():
@@ -414,7 +414,7 @@ def robot_zip(*more: tuple[str, int, bytes]) -> bytes:
 @pytest.mark.parametrize("name", ["../a", "/a", "x/../../a", "x\\..\\a", "C:/a", "x/con", "x/\x1b]0;a"])
 def test_a_zip_with_a_name_that_leaves_its_folder_is_refused(server, tmp_path, name):
     server.zips[WIDOWX] = robot_zip((name, 0, b"!"))
-    assert "which is no plain name: not unpacked" in refusal(server, tmp_path / "here")
+    assert "which is not a plain name: not unpacked" in refusal(server, tmp_path / "here")
     assert not list(tmp_path.rglob("robots/*"))
 
 
@@ -454,7 +454,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(server, tmp_path):
     part.parent.mkdir(parents=True)
     for make in (os.mkfifo, lambda path: path.symlink_to("elsewhere")):
         make(part)
-        assert f"{part} is no regular file: remove it" in refusal(server, tmp_path)
+        assert f"{part} is not a regular file: remove it" in refusal(server, tmp_path)
         part.unlink()
     os.mkfifo(tmp_path / LARGE)  # what is in place and wrong is fetched anew
     fetch_all(server, tmp_path)
@@ -463,7 +463,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(server, tmp_path):
 
 @pytest.mark.parametrize("mirror", ["nonsense", "", "file:///etc", "ftp://a", "https://", "http://a:b", "http://a b/"])
 def test_a_mirror_that_is_no_address_is_refused_before_anything_is_made(tmp_path, mirror):
-    with pytest.raises(UserError, match=r"^--mirror .* is no address: it must begin with https://"):
+    with pytest.raises(UserError, match=r"^--mirror .* is not a url: it must begin with https://"):
         download.fetch_assets(tmp_path / "x", print, mirror=mirror)
     assert not (tmp_path / "x").exists()
 
@@ -479,6 +479,6 @@ def test_doctor_downloads(server, tmp_path):
     run = subprocess.run(nobody, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and "127.0.0.1:9" in run.stderr and len(run.stderr.splitlines()) == 1
     run = subprocess.run([*command[:-1], "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and run.stderr.startswith("error: --mirror 'nonsense' is no address")
+    assert run.returncode == 2 and run.stderr.startswith("error: --mirror 'nonsense' is not a url")
     run = subprocess.run([sys.executable, "doctor.py", "--mirror", "x"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "belong to --download" in run.stderr

@@ -499,7 +499,7 @@ def make_fakes(monkeypatch) -> SimpleNamespace:
     controller = SimpleNamespace(reset=lambda: reset_rows.append(env.scene._reset_mask.tolist()))
     env.agent = SimpleNamespace(robot=robot, controller=controller)
     env._bodies = SimpleNamespace(read=states.clone, write=lambda where, new: states.__setitem__(where, new))
-    env._begin_without_episodes(len(needed))
+    env._begin_without_episodes()
     return SimpleNamespace(env=env, states=states, robot=robot, reset_rows=reset_rows, step=step)
 
 
@@ -794,7 +794,7 @@ def test_a_row_that_blows_up_is_dropped(explicit):
 
 
 def test_who_draws(monkeypatch):
-    """Without a GPU the CPU does; with one that SAPIEN can not draw on too, unless it was asked for by name."""
+    """Without a GPU the CPU does; with one that SAPIEN cannot render on too, unless it was asked for by name."""
     with pytest.raises(ValueError, match="unknown render_backend 'gpu': use one of cpu, cuda, auto"):
         world.make_envs(MAIN, 1, render_backend="gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -803,9 +803,9 @@ def test_who_draws(monkeypatch):
         world.make_envs(MAIN, 1, render_backend="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # a device that is not there
-    with pytest.warns(RuntimeWarning, match="drawn by the CPU, which is slow: SAPIEN can not draw on cuda:3"):
+    with pytest.warns(RuntimeWarning, match="images, which is slow: SAPIEN cannot render on cuda:3"):
         assert group.resolve_render_backend("auto") == "cpu"
-    with pytest.raises(ValueError, match=r"render_backend='cuda': SAPIEN can not draw on cuda:3.*doctor.py"):
+    with pytest.raises(ValueError, match=r"render_backend='cuda': SAPIEN cannot render on cuda:3.*doctor.py"):
         group.resolve_render_backend("cuda")
     assert group.resolve_render_backend("cpu") == "cpu"
 

@@ -473,7 +473,10 @@ def bridge(folder) -> object:
 
 
 @needs_assets
-def test_missing_files_are_all_listed(copied, tmp_path):
+def test_missing_files_are_named(copied, tmp_path):
+    """`missing` has them all, and the error names three of them, how many more there are, and the remedy."""
+    from envs.assets.bridge import Layout
+
     gone = [
         "carrot/more_carrot/model_db.json",
         "carrot/more_plate/002_cloth_1/collision.obj",
@@ -485,10 +488,14 @@ def test_missing_files_are_all_listed(copied, tmp_path):
     ]
     for name in gone:
         (copied / name).unlink()
-    with pytest.raises(RuntimeError, match="lacks 7 files") as caught:
+    missing = Layout(str(copied)).missing()
+    assert sorted(missing) == sorted(str(copied / name) for name in gone)
+    with pytest.raises(RuntimeError) as caught:
         bridge(copied)
-    assert all(str(copied / name) in str(caught.value) for name in gone)
-    assert str(caught.value).endswith("`python doctor.py --download`.") and "\n" not in str(caught.value)
+    assert str(caught.value) == (
+        f"asset pack 'bridge' lacks 7 files ({', '.join(missing[:3])} and 4 more): fetch what is missing with "
+        "`python doctor.py --download`."
+    )
     with pytest.raises(RuntimeError, match=r"lacks 13\d files"):
         bridge(tmp_path)  # nothing at all
     with pytest.raises(ValueError, match="is not a folder"):
@@ -593,7 +600,7 @@ def test_damaged_files_are_named(copied, name, change, use):
         if use in ("object", "receptacle"):
             pack.add_model(builder, pack.objects[2] if use == "object" else pack.receptacles[0])
         elif use == "picture":
-            pack.picture(0, 64, 48)
+            pack.table_image(0, 64, 48)
         elif use == "texture":
             pack.texture(4, 64, 48)
         elif use == "stage":
@@ -608,7 +615,7 @@ def test_damaged_files_are_named(copied, name, change, use):
 def test_pipes_among_the_assets_are_not_waited_for(copied, name):
     (copied / name).unlink()
     os.mkfifo(copied / name)
-    with pytest.raises(RuntimeError, match=rf"lacks 1 files: {re.escape(str(copied / name))}: fetch"):
+    with pytest.raises(RuntimeError, match=rf"lacks 1 file \({re.escape(str(copied / name))}\): fetch"):
         bridge(copied)
 
 
@@ -631,9 +638,9 @@ def test_unreadable_assets_are_named(copied, shut):
     code = (
         "import os, sys\n"
         "from envs.assets.bridge import BridgeAssets\n"
-        "BridgeAssets(sys.argv[2]).picture(0, 64, 48)\n"
+        "BridgeAssets(sys.argv[2]).table_image(0, 64, 48)\n"
         "os.setuid(65534)\n"
-        "try:\n    BridgeAssets(sys.argv[1]).picture(0, 64, 48)\n"
+        "try:\n    BridgeAssets(sys.argv[1]).table_image(0, 64, 48)\n"
         "except RuntimeError as error:\n    print(error)"
     )
     out = subprocess.run(
@@ -655,7 +662,7 @@ def test_every_published_file_is_whole(monkeypatch):
             folder = layout.carrot / f"more_{kind}" / model.key
             assert checked(folder / "collision.obj") and checked(layout.visual(folder, "textured.glb"))
     for index in range(21):
-        assert env.pack.picture(index, 640, 480).shape == env.pack.texture(index, 640, 480).shape == (480, 640, 3)
+        assert env.pack.table_image(index, 640, 480).shape == env.pack.texture(index, 640, 480).shape == (480, 640, 3)
     env.close()
 
 
@@ -717,7 +724,7 @@ def test_a_scratch_folder_that_somebody_else_made_is_refused(scratch, prepare):
     stock = Path(shaders.sapien.__file__).parent / "vulkan_shader"
     for use in (lambda: BuiltinAssets().robot_urdf, lambda: shaders.write_pack(stock)):
         with pytest.raises(
-            RuntimeError, match=f"{scratch} is not a folder of this user alone: remove it, or set TMPDIR"
+            RuntimeError, match=f"{scratch} is not a folder of this user only: remove it, or set TMPDIR"
         ):
             use()
     assert not scratch.is_dir() or not list(scratch.glob("*.urdf"))
