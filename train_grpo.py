@@ -261,17 +261,18 @@ def clipped_surrogate(
     clip_ratio_high: float,
     dual_clip: float | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), two-sided clip (DAPO, arXiv 2503.14476), dual clip (arXiv
-    1912.09729).
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with a two-sided clip (DAPO, arXiv 2503.14476) and a dual clip
+    (arXiv 1912.09729).
+
+    Log ratios count up to +-20 and have no gradient beyond. exp overflows at 88, and its gradient is NaN there.
 
     Args:
         new_logprobs: [B, C, D].
-        total_weight: the weight of the whole minibatch over all ranks, per rank. DeepSpeed adds up micro batches and
-            averages ranks, so what this returns sums up to the minibatch's weighted mean.
+        total_weight: the weight of the whole minibatch over all ranks, divided by their number. DeepSpeed adds up
+            micro batches and averages ranks, so the results add up to the minibatch's weighted mean.
 
     Returns:
-        loss and metrics, scalars. Log ratios count up to +-20 and have no gradient beyond: exp overflows at 88, and
-        its gradient is NaN there.
+        loss and metrics, scalars.
     """
     executed = mb.weights[..., None] > 0  # an infinite ratio times a weight of 0 is NaN
     token_log_ratio = torch.where(executed, new_logprobs - mb.old_logprobs, 0.0)  # [B, C, D]
@@ -302,15 +303,19 @@ def clipped_surrogate(
 
 
 def compare(grouped: torch.Tensor, baseline: str, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages of whole episodes against their group (GRPO, arXiv 2402.03300, section 4.1).
+    """Advantages of whole episodes within their group (GRPO, arXiv 2402.03300, section 4.1).
 
     Args:
         grouped: [groups, K], returns of each group's K members.
-        baseline: "mean", or "leave_one_out": the mean of the other members. scale: "std" (unbiased, + 1e-6 as RLinf)
-        or "none".
+        baseline: "mean", or "leave_one_out" for the mean of the other members.
+        scale: "std" (unbiased, plus 1e-6 as in RLinf) or "none".
 
     Returns:
-        advantages [groups, K]; live bool [groups], groups whose members do not all score the same.
+        advantages [groups, K], and bool [groups]: the live groups, whose members do not all score the same.
+
+    >>> compare(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), "mean", "none")
+    (tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]]), tensor([ True, False]))
     """
     K = grouped.shape[1]
     if K < 2:
@@ -329,19 +334,25 @@ def compute_group_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """compare() within groups of episodes that ended.
 
+    An episode that did not end has no score: its worker was lost, and it began again too late. Its advantage is 0, and
+    the others are compared without it.
+
     Args:
-        returns: [N], undiscounted sum of rewards up to an episode's end; members of a group are neighbours.
-        ended: bool [N]. An episode that did not (begun anew when its worker was lost, too late to end) has no score:
-            its advantage is 0, and the others are compared without it.
+        returns: [N], undiscounted sum of rewards up to an episode's end. Members of a group are neighbours.
+        ended: bool [N].
 
     Returns:
-        advantages [N]; live bool [N / group_size].
+        advantages [N], and bool [N / group_size]: the live groups.
     """
-    grouped, ended = returns.view(-1, group_size), ended.view(-1, group_size)
+    grouped, ended = returns.view(-1, group_size), ended.view(-1, group_size)  # [groups, group_size]
     advantages, live = compare(grouped, baseline, scale)
-    for group in (~ended.all(dim=1)).nonzero()[:, 0].tolist():
-        members, advantages[group] = ended[group], 0.0
-        (advantages[group, members],), (live[group],) = compare(grouped[group, members][None], baseline, scale)
+    incomplete = (~ended.all(dim=1)).nonzero()[:, 0]  # groups that lost a member
+    for group in incomplete.tolist():
+        members = ended[group]  # bool [group_size]
+        of_members, live_members = compare(grouped[group, members][None], baseline, scale)
+        advantages[group] = 0.0
+        advantages[group, members] = of_members[0]
+        live[group] = live_members[0]
     return advantages.flatten(), live
 
 
@@ -395,8 +406,8 @@ def rollout(
 def episode_weights(valid: torch.Tensor, length_norm: bool) -> torch.Tensor:
     """Weights of executed actions in the loss, [T, N, C], for valid bool [T, N, C].
 
-    With length_norm an action of an episode of L actions weighs 1 / L: the loss is the mean over episodes of the mean
-    over their actions (RLinf multiplies by 80 / L, which is the same up to a constant factor).
+    With length_norm an action of an episode of L actions weighs 1 / L. The loss is then the mean over episodes of the
+    mean over their actions. RLinf multiplies by 80 / L, which is the same up to a constant factor.
     """
     lengths = valid.sum(dim=(0, 2)).clamp(min=1)  # [N]
     return valid / lengths[None, :, None] if length_norm else valid.float()
@@ -405,15 +416,16 @@ def episode_weights(valid: torch.Tensor, length_norm: bool) -> torch.Tensor:
 def grpo_loss(
     new: PolicyOutput, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """clipped_surrogate + regularization; no critic.
+    """clipped_surrogate + regularization. There is no critic.
 
     Args:
-        new: logprobs and entropy [B, C, D] of the policy as it is now. total_weight: as for clipped_surrogate.
-            surrogate, regularizers: the flags of these two.
+        new: logprobs and entropy [B, C, D] of the current policy.
+        total_weight: as for clipped_surrogate.
+        surrogate, regularizers: the flags of clipped_surrogate and regularization.
 
     Returns:
-        loss and metrics, scalars, whose sums over micro batches, averaged over ranks, are weighted means over executed
-        actions.
+        loss and metrics, scalars. Summed over micro batches and averaged over ranks, they are weighted means over
+        executed actions.
     """
     policy_loss, metrics = clipped_surrogate(new.logprobs, mb, total_weight, **surrogate)
     penalty, penalties = regularization(new, mb, total_weight, **regularizers)
@@ -423,21 +435,24 @@ def grpo_loss(
 
 
 def live_groups(buffer: RolloutBuffer, group_size: int) -> torch.Tensor:
-    """bool [groups]: groups whose members do not all score the same."""
+    """Which groups have members that do not all score the same, bool [groups]."""
     returns, ended = buffer.rewards.sum(dim=(0, 2)), buffer.dones.any(dim=0)  # [N]
     return compute_group_advantages(returns, ended, group_size, "mean", "none")[1]
 
 
 def fill_dead_groups(buffer: RolloutBuffer, spare: RolloutBuffer, group_size: int) -> None:
-    """Put the live groups of a further rollout in the places of dead ones, as far as they go."""
+    """Replace dead groups by the live groups of a further rollout, as many as there are."""
     dead = (~live_groups(buffer, group_size)).nonzero()  # [K, 1]
-    live = live_groups(spare, group_size).nonzero()[: len(dead)]  # [K, 1]
-    member = torch.arange(group_size)
-    buffer.replace((dead[: len(live)] * group_size + member).flatten(), spare, (live * group_size + member).flatten())
+    live = live_groups(spare, group_size).nonzero()  # [L, 1]
+    num_replaced = min(len(dead), len(live))
+    members = torch.arange(group_size)
+    replaced = dead[:num_replaced] * group_size + members  # [num_replaced, group_size], envs
+    replacing = live[:num_replaced] * group_size + members
+    buffer.replace(replaced.flatten(), spare, replacing.flatten())
 
 
 def count_without_signal(iterations: int, live_share: float) -> int:
-    """How many iterations in a row had fewer than 10 % of groups whose members differ. Says so every five of them.
+    """Count the iterations in a row in which fewer than 10 % of groups were live, and warn every five of them.
 
     Args:
         iterations: up to the last one. live_share: of this one.

@@ -253,7 +253,9 @@ class Args:
 
 def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap: str) -> torch.Tensor:
     """Which ended episodes are followed by V(last frame), bool [N]: see Args.bootstrap."""
-    return (truncations & (bootstrap != "never")) | (terminations & (bootstrap == "always"))
+    if bootstrap == "never":
+        return torch.zeros_like(truncations)
+    return truncations | terminations if bootstrap == "always" else truncations
 
 
 def outcome_of_decision(
@@ -272,10 +274,11 @@ def outcome_of_decision(
         bootstrap: see Args.bootstrap.
 
     Returns:
-        rewards, valid and values [n, C]; dones and final_values [n]. An episode that was lost with its worker is cut
-        before this decision: the V of that moment follows it.
+        rewards, valid and values [n, C], dones and final_values [n]. An episode that was lost with its worker is cut
+        before this decision, and the V of that moment follows it.
     """
-    dropped, ended = outcome.infos["dropped"], outcome.infos["ended"]  # bool [n], indices of the envs that ended
+    dropped = outcome.infos["dropped"]  # bool [n]
+    ended = outcome.infos["ended"]  # int64 [m], the envs that final_observation has rows for
     bootstrapped = has_future(outcome.terminations, outcome.truncations, bootstrap)
     final_values = torch.zeros(len(bootstrapped))
     if bootstrapped.any():
@@ -302,9 +305,19 @@ def compute_gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) at action resolution, across the actions of a chunk.
 
-    delta_k = r_k + gamma * V_{k+1} - V_k and A_k = delta_k + gamma * lambda * A_{k+1}, k over executed actions. Where
-    the episode ended, V_{k+1} is final_values and the sum stops. A cut episode is not a finished one: with V of its
-    last frame there, the time limit does not look like failure (RL4VLA treats it as the end).
+    delta_k = r_k + gamma * V_{k+1} - V_k and A_k = delta_k + gamma * lambda * A_{k+1}, with k over executed actions.
+    Where an episode ended, V_{k+1} is final_values and the sum stops. A cut episode is not a finished one. With V of
+    its last frame there, the time limit does not look like failure. RL4VLA treats it as the end.
+
+    One env, two decisions of one action, gamma = lambda = 1, the reward comes at the end of the episode:
+
+    >>> column = lambda *numbers: torch.tensor(numbers).view(2, 1, 1)
+    >>> advantages, returns = compute_gae(
+    ...     rewards=column(0.0, 1.0), values=column(0.5, 0.75), valid=column(True, True),
+    ...     dones=torch.tensor([[False], [True]]), final_values=torch.zeros(2, 1), next_values=torch.zeros(1),
+    ...     gamma=1.0, gae_lambda=1.0)
+    >>> advantages.flatten(), returns.flatten()
+    (tensor([0.5000, 0.2500]), tensor([1., 1.]))
 
     Args:
         rewards, values: [T, N, C]. valid: bool [T, N, C], actions that were executed.
@@ -313,10 +326,11 @@ def compute_gae(
         next_values: [N], V of the frame after the rollout.
 
     Returns:
-        advantages and returns (= advantages + values), [T, N, C]; 0 where not valid.
+        advantages and returns (= advantages + values), [T, N, C]. Both are 0 where not valid.
     """
     advantages = torch.zeros_like(rewards)
-    following, trace = next_values, torch.zeros_like(next_values)  # V_{k+1} and A_{k+1}, [N]
+    following = next_values  # V_{k+1}, [N]
+    trace = torch.zeros_like(next_values)  # A_{k+1}, [N]
     for t in reversed(range(len(rewards))):
         following = torch.where(dones[t], final_values[t], following)
         trace = torch.where(dones[t], 0.0, trace)
@@ -329,7 +343,7 @@ def compute_gae(
 
 
 def used_advantages(valid: torch.Tensor, logprob_level: str) -> torch.Tensor:
-    """Advantages that clipped_surrogate reads, bool [T, N, C]: of all executed actions, or of a chunk's first alone."""
+    """Which advantages clipped_surrogate reads, bool [T, N, C]: all executed actions, or only the first of a chunk."""
     used = valid.clone()
     if logprob_level == "chunk":
         used[..., 1:] = False
@@ -369,17 +383,18 @@ def clipped_surrogate(
     clip_ratio_high: float,
     dual_clip: float | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate (PPO, arXiv 1707.06347, eq. 7), two-sided clip (DAPO, arXiv 2503.14476), dual clip (arXiv
-    1912.09729).
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with a two-sided clip (DAPO, arXiv 2503.14476) and a dual clip
+    (arXiv 1912.09729).
+
+    Log ratios count up to +-20 and have no gradient beyond. exp overflows at 88, and its gradient is NaN there.
 
     Args:
         new_logprobs: [B, C, D].
-        total_weight: the weight of the whole minibatch over all ranks, per rank. DeepSpeed adds up micro batches and
-            averages ranks, so what this returns sums up to the minibatch's weighted mean.
+        total_weight: the weight of the whole minibatch over all ranks, divided by their number. DeepSpeed adds up
+            micro batches and averages ranks, so the results add up to the minibatch's weighted mean.
 
     Returns:
-        loss and metrics, scalars. Log ratios count up to +-20 and have no gradient beyond: exp overflows at 88, and
-        its gradient is NaN there.
+        loss and metrics, scalars.
     """
     executed = mb.weights[..., None] > 0  # an infinite ratio times a weight of 0 is NaN
     token_log_ratio = torch.where(executed, new_logprobs - mb.old_logprobs, 0.0)  # [B, C, D]
@@ -420,14 +435,16 @@ def ppo_loss(
     huber_delta: float,
     vf_coef: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """clipped_surrogate + regularization + clipped Huber value loss (the last where vf_coef is not 0).
+    """clipped_surrogate + regularization + vf_coef * clipped Huber value loss.
 
     Args:
-        new: logprobs, entropy [B, C, D] and values [B, C] of the policy as it is now. total_weight: as for
-            clipped_surrogate. surrogate, regularizers: the flags of these two.
+        new: logprobs, entropy [B, C, D] and values [B, C] of the current policy.
+        total_weight: as for clipped_surrogate.
+        surrogate, regularizers: the flags of clipped_surrogate and regularization.
 
     Returns:
-        loss and metrics, scalars, whose sums over micro batches, averaged over ranks, are means over executed actions.
+        loss and metrics, scalars. Summed over micro batches and averaged over ranks, they are means over executed
+        actions.
     """
 
     def mean(x: torch.Tensor) -> torch.Tensor:  # [B, C]
