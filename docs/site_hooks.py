@@ -76,3 +76,12 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         return link[1] + os.path.relpath(place_of(target), os.path.dirname(here) or ".") + link[3]
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page, config, files: Files) -> str:
+    """No line ends inside a flag: browsers break after hyphens."""
+
+    def whole(code: re.Match) -> str:
+        return "<code>" + re.sub(r"(--[\w-]+)", r'<span class="flag">\1</span>', code[1]) + "</code>"
+
+    return re.sub(r"<code>([^<]*)</code>", whole, html)

@@ -351,6 +351,17 @@ def spoken(node: ast.AST) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
+def test_readme_has_the_results_of_results():
+    """Seeds, success before, and mean and range of success after, row by row."""
+    results = (ROOT / "RESULTS.md").read_text().replace("*", "")
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (0\.\d+) \| (0\.\d+ \(.*?\)) \|", README, re.M)
+    assert len(rows) == 6
+    for curve, seeds, before, after in rows:
+        assert re.search(
+            rf"^\| {re.escape(curve)} \| {seeds} \|.*\| {before} \| {re.escape(after)} \|", results, re.M
+        ), curve
+
+
 def test_nothing_is_unpickled():
     """pickle runs what a file says, and files come from strangers."""
     files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
