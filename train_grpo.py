@@ -377,7 +377,7 @@ def rollout(
     buffer.clear()
     envs.reset(episode_ids)
     episodes = []
-    running = [rows.stop - rows.start for rows in envs.parts]  # episodes of each half
+    running = [rows.stop - rows.start for rows in envs.halves]  # episodes of each half
     # all N envs have their turn, or one half of them while the other is simulated
     for t, half, rows, obs, outcome in envs.pipeline(decisions):
         if outcome is not None:  # of decision t - 1

@@ -597,7 +597,7 @@ def main(args: Args) -> None:
         preemption.snapshot(iteration, global_step, envs.state_dict())
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, next_values = [], torch.zeros(N)
-        decided: list[torch.Tensor] = [torch.empty(0)] * len(envs.parts)  # V of each half's last decision, [n, C]
+        decided: list[torch.Tensor] = [torch.empty(0)] * len(envs.halves)  # V of each half's last decision, [n, C]
         # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         noise = rollout_noise(T, args.num_envs, slice(first_env, first_env + N), args.chunk_size, generator)

@@ -32,6 +32,9 @@ class LocalGroup:
             else:
                 self._group = EnvGroup(spec, offset, self.images, self.final_images)
 
+    def built(self) -> None:
+        """Nothing to wait for: the envs are already made."""
+
     def start(self, method: str, *args) -> None:
         """Run the call. `finish` gives its result."""
         with watched(self._timeout):

@@ -1,24 +1,26 @@
-"""N envs behind one reset/step, in this process or in worker processes. Shapes: N envs, C actions per decision.
+"""N envs with one reset() and step(), in this process or in worker processes. Shapes: N envs, C actions per decision.
 
     envs = make_envs("PutOnPlateInScene25Main-v3", 8, image_size=(96, 96), sim_freq=100, num_env_workers=2)
     obs = envs.reset()                                  # {"image": uint8 [N, H, W, 3], "task_description": N str}
     obs, rewards, terminations, truncations, infos = envs.step(actions)                     # actions [N, C, 7]
 
-A rollout of T decisions reads the same with one half (pipeline_stages=1: all N envs) and with two, each with its own
-workers: the policy acts on one half while the other is simulated. Episodes do not depend on it.
+With pipeline_stages=2 the envs form two half-batches, each with its own workers. The policy acts on one half while the
+other is simulated. With pipeline_stages=1 all N envs are one "half". A rollout of T decisions reads the same in both
+cases, and gives the same episodes.
 
     envs.reset()
     for t, half, rows, obs, outcome in envs.pipeline(range(T + 1)):
         if outcome is not None:
-            ...                                         # what came of decision t - 1 of the envs in `rows`
+            ...                                         # the outcome of decision t - 1 of the envs in `rows`
         if t < T:
             envs.step_async(policy(obs), half)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +31,13 @@ from envs.local import LocalGroup
 from envs.workers import WorkerGroup
 from schemas import UserError
 
-# what one action may ask for, per dimension: the family's controller takes these as its bounds, and nothing sensible is
-# beyond them; any gripper value has a meaning (above 0.5 opens)
+# Largest action per dimension. These are the bounds of the family's controller, and no sensible action is beyond them.
+# Any gripper value has a meaning (above 0.5 opens).
 ACTION_LIMITS = np.array([1.0] * 3 + [np.pi / 2] * 3 + [np.inf])  # m, rad, -
 
 
 class Outcome(NamedTuple):
-    """What came of a decision of n envs."""
+    """The outcome of a decision of n envs."""
 
     obs: dict  # after the chunk
     rewards: torch.Tensor  # float32 [n, C]
@@ -45,83 +47,95 @@ class Outcome(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One half-batch whose turn it is to decide."""
+    """One half-batch that is ready for decision t."""
 
     t: int
     half: int
     rows: slice  # its envs
-    obs: dict  # what they see
-    outcome: Outcome | None  # of decision t - 1; None where none was begun
+    obs: dict  # their latest observation
+    outcome: Outcome | None  # of decision t - 1, or None if no step was begun
 
 
 def _cut(lower: int, upper: int, count: int) -> list[tuple[int, int]]:
-    """[lower, upper) in `count` pieces whose sizes differ by one at most, the larger ones last."""
-    return [tuple(lower + (upper - lower) * end // count for end in (k, k + 1)) for k in range(count)]
+    """Cut [lower, upper) into `count` pieces whose sizes differ by at most one. The larger pieces come last.
+
+    Example: _cut(0, 5, 2) is [(0, 2), (2, 5)].
+    """
+    edges = [lower + (upper - lower) * k // count for k in range(count + 1)]
+    return list(itertools.pairwise(edges))
 
 
 class VectorEnv:
-    """See the head of this file; made by `envs.make_envs`. Everything returned is a copy."""
+    """N envs, made by `envs.make_envs`. The head of this file shows how to use them. All results are copies."""
 
     def __init__(
         self, spec: EnvSpec, num_env_workers: int = 0, pipeline_stages: int = 1, worker_timeout: float = 300.0
     ):
+        """Build the envs.
+
+        Raises:
+            ValueError, RuntimeError: settings that cannot work, missing files, or an env that cannot be built.
+        """
         spec.check(num_env_workers, pipeline_stages, worker_timeout)
         self._spec = spec
-        self.num_envs, self.image_size, self.max_episode_steps = spec.num_envs, spec.image_size, spec.max_episode_steps
         self.env_id, self.obj_set = spec.env_id, spec.obj_set
+        self.num_envs, self.image_size, self.max_episode_steps = spec.num_envs, spec.image_size, spec.max_episode_steps
         self.num_start_states = episodes.num_start_states(spec.env_id, spec.obj_set)
-        parts = _cut(0, spec.num_envs, pipeline_stages)
-        self.parts: list[slice] = [slice(lower, upper) for lower, upper in parts]  # rows of each half-batch
         in_workers = num_env_workers > 0 and spec.sim_backend == "physx_cpu"
-        workers = [upper - lower for lower, upper in _cut(0, num_env_workers * in_workers, pipeline_stages)]
-        # env indices of each group, and the groups of each part; a group never spans two parts
-        self._bounds: list[tuple[int, int]] = []
-        self._groups_of: list[range] = []
-        for (lower, upper), count in zip(parts, workers):
-            first = len(self._bounds)
-            self._bounds += _cut(lower, upper, max(1, count))
-            self._groups_of.append(range(first, len(self._bounds)))
-        self._groups: list = []
-        self._in_flight: set[int] = set()  # parts between step_async and step_wait
+        self._cut_into_groups(num_env_workers if in_workers else 0, pipeline_stages)
+        self._groups: list[WorkerGroup | LocalGroup] = []
+        self._in_flight: set[int] = set()  # halves between step_async and step_wait
         self._started = False
-        self._latest: list[dict] = []  # what each part saw last
+        self._latest: list[dict] = []  # the latest observation of each half
         self._guarded(self._open, in_workers, num_env_workers, worker_timeout)
 
+    def _cut_into_groups(self, num_workers: int, pipeline_stages: int) -> None:
+        """Distribute the envs over halves, and each half over its groups. A group is one worker or this process."""
+        halves = _cut(0, self.num_envs, pipeline_stages)
+        self.halves = [slice(lower, upper) for lower, upper in halves]  # env indices of each half
+        self._bounds: list[tuple[int, int]] = []  # env indices of each group
+        self._groups_of: list[range] = []  # the groups of each half
+        for (lower, upper), (first_worker, end) in zip(halves, _cut(0, num_workers, pipeline_stages)):
+            num_groups = max(1, end - first_worker)
+            first = len(self._bounds)
+            self._bounds += _cut(lower, upper, num_groups)
+            self._groups_of.append(range(first, first + num_groups))
+
     def _open(self, in_workers: bool, num_env_workers: int, worker_timeout: float) -> None:
+        """Build all groups. Workers build theirs at the same time."""
         for lower, upper in self._bounds:
-            place = (self._spec, lower, upper - lower)
-            self._groups.append(
-                WorkerGroup(*place, worker_timeout)
-                if in_workers
-                else LocalGroup(*place, worker_timeout, max(1, num_env_workers))
-            )
-        if in_workers:
-            for group in self._groups:
-                group.built()
+            if in_workers:
+                group = WorkerGroup(self._spec, lower, upper - lower, worker_timeout)
+            else:
+                group = LocalGroup(self._spec, lower, upper - lower, worker_timeout, max(1, num_env_workers))
+            self._groups.append(group)
+        for group in self._groups:
+            group.built()
 
     @property
     def num_restarts(self) -> int:
-        """How many times a worker was replaced because it died, raised or hung."""
+        """The number of times that a worker was replaced because it died, raised or hung."""
         return sum(group.num_restarts for group in self._groups)
 
-    def _guarded(self, function, *args):
-        """Call; whatever goes wrong, no worker and no memory is left behind."""
+    def _guarded(self, function: Callable, *args) -> Any:
+        """Call a function. Any error closes the envs, so that no worker and no memory is left behind."""
         try:
             return function(*args)
         except BaseException:
             self.close()
             raise
 
-    def _check_usable(self, what: str, needs_reset: bool) -> None:
+    def _check_usable(self, method: str, needs_reset: bool) -> None:
+        """Raise RuntimeError where the method must not be called now."""
         if not self._groups:
             raise RuntimeError("these envs are closed: make new ones with make_envs().")
         if self._in_flight:
-            raise RuntimeError(f"{what}() while part {min(self._in_flight)} is in its step: call step_wait() first.")
+            raise RuntimeError(f"{method}() while half {min(self._in_flight)} is in its step: call step_wait() first.")
         if needs_reset and not self._started:
-            raise RuntimeError(f"{what}() before reset(): call reset() first.")
+            raise RuntimeError(f"{method}() before reset(): call reset() first.")
 
     def _call(self, method: str, per_group: list[tuple] | None = None) -> list:
-        """The same method on every group, all at once; results in order."""
+        """Call the same method on all groups at the same time. Returns their results in order."""
 
         def run() -> list:
             for k, group in enumerate(self._groups):
@@ -130,17 +144,25 @@ class VectorEnv:
 
         return self._guarded(run)
 
-    def _split(self, sequence) -> list[tuple]:
+    def _split(self, sequence: list) -> list[tuple]:
+        """One item per env -> the arguments of each group."""
         return [(sequence[lower:upper],) for lower, upper in self._bounds]
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def reset(self, episode_ids=None, env_indices=None) -> dict:
-        """Start an episode in every env, or in those of `env_indices` while the others go on with theirs.
+    def reset(self, episode_ids: Sequence[int] | None = None, env_indices: Sequence[int] | None = None) -> dict:
+        """Start an episode in every env, or in those of `env_indices` while the other episodes continue.
 
-        episode_ids: one int per env that is reset (the same id several times: a group that starts pixel-identical);
-            None takes the next of each env's own training stream.
-        Returns the observation of all N envs.
+        Args:
+            episode_ids: one int per env that is reset. Envs with the same id start pixel-identical. None takes the next
+                id of each env's own training stream.
+
+        Returns:
+            the observation of all N envs: image uint8 [N, H, W, 3], task_description (N str), and with `privileged`
+            state float32 [N, S].
+
+        Raises:
+            ValueError: an index or id is out of range, or their numbers differ.
         """
         self._check_usable("reset", needs_reset=env_indices is not None)
         chosen = list(range(self.num_envs)) if env_indices is None else [int(i) for i in env_indices]
@@ -152,24 +174,34 @@ class VectorEnv:
                 raise ValueError(
                     f"reset() got {len(episode_ids)} episode ids for {len(chosen)} envs: give one per env."
                 )
-        wanted = dict(zip(chosen, episode_ids or [None] * len(chosen)))
+        id_of = dict(zip(chosen, episode_ids or [None] * len(chosen)))
         per_group = []
         for lower, upper in self._bounds:
-            rows = [i for i in range(lower, upper) if i in wanted]
-            per_group.append(([wanted[i] for i in rows], [i - lower for i in rows]))
+            rows = [i for i in range(lower, upper) if i in id_of]
+            per_group.append(([id_of[i] for i in rows], [i - lower for i in rows]))
         seen = self._call("reset", per_group)
         self._started = True
         return self._remembered(self._observation(range(len(self._groups)), seen))
 
-    def step(self, actions) -> Outcome:
-        """Execute a chunk of C actions in every env that is running: step_async on all envs, then step_wait.
+    def step(self, actions: torch.Tensor | np.ndarray) -> Outcome:
+        """Execute a chunk of C actions in every env whose episode is running.
 
-        Args: actions float [N, C, 7], torch or numpy, robot units: metres, Euler angles (rad), gripper (> 0.5 opens).
-        Returns: obs after the chunk; rewards float32 [N, C]; terminations, truncations bool [N] (events of this call);
-            infos: valid bool [N, C], ended int64 [M], final_observation (of those M envs), episode (dict of fp32 [M]),
-            states float32 [N, C, S] before each action where `privileged` was asked for,
-            dropped bool [N]: this env's episode was lost with its worker and counts for nothing; obs shows the first
-            frame of the next one (of the same one again where reset() was given ids).
+        Args:
+            actions: float [N, C, 7] in robot units: metres, Euler angles (rad), gripper (> 0.5 opens).
+
+        Returns:
+            the observation after the chunk, rewards float32 [N, C], terminations and truncations bool [N], which are
+            events of this call, and infos:
+                valid: bool [N, C], whether the action was executed.
+                ended: int64 [M], the envs whose episode ended.
+                final_observation: of these M envs.
+                episode: the metrics of their episodes, a dict of float32 [M].
+                dropped: bool [N]. This env's episode was lost with its worker and does not count. The observation
+                    shows the first frame of the next episode, or of the same one if reset() was given ids.
+                states: float32 [N, C, S] before each action, if `privileged` was set.
+
+        Raises:
+            ValueError, UserError: actions of another shape, not finite, or beyond ACTION_LIMITS.
         """
         self._check_usable("step", needs_reset=True)
         actions = self._checked(actions, self.num_envs)
@@ -180,98 +212,108 @@ class VectorEnv:
         return outcome
 
     def pipeline(self, decisions: Iterable[int]) -> Iterator[Turn]:
-        """Whose turn it is, decision by decision and half by half, from what the envs saw last.
+        """Turns to decide, in the order of decisions and halves, beginning with the latest observations.
 
-        A half that you give actions with step_async() is simulated until its next turn, which brings the outcome. A
-        half that you give none rests.
+        In a turn you may give the half its actions with step_async(). It is then simulated until its next turn, which
+        brings the outcome. A half without actions rests.
 
         Args:
-            decisions: t = 0, 1, ... One more than you decide brings the outcomes of the last one.
+            decisions: t = 0, 1, ..., and one more than you decide, which brings the outcomes of the last decision.
         """
         self._check_usable("pipeline", needs_reset=True)
         for t in decisions:
-            for half, rows in enumerate(self.parts):
+            for half, rows in enumerate(self.halves):
                 outcome = self.step_wait(half) if half in self._in_flight else None
                 yield Turn(t, half, rows, self._latest[half], outcome)
 
     def _remembered(self, obs: dict) -> dict:
-        """Keep an observation of all N envs as what each part saw last, and return it."""
-        self._latest = [{key: value[rows] for key, value in obs.items()} for rows in self.parts]
+        """Keep an observation of all N envs as the latest one of each half, and return it."""
+        self._latest = [{key: value[rows] for key, value in obs.items()} for rows in self.halves]
         return obs
 
-    def step_async(self, actions, part: int = 0) -> None:
-        """Begin a step of the envs in rows `parts[part]`; actions [n, C, 7], n of them."""
-        if part not in range(len(self.parts)):
-            raise ValueError(f"part {part} does not exist: these envs have {len(self.parts)} (pipeline_stages).")
-        if part in self._in_flight:
-            raise RuntimeError(f"step_async() of part {part} twice: call step_wait({part}) in between.")
+    def step_async(self, actions: torch.Tensor | np.ndarray, half: int = 0) -> None:
+        """Begin a step of the n envs `halves[half]`; actions [n, C, 7], see step()."""
+        if half not in range(len(self.halves)):
+            raise ValueError(f"half {half} does not exist: these envs have {len(self.halves)} (pipeline_stages).")
+        if half in self._in_flight:
+            raise RuntimeError(f"step_async() of half {half} twice: call step_wait({half}) in between.")
         if not self._groups or not self._started:
             self._check_usable("step_async", needs_reset=True)
-        rows = self.parts[part]
+        rows = self.halves[half]
         actions = self._checked(actions, rows.stop - rows.start)
-        self._guarded(self._start_step, self._groups_of[part], actions)
-        self._in_flight.add(part)
+        self._guarded(self._start_step, self._groups_of[half], actions)
+        self._in_flight.add(half)
 
-    def step_wait(self, part: int = 0) -> Outcome:
-        """The result of what `step_async` began: as `step`'s, of that part alone (`ended` counts within it)."""
-        if part not in self._in_flight:
-            raise RuntimeError(f"step_wait({part}) without a step_async() of part {part}.")
-        self._in_flight.remove(part)
-        outcome = self._guarded(self._finish_step, self._groups_of[part])
-        self._latest[part] = outcome.obs
+    def step_wait(self, half: int = 0) -> Outcome:
+        """Wait for the step that `step_async` began. The outcome is that of step() for this half only.
+
+        Indices in `ended` count within the half.
+        """
+        if half not in self._in_flight:
+            raise RuntimeError(f"step_wait({half}) without a step_async() of half {half}.")
+        self._in_flight.remove(half)
+        outcome = self._guarded(self._finish_step, self._groups_of[half])
+        self._latest[half] = outcome.obs
         return outcome
 
     def _start_step(self, chosen: range, actions: np.ndarray) -> None:
+        """Begin a step of the chosen groups; actions float32 [n, C, 7] of their envs."""
         first = self._bounds[chosen[0]][0]
         for k in chosen:
             lower, upper = self._bounds[k]
             self._groups[k].start("step", actions[lower - first : upper - first])
 
     def _finish_step(self, chosen: range) -> Outcome:
+        """Join the results of the chosen groups."""
         results = [self._groups[k].finish() for k in chosen]
-        rewards, valid, terminations, truncations, dropped = (
-            torch.from_numpy(np.concatenate([result[key] for result in results]))
-            for key in ("rewards", "valid", "terminations", "truncations", "dropped")
-        )
-        infos = {"valid": valid, "dropped": dropped} | self._ended(chosen, results)
+
+        def joined(key: str) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([result[key] for result in results]))
+
+        infos = {"valid": joined("valid"), "dropped": joined("dropped")} | self._ended(chosen, results)
         if self._spec.privileged:
-            infos["states"] = torch.from_numpy(np.concatenate([result["states"] for result in results]))
-        return Outcome(self._observation(chosen, results), rewards, terminations, truncations, infos)
+            infos["states"] = joined("states")
+        obs = self._observation(chosen, results)
+        return Outcome(obs, joined("rewards"), joined("terminations"), joined("truncations"), infos)
 
     def _observation(self, chosen: range, seen: list[dict]) -> dict:
-        images = np.concatenate([self._groups[k].images for k in chosen])  # [N, H, W, 3], a copy
-        texts = [text for part in seen for text in part["instructions"]]
+        """The observation of the chosen groups' envs. seen: what each group's `seen()` gave."""
+        images = np.concatenate([self._groups[k].images for k in chosen])  # [n, H, W, 3], a copy
+        texts = [text for group_seen in seen for text in group_seen["instructions"]]
         obs = {"image": torch.from_numpy(images), "task_description": texts}
         if self._spec.privileged:
-            obs["state"] = torch.from_numpy(np.concatenate([part["state"] for part in seen]))
+            obs["state"] = torch.from_numpy(np.concatenate([group_seen["state"] for group_seen in seen]))
         return obs
 
     def _ended(self, chosen: range, results: list[dict]) -> dict:
-        """What infos says about the M envs whose episode ended in this call."""
-        indices, metrics, texts, states = [], [], [], []
-        images = np.empty((sum(len(result["ended"]) for result in results), *self._spec.image_shape), np.uint8)
+        """The infos of the M envs whose episode ended in this call."""
+        indices, metrics, texts, states, images = [], [], [], [], []
         first = self._bounds[chosen[0]][0]
         for k, result in zip(chosen, results):
             for i, values, text, state in result["ended"]:
-                images[len(indices)] = self._groups[k].final_images[i]
+                images.append(self._groups[k].final_images[i])
                 indices.append(self._bounds[k][0] - first + i)
                 metrics.append(values)
                 texts.append(text)
                 states.append(state)
-        columns = torch.tensor(metrics, dtype=torch.float32).reshape(len(indices), len(EPISODE_METRICS)).unbind(dim=1)
-        final_observation = {"image": torch.from_numpy(images), "task_description": texts}
+        num_ended = len(indices)
+        stacked = np.stack(images) if images else np.empty((0, *self._spec.image_shape), np.uint8)
+        columns = torch.tensor(metrics, dtype=torch.float32).reshape(num_ended, len(EPISODE_METRICS)).unbind(dim=1)
+        final_observation = {"image": torch.from_numpy(stacked), "task_description": texts}
         if self._spec.privileged:
-            final_observation["state"] = torch.from_numpy(np.stack(states) if states else results[0]["state"][:0])
+            final_states = np.stack(states) if states else results[0]["state"][:0]
+            final_observation["state"] = torch.from_numpy(final_states)
         return {
             "ended": torch.tensor(indices, dtype=torch.int64),
             "final_observation": final_observation,
             "episode": dict(zip(EPISODE_METRICS, columns)),
         }
 
-    def _checked(self, actions, num_envs: int) -> np.ndarray:
-        """float32 [num_envs, C, 7], or one clear sentence."""
+    def _checked(self, actions: torch.Tensor | np.ndarray, num_envs: int) -> np.ndarray:
+        """The actions as float32 [num_envs, C, 7]. Raises ValueError or UserError, see step()."""
         actions = torch.as_tensor(actions).detach().to("cpu", torch.float32).numpy()
-        if actions.ndim != 3 or actions.shape[0] != num_envs or actions.shape[1] < 1 or actions.shape[2] != ACTION_DIM:
+        chunk_size = actions.shape[1] if actions.ndim == 3 else 0
+        if chunk_size < 1 or actions.shape != (num_envs, chunk_size, ACTION_DIM):
             raise ValueError(
                 f"actions have shape {tuple(actions.shape)}: give [num_envs={num_envs}, chunk_size, {ACTION_DIM}]."
             )
@@ -280,7 +322,8 @@ class VectorEnv:
             raise UserError(
                 f"actions{list(index)} is {actions[index]}: actions must be finite, so check the policy's outputs."
             )
-        if (beyond := np.abs(actions) > ACTION_LIMITS + 1e-6).any():
+        beyond = np.abs(actions) > ACTION_LIMITS + 1e-6
+        if beyond.any():
             index = tuple(int(i) for i in np.argwhere(beyond)[0])
             raise UserError(
                 f"actions{list(index)} is {actions[index]:g}: one action moves by at most 1 m and turns by at most "
@@ -291,31 +334,41 @@ class VectorEnv:
     # -----------------------------------------------------------------------------------------------------------------
 
     def describe(self) -> list[dict]:
-        """The live state of every env: names, instruction, poses (p, q wxyz, world frame), qpos [8], elapsed_steps."""
+        """The present state of every env: names, instruction, poses, qpos [8] and elapsed_steps.
+
+        Poses are p, q (wxyz) in the world frame.
+        """
         self._check_usable("describe", needs_reset=True)
-        return [one for part in self._call("describe") for one in part]
+        return [description for group in self._call("describe") for description in group]
 
     def state_dict(self) -> list[dict]:
-        """One entry per env, picklable: `load_state_dict` continues from it bit for bit, also in mid-episode.
+        """One picklable entry per env. `load_state_dict` continues from it to the last bit, even during an episode.
 
-        An entry knows nothing of ranks or workers, so those of all ranks can be put together and dealt out anew.
+        An entry knows nothing about ranks or workers. So you can join the entries of all ranks and distribute them to
+        another number of ranks.
         """
         self._check_usable("state_dict", needs_reset=False)
         world = {key: vars(self._spec)[key] for key in REPLAY_KEYS}
-        return [one | {"world": world} for part in self._call("state_dict") for one in part]
+        return [entry | {"world": world} for group in self._call("state_dict") for entry in group]
 
     def load_state_dict(self, state: list[dict]) -> dict | None:
-        """Continue where `state` was taken. Returns the observation of that moment, None if before a reset.
+        """Continue from an earlier `state_dict()`.
 
-        With sim_backend "physx_cuda" episodes under way are replayed on the GPU, not bit for bit
+        With sim_backend "physx_cuda" the GPU replays running episodes, which is not exact to the last bit
         (`envs/gpu/simulation.py`).
+
+        Returns:
+            the observation of that moment, or None if no episode had begun.
+
+        Raises:
+            ValueError: the state is of other envs or of an older version.
         """
         self._check_usable("load_state_dict", needs_reset=False)
         if len(state) != self.num_envs:
             raise ValueError(f"this state holds {len(state)} envs, there are {self.num_envs}: make as many envs.")
         lacking = [key for key in REPLAY_KEYS if key not in state[0]["world"]]
         if lacking or "explicit" not in state[0]:
-            raise ValueError("this state was saved by an older version of envs, which this one can not continue.")
+            raise ValueError("this state was saved by an older version of envs, which this one cannot continue.")
         for key in REPLAY_KEYS:
             saved, value = state[0]["world"][key], vars(self._spec)[key]
             if saved != value:
@@ -325,10 +378,12 @@ class VectorEnv:
                 )
         seen = self._call("load_state_dict", self._split(state))
         self._started = state[0]["episode_id"] is not None
-        return self._remembered(self._observation(range(len(self._groups)), seen)) if self._started else None
+        if not self._started:
+            return None
+        return self._remembered(self._observation(range(len(self._groups)), seen))
 
     def close(self) -> None:
-        """End all workers; safe to call twice."""
+        """End all workers. A second call does nothing."""
         groups, self._groups, self._in_flight = self._groups, [], set()
         for group in groups:
             group.close()

@@ -29,20 +29,20 @@ def make(num_envs: int, **kwargs):
     return world.make_envs(MAIN, num_envs, **(SMALL | kwargs))
 
 
-def rows(result, part: slice):
-    """What a step of all envs says about the envs in `part`."""
+def rows(result, half: slice):
+    """The results that a step of all envs has for the envs in `half`."""
     obs, rewards, terminations, truncations, infos = result
-    kept = [m for m, i in enumerate(infos["ended"].tolist()) if part.start <= i < part.stop]
+    kept = [m for m, i in enumerate(infos["ended"].tolist()) if half.start <= i < half.stop]
     final = infos["final_observation"]
     return (
-        {key: value[part] for key, value in obs.items()},
-        rewards[part],
-        terminations[part],
-        truncations[part],
+        {key: value[half] for key, value in obs.items()},
+        rewards[half],
+        terminations[half],
+        truncations[half],
         {
-            "valid": infos["valid"][part],
-            "dropped": infos["dropped"][part],
-            "ended": infos["ended"][kept] - part.start,
+            "valid": infos["valid"][half],
+            "dropped": infos["dropped"][half],
+            "ended": infos["ended"][kept] - half.start,
             "final_observation": {
                 "image": final["image"][kept],
                 "task_description": [final["task_description"][m] for m in kept],
@@ -133,19 +133,19 @@ def test_half_batches_equal_whole_ones_and_hide_the_policys_time():
     actions = busy_actions(5, 12, seed=6)
     kwargs = dict(auto_reset=True, max_episode_steps=5, seed=3)
     with make(5, **kwargs) as envs:
-        assert envs.parts == [slice(0, 5)]
+        assert envs.halves == [slice(0, 5)]
         start, wanted = envs.reset(), [envs.step(actions[:, t : t + 4]) for t in range(0, 12, 4)]
     with make(5, pipeline_stages=2, num_env_workers=2, **kwargs) as envs:
-        assert envs.parts == [slice(0, 2), slice(2, 5)]
+        assert envs.halves == [slice(0, 2), slice(2, 5)]
         assert same(envs.reset(), start)
-        first, second = envs.parts
-        envs.step_async(actions[first, :4], part=0)
+        first, second = envs.halves
+        envs.step_async(actions[first, :4], half=0)
         for t in range(0, 12, 4):
-            envs.step_async(actions[second, t : t + 4], part=1)
-            assert same(envs.step_wait(part=0), rows(wanted[t // 4], first))
+            envs.step_async(actions[second, t : t + 4], half=1)
+            assert same(envs.step_wait(half=0), rows(wanted[t // 4], first))
             if t < 8:
-                envs.step_async(actions[first, t + 4 : t + 8], part=0)
-            assert same(envs.step_wait(part=1), rows(wanted[t // 4], second))
+                envs.step_async(actions[first, t + 4 : t + 8], half=0)
+            assert same(envs.step_wait(half=1), rows(wanted[t // 4], second))
 
         # a policy that takes as long for all envs as their simulation does: a third less time in the ideal case
         chunks, plain, pipelined = 6, [], []
@@ -161,15 +161,15 @@ def test_half_batches_equal_whole_ones_and_hide_the_policys_time():
                 envs.step(chunk)
             plain.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            envs.step_async(chunk[first], part=0)
+            envs.step_async(chunk[first], half=0)
             for _ in range(chunks):
                 time.sleep(pause / 2)
-                envs.step_async(chunk[second], part=1)
-                envs.step_wait(part=0)
+                envs.step_async(chunk[second], half=1)
+                envs.step_wait(half=0)
                 time.sleep(pause / 2)
-                envs.step_async(chunk[first], part=0)
-                envs.step_wait(part=1)
-            envs.step_wait(part=0)
+                envs.step_async(chunk[first], half=0)
+                envs.step_wait(half=1)
+            envs.step_wait(half=0)
             pipelined.append(time.perf_counter() - begin)
         ratio = statistics.median(pipelined) / statistics.median(plain)
         print(f"a decision of {pause * 1e3:.0f} ms: half-batches take {ratio:.2f} of the time")
@@ -183,22 +183,22 @@ def test_half_batches_in_this_process_and_calls_in_the_wrong_order():
         wanted = envs.step(actions)
     with make(2, pipeline_stages=2) as envs:
         with pytest.raises(RuntimeError, match="reset"):
-            envs.step_async(actions[:1], part=1)
+            envs.step_async(actions[:1], half=1)
         envs.reset([5, 6])
         with pytest.raises(RuntimeError, match="without a step_async"):
-            envs.step_wait(part=1)
+            envs.step_wait(half=1)
         with pytest.raises(ValueError, match=r"num_envs=1, chunk_size, 7"):
-            envs.step_async(actions, part=1)
-        with pytest.raises(ValueError, match="part 2 does not exist"):
-            envs.step_async(actions[:1], part=2)
-        envs.step_async(actions[1:], part=1)
+            envs.step_async(actions, half=1)
+        with pytest.raises(ValueError, match="half 2 does not exist"):
+            envs.step_async(actions[:1], half=2)
+        envs.step_async(actions[1:], half=1)
         with pytest.raises(RuntimeError, match="twice"):
-            envs.step_async(actions[1:], part=1)
+            envs.step_async(actions[1:], half=1)
         calls = (envs.reset, envs.describe, envs.state_dict, lambda: envs.step(actions))
         for call in calls:
-            with pytest.raises(RuntimeError, match=r"part 1 is in its step: call step_wait"):
+            with pytest.raises(RuntimeError, match=r"half 1 is in its step: call step_wait"):
                 call()
-        assert same(envs.step_wait(part=1), rows(wanted, slice(1, 2)))
+        assert same(envs.step_wait(half=1), rows(wanted, slice(1, 2)))
         envs.step_async(actions[:1])
         assert same(envs.step_wait(), rows(wanted, slice(0, 1)))
 

@@ -80,13 +80,13 @@ class Scripted:
     """Two groups of two envs, chunks of one action, three decisions: env 0 succeeds at once, the others are cut at the
     end; the worker of env 3 is lost in decision 1 and its episode, begun anew, does not end."""
 
-    parts, num_envs = [slice(0, 4)], 4
+    halves, num_envs = [slice(0, 4)], 4
     t = -1
 
     def pipeline(self, decisions):
         for t in decisions:
             outcome = self.step_wait(0) if self.t == t - 1 >= 0 else None
-            yield Turn(t, 0, self.parts[0], self.reset([]), outcome)
+            yield Turn(t, 0, self.halves[0], self.reset([]), outcome)
 
     def reset(self, episode_ids):
         return {"image": torch.zeros(4, 8, 8, 3)}
