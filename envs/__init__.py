@@ -1,18 +1,18 @@
-"""The world: ManiSkill tasks, their vectorised form, a scripted expert, videos. Knows no model and no DeepSpeed.
+"""The simulated envs: ManiSkill tasks, many at once, a scripted expert and videos. No model and no DeepSpeed is here.
 
     from envs import make_envs
     with make_envs("PutOnPlateInScene25Main-v3", num_envs=8, image_size=(96, 96), sim_freq=100) as envs:
         obs = envs.reset()
         obs, rewards, terminations, truncations, infos = envs.step(actions)  # actions [N, C, 7]
 
-Importing this package imports no simulator; `make_envs` does.
+Importing this package does not import the simulator. `make_envs` does.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from envs import registration  # noqa: F401  gymnasium.make knows all ids from now on
+from envs import registration  # noqa: F401  registers all ids with gymnasium
 from envs.episodes import eval_episode_ids, every_instruction, instructions, num_start_states
 from envs.variants import VARIANTS, is_held_out, train_episode_id
 
@@ -57,41 +57,45 @@ def make_envs(
 ) -> VectorEnv:
     """Make `num_envs` envs of one id: one of the PutOnPlateInScene25 family, or any other ManiSkill env.
 
-    Any other: `make_envs("PickCube-v1", 8, instruction="pick up the cube")`, or "my_module:MyTask-v1" where importing
-    `my_module` registers it; what it needs and how actions and rewards read there stands in `envs/maniskill_task.py`.
-    obj_set, asset_pack, sim_freq and protocol are the family's: the other env keeps its own rates and assets.
+    Another env is made by `make_envs("PickCube-v1", 8, instruction="pick up the cube")`. Your own task has the id
+    "my_module:MyTask-v1", where importing `my_module` registers it. `envs/maniskill_task.py` says what such an env
+    needs, and what actions and rewards mean there. It keeps its own rates and assets, so obj_set, asset_pack, sim_freq
+    and protocol are for the family only.
 
     Args:
-        obj_set: "train" | "test" | "all": which objects, receptacles and tables episodes are drawn from.
-        asset_pack: "builtin" (made by code, nothing to download) or "bridge" (the published meshes and photographs,
-            looked for in asset_dir and in ManiSkill's own asset folder).
-        image_size: (width, height) of the camera picture; the published size is (640, 480).
-        sim_freq: physics steps per second, a multiple of 5; 500 as published, 100 for quick starts
-            (another system: do not mix).
+        obj_set: "train" | "test" | "all", the set of objects, receptacles and tables that episodes use.
+        asset_pack: "builtin" (made by code, no download) or "bridge" (the published meshes and photographs).
+        asset_dir: the first folder to search for the files of "bridge". ManiSkill's own folder is searched after it.
+        image_size: (width, height) of the camera's image. The published size is (640, 480).
+        sim_freq: physics steps per second, a multiple of 5. The published value is 500. 100 is faster, but it is
+            another physical system, so do not mix the two.
         max_episode_steps: control steps (5 per second) after which an episode is truncated.
-        num_env_workers: 0 = in this process; W = W worker processes sharing the envs. With sim_backend "physx_cuda"
-            the number of processes that settle start states (0 is 1), about one per 32 envs.
-        pipeline_stages: 2 = two half-batches with workers of their own, for step_async and step_wait (VectorEnv).
-        worker_timeout: seconds after which a worker that gives no answer is replaced, like one that died. Envs in this
-            process: all stacks go to stderr and the process ends with exit code 1.
-        sim_backend: "physx_cpu": one scene per env, bit for bit repeatable; "physx_cuda": all envs in one batch on the
-            GPU, physics and images, for the family only. Only its start states are repeatable
-            (`envs/gpu/simulation.py`). "auto": the second where there is a CUDA device and nothing speaks against it.
-        render_backend: who draws what physx_cpu simulates: "cpu" (Mesa's lavapipe; where there is none, SAPIEN takes
-            the first GPU), "cuda" (this process's GPU), or "auto": the GPU where SAPIEN can draw on it.
-        auto_reset: an ended env starts its next episode at once; otherwise it rests until reset().
+        num_env_workers: 0 for envs in this process, or W worker processes that share the envs. With sim_backend
+            "physx_cuda" it is the number of processes that settle start states (0 means 1), about one per 32 envs.
+        pipeline_stages: 2 for two half-batches, each with its own workers, for `VectorEnv.pipeline`.
+        worker_timeout: seconds after which a worker without an answer is replaced, like one that died. For envs in this
+            process all stacks go to stderr and the process ends with exit code 1.
+        sim_backend: "physx_cpu" has one scene per env and repeats exactly, to the last bit. "physx_cuda" simulates and
+            renders all envs in one batch on the GPU. It is for the family only, and only its start states repeat
+            exactly (`envs/gpu/simulation.py`). "auto" is the GPU where there is a CUDA device that can be used.
+        render_backend: what renders the images of physx_cpu: "cpu" (Mesa's lavapipe, or the first GPU where lavapipe
+            is missing), "cuda" (this process's GPU), or "auto" (the GPU where SAPIEN can render on it).
+        auto_reset: an env whose episode has ended starts the next one at once. Otherwise it rests until reset().
         ignore_terminations: success does not end an episode.
-        protocol: "rl4vla": spawn, settle, reward and success as in arXiv 2505.19789; "rlinf": as RLinf where it
-            differs, for comparison with its table (the list is in `envs/put_on_plate.py`).
-        seed, first_env: env i follows training stream (seed, first_env + i); first_env is this rank's offset.
-        instruction: what the policy is told in an env that is not of the family.
-        privileged: observations also hold `state`, float32 [N, S], what the simulator knows (`privileged_state` of
-            `envs/put_on_plate.py` and `envs/maniskill_task.py`) and how much of the episode is over; for critics.
+        protocol: "rl4vla" has spawning, settling, reward and success of arXiv 2505.19789. "rlinf" follows RLinf where
+            it differs, for comparison with its table (`envs/put_on_plate.py` has the list).
+        seed, first_env: env i follows training stream (seed, first_env + i). first_env is this rank's offset.
+        instruction: the instruction for the policy in an env that is not of the family.
+        privileged: observations also hold `state`, float32 [N, S], for critics. It is `privileged_state` of
+            `envs/put_on_plate.py` or `envs/maniskill_task.py`, and the share of the episode that is over.
+
+    Raises:
+        ValueError, RuntimeError: settings that cannot work, missing files, or an env that cannot be built.
     """
     from envs import group, vector
 
     simulator = group.resolve_backend(sim_backend, env_id, pipeline_stages)
-    drawn_by = group.resolve_render_backend(render_backend, simulator)
+    renderer = group.resolve_render_backend(render_backend, simulator)
     spec = group.EnvSpec(
         env_id,
         num_envs,
@@ -108,25 +112,27 @@ def make_envs(
         first_env,
         instruction,
         simulator,
-        drawn_by,
+        renderer,
         privileged,
     )
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
 
 
 def check_envs(env_id: str, num_envs: int, **settings) -> None:
-    """What make_envs() would say of the same arguments, without a simulator or a GPU being touched.
+    """Raise the errors of make_envs() for the same arguments, without using the simulator or a GPU.
+
+    settings: all keyword arguments of make_envs that a script passes to it.
 
     Raises:
-        ValueError, RuntimeError: one sentence for settings that cannot work or files that are missing.
+        ValueError, RuntimeError: settings that cannot work or files that are missing.
     """
     from envs import group
 
     stages, workers = settings["pipeline_stages"], settings["num_env_workers"]
     simulator = group.resolve_backend(settings["sim_backend"], env_id, stages)
     group.check_render_backend(settings["render_backend"], simulator)
-    of_spec = group.EnvSpec.__dataclass_fields__.keys() - {"sim_backend", "render_backend"}
-    chosen = {name: value for name, value in settings.items() if name in of_spec}
+    spec_fields = group.EnvSpec.__dataclass_fields__.keys() - {"sim_backend", "render_backend"}
+    chosen = {name: value for name, value in settings.items() if name in spec_fields}
     spec = group.EnvSpec(env_id, num_envs, **chosen, sim_backend=simulator)
     spec.check(workers, stages, settings["worker_timeout"])
     group.check_module(env_id)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from envs.put_on_plate import PutOnPlateInScene
 
 ACTION_DIM = 7
-CONTROL_FREQ = 5  # Hz, of the PutOnPlateInScene25 family; other envs have their own
+CONTROL_FREQ = 5  # Hz, of the PutOnPlateInScene25 family. Other envs have their own
 # settings under which replayed actions lead to the same state
 REPLAY_KEYS = (
     "env_id",
@@ -84,7 +84,7 @@ class EnvSpec:
         """Numbers of workers and half-batches, and the workers' time limit."""
         if not 0 <= num_env_workers <= self.num_envs:
             raise ValueError(
-                f"num_env_workers={num_env_workers} must lie between 0 and num_envs={self.num_envs}: "
+                f"num_env_workers={num_env_workers} must be between 0 and num_envs={self.num_envs}: "
                 "a worker holds at least one env."
             )
         if pipeline_stages not in (1, 2):
@@ -188,7 +188,7 @@ def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") 
     except RuntimeError as error:
         reason = f"SAPIEN cannot render on {device} ({error}): NVIDIA's Vulkan driver is missing or hidden"
         if render_backend == "cuda":
-            raise ValueError(f"render_backend='cuda': {reason}; run `python doctor.py`.") from error
+            raise ValueError(f"render_backend='cuda': {reason}, so run `python doctor.py`.") from error
         warnings.warn(f"the CPU renders the images, which is slow: {reason}.", RuntimeWarning, stacklevel=3)
         return "cpu"
     return device
@@ -229,7 +229,7 @@ class EnvSlot:
         self.episode_return, self.success_once, self.success = 0.0, False, False
 
     def execute(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Simulate one control step; action float32 [7]. Returns reward, terminated, truncated (never both)."""
+        """Simulate one control step with action float32 [7]. Returns reward, terminated, truncated (never both)."""
         command = action.copy()
         command[6] = 1.0 if action[6] > 0.5 else -1.0  # gripper: open / close
         reward, self.success = self.env.advance(torch.from_numpy(command[None]))
@@ -280,7 +280,7 @@ class EnvGroup:
         return self.seen()
 
     def seen(self) -> dict:
-        """The rest of an observation besides `images`: all instructions and, if wanted, `state` [count, S]."""
+        """The rest of an observation besides `images`: all instructions and, with `privileged`, `state` [count, S]."""
         seen = {"instructions": [slot.env.instruction for slot in self.slots]}
         if self.spec.privileged:
             seen["state"] = np.stack([slot.state() for slot in self.slots])

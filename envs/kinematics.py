@@ -38,7 +38,7 @@ SOLVED = 1e-6  # error that a solution may have
 def added_pose(pose: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     """Move `pose` by `action`, along and about the axes of the root: float32 [1, 7], p and q (wxyz).
 
-    pose float32 [1, 7], p and q; action float32 [1, >= 6], metres and Euler angles (rad, XYZ), each within +-pi/2.
+    pose is float32 [1, 7], p and q. action is float32 [1, >= 6], metres and Euler angles (rad, XYZ) within +-pi/2.
 
     These are the same float32 operations in the same order as ManiSkill's, on plain numbers. On tensors of a few
     entries nearly all time is torch's overhead per call. Sines, roots and the last matrix product stay torch's, because

@@ -75,7 +75,7 @@ class ManiSkillTask:
         self.episode_id, self.success = episode_id, False
 
     def advance(self, action: torch.Tensor) -> tuple[float, bool]:
-        """One control step; action float32 [1, 7] in m and rad, gripper 1 or -1. Returns reward and success."""
+        """One control step with action float32 [1, 7] (m, rad, gripper 1 or -1). Returns reward and success."""
         _, _, _, _, info = self.env.step(self._command(action))
         success_before = self.success
         self.success = bool(info["success"][0])

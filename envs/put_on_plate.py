@@ -351,7 +351,7 @@ class PutOnPlateInScene(PutOnPlateScene):
     # -----------------------------------------------------------------------------------------------------------------
 
     def advance(self, action: torch.Tensor) -> tuple[float, bool]:
-        """Simulate one control step without an observation; action float32 [1, 7]. Returns reward and success."""
+        """Simulate one control step with action float32 [1, 7] and no observation. Returns reward and success."""
         self._before_control_step()
         self._command(action)
         self._substeps(self._sim_steps_per_control)
@@ -546,9 +546,11 @@ class PutOnPlateInScene(PutOnPlateScene):
     def privileged_state(self) -> np.ndarray:
         """The state for a critic, which a policy does not see: float32 [45]. Poses are p, q (wxyz) in the world frame.
 
-        It holds the poses of tool, object and receptacle (3 x 7), joint positions (8), half sizes of object and
-        receptacle (6), the offsets from tool to object and from object to receptacle (6), and whether the object is
-        grasped now, was ever grasped, was grasped for long, and for how many steps it has been (4).
+        poses of tool, object and receptacle                        3 x 7
+        joint positions                                             8
+        half sizes of object and receptacle                         6
+        offsets from tool to object, from object to receptacle      6
+        grasped now, ever, long enough, and for how many steps      4
         """
         tool, obj, receptacle = self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose
         flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, GRASP_STREAK))

@@ -413,8 +413,8 @@ def eval_episode_ids(env_id: str, obj_set: str, num_episodes: int) -> list[int]:
         available = sum(map(is_held_out, range(total)))
         if num_episodes > available:
             raise ValueError(
-                f"{num_episodes} evaluation episodes are wanted, but {env_id} {obj_set} holds out {available}: "
-                "ask for fewer."
+                f"{num_episodes} evaluation episodes are too many: {env_id} {obj_set} holds out "
+                f"{available}, so ask for fewer."
             )
     key = zlib.crc32(f"{env_id}:{obj_set}".encode())
     chosen: dict[int, None] = {}  # keeps the order

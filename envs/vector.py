@@ -167,7 +167,7 @@ class VectorEnv:
         self._check_usable("reset", needs_reset=env_indices is not None)
         chosen = list(range(self.num_envs)) if env_indices is None else [int(i) for i in env_indices]
         if len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(self.num_envs)):
-            raise ValueError(f"env_indices {chosen} must be distinct and lie between 0 and {self.num_envs - 1}.")
+            raise ValueError(f"env_indices {chosen} must be distinct and between 0 and {self.num_envs - 1}.")
         if episode_ids is not None:
             episode_ids = [episodes.check_episode_id(self.env_id, self.obj_set, i) for i in episode_ids]
             if len(episode_ids) != len(chosen):
@@ -232,7 +232,7 @@ class VectorEnv:
         return obs
 
     def step_async(self, actions: torch.Tensor | np.ndarray, half: int = 0) -> None:
-        """Begin a step of the n envs `halves[half]`; actions [n, C, 7], see step()."""
+        """Begin a step of the n envs `halves[half]` with actions [n, C, 7], see step()."""
         if half not in range(len(self.halves)):
             raise ValueError(f"half {half} does not exist: these envs have {len(self.halves)} (pipeline_stages).")
         if half in self._in_flight:
@@ -257,7 +257,7 @@ class VectorEnv:
         return outcome
 
     def _start_step(self, chosen: range, actions: np.ndarray) -> None:
-        """Begin a step of the chosen groups; actions float32 [n, C, 7] of their envs."""
+        """Begin a step of the chosen groups with actions float32 [n, C, 7] of their envs."""
         first = self._bounds[chosen[0]][0]
         for k in chosen:
             lower, upper = self._bounds[k]

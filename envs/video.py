@@ -23,20 +23,7 @@ if TYPE_CHECKING:
 MIN_TILE_HEIGHT = 240  # smaller images are enlarged by a whole factor, so that captions can be read
 LINE_HEIGHT, MARGIN = 14, 4
 MAX_CAPTION = 500  # characters of a line that are used
-MAX_CHARACTERS = 400  # of a caption's line: more than fits into all rows
 CAPTION_ROWS = 4  # the same for all, because the frames of a video have one size: two for a long instruction, two more
-
-
-def drawable(line: str) -> str:
-    """A caption that the font can draw, whoever wrote it. Letters that cannot be printed become "?"."""
-    cut = line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]} ..."
-    return "".join(_drawable_letter(letter) for letter in cut)
-
-
-def _drawable_letter(letter: str) -> str:
-    if letter.isprintable():
-        return letter
-    return " " if letter.isspace() else "?"
 
 
 def _fitted(lines: Sequence[str], width: float, length: Callable[[str], float]) -> list[str]:

@@ -45,7 +45,7 @@ WORKER_CODE = "import sys; from envs.workers import worker_main; worker_main(*ma
 
 
 class WorkerLost(Exception):
-    """A worker cannot answer any more. The message says why. `refusal` is what building its envs raised, if it did."""
+    """A worker cannot answer any more. The message says why. `refusal` is the error of building its envs, or None."""
 
     def __init__(self, message: str, refusal: Exception | None = None):
         super().__init__(message)
@@ -261,7 +261,7 @@ class WorkerGroup:
         time.sleep(0.05)  # for the rest of the stacks
         stacks = self._stacks()
         where = f"it hung here:\n{stacks}" if stacks else "it did not even answer a signal."
-        return f"{self._name()} gave no answer for {seconds:g} s; {where}"
+        return f"{self._name()} gave no answer for {seconds:g} s, {where}"
 
     def _death_notice(self) -> str:
         try:
@@ -271,7 +271,7 @@ class WorkerGroup:
         cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         notice = f"{self._name()} {cause} without a Python traceback"
         if stacks := self._stacks():
-            return f"{notice}; its stacks:\n{stacks}"
+            return f"{notice}. Its stacks:\n{stacks}"
         if code == -signal.SIGKILL:
             return f"{notice}: memory probably ran out, so use fewer envs."
         return f"{notice}."

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 TABLE_HEIGHT = 0.8695  # top of the published stage mesh in the workspace
-ROBOT_BASE_POSITION = (0.147, 0.028, 0.870)  # world; the base is yawed by 180 degrees
+ROBOT_BASE_POSITION = (0.147, 0.028, 0.870)  # in the world frame. The base has a yaw of 180 degrees
 CAMERA_POSITION = (0.0, -0.16, 0.36)  # in the base frame
 CAMERA_QUATERNION = (0.8992917, -0.09263245, 0.35892478, 0.23209205)  # wxyz, in the base frame
 CAMERA_INTRINSICS = (623.588, 623.588, 319.501, 239.545)  # fx, fy, cx, cy at 640 x 480 (Logitech C920)

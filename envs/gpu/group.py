@@ -123,7 +123,7 @@ class BatchedGroup:
     # ----------------------------------------------------------------------------------------------------- steps
 
     def step(self, actions: np.ndarray) -> dict:
-        """As EnvGroup's; actions float32 [N, C, 7]."""
+        """As EnvGroup's, with actions float32 [N, C, 7]."""
         num_rows, chunk_size, _ = actions.shape
         out = empty_result(num_rows, chunk_size)
         if self.spec.privileged:

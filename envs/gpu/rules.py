@@ -56,7 +56,7 @@ class Latches:
             values[rows] = 0
 
     def update(self, grasped: torch.Tensor, success: torch.Tensor) -> torch.Tensor:
-        """Account for one control step; grasped and success are bool [N].
+        """Account for one control step with grasped and success bool [N].
 
         Returns the rewards, float64 [N]: the increase of the potential.
         """
@@ -82,7 +82,7 @@ def privileged_state(
 ) -> torch.Tensor:
     """`PutOnPlateInScene.privileged_state` of N rows, float32 [N, 45].
 
-    tool, obj, receptacle: poses [N, 7]; qpos [N, 8]; half_sizes [N, 2, 3]; flags [N, 4].
+    tool, obj and receptacle are poses [N, 7], qpos is [N, 8], half_sizes [N, 2, 3] and flags [N, 4].
     """
     from_each_other = (obj[:, :3] - tool[:, :3], receptacle[:, :3] - obj[:, :3])
     return torch.cat([tool, obj, receptacle, qpos, half_sizes.flatten(1), *from_each_other, flags], dim=1).float()

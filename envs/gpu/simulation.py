@@ -17,8 +17,8 @@ Differences from one scene per env, with their reasons:
   the CPU with worker processes.
 
 The start state of an episode id is exact to the last bit, on every device and for every number of rows. The course of
-an episode is not. PhysX on a GPU adds contact forces in no fixed order, so the same actions lead to slightly different
-states from run to run, and to different ones after a contact. Other rows may also change a row's last bits.
+an episode is not. PhysX on a GPU adds contact forces in no fixed order. So the same actions lead to slightly different
+states from run to run, and to clearly different ones after a contact. Other rows may also change a row's last bits.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class BatchedPutOnPlate(PutOnPlateScene):
     # -----------------------------------------------------------------------------------------------------------------
 
     def advance(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Simulate one control step of all rows; actions float32 [N, 7], gripper 1 or -1.
+        """Simulate one control step of all rows with actions float32 [N, 7], gripper 1 or -1.
 
         Returns: rewards float64 [N], success bool [N].
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import statistics
@@ -17,6 +18,8 @@ from conftest import as_saved, busy_actions, same
 
 import envs as world
 from envs import variants, workers
+from envs.vector import VectorEnv
+from vla.evaluation.vector_env import VectorEnv as Needed
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = "PutOnPlateInScene25Main-v3"
@@ -203,6 +206,20 @@ def test_half_batches_in_this_process_and_calls_in_the_wrong_order():
         assert same(envs.step_wait(), rows(wanted, slice(0, 1)))
 
 
+def test_the_vector_env_is_what_vla_relies_on():
+    """Same names, parameters and defaults as the protocol, which `vla` has because it must not import `envs`."""
+
+    def parameters(method) -> list:
+        return [(each.name, each.kind, each.default) for each in inspect.signature(method).parameters.values()]
+
+    methods = {name: method for name, method in vars(Needed).items() if inspect.isfunction(method) and name[0] != "_"}
+    assert methods.keys() >= {"reset", "step", "pipeline", "step_async", "state_dict", "load_state_dict", "close"}
+    for name, method in methods.items():
+        assert parameters(getattr(VectorEnv, name)) == parameters(method), name
+    with make(1) as envs:
+        assert all(hasattr(envs, name) for name in Needed.__annotations__)
+
+
 def test_a_pipeline_of_halves_is_step_by_step_the_same():
     """Outcomes come one turn later and a half that is given no actions rests, with one half and with two."""
     kwargs = dict(image_size=(16, 16), seed=2, max_episode_steps=4, auto_reset=True)
@@ -321,7 +338,7 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         begin = time.monotonic()
         with pytest.warns(
             RuntimeWarning,
-            match=r"(?s)envs 0 to 1 \(PutOnPlate\S+-v3, episodes 7, 8, process \d+\) gave no answer for 1.5 s; it hung "
+            match=r"(?s)envs 0 to 1 \(PutOnPlate\S+-v3, episodes 7, 8, process \d+\) gave no answer for 1.5 s, it hung "
             r"here:.*in execute_or_fail",
         ):
             infos = envs.step(still)[4]

@@ -16,6 +16,7 @@ import torch
 
 from schemas import UserError
 from vla.distributed import all_gather_lists, rank, world_size
+from vla.evaluation.vector_env import VectorEnv
 from vla.models.policy import uniform_noise
 
 STATISTICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
@@ -51,7 +52,7 @@ class Actor(Protocol):
     def restart(self, env: int) -> None:
         """This env's episode was lost with its worker and has begun again."""
 
-    def act(self, obs: dict, envs) -> torch.Tensor:
+    def act(self, obs: dict, envs: VectorEnv) -> torch.Tensor:
         """obs of the N envs -> actions float32 [N, C, 7], robot units."""
 
 
@@ -69,7 +70,7 @@ class PolicyActor:
     def restart(self, env: int) -> None:
         self.generators[env].manual_seed(self.seeds[env])
 
-    def act(self, obs: dict, envs) -> torch.Tensor:
+    def act(self, obs: dict, envs: VectorEnv) -> torch.Tensor:
         noise = torch.cat([uniform_noise(1, self.policy.chunk_size, g) for g in self.generators])  # [N, C, D]
         tokens, logprobs, _ = self.policy.act(self.policy.prepare(obs, self.device), self.temperature, noise)
         if not logprobs.isfinite().all():
@@ -80,7 +81,7 @@ class PolicyActor:
 
 
 def evaluate(
-    policy, envs, episode_ids: list[int], temperature: float, video=None, stop: Stop = NEVER
+    policy, envs: VectorEnv, episode_ids: list[int], temperature: float, video=None, stop: Stop = NEVER
 ) -> dict[str, float] | None:
     """Run every episode id once, spread over ranks, and average.
 
@@ -102,7 +103,9 @@ def evaluate(
     return means | {"num_episodes": float(len(episodes))}
 
 
-def run_episodes(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop = NEVER) -> Iterator[list[dict]]:
+def run_episodes(
+    actor: Actor, envs: VectorEnv, episode_ids: list[int], video=None, stop: Stop = NEVER
+) -> Iterator[list[dict]]:
     """Run every episode id once, spread over ranks; all ranks together.
 
     Args:
@@ -128,7 +131,7 @@ def run_episodes(actor: Actor, envs, episode_ids: list[int], video=None, stop: S
             return
 
 
-def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop = NEVER) -> list[dict]:
+def run_batch(actor: Actor, envs: VectorEnv, episode_ids: list[int], video=None, stop: Stop = NEVER) -> list[dict]:
     """At most envs.num_envs episodes at once; envs that have none repeat the last id and are left out of the result.
 
     Asked to stop, it returns those that have ended.
@@ -160,7 +163,7 @@ def run_batch(actor: Actor, envs, episode_ids: list[int], video=None, stop: Stop
     return [rows[env] for env in range(len(episode_ids)) if env in rows]
 
 
-def replay(envs, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool:
+def replay(envs: VectorEnv, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool:
     """Show at most envs.num_envs episodes again from their actions, every control step of them, one video each.
 
     Args:
