@@ -1,15 +1,15 @@
-# Every target sets up what it needs; the second time that costs nothing.
+# Every target first runs `make setup`, which takes no time once it has finished.
 PRESET ?= yaml/quickstart_ppo_openvlaoft.yaml
-# as many ranks as the preset says in its line "# ranks: 2"; on GPUs at most one per GPU
+# The preset gives the number of ranks in its line "# ranks: 2". On GPUs there is at most one rank per GPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS ?=
 ARGS ?=
-# the launcher's own port is one for the whole machine
+# The launcher's default port is the same for all runs on a machine, so each run gets a free one.
 FREE_PORT := python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
-# on a machine with GPUs, DeepSpeed finds them by itself: make train DS_ACCELERATOR=cuda
+# DeepSpeed uses the GPUs of this machine, or its CPU. You can choose: make train DS_ACCELERATOR=cpu
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# recipes read these from their environment, as they were given: no character of a path means anything there
+# Recipes read these variables from the environment, where no character of a path is special.
 override PRESET := $(value PRESET)
 export PRESET RANKS GPUS ARGS
 
@@ -21,9 +21,9 @@ setup: .venv/.ready
 	./setup.sh
 	touch $@
 
-# sets $$script and $$ranks for a preset
+# Sets $$script and $$ranks for a preset.
 define READ_PRESET
-test -f "$$PRESET" || { echo "error: the preset $$PRESET is no file: take one of yaml/" >&2; exit 2; }; \
+test -f "$$PRESET" || { echo "error: the preset $$PRESET is not a file: use one from yaml/" >&2; exit 2; }; \
 case "$${PRESET##*/}" in *grpo*) script=train_grpo.py ;; *) script=train_ppo.py ;; esac; \
 ranks="$$RANKS"; \
 if [ -z "$$ranks" ]; then \
@@ -38,8 +38,8 @@ train: setup
 	echo "deepspeed --num_gpus $$ranks $$script --config $$PRESET $$ARGS"; \
 	deepspeed --master_port $$($(FREE_PORT)) --num_gpus "$$ranks" "$$script" --config "$$PRESET" $(ARGS)
 
-# the tiny policies that the quickstarts and RESULTS.md start from, made anew: demonstrations, cloning, a card with each;
-# 16 objects take longer, so theirs is cloned twice more from where it ended, the last time over more demonstrations
+# Makes the tiny policies of the quickstarts and RESULTS.md again: demonstrations, fine-tuning, and a model card each.
+# The policy for 16 objects is trained twice more from its result, the last time on more demonstrations.
 CLONE = deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml \
 	--export_dir checkpoints/$(2)
 AGAIN := --model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates
@@ -53,28 +53,28 @@ warmup: setup
 	python collect_demos.py --config yaml/demos_tiny_main.yaml --num_demos 5000
 	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(AGAIN) 7000 $(ARGS)
 
-# RESULTS.md from the runs that are kept in results/
+# Draws RESULTS.md from the runs in results/.
 results: setup
 	python benchmarks/learning.py draw
 
-# every run in RESULTS.md anew, its warm-up first: hours
+# Repeats every run of RESULTS.md after its warm-up. This takes hours.
 reproduce: setup
 	$(MAKE) warmup
 	python benchmarks/learning.py run --again
 	python benchmarks/learning.py draw
 
-# two processes; tests of one file share what they set up, so a file stays in one of them
+# Two processes run the tests. A file stays in one of them, since its tests share what they set up.
 test: setup
 	python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# one table, in a quarter of an hour; on a machine that does nothing else
+# Measures speed for one table, in a quarter of an hour. The machine must not do anything else.
 bench: setup
 	DS_ACCELERATOR=cpu python benchmarks/bench.py $(ARGS)
 
 lint: setup
 	ruff check . && ruff format --check .
 
-# the website of README.md and docs/, in site/; make docs ARGS=serve shows it while you write
+# Builds the website of README.md and docs/ in site/. make docs ARGS=serve shows it while you write.
 docs: .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs $(or $(ARGS),build --strict)
 

@@ -1,17 +1,17 @@
-"""Can this machine render, compile, launch and train? One row per part: what is there, and the command that mends it.
+"""Check that this machine can render, compile, launch and train. Each row says what was found and how to fix it.
 
-    ok      as it should be
-    note    works without; the row says what it would take
-    MEND    does not work as it is; any such row makes the exit code 1
+    ok      works
+    note    works, but something optional is missing or slow
+    FIX     does not work, and the exit code is then 1
 
-python doctor.py               every row; the first time DeepSpeed compiles its op for CPUs meanwhile, a minute or two
-python doctor.py --renderer    only the renderer (what `make setup` asks)
-python doctor.py --download    fetch the published meshes and photographs (asset_pack bridge) into ManiSkill's asset
-                               folder or --asset_dir DIR; what was interrupted goes on where it stopped.
-                               --mirror URL: from there, not from huggingface.co and github.com
-python doctor.py --config FILE --num_gpus 8 --gpu_memory 80
-                               what a run needs of a GPU's memory (GiB) and of its node's, stage by stage; whether it
-                               fits, and which flag to turn first. Flags of the script may follow: --offload stage
+    # every row. The first time, DeepSpeed compiles an operation for CPUs (a minute or two)
+    python doctor.py
+    # published meshes and photographs for --asset_pack bridge. An interrupted download continues
+    python doctor.py --download
+    # memory that a run needs on 8 GPUs of 80 GiB, and the first flag to change if it does not fit
+    python doctor.py --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 --gpu_memory 80
+
+Flags of a script may follow the last one, such as --offload stage.
 """
 
 import argparse
@@ -33,14 +33,14 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")
 GIB, MIB = 2**30, 2**20
-RENDER_SECONDS, LAUNCH_SECONDS, PROBE_SECONDS = 120, 600, 120  # a first launch compiles for a minute or two
+RENDER_SECONDS, LAUNCH_SECONDS, PROBE_SECONDS = 120, 600, 120  # the first launch compiles for a minute or two
 END_SECONDS = 5
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CPU_RANK_BYTES = 66 * MIB  # DeepSpeed's all-reduce buffer of one CPU rank (0.19.8, ops/csrc/cpu/comm/shm.cpp)
@@ -61,7 +61,7 @@ camera.take_picture()
 center = camera.get_picture("Color")[16, 16, :3]
 assert center.min() > 0.1, f"the frame is black: {center}"
 """
-# _get_build_directory: where torch 2.13 puts what DeepSpeed compiles; it makes the folder, or says why it can not
+# _get_build_directory: folder of torch 2.13 for what DeepSpeed compiles. It makes the folder, or raises OSError
 ASK_TORCH = """
 import json, torch
 from torch.utils.cpp_extension import _get_build_directory
@@ -91,7 +91,7 @@ MESA = "run `make setup` as root (Debian 12: apt-get install -t bookworm-backpor
 
 
 class Finding(NamedTuple):
-    """One row: ok, note or MEND; what was found; what mends it, or what it would take."""
+    """One row: the state (ok, note or FIX), what was found, and what you can do."""
 
     state: str
     found: str
@@ -106,8 +106,8 @@ def note(found: str, remedy: str) -> Finding:
     return Finding("note", found, remedy)
 
 
-def mend(found: str, remedy: str) -> Finding:
-    return Finding("MEND", found, remedy)
+def fix(found: str, remedy: str) -> Finding:
+    return Finding("FIX", found, remedy)
 
 
 # ---------------------------------------------------------------------- what is installed
@@ -120,12 +120,12 @@ def check_version() -> Finding:
 def check_python() -> Finding:
     version = sys.version.split()[0]
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return mend(f"Python {version}: the pinned packages need 3.11 or 3.12", "install one, then `make setup`")
+        return fix(f"Python {version}, but the pinned packages need 3.11 or 3.12", "install one, then run `make setup`")
     return ok(f"Python {version}")
 
 
 def check_packages() -> Finding:
-    """Installed versions against the pins of requirements.txt; torch's local part (+cpu, +cu130) does not matter."""
+    """Compare installed versions with requirements.txt. The local part of torch's version (+cpu, +cu130) is ignored."""
     wrong = []
     for name, pinned in pins().items():
         try:
@@ -133,8 +133,8 @@ def check_packages() -> Finding:
         except importlib.metadata.PackageNotFoundError:
             found = "missing"
         if found != pinned:
-            wrong.append(f"{name} is {found}, pinned {pinned}")
-    return mend("; ".join(wrong), SETUP) if wrong else ok("as pinned in requirements.txt")
+            wrong.append(f"{name} is {found} instead of {pinned}")
+    return fix(", ".join(wrong), SETUP) if wrong else ok("as pinned in requirements.txt")
 
 
 def pins() -> dict[str, str]:
@@ -143,19 +143,19 @@ def pins() -> dict[str, str]:
 
 
 def end_with_doctor() -> Callable[[], None]:
-    """What a child process is to call before its program: Linux sends it SIGTERM when this process ends, however."""
+    """A function for a child process, after which Linux sends the child SIGTERM when this process ends in any way."""
     prctl, doctor = ctypes.CDLL(None).prctl, os.getpid()
 
     def call() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != doctor:  # it has ended already
+        if os.getppid() != doctor:  # this process has already ended
             os._exit(1)
 
     return call
 
 
 def ask(command: list[str], seconds: float) -> subprocess.CompletedProcess:
-    """Run a command of a broken machine: it may raise, abort or hang. Raises TimeoutExpired; it ends with doctor."""
+    """Run a command that may abort or hang on a broken machine. It ends with this process. Raises TimeoutExpired."""
     return subprocess.run(
         command,
         capture_output=True,
@@ -169,7 +169,7 @@ def ask(command: list[str], seconds: float) -> subprocess.CompletedProcess:
 
 @functools.cache
 def torch_facts() -> dict:
-    """What torch says of itself and its GPUs, asked in a process of its own: a broken driver may abort or hang."""
+    """Facts about torch and its GPUs, from a separate process, since a broken driver may abort or hang."""
     run = ask([sys.executable, "-c", ASK_TORCH], PROBE_SECONDS)
     if run.returncode:
         raise RuntimeError(f"torch does not start: {last_line(run.stderr, run.returncode)}")
@@ -178,7 +178,7 @@ def torch_facts() -> dict:
 
 @functools.cache
 def driver_facts() -> dict | None:
-    """NVIDIA's driver: its version, the newest CUDA it runs, names of its GPUs. None where there is no GPU."""
+    """Version of NVIDIA's driver, the newest CUDA that it runs, and names of the GPUs. None without a GPU."""
     try:
         run, listed = (
             ask(["nvidia-smi", *flags], PROBE_SECONDS) for flags in ([], ["--query-gpu=name", "--format=csv,noheader"])
@@ -201,84 +201,87 @@ def check_torch() -> Finding:
     if facts["gpus"]:
         kinds = Counter(f"{name} ({memory / GIB:.0f} GiB)" for name, memory in facts["gpus"])
         gpus = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-        runs = f"driver {driver['version']} runs CUDA up to {driver['cuda']}" if driver else "no nvidia-smi to ask"
+        runs = f"driver {driver['version']} runs CUDA up to {driver['cuda']}" if driver else "nvidia-smi is missing"
         return ok(f"{version} for CUDA {facts['cuda']}, {runs}: {gpus}")
     if driver is None:
         return ok(f"{version}, no GPU, {cores} CPU cores")
     there = f"nvidia-smi shows {len(driver['gpus'])} x {driver['gpus'][0]}"
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return note(f"{version}, {cores} CPU cores; {there}", "left alone because DS_ACCELERATOR is cpu: unset it")
+        return note(
+            f"{version}, {cores} CPU cores; {there}", "not used because DS_ACCELERATOR is cpu: unset it to use them"
+        )
     pinned = version.split("+")[0].replace(" ", "==")
     if facts["cuda"] is None:
         command = f"{sys.executable} -m pip install --force-reinstall {pinned}"
-        return mend(f"{there}, but {version} is built for CPUs alone", f"run `{command}` (PyPI's build has CUDA)")
-    found = f"{there}, but {version} for CUDA {facts['cuda']} finds none; driver {driver['version']} runs CUDA up to "
+        return fix(f"{there}, but {version} is built only for CPUs", f"run `{command}` (PyPI's build has CUDA)")
+    found = (
+        f"{there}, but {version} for CUDA {facts['cuda']} finds none, and driver {driver['version']} runs CUDA up to "
+    )
     older = driver["cuda"] != "?" and float(driver["cuda"]) < float(facts["cuda"])
     index = f"https://download.pytorch.org/whl/cu{driver['cuda'].replace('.', '')}"
-    remedy = f"install a newer driver, or `pip install {pinned} --index-url {index}` if there is such a build"
+    remedy = f"install a newer driver, or run `pip install {pinned} --index-url {index}` if there is such a build"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return mend(
-        found + driver["cuda"], remedy if older else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or restart"
-    )
+    return fix(found + driver["cuda"], remedy if older else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or restart")
 
 
 def check_compiler() -> Finding:
-    """Without CUDA, DeepSpeed compiles a communication op when it first starts: it needs g++, ninja and Python's
-    headers."""
+    """Check for g++, ninja and Python's headers: without CUDA, DeepSpeed compiles an operation at its first start."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing = [name for name in ("g++", "ninja") if shutil.which(name, path=path) is None]
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python.h (python3-dev)")
     if missing and torch_facts()["gpus"]:
-        return note(f"there is no {', '.join(missing)}", "only CPU ranks need it: `make setup` as root installs it")
+        return note(f"{', '.join(missing)} missing", "only CPU ranks need it: run `make setup` as root to install it")
     if missing:
-        return mend(f"DeepSpeed needs {', '.join(missing)} on a CPU", "run `make setup` as root, or install them")
+        return fix(f"DeepSpeed needs {', '.join(missing)} on a CPU", "run `make setup` as root, or install them")
     return ok("g++, ninja and Python headers")
 
 
 def check_ops() -> Finding:
-    """Where DeepSpeed keeps what it compiles: writable, no lock in the way, compiled already. As the scripts do it, a
-    lock that no process holds is removed."""
+    """Check the folder of DeepSpeed's compiled operations: writable, not locked, already compiled or not.
+
+    A lock that no process holds is removed, as the scripts do.
+    """
     facts = torch_facts()
     if facts["why"] or not os.access(facts["ops"], os.W_OK | os.X_OK):
-        why = facts["why"] or "not yours to write to"
+        why = facts["why"] or "not writable for you"
         remedy = "run `export TORCH_EXTENSIONS_DIR=$HOME/torch_extensions`, or name another folder of yours"
-        return mend(f"DeepSpeed can not keep compiled ops in {facts['ops']} ({why})", remedy)
-    from vla.start.extensions import Lock  # with torch, which has just been seen to start
+        return fix(f"DeepSpeed cannot keep compiled ops in {facts['ops']} ({why})", remedy)
+    from vla.start.extensions import Lock  # imports torch, which has just started without an error
 
     folder = Path(facts["ops"])
     lock = Lock(folder / "lock")
     found = lock.look()
     lock.leave()
     if found not in (True, False):
-        remedy = "wait for it" if found.certain else f"where nobody compiles there, run `rm {lock.path}`"
-        return mend(f"{found.words} compiles in {folder}", remedy)
-    removed = f"{lock.path} is removed, since no process held it, and " if found else ""
+        remedy = "wait for it" if found.certain else f"run `rm {lock.path}` if nobody compiles there"
+        return fix(f"{found.words} compiles in {folder}", remedy)
+    removed = f"{lock.path} was removed, since no process held it, and " if found else ""
     if facts["gpus"]:
-        return ok(f"{removed}{folder.parent} can be written; on GPUs nothing has to be compiled")
+        return ok(f"{removed}{folder.parent} can be written, and GPUs need no compiled op")
     if not (folder / f"{folder.name}.so").exists():
-        remedy = "the launch below does it, in a minute or two"
+        remedy = "the launch below compiles it, in a minute or two"
         return note(f"{removed}the op for CPU ranks is not compiled in {folder}", remedy)
-    return ok(f"{removed}the op for CPU ranks is compiled, in {folder}")
+    return ok(f"{removed}the op for CPU ranks is compiled in {folder}")
 
 
 # ---------------------------------------------------------------------- what works
 def check_renderer() -> Finding:
-    """One frame by the GPU, where there is one, else by the CPU: what `--render_backend auto` does."""
+    """Render one frame on the GPU, or on the CPU if there is none, like `--render_backend auto`."""
     has_gpu, wrong_on_gpu = bool(torch_facts()["gpus"]), None
     if has_gpu:
         wrong_on_gpu = render_one_frame("cuda:0")
         if wrong_on_gpu is None:
             return ok("SAPIEN rendered a frame on the GPU")
     if wrong := render_one_frame("cpu"):
-        return mend(wrong, MESA)
+        return fix(wrong, MESA)
     if has_gpu:
-        return note(f"SAPIEN renders on the CPU alone, which is slow; on the GPU: {wrong_on_gpu}", VULKAN)
+        return note(f"SAPIEN renders only on the CPU, which is slow. On the GPU: {wrong_on_gpu}", VULKAN)
     return ok("SAPIEN rendered a frame")
 
 
 def render_one_frame(device: str) -> str | None:
-    """In a subprocess with a time limit: a broken driver may raise, abort or hang. None, or what went wrong."""
+    """Render in a subprocess with a time limit, since a broken driver may abort or hang. None, or the error."""
     command = [sys.executable, "-c", RENDER_ONE_FRAME, device]
     try:
         run = ask(command, RENDER_SECONDS)
@@ -290,14 +293,14 @@ def render_one_frame(device: str) -> str | None:
 
 
 def last_line(output: str, returncode: int) -> str:
-    """What a process said last, or how it ended."""
+    """The last line of a process, or how it ended."""
     if returncode < 0:
         return f"ended by {signal.Signals(-returncode).name}"
     return (output.strip().splitlines() or [f"exit code {returncode}"])[-1]
 
 
 def check_launch() -> Finding:
-    """Start two ranks (one per GPU where there are GPUs) that join a group and add up one number."""
+    """Start two ranks (at most one per GPU) that join a group and sum a number."""
     gpus = len(torch_facts()["gpus"])
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if gpus else "cpu")
     num_ranks = 2 if accelerator == "cpu" else min(2, gpus)
@@ -307,21 +310,21 @@ def check_launch() -> Finding:
     for number, (returncode, output) in enumerate(ranks):
         if returncode:
             found = f"rank {number} of {num_ranks} failed: {last_line(output, returncode)}"
-            remedy = "mend what stands above first; where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set, unset it"
-            return mend(found, remedy)
+            remedy = "fix the rows above first, then unset GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if they are set"
+            return fix(found, remedy)
     if not all(answer and int(answer[1]) == sum(range(num_ranks + 1)) for answer in answers):
-        found = f"{num_ranks} ranks did not add up a number within {LAUNCH_SECONDS} s"
-        return mend(found, "where GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set, unset it and try again")
+        found = f"{num_ranks} ranks did not sum a number within {LAUNCH_SECONDS} s"
+        return fix(found, "unset GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if they are set, and try again")
     seconds = time.monotonic() - began
-    return ok(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {answers[0][2]} added up a number, in {seconds:.0f} s")
+    return ok(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {answers[0][2]} summed a number in {seconds:.0f} s")
 
 
 def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) -> list[tuple[int | None, str]]:
-    """Exit code and output of every rank. The first failure ends the others; None: it had to be ended."""
+    """Exit code and output of every rank. The first failure ends the others, whose code is then None."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
-    # LOCAL_SIZE as DeepSpeed's launcher sets it: without it no shared memory is touched
+    # LOCAL_SIZE as DeepSpeed's launcher sets it: without it, DeepSpeed uses no shared memory
     group = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": port, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
@@ -353,7 +356,7 @@ def run_ranks(program: str, num_ranks: int, accelerator: str, seconds: float) ->
 
 
 def end_all(processes: list[subprocess.Popen]) -> None:
-    """SIGTERM first: a rank that compiles takes its compiler along."""
+    """Send SIGTERM, so that a rank also ends its compiler, and SIGKILL after END_SECONDS."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -365,7 +368,7 @@ def end_all(processes: list[subprocess.Popen]) -> None:
 
 
 def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int | None]:
-    """Exit codes, once all are through, time is up, or one has failed and the others had a second to say why."""
+    """Exit codes, when all have ended, time is up, or one has failed and the others had a second to report."""
     deadline = time.monotonic() + seconds
     while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
         if any(codes):
@@ -374,67 +377,67 @@ def wait_for_all(processes: list[subprocess.Popen], seconds: float) -> list[int 
     return codes
 
 
-# ---------------------------------------------------------------------- what there is room for, and what lies there
+# ---------------------------------------------------------------------- room and files
 def check_shm() -> Finding:
-    """Shared memory: every CPU rank's all-reduce buffer is there, and NCCL's where GPUs can not reach each other.
+    """Check shared memory, which holds the all-reduce buffer of every CPU rank, and NCCL's if GPUs have no direct link.
 
-    Without room ranks may still start and the launch row be well: with 64 MB DeepSpeed's own all-reduce (0.19.8) ends
-    in SIGSEGV, as does a rank that finds nothing left.
+    Ranks may start without enough room, and the launch row is then ok. But DeepSpeed 0.19.8's own all-reduce ends in
+    SIGSEGV with 64 MB, as does a rank for which nothing is left.
     """
     try:
         place = os.statvfs(SHARED_MEMORY)
     except OSError as error:
-        return mend(
+        return fix(
             f"{SHARED_MEMORY}: {error.strerror}", "run the container with `--shm-size=2g`, or mount a tmpfs there"
         )
     total, free = place.f_blocks * place.f_frsize, place.f_bavail * place.f_frsize
     size = f"{free / MIB:.0f} of {total / MIB:.0f} MiB free in {SHARED_MEMORY}"
     if free < 2 * CPU_RANK_BYTES <= total:
-        return mend(
-            f"{size}; a CPU rank takes {CPU_RANK_BYTES // MIB}", f"delete what dead runs left: `ls -l {SHARED_MEMORY}`"
+        return fix(
+            f"{size}, a CPU rank takes {CPU_RANK_BYTES // MIB}", f"delete files of dead runs: `ls -l {SHARED_MEMORY}`"
         )
     if free < 2 * CPU_RANK_BYTES:
         remedy = "run the container with `--shm-size=2g`, or as root `mount -o remount,size=2g /dev/shm`"
-        return mend(f"{size}, two CPU ranks take {2 * CPU_RANK_BYTES // MIB} (Docker's default is 64)", remedy)
+        return fix(f"{size}, two CPU ranks take {2 * CPU_RANK_BYTES // MIB} (Docker's default is 64)", remedy)
     return ok(f"{size}, room for {free // CPU_RANK_BYTES} CPU ranks" if free < GIB else size)
 
 
 def check_disk() -> Finding:
-    """Where run folders go by default; what a checkpoint takes is said where it may not fit."""
+    """Check the default place of run folders, and mention the size of a checkpoint if it may not fit."""
     runs = ROOT / "runs"
     place = runs if runs.exists() else ROOT
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return mend(f"{runs} can not be written", f"run `chmod u+rwx {place}`, or give scripts --run_dir elsewhere")
+        return fix(f"{runs} cannot be written", f"run `chmod u+rwx {place}`, or give scripts --run_dir elsewhere")
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free for {runs}"
     if free < LITTLE_DISK:
-        return mend(found, "make room, or give scripts --run_dir on another disk")
+        return fix(found, "make room, or give scripts --run_dir on another disk")
     if free < ENOUGH_DISK:
-        return note(found, "enough for the tiny models; a checkpoint takes 14 bytes per trained parameter")
+        return note(found, "enough for the tiny models. A checkpoint takes 14 bytes per trained parameter")
     return ok(found)
 
 
 def check_assets() -> Finding:
-    """The builtin pack is made by code; the published one is optional."""
+    """Look for the published assets, which are optional: the builtin pack is made by code."""
     from envs.assets.bridge import Layout
 
     layout = Layout(None)
     missing = layout.missing()
     if not missing:
-        return ok(f"builtin is made by code; bridge is in {layout.carrot.parent}")
-    found = f"builtin is made by code; bridge lacks {len(missing)} files ({missing[0]}, ...)"
+        return ok(f"builtin is made by code, bridge is in {layout.carrot.parent}")
+    found = f"builtin is made by code, bridge lacks {len(missing)} files ({missing[0]}, ...)"
     return note(found, "for --asset_pack bridge run `python doctor.py --download`")
 
 
 def check_checkpoints() -> Finding:
-    """Every folder in checkpoints/ that holds weights has a config and opens; cut-off files are told by their size."""
+    """Check that every folder in checkpoints/ has a config and opens. Cut-off files have the wrong size."""
     from vla.files.tensors import open_shard
     from vla.models.published import shard_paths
 
     place = ROOT / "checkpoints"
     folders = sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else []
     if not folders:
-        return mend(f"{place} is empty: `make train` starts from a policy in it", "run `git checkout -- checkpoints`")
+        return fix(f"{place} is empty, but `make train` needs a policy in it", "run `git checkout -- checkpoints`")
     for folder in folders:
         adapter = (folder / "adapter_config.json").exists()
         try:
@@ -445,9 +448,9 @@ def check_checkpoints() -> Finding:
                 else:
                     with open_shard(path) as shard:
                         shard.keys()
-        except (OSError, ValueError) as error:  # JSON that is none is a ValueError
-            again = "run `git checkout -- checkpoints` for the tiny ones, download others again, or delete the folder"
-            return mend(f"{folder}: {error}", again)
+        except (OSError, ValueError) as error:  # invalid JSON is a ValueError
+            again = "run `git checkout -- checkpoints` for the tiny ones, and delete others or download them again"
+            return fix(f"{folder}: {error}", again)
     return ok(f"{len(folders)} in {place}: {', '.join(folder.name for folder in folders)}")
 
 
@@ -467,15 +470,15 @@ CHECKS = {
 }
 
 
-NEEDS = {"launch": ("ops",)}  # rows that are not tried while one of these needs mending: they would wait for it
+NEEDS = {"launch": ("ops",)}  # rows that are skipped while one of these fails, since they would wait for it
 
 
 def examine(name: str) -> Finding:
-    """A row, also where the check itself breaks: without its packages this machine has worse to mend."""
+    """The row of a check. A check that raises, such as for a missing package, gives a row too."""
     try:
         return CHECKS[name]()
     except Exception as error:
-        return mend(f"could not be looked at ({type(error).__name__}: {error})", SETUP)
+        return fix(f"the check failed ({type(error).__name__}: {error})", SETUP)
 
 
 def download(asset_dir: str | None, mirror: str | None) -> int:
@@ -497,7 +500,7 @@ def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags
     from vla.training.engine import read_deepspeed_config, zero_stage
     from vla.training.memory_plan import Recipe, advice, make_plan, table
 
-    script = "train_grpo" if "grpo" in Path(configs[0]).name else "train_ppo"  # whose defaults hold
+    script = "train_grpo" if "grpo" in Path(configs[0]).name else "train_ppo"  # the script whose defaults apply
     ranges = dataclasses.make_dataclass("Ranges", [("num_gpus", Count), ("gpu_memory", Positive)])
     try:
         check_flags(ranges(num_gpus, gpu_memory))
@@ -519,36 +522,54 @@ def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags
     return 0 if fits else 1
 
 
-def main(argv: list[str]) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__.strip(), formatter_class=argparse.RawTextHelpFormatter
+        usage="%(prog)s [--help] [--flag value ...]",
+        description=__doc__.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--renderer", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--download", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--asset_dir", help=argparse.SUPPRESS)
-    parser.add_argument("--mirror", help=argparse.SUPPRESS)
-    parser.add_argument("--config", action="append", help=argparse.SUPPRESS)
-    parser.add_argument("--num_gpus", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--gpu_memory", type=float, help=argparse.SUPPRESS)
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("-h", "--help", action="help", help="Show this text and exit.")
+    rows.add_argument("--renderer", action="store_true", help="Check only the renderer, as `make setup` does.")
+    assets = parser.add_argument_group("assets")
+    assets.add_argument("--download", action="store_true", help="Download the published meshes and photographs.")
+    assets.add_argument("--asset_dir", metavar="DIR", help="Folder for them. Without it, ManiSkill's folder is used.")
+    assets.add_argument("--mirror", metavar="URL", help="Server that replaces huggingface.co and github.com.")
+    memory = parser.add_argument_group("memory of a run")
+    memory.add_argument("--config", action="append", metavar="FILE", help="Yaml file of flags. It may be repeated.")
+    memory.add_argument("--num_gpus", type=int, metavar="INT", help="Number of GPUs, one rank each. (default: 8)")
+    memory.add_argument("--gpu_memory", type=float, metavar="FLOAT", help="Memory per GPU in GiB. (default: 80)")
+    return parser
+
+
+def print_rows(names: Iterable[str]) -> bool:
+    """Run these checks and print their rows. True if nothing has to be fixed."""
+    states: dict[str, str] = {}
+    for name in names:
+        first = next((needed for needed in NEEDS.get(name, ()) if states.get(needed) == "FIX"), None)
+        state, found, remedy = note("not tried", f"fix {first} first") if first else examine(name)
+        states[name] = state
+        print(f"{state:4}  {name:11} {found}{': ' * bool(remedy)}{remedy}", flush=True)
+    return "FIX" not in states.values()
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser()
     flags, more_flags = parser.parse_known_args(argv)
     if flags.config is not None:
-        num_gpus, gpu_memory = (8 if flags.num_gpus is None else flags.num_gpus), flags.gpu_memory
-        return memory_plan(flags.config, num_gpus, 80.0 if gpu_memory is None else gpu_memory, more_flags)
+        num_gpus = 8 if flags.num_gpus is None else flags.num_gpus
+        gpu_memory = 80.0 if flags.gpu_memory is None else flags.gpu_memory
+        return memory_plan(flags.config, num_gpus, gpu_memory, more_flags)
     if flags.num_gpus is not None or flags.gpu_memory is not None:
-        parser.error("--num_gpus and --gpu_memory belong to --config")
+        parser.error("--num_gpus and --gpu_memory need --config: give a yaml file of flags")
     if more_flags:
         parser.error(f"unknown: {' '.join(more_flags)}")
     if flags.download:
         return download(flags.asset_dir, flags.mirror)
     if flags.asset_dir or flags.mirror:
-        parser.error("--asset_dir and --mirror belong to --download")
-    states = {}
-    for name in ["renderer"] if flags.renderer else CHECKS:
-        first = next((needed for needed in NEEDS.get(name, ()) if states.get(needed) == "MEND"), None)
-        state, found, remedy = note("not tried", f"mend {first} first") if first else examine(name)
-        states[name] = state
-        print(f"{state:4}  {name:11} {found}{': ' * bool(remedy)}{remedy}", flush=True)
-    return 1 if "MEND" in states.values() else 0
+        parser.error("--asset_dir and --mirror need --download")
+    return 0 if print_rows(["renderer"] if flags.renderer else CHECKS) else 1
 
 
 if __name__ == "__main__":

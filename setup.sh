@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# What `make setup` runs: .venv, the pinned packages, a compiler for DeepSpeed, a Vulkan device that SAPIEN accepts.
-# System packages are installed only where something is missing, only as root, and are named first; without root the exact
-# commands are printed instead.
+# `make setup` runs this script. It makes .venv and installs the pinned packages. It also installs a compiler for
+# DeepSpeed and a Vulkan driver for SAPIEN, if they are missing and you are root. It names system packages before it
+# installs them. Without root it prints the commands instead.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 say() { printf 'setup: %s\n' "$*"; }
 
 find_python() {
-  for candidate in ${PYTHON:-} python3.11 python3.12 python3; do # 3.11 is what the tests ran on
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3; do # the tests ran on 3.11
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
       echo "$candidate"
       return
     fi
   done
-  say "no Python 3.11 or 3.12 on PATH (the pinned transformers needs 3.11 or newer): install one, or set PYTHON=/path/to/python" >&2
+  say "no Python 3.11 or 3.12 on PATH: install one, or set PYTHON=/path/to/python" >&2
   exit 1
 }
 
-# apt_install WHY PACKAGE...: as root install them, else print the commands and stop
+# apt_install WHY PACKAGE...: install the packages as root, or print the commands and stop
 apt_install() {
   local why=$1 options=()
   shift
   if grep -qs 'VERSION_CODENAME=bookworm' /etc/os-release && [[ " $* " == *" mesa-vulkan-drivers "* ]]; then
-    options=(-t bookworm-backports) # Debian 12's own Mesa 22.3 is too old for SAPIEN: it wants 23.1 or newer
+    options=(-t bookworm-backports) # SAPIEN needs Mesa 23.1 or newer, and Debian 12 has 22.3
   fi
   local source='deb http://deb.debian.org/debian bookworm-backports main' list=/etc/apt/sources.list.d/bookworm-backports.list
   if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
@@ -54,10 +54,10 @@ say "installing the packages of requirements.txt"
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 [ -f "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] || missing+=("python$version-dev")
-[ ${#missing[@]} = 0 ] || apt_install "DeepSpeed compiles an op when it starts on a CPU" "${missing[@]}"
+[ ${#missing[@]} = 0 ] || apt_install "DeepSpeed needs a compiler on a CPU" "${missing[@]}"
 
 if ! .venv/bin/python doctor.py --renderer >/dev/null; then
   apt_install "SAPIEN finds no Vulkan device that it accepts" mesa-vulkan-drivers libvulkan1 libgl1 libglib2.0-0
 fi
-say "what this machine can do; the first time, DeepSpeed compiles its op for CPU ranks meanwhile"
+say "checking this machine. The first time, DeepSpeed compiles an operation for CPUs (a minute or two)"
 .venv/bin/python doctor.py

@@ -37,11 +37,11 @@ def torch_says(monkeypatch):
 def test_python_and_packages(monkeypatch):
     assert doctor.check_python().state == "ok" == doctor.check_packages().state
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
-    assert doctor.check_python().state == "MEND"
+    assert doctor.check_python().state == "FIX"
     versions = {**doctor.pins(), "torch": "2.13.0+cu130", "peft": "0.1"}
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
     row = doctor.check_packages()
-    assert row.state == "MEND" and row.found == f"peft is 0.1, pinned {doctor.pins()['peft']}"
+    assert row.state == "FIX" and row.found == f"peft is 0.1 instead of {doctor.pins()['peft']}"
     assert "make setup" in row.remedy
 
 
@@ -60,7 +60,7 @@ def test_torch_with_gpus_names_them(torch_says):
 def test_torch_for_cpus_beside_gpus(torch_says, monkeypatch):
     torch_says(DRIVER)
     row = doctor.check_torch()
-    assert row.state == "MEND" and "built for CPUs alone" in row.found
+    assert row.state == "FIX" and "built only for CPUs" in row.found
     assert "-m pip install --force-reinstall torch==2.13.0`" in row.remedy
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # somebody wants it so
     assert doctor.check_torch().state == "note"
@@ -69,7 +69,7 @@ def test_torch_for_cpus_beside_gpus(torch_says, monkeypatch):
 def test_torch_newer_than_the_driver(torch_says, monkeypatch):
     torch_says(DRIVER, version="2.13.0+cu130", cuda="13.0")
     row = doctor.check_torch()
-    assert row.state == "MEND" and "for CUDA 13.0 finds none" in row.found and "up to 12.2" in row.found
+    assert row.state == "FIX" and "for CUDA 13.0 finds none" in row.found and "up to 12.2" in row.found
     assert "newer driver" in row.remedy and "whl/cu122" in row.remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch_says(DRIVER | {"cuda": "13.0"}, version="2.13.0+cu130", cuda="13.0")
@@ -97,7 +97,7 @@ def test_compiler(torch_says, monkeypatch):
     assert doctor.check_compiler().state == "ok"
     monkeypatch.setattr(shutil, "which", lambda name, path: None)
     row = doctor.check_compiler()
-    assert row.state == "MEND" and "g++, ninja" in row.found
+    assert row.state == "FIX" and "g++, ninja" in row.found
     torch_says(gpus=[["NVIDIA H100", 80 * 2**30]])
     assert doctor.check_compiler().state == "note"
 
@@ -110,14 +110,16 @@ def test_ops_folder(torch_says, tmp_path, monkeypatch):
     assert row.state == "note" and "not compiled" in row.found  # the launch does it
     (folder / "lock").touch()  # of a compiler that was killed
     row = doctor.check_ops()
-    assert row.state == "note" and row.found.startswith(f"{folder / 'lock'} is removed, since no process held it, and ")
+    assert row.state == "note" and row.found.startswith(
+        f"{folder / 'lock'} was removed, since no process held it, and "
+    )
     assert not (folder / "lock").exists()
     (folder / "deepspeed_shm_comm.so").touch()
     assert doctor.check_ops().state == "ok"
     (folder / "lock").touch()
     monkeypatch.setattr("vla.start.extensions.file_system_of", lambda folder: "nfs")  # another machine may hold it
     row = doctor.check_ops()
-    assert row.state == "MEND" and row.remedy.endswith(f"run `rm {folder / 'lock'}`") and (folder / "lock").exists()
+    assert row.state == "FIX" and f"run `rm {folder / 'lock'}`" in row.remedy and (folder / "lock").exists()
 
 
 def test_ops_folder_where_another_process_compiles(torch_says, tmp_path):
@@ -126,16 +128,16 @@ def test_ops_folder_where_another_process_compiles(torch_says, tmp_path):
     torch_says(ops=str(folder))
     with open(folder / "lock", "w"), subprocess_that("open(sys.argv[1])", folder / "lock") as other:
         row = doctor.check_ops()
-        assert row.state == "MEND" and row.remedy == "wait for it" and (folder / "lock").exists()
+        assert row.state == "FIX" and row.remedy == "wait for it" and (folder / "lock").exists()
         assert row.found.startswith(f"process {other.pid} (") and row.found.endswith(f"compiles in {folder}")
 
 
 def test_nothing_is_launched_that_would_wait_for_a_lock(monkeypatch, capsys):
-    checks = {"ops": lambda: doctor.mend("a lock", "rm it"), "launch": lambda: 1 / 0, "disk": lambda: doctor.ok("well")}
+    checks = {"ops": lambda: doctor.fix("a lock", "rm it"), "launch": lambda: 1 / 0, "disk": lambda: doctor.ok("well")}
     monkeypatch.setattr(doctor, "CHECKS", checks)
     assert doctor.main([]) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "note  launch      not tried: mend ops first",
+        "note  launch      not tried: fix ops first",
         "ok    disk        well",
     ]
 
@@ -201,13 +203,13 @@ def test_ops_folder_that_can_not_be_written(tmp_path, monkeypatch):
     doctor.torch_facts.cache_clear()
     row = doctor.check_ops()
     doctor.torch_facts.cache_clear()
-    assert row.state == "MEND" and "Not a directory" in row.found and "export TORCH_EXTENSIONS_DIR=" in row.remedy
+    assert row.state == "FIX" and "Not a directory" in row.found and "export TORCH_EXTENSIONS_DIR=" in row.remedy
 
 
 def test_renderer_that_aborts(monkeypatch):
     monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import os; os.abort()")
     row = doctor.check_renderer()
-    assert row.state == "MEND" and "SIGABRT" in row.found and "mesa-vulkan-drivers" in row.remedy
+    assert row.state == "FIX" and "SIGABRT" in row.found and "mesa-vulkan-drivers" in row.remedy
     monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "RENDER_SECONDS", 1)
     assert "no frame within 1 s" in doctor.check_renderer().found
@@ -220,12 +222,12 @@ def test_renderer_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(doctor, "RENDER_ONE_FRAME", "import sys; assert sys.argv[1] == 'cpu'")
     row = doctor.check_renderer()
     assert row.state == "note" and "Vulkan" in row.remedy
-    assert "renders on the CPU alone, which is slow; on the GPU: SAPIEN finds no Vulkan device" in row.found
+    assert "renders only on the CPU, which is slow. On the GPU: SAPIEN finds no Vulkan device" in row.found
 
 
 @pytest.mark.parametrize(
     "free, total, state, remedy",
-    [(64, 64, "MEND", "--shm-size"), (100, 8000, "MEND", "delete"), (200, 200, "ok", ""), (8000, 8000, "ok", "")],
+    [(64, 64, "FIX", "--shm-size"), (100, 8000, "FIX", "delete"), (200, 200, "ok", ""), (8000, 8000, "ok", "")],
 )
 def test_shared_memory(monkeypatch, free, total, state, remedy):
     mib = SimpleNamespace(f_frsize=2**20, f_blocks=total, f_bavail=free)
@@ -236,7 +238,7 @@ def test_shared_memory(monkeypatch, free, total, state, remedy):
 
 def test_no_shared_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path / "none")
-    assert doctor.check_shm().state == "MEND"
+    assert doctor.check_shm().state == "FIX"
 
 
 @pytest.mark.parametrize(
@@ -245,8 +247,8 @@ def test_no_shared_memory(monkeypatch, tmp_path):
         ("raise OSError('no address')", r"rank \d of 2 failed: OSError: no address"),
         # the other one waits, as for a group that never becomes whole: it is the first failure that counts
         ("import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(60)", "rank 1 of 2 failed: exit"),
-        ("import time; time.sleep(60)", "2 ranks did not add up a number within 1 s"),
-        ("print('sum 2 gloo')", "2 ranks did not add up"),  # each for itself
+        ("import time; time.sleep(60)", "2 ranks did not sum a number within 1 s"),
+        ("print('sum 2 gloo')", "2 ranks did not sum"),  # each for itself
     ],
 )
 def test_launch_that_fails(torch_says, monkeypatch, program, found):
@@ -255,20 +257,20 @@ def test_launch_that_fails(torch_says, monkeypatch, program, found):
     monkeypatch.setattr(doctor, "LAUNCH_SECONDS", 1 if "1 s" in found else 60)
     began = time.monotonic()
     row = doctor.check_launch()
-    assert row.state == "MEND" and re.match(found, row.found), row
+    assert row.state == "FIX" and re.match(found, row.found), row
     assert "GLOO_SOCKET_IFNAME" in row.remedy and time.monotonic() - began < 50
 
 
 def test_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    for free, state in ((0.5, "MEND"), (5, "note"), (50, "ok")):
+    for free, state in ((0.5, "FIX"), (5, "note"), (50, "ok")):
         space = SimpleNamespace(free=free * 2**30)
         monkeypatch.setattr(shutil, "disk_usage", lambda place, space=space: space)
         row = doctor.check_disk()
         assert row.state == state and str(tmp_path / "runs") in row.found
     (tmp_path / "runs").touch()  # a file, not a folder
     row = doctor.check_disk()
-    assert row.state == "MEND" and "can not be written" in row.found
+    assert row.state == "FIX" and "cannot be written" in row.found
 
 
 def test_assets_are_optional(monkeypatch, tmp_path):
@@ -298,12 +300,12 @@ def test_checkpoints_that_are_not(checkpoint, name, kept):
     if kept:
         file.write_bytes(content)
     row = doctor.check_checkpoints()
-    assert row.state == "MEND" and str(checkpoint) in row.found and "git checkout -- checkpoints" in row.remedy
+    assert row.state == "FIX" and str(checkpoint) in row.found and "git checkout -- checkpoints" in row.remedy
 
 
 def test_no_checkpoint(checkpoint):
     shutil.rmtree(checkpoint)
-    assert doctor.check_checkpoints().state == "MEND"
+    assert doctor.check_checkpoints().state == "FIX"
 
 
 def test_a_check_that_breaks_is_a_row(monkeypatch, capsys):
@@ -313,11 +315,11 @@ def test_a_check_that_breaks_is_a_row(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", {"assets": broken, "python": doctor.check_python})
     assert doctor.main([]) == 1
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("MEND  assets") and "no module named torch" in first and "make setup" in first
+    assert first.startswith("FIX   assets") and "no module named torch" in first and "make setup" in first
     assert second.startswith("ok    python")
 
 
-def test_notes_are_not_to_be_mended(monkeypatch, capsys):
+def test_notes_do_not_fail(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", {"assets": lambda: doctor.note("bridge is not here", "run x")})
     assert doctor.main([]) == 0
     assert capsys.readouterr().out == "note  assets      bridge is not here: run x\n"

@@ -309,7 +309,7 @@ def test_no_vulkan_device(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert doctor.returncode == 1 and "MEND" in doctor.stdout and "mesa-vulkan-drivers" in doctor.stdout
+    assert doctor.returncode == 1 and "FIX" in doctor.stdout and "mesa-vulkan-drivers" in doctor.stdout
 
 
 def test_resume_refusals(tmp_path):

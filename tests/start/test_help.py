@@ -6,6 +6,7 @@ import re
 import pytest
 
 import collect_demos
+import doctor
 import evaluate
 import train_grpo
 import train_ppo
@@ -97,3 +98,14 @@ def test_help_shows_types_and_defaults(capsys):
 def test_help_shows_the_values_of_a_preset(capsys):
     text = " ".join(printed(train_ppo, capsys, "--config", "yaml/quickstart_ppo_openvlaoft.yaml").split())
     assert f"--chunk_size INT {texts_of(train_ppo)['chunk_size']} (default: 4)" in text
+
+
+def test_help_of_doctor():
+    """Its own few flags have the same form as those of the scripts."""
+    parser = doctor.make_parser()
+    assert len(parser._actions) == 8 and parser.format_help().startswith("usage: ")
+    for action in parser._actions:
+        assert action.help[0].isupper() and re.search(r"\.( \(default: \d+\))?$", action.help), action.option_strings
+        assert parser.format_help().count(action.option_strings[-1]) >= 1
+    titles = [group.title for group in parser._action_groups if group._group_actions]
+    assert titles == ["rows", "assets", "memory of a run"]

@@ -512,7 +512,7 @@ def test_the_presets_own_name_says_which_script(clone):
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        (None, "error: the preset a.yaml is no file: take one of yaml/"),
+        (None, "error: the preset a.yaml is not a file: use one from yaml/"),
         ("seed: 1\n", "error: a.yaml has no line like '# ranks: 2': run make train RANKS=2"),
         ("# ranks: many\n", "error: a.yaml has no line like '# ranks: 2': run make train RANKS=2"),
         ("# ranks: 0\n", "error: a.yaml has no line like '# ranks: 2': run make train RANKS=2"),
@@ -610,7 +610,7 @@ def test_a_job_does_not_start_over_what_it_can_not_move(cluster, monkeypatch):
     (Path(os.environ["FAKE_SLURM"]) / "mv").write_text("#!/bin/sh\nexit 1\n")
     (Path(os.environ["FAKE_SLURM"]) / "mv").chmod(0o755)
     run = submit(cluster, "train_ppo.py", "--run_dir", "runs/x")
-    assert run.returncode == 2 and run.stderr.startswith("error: runs/x holds no checkpoint and can not be moved")
+    assert run.returncode == 2 and run.stderr.startswith("error: runs/x has no checkpoint and cannot be renamed")
     assert not (cluster / "words.json").exists()
 
 
