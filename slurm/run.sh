@@ -3,7 +3,7 @@
 #
 # srun starts the ranks itself, so every rank gets the signals of the cluster: USR1 five minutes before the time limit
 # (--signal=USR1@300) and SIGTERM when the job is preempted. The `deepspeed` launcher would die of them without passing
-# them on. Ranks that are asked to end save and exit with 75. vla/training/preemption.py says what a resumed run repeats.
+# them on. Ranks that are asked to end save and exit with 75. vla/training/preemption.py says what is then repeated.
 #
 #   PYTHON             the interpreter (default: .venv/bin/python)
 #   DEEPSPEED_TIMEOUT  minutes after which a run ends when a rank does not join a collective (default: 30). It must be
@@ -63,7 +63,7 @@ echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLUR
     "${resume[*]:-a new run}, logs in $logs"
 
 # srun reads % in a file name as the start of a field, and %% as a plain %.
-# --wait: seconds that the other ranks have after the first one has ended. srun's exit code is the highest of all ranks.
+# --wait: seconds that the other ranks have after the first has ended. srun's exit code is the highest of all ranks.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=0 --wait=120 --open-mode=append --output="${logs//%/%%}/rank_%t.log" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
