@@ -1,14 +1,14 @@
-"""Where an iteration's time goes and how much of it has to be: `make bench`, one table in a quarter of an hour.
+"""Where the time of an iteration goes, and how much of it is needed: `make bench`, one table in a quarter of an hour.
 
     python benchmarks/bench.py                                  # everything, to benchmarks/results/
     python benchmarks/bench.py --only limits quickstart         # some of it
     python benchmarks/bench.py --machine my_laptop --minutes 30
 
-Parts are measured by benchmarks/components.py, whole iterations by the real script through the real launcher: time/*
-of its metrics.jsonl, median without the first iteration. Shares are of what the machine can do, measured in the same
-run: a large matrix product, copying memory. What no such limit is known of (physics, the task's arithmetic) has its
-share of an env step. What is not done when the minutes are over stands in the table as not done. Results are written as
-JSON and as the table; benchmarks/cost_model.py predicts other runs from the JSON.
+benchmarks/components.py measures parts. The real script under the real launcher measures whole iterations: the median
+of time/* in metrics.jsonl without the first iteration. Shares compare with what the machine can do in the same run: a
+large matrix product, and copying memory. Physics and the arithmetic of the task have no such limit, so the table has
+their share of an env step. Measurements that do not start in time are listed as not done. Results are written as JSON
+and as a table. benchmarks/cost_model.py predicts other runs from the JSON.
 """
 
 import argparse
@@ -468,8 +468,15 @@ def main(flags: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=JOBS, help="these measurements instead of all")
-    parser.add_argument("--minutes", type=float, default=14, help="what has not begun by then is left out")
-    parser.add_argument("--machine", help="name in the results' file name; default: made from the CPU")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", choices=JOBS, help="Measurements to run. Without it, all are run.")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=14,
+        help="Minutes after which no measurement is started. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--machine", help="Name of the machine in the file name of the results. Without it, the CPU gives the name."
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="Folder of the results. (default: %(default)s)")
     raise SystemExit(main(parser.parse_args()))

@@ -1,18 +1,18 @@
-"""What an iteration is made of, each part measured by itself, on ranks of its own. benchmarks/bench.py starts it.
+"""Measure each part of an iteration alone. benchmarks/bench.py starts this script.
 
     python benchmarks/components.py --config yaml/quickstart_ppo_openvlaoft.yaml              # one rank, every part
     python benchmarks/components.py --what env --sim_freq 500 --image_size 640 480            # the expert drives
 
-Flags of train_ppo.py may follow. Rank 0 prints one line, `PARTS` and a JSON list; times are seconds of the slowest
-rank. With RANK, WORLD_SIZE and MASTER_PORT in the environment, several ranks measure at the same time, as they do in a
-run, and share caches and memory as they do there.
+Flags of train_ppo.py may follow. Rank 0 prints one line with `PARTS` and a JSON list. Times are seconds of the slowest
+rank. With RANK, WORLD_SIZE and MASTER_PORT in the environment, several ranks measure at the same time. They then share
+caches and memory as in a run.
 
-    limits      one large matrix product, and copying what no cache holds
-    transport   a step of envs that all rest: actions there, pictures back; in this process and in a worker
-    rollout     decisions as the script makes them: act, step, the rest; what a control step is spent on
-    act         one batch, and half of it
-    update      forward, backward and AdamW of the bare policy, one micro batch
-    engine      the same through DeepSpeed with the preset's ZeRO, and what passes between the stages
+    limits      one large matrix product, and a copy that is larger than any cache
+    transport   a step of resting envs: actions out, images back, in this process and in a worker
+    rollout     decisions as in the script (act, step, rest), and the parts of a control step
+    act         one batch, and half a batch
+    update      forward, backward and AdamW of the policy alone, for one micro batch
+    engine      the same with DeepSpeed and the preset's ZeRO, and the switches between stages
 """
 
 import argparse
@@ -362,9 +362,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", default="yaml/quickstart_ppo_openvlaoft.yaml", help="a preset of train_ppo.py")
-    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--config", default="yaml/quickstart_ppo_openvlaoft.yaml", help="Preset of train_ppo.py. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--what", nargs="+", choices=PARTS, default=list(PARTS[:-1]), help="Parts to measure. (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="Repeats per measurement. (default: %(default)s)")
     flags, more = parser.parse_known_args()
     flags.more = more
     return flags

@@ -1,19 +1,19 @@
-"""Hours and GPU-hours of a run before it is started, from measured parts; and how well that fits what was measured.
+"""Predict hours and GPU-hours of a run from measured parts, and compare predictions with measured runs.
 
     python benchmarks/cost_model.py                            # the newest results: predicted against measured
     python benchmarks/cost_model.py --results CARD.json HOST.json --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8
     python benchmarks/cost_model.py --config yaml/maniskill_ppo_openvlaoft.yaml --num_gpus 8 --num_env_workers 8
 
-Files are those of benchmarks/bench.py and benchmarks/gpu_check.py; what several hold is taken from the first. Exit code
-1 where an iteration in them is predicted with an error of more than 25 %. The model:
+Results are files of benchmarks/bench.py and benchmarks/gpu_check.py. The first file wins if several hold a value. The
+exit code is 1 if the prediction for a measured iteration is wrong by more than 25 %. The model:
 
-    rollout    decisions x (act + simulate + rest), or with two pipeline stages the longer of what can overlap
-    simulate   physics, task, picture, resets of an env, over the worker processes and the cores that there are
-    update     micro batches x (fixed + decisions x slope), and the optimizer's steps
-    ranks      gathers, reductions from bytes and --bandwidth, not hidden behind arithmetic (overlap_comm is off)
+    rollout    decisions x (act + simulate + rest), or the longer of the overlapping ones with two pipeline stages
+    simulate   physics, task, image and resets of an env, over worker processes and cores
+    update     micro batches x (fixed + decisions x slope), and optimizer steps
+    ranks      gathers and reductions, from bytes and --bandwidth (overlap_comm is off)
 
-What no file holds of a model is its counted arithmetic over peak times --utilisation, and weights over memory
-bandwidth. Each input is listed as measured or as assumed. Evaluation, checkpoints and starting are not in it.
+Unmeasured models take their counted arithmetic over peak times --utilisation, and their weights over memory bandwidth.
+The output lists each input as measured or assumed. It leaves out evaluation, checkpoints and the start.
 """
 
 import argparse
@@ -384,17 +384,47 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--results", nargs="+", type=Path, default=[], help="default: newest of benchmarks/results")
-    parser.add_argument("--config", help="a preset; flags of its script may follow")
-    parser.add_argument("--num_gpus", type=int, nargs="+", default=[1, 8, 16, 64, 256])
-    parser.add_argument("--num_envs", type=int, help="over all GPUs; default: as many per GPU as in the preset")
-    parser.add_argument("--cores", type=float, default=16, help="CPU cores per GPU")
-    parser.add_argument("--env_steps", type=int, default=1_000_000)
-    parser.add_argument("--render", default="cpu", help="sapien_cuda: pictures as gpu_check.py measured them")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of a GPU; default: as measured by gpu_check.py, else 989")
-    parser.add_argument("--memory", type=float, help="TB/s of a GPU's memory; default: as measured, else 4.8 (H200)")
-    parser.add_argument("--bandwidth", type=float, default=50, help="GB/s between GPUs, per GPU (one 400 Gb/s port)")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of peak that the model reaches")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="Files of results. Without it, the newest in benchmarks/results is read.",
+    )
+    parser.add_argument("--config", help="Preset. Flags of its script may follow.")
+    parser.add_argument(
+        "--num_gpus", type=int, nargs="+", default=[1, 8, 16, 64, 256], help="Numbers of GPUs. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_envs", type=int, help="Envs over all GPUs. Without it, as many per GPU as in the preset."
+    )
+    parser.add_argument("--cores", type=float, default=16, help="CPU cores per GPU. (default: %(default)s)")
+    parser.add_argument("--env_steps", type=int, default=1_000_000, help="Env steps of the run. (default: %(default)s)")
+    parser.add_argument(
+        "--render",
+        default="cpu",
+        help="Renderer: cpu, or sapien_cuda for images as gpu_check.py measured them. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peak", type=float, help="Peak speed of a GPU in TFLOP/s. Without it, the measured one, or else 989."
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        help="Memory bandwidth of a GPU in TB/s. Without it, the measured one, or else 4.8 (H200).",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=50,
+        help="Bandwidth between GPUs in GB/s per GPU, 50 for one 400 Gb/s port. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="Share of the peak speed that the model reaches. (default: %(default)s)",
+    )
     options, more = parser.parse_known_args(argv)
     if more and not options.config:
         parser.error(f"unknown without --config: {' '.join(more)}")

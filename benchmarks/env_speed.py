@@ -1,13 +1,13 @@
-"""Where an env step's time goes, and a thousand random episodes. README's env figures come from here.
+"""Where the time of an env step goes, and random episodes. The env figures of the docs come from here.
 
     python benchmarks/env_speed.py                        # the table, builtin pack
     python benchmarks/env_speed.py --asset_dir DIR        # also with the published meshes
     python benchmarks/env_speed.py --episodes 1000        # random episodes over all ids, with partial resets
     python benchmarks/env_speed.py --expert 32            # success of the scripted expert, per id and object set
 
-Medians of milliseconds in one process, wall clock and CPU (on a shared machine the second says more). Actions are those
-of the scripted expert, recorded beforehand: contacts are part of the work. The rows "reference-style" are the same
-steps done as RL4VLA's env does them, in the same run, in turns (what that stands for: benchmarks/reference_step.py).
+It prints medians of wall clock and CPU time (ms) in one process. CPU time is better on a shared machine. The
+actions are recorded from the scripted expert, so that contacts are part of the work. The rows "reference-style" do the
+same steps like RL4VLA's env, alternating in the same run (see benchmarks/reference_step.py).
 """
 
 from __future__ import annotations
@@ -211,10 +211,19 @@ def check_numbers(env: PutOnPlateInScene, reward: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--asset_dir", help="folder of the published meshes: measure them too")
-    parser.add_argument("--episodes", type=int, default=0, help="run this many random episodes instead")
-    parser.add_argument("--expert", type=int, default=0, help="episodes per id and object set for the expert's table")
-    parser.add_argument("--seconds", type=float, default=10, help="length of each throughput measurement")
+    parser.add_argument("--asset_dir", help="Folder of the published meshes, to measure them too.")
+    parser.add_argument(
+        "--episodes", type=int, default=0, help="Number of random episodes to run instead. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--expert",
+        type=int,
+        default=0,
+        help="Episodes per id and object set for the table of the expert. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="Seconds per throughput measurement. (default: %(default)s)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     asset_pack = "bridge" if options.asset_dir else "builtin"

@@ -1,11 +1,11 @@
-"""ZeRO-3 rollouts: weights gathered once per rollout, as the scripts do, against gathered by every forward's hooks.
+"""ZeRO-3 rollouts with weights gathered once per rollout, as in the scripts, against gathered in every forward pass.
 
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 benchmarks/gather.py
     deepspeed --num_gpus 8 benchmarks/gather.py --model_path /models/openvla-7b --lora_rank 32 --dtype bfloat16
 
-One line of JSON on rank 0: actions per second over all ranks, medians of rounds in which both take turns. The once
-includes the gathering. At the end every rank makes another number of forwards within one rollout, which hooks could
-only answer by hanging.
+Rank 0 prints one line of JSON with actions per second over all ranks: medians of rounds in which both take turns. The
+first way includes the gathering. At the end, every rank makes a different number of forward passes within one rollout,
+in which the hooks of the second way would hang.
 """
 
 import argparse
@@ -104,13 +104,26 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", default="openvla-tiny")
-    parser.add_argument("--model_type", default="openvla", choices=("openvla", "openvla_oft"))
-    parser.add_argument("--chunk_size", type=int, default=1)
-    parser.add_argument("--lora_rank", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    parser.add_argument("--num_envs", type=int, default=8, help="per rank")
-    parser.add_argument("--num_decisions", type=int, default=16, help="per rollout")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--local_rank", type=int, default=-1)
+    parser.add_argument(
+        "--model_path", default="openvla-tiny", help="Model folder or tiny preset. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model_type",
+        default="openvla",
+        choices=("openvla", "openvla_oft"),
+        help="Model family. (default: %(default)s)",
+    )
+    parser.add_argument("--chunk_size", type=int, default=1, help="Actions per decision. (default: %(default)s)")
+    parser.add_argument(
+        "--lora_rank", type=int, default=0, help="Rank of the LoRA adapter, or 0 for none. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=tuple(DTYPES), help="Number format of the weights. (default: %(default)s)"
+    )
+    parser.add_argument("--num_envs", type=int, default=8, help="Envs per rank. (default: %(default)s)")
+    parser.add_argument("--num_decisions", type=int, default=16, help="Decisions per rollout. (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="Measurements of each kind. (default: %(default)s)")
+    parser.add_argument(
+        "--local_rank", type=int, default=-1, help="Number of this rank on its machine. The launcher sets it."
+    )
     main(deepspeed.add_config_arguments(parser).parse_args())

@@ -1,21 +1,21 @@
-"""One command for a machine with an NVIDIA card: is everything right there that CPUs can not test, and how fast is it.
+"""Check on an NVIDIA GPU what CPUs cannot test, and measure its speed.
 
-    python benchmarks/gpu_check.py                      # everything, about half an hour; to benchmarks/results/
+    python benchmarks/gpu_check.py                      # everything in half an hour, to benchmarks/results/
     python benchmarks/gpu_check.py --only graphs offload
-    python benchmarks/gpu_check.py --preset 100m        # a card too small for 7B
+    python benchmarks/gpu_check.py --preset 100m        # for a GPU too small for 7B
 
-Nothing is downloaded and nothing has to be there but the repository: weights are random, assets are made by code. Every
-part is a process of its own with a time limit; one that fails is a line "not done" with its reason, and the others go
-on. Exit code 2 without a card, 1 where a part failed.
+It needs no downloads: weights are random, and assets are made by code. Every part is a separate process with a time
+limit. A part that fails is listed as "not done" with its reason, and the others continue. The exit code is 2 without a
+GPU, and 1 if a part failed.
 
-    card           matrix peak and memory bandwidth of one card, measured
-    graphs         captured CUDA graphs give what the same kernels give one by one, bit for bit
+    card           measured matrix peak and memory bandwidth of one GPU
+    graphs         CUDA graphs give the same results as single kernels, bit for bit
     offload        losses with and without --offload stage are equal bit for bit, and memory is freed
     openvla, openvla_oft    act with and without graphs, a LoRA update, on random weights of the preset
-    zero3          the preset under ZeRO-3 on one card, rollout and update in turns, beside what doctor.py plans
-    quickstart     the real script on the card
-    render         pictures on the card, physics on the CPU; and how far they are from the CPU's
-    batch          physics and pictures of all envs in one batch on the card
+    zero3          the preset with ZeRO-3 on one GPU, rollout and update in turns, next to doctor.py's plan
+    quickstart     the real script on the GPU
+    render         images from the GPU, physics on the CPU, and the difference from the CPU's images
+    batch          physics and images of all envs in one batch on the GPU
 """
 
 import argparse
@@ -396,12 +396,20 @@ def main(flags: argparse.Namespace) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts instead of all")
-    parser.add_argument("--preset", choices=PRESETS, default="openvla-7b", help="sizes of the random weights")
-    parser.add_argument("--batch", type=int, default=16, help="decisions per act and per micro batch")
-    parser.add_argument("--num_envs", type=int, default=64, help="of the batch on the card")
-    parser.add_argument("--machine", help="name in the results' file name; default: made from the card")
-    parser.add_argument("--output", type=Path, default=bench.RESULTS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="Parts to run. Without it, all are run.")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="openvla-7b", help="Sizes of the random weights. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=16, help="Decisions per rollout step and per micro batch. (default: %(default)s)"
+    )
+    parser.add_argument("--num_envs", type=int, default=64, help="Envs in the batch on the GPU. (default: %(default)s)")
+    parser.add_argument(
+        "--machine", help="Name of the machine in the file name of the results. Without it, the GPU gives the name."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=bench.RESULTS, help="Folder of the results. (default: %(default)s)"
+    )
     parser.add_argument("--part", choices=ALONE, help=argparse.SUPPRESS)
     parser.add_argument("--offload", default="none", help=argparse.SUPPRESS)
     parser.add_argument("--render_backend", default="sapien_cuda", help=argparse.SUPPRESS)

@@ -1,11 +1,11 @@
-"""Learning curves: run them, and draw them from what is kept in results/.
+"""Learning curves: run them, and draw them from results/.
 
-    python benchmarks/learning.py run                     every curve and seed of results/curves.yaml that is not there
+    python benchmarks/learning.py run                     every missing curve and seed of results/curves.yaml
     python benchmarks/learning.py run --only ppo_openvlaoft --seeds 0 1
     python benchmarks/learning.py draw                    RESULTS.md and docs/learning.png from results/**
 
-A run is one `deepspeed` command on two CPU ranks, then evaluate.py on 256 held-out episodes with the policy it began
-with and the one it ended with, sampled and greedy. What is kept of it is what the run folder says of itself.
+A run is one `deepspeed` command on two CPU ranks. evaluate.py then runs 256 held-out episodes with its first and last
+policy, sampled and greedy. results/ keeps the descriptions and metrics of the run folder.
 """
 
 import argparse
@@ -305,9 +305,9 @@ def draw() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "draw"))
-    parser.add_argument("--only", nargs="+", choices=list(curves()), help="curves")
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--again", action="store_true", help="also what is there")
+    parser.add_argument("--only", nargs="+", choices=list(curves()), help="Curves to run or draw. Without it, all.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds to run. Without it, those of results/curves.yaml.")
+    parser.add_argument("--again", action="store_true", help="Repeat runs that exist already.")
     given = parser.parse_args()
     if given.what == "run":
         run(given.only, given.seeds, given.again)

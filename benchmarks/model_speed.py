@@ -1,16 +1,16 @@
-"""What the models cost: parameters against the specification, actions per second, one LoRA update.
+"""Cost of the models: number of parameters against the specification, actions per second, one LoRA update.
 
     python benchmarks/model_speed.py --preset openvla-7b --meta    every tensor of openvla-7b, without weights or memory
     python benchmarks/model_speed.py --preset fixture                 act() against a plain Hugging Face style loop
     python benchmarks/model_speed.py --preset 100m --model_type openvla_oft
     python benchmarks/model_speed.py --preset openvla-7b --device cuda --dtype bfloat16 --update
 
-One line of JSON per measurement. Weights are random: time does not depend on them. Both loops run in one process, turn
-by turn, and the medians are reported, so that the ratio holds on a shared machine too. On a GPU act() is also measured
-without graphs, with its memory; the share of the matrix peak is that of one large product timed in the same run.
+It prints one line of JSON per measurement. Weights are random, since time does not depend on them. Both loops alternate
+in one process, and medians are reported, so that their ratio holds on a shared machine too. On a GPU, act() is also
+measured without graphs, with its memory. The matrix peak is that of one large product in the same run.
 
-The plain loop is what a script around a Hugging Face model does: for each sample, encode the picture, `generate` with a
-dynamic cache, and encode everything again for log-probabilities and value. Its first half alone is reported as well.
+The plain loop does what a script around a Hugging Face model does for each sample: encode the image, `generate` with a
+dynamic cache, and encode everything again for log-probabilities and value. Its first half is also reported.
 """
 
 import argparse
@@ -332,16 +332,37 @@ def peak_memory(what: str, device: str) -> dict:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="fixture")
-    parser.add_argument("--model_type", choices=("openvla", "openvla_oft"), default="openvla")
-    parser.add_argument("--meta", action="store_true", help="count parameters without memory, and stop")
-    parser.add_argument("--batch", type=int, default=8, help="samples per call")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--update", action="store_true", help="measure a LoRA update (rank 32) as well")
-    parser.add_argument("--lora_scope", choices=("all", "llm"), default="all", help="llm: towers frozen, run once")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="fixture", help="Sizes of the random weights. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model_type",
+        choices=("openvla", "openvla_oft"),
+        default="openvla",
+        help="Model family. (default: %(default)s)",
+    )
+    parser.add_argument("--meta", action="store_true", help="Count parameters without using memory, and stop.")
+    parser.add_argument("--batch", type=int, default=8, help="Samples per call. (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="Repeats per measurement. (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="Device to measure. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="Number format of the weights. (default: %(default)s)",
+    )
+    parser.add_argument("--update", action="store_true", help="Measure a LoRA update (rank 32) too.")
+    parser.add_argument(
+        "--lora_scope",
+        choices=("all", "llm"),
+        default="all",
+        help="Layers that are trained. With llm, the vision towers are frozen and run once. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Recompute activations in the backward pass."
+    )
     return parser.parse_args()
 
 

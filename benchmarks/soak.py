@@ -1,10 +1,10 @@
-"""What a test suite has no time for: runs that are killed and go on, again and again.
+"""Long tests of runs that are killed and resumed again and again.
 
-    python benchmarks/soak.py grid            12 iterations in one go against 5, kill -9 of a rank, resume, 7 more:
-                                              ZeRO 0, 2, 3 on one and two ranks; metrics equal from the resumed one on
+    python benchmarks/soak.py grid            12 iterations at once, against 5, kill -9 of a rank and 7 more. ZeRO 0,
+                                              2 and 3 on one and two ranks, with equal metrics after the resume
     python benchmarks/soak.py kills           20 kills at random times: launcher, its helper, a rank, an env worker
 
-Runs on CPU ranks, in a temporary folder or in --folder. Exit code 1 where anything is not as it should be.
+It uses CPU ranks, in a temporary folder or in --folder. The exit code is 1 if anything is wrong.
 """
 
 import argparse
@@ -183,11 +183,17 @@ def kills(folder: Path, rounds: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("grid", "kills"))
-    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, help="Folder of the runs, which is kept. Without it, a temporary folder is used."
+    )
+    parser.add_argument(
+        "--stages", type=int, nargs="+", default=[0, 2, 3], help="ZeRO stages of the grid. (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2], help="Numbers of ranks of the grid. (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="Number of kills. (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the kills. (default: %(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         where = given.folder or Path(temporary)

@@ -1,4 +1,4 @@
-"""Some hundred wrong inputs, tried one by one: how does each of them end?
+"""Try wrong inputs one by one, and report how each of them ends.
 
     python benchmarks/trials.py --every 8                every eighth input of each kind
     python benchmarks/trials.py                          all of them: about 2,500 starts
@@ -14,7 +14,7 @@ demos. Each trial is a script with one wrong input, in a process and a folder of
     hang         no end within the time limit
     taken        exit code 0: the input was accepted, which is right for some of them
 
-What ended otherwise than in a sentence is printed, with all files that were written. --output keeps all answers.
+Inputs that do not end in a sentence are printed, with all files that were written. --output keeps all answers.
 """
 
 import argparse
@@ -580,13 +580,25 @@ KINDS: dict[str, Callable[..., Iterator[Trial]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=[*KINDS], help="kinds of inputs")
-    parser.add_argument("--match", default="", help="only inputs with this text in their name")
-    parser.add_argument("--every", type=int, default=1, help="of each kind, every so manieth input")
-    parser.add_argument("--skip", type=int, default=0, help="begin with the input of this number")
-    parser.add_argument("--list", action="store_true", help="print their names, run nothing")
-    parser.add_argument("--output", type=Path, help="file for all answers, as JSON")
-    parser.add_argument("--show", nargs="+", default=["unnamed", "traceback", "hang", "taken"], help="endings to print")
+    parser.add_argument(
+        "--only", nargs="+", choices=KINDS, default=[*KINDS], help="Kinds of inputs. (default: %(default)s)"
+    )
+    parser.add_argument("--match", default="", help="Text that the names of the inputs must contain.")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        help="Step through the inputs of each kind: 3 takes every third. (default: %(default)s)",
+    )
+    parser.add_argument("--skip", type=int, default=0, help="Number of the first input. (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="Print the names of the inputs and run nothing.")
+    parser.add_argument("--output", type=Path, help="JSON file for all answers.")
+    parser.add_argument(
+        "--show",
+        nargs="+",
+        default=["unnamed", "traceback", "hang", "taken"],
+        help="Endings to print. (default: %(default)s)",
+    )
     flags = parser.parse_args()
     for module in ("train_ppo", "train_grpo", "train_sft", "evaluate", "collect_demos", "mani_skill.envs"):
         importlib.import_module(module)  # once, for all the forks
