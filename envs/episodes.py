@@ -59,10 +59,7 @@ def num_start_states(env_id: str, obj_set: str = "train") -> int:
 
 def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
     """The id as an int. Raises ValueError where it is out of range."""
-    total = num_start_states(env_id, obj_set)
-    if int(episode_id) != episode_id or not 0 <= episode_id < total:
-        raise ValueError(f"episode id {episode_id} is out of range: {env_id} {obj_set} has ids 0 to {total - 1}.")
-    return int(episode_id)
+    return variants.check_in_range(env_id, obj_set, episode_id, num_start_states(env_id, obj_set))
 
 
 def start_state(env_id: str, obj_set: str, episode_id: int, protocol: str) -> variants.StartState | int:

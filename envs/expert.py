@@ -11,31 +11,21 @@ record demonstrations for a policy that sees one frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
+
+from envs.assets.catalog import TABLE_HEIGHT
+from envs.rotations import rotation_matrix
 
 TIP_BELOW_TOOL = 0.0154  # m that the fingers reach below ee_gripper_link
 BAR_ABOVE_TOOL = 0.0395  # m from there up to the bar between the fingers
 GRIP_WIDTH = 0.051  # m, the widest object that fits between open fingers
-TABLE_HEIGHT = 0.8695  # m
 CLEARANCE = 0.004  # m between fingers and table, and between object and bar
 OPEN, CLOSE = 1.0, 0.0  # the env opens above 0.5
 # With measured=True a step asks for this share of the way to the goal, because the arm is still moving from the step
 # before. Success was 0.98 of 120 tries with 0.5, 0.7 and 1, in 25, 21 and 21 steps. With 1 the arm overshoots.
 GAIN = 0.7
-
-
-def rotation_matrix(q: Sequence[float]) -> np.ndarray:
-    """Rotation matrix [3, 3] of a unit quaternion wxyz."""
-    w, x, y, z = q
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
 
 
 class Expert:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from envs import episodes, variants
+from envs.registration import CONTROL_FREQ
 
 if TYPE_CHECKING:
     from envs.maniskill_task import ManiSkillTask
     from envs.put_on_plate import PutOnPlateInScene
 
 ACTION_DIM = 7
-CONTROL_FREQ = 5  # Hz, of the PutOnPlateInScene25 family. Other envs have their own
 # settings under which replayed actions lead to the same state
 REPLAY_KEYS = (
     "env_id",

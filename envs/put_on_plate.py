@@ -47,9 +47,9 @@ from mani_skill.utils.structs.types import SceneConfig, SimConfig
 from envs import assets, variants
 from envs.assets import catalog, shaders
 from envs.kinematics import added_pose
-from envs.registration import CAMERA, CONTROL_MODE, MAX_EPISODE_STEPS
+from envs.registration import CAMERA, CONTROL_FREQ, CONTROL_MODE, MAX_EPISODE_STEPS
+from envs.rotations import yaw_quaternion
 
-CONTROL_FREQ = 5  # Hz
 START_QPOS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)
 BASE_POSE = sapien.Pose(list(catalog.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # a yaw of 180 degrees
 PARKED_POSE = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])  # out of the way while objects settle
@@ -612,11 +612,6 @@ def chosen_bodies(start: variants.StartState) -> list[tuple[str, int]]:
     """(kind, index) of an episode's object, receptacle and perhaps a distractor."""
     pair = [("object", start.object_index), ("receptacle", start.receptacle_index)]
     return pair if start.distractor is None else [*pair, start.distractor]
-
-
-def yaw_quaternion(yaw: float) -> list[float]:
-    """Quaternion wxyz of a turn by `yaw` (rad) about the vertical."""
-    return [math.cos(yaw / 2), 0, 0, math.sin(yaw / 2)]
 
 
 def instruction_of(pack: assets.AssetPack, start: variants.StartState) -> str:

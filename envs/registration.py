@@ -12,6 +12,7 @@ from gymnasium.envs.registration import WrapperSpec
 
 from envs.variants import VARIANTS
 
+CONTROL_FREQ = 5  # Hz
 MAX_EPISODE_STEPS = 80  # 16 s
 CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
 CAMERA = "3rd_view_camera"

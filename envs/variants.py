@@ -300,9 +300,8 @@ def bodies_needed(env_id: str, obj_set: str) -> list[tuple[str, int]]:
     return [(kind, index) for kind in needed for index in sorted(needed[kind])]
 
 
-def check_episode_id(env_id: str, obj_set: str, episode_id: int) -> int:
-    """The id as an int. Raises ValueError where it is out of range."""
-    total = num_start_states(env_id, obj_set)
+def check_in_range(env_id: str, obj_set: str, episode_id: int, total: int) -> int:
+    """The id as an int. Raises ValueError unless it is one of 0 to total - 1."""
     if int(episode_id) != episode_id or not 0 <= episode_id < total:
         raise ValueError(f"episode id {episode_id} is out of range: {env_id} {obj_set} has ids 0 to {total - 1}.")
     return int(episode_id)
@@ -313,7 +312,7 @@ def decode(env_id: str, obj_set: str, episode_id: int, protocol: str = "rl4vla")
     episodes = lookup(env_id, obj_set)
     check_protocol(protocol)
     digits: dict[str, int] = {}
-    rest = check_episode_id(env_id, obj_set, episode_id)
+    rest = check_in_range(env_id, obj_set, episode_id, num_start_states(env_id, obj_set))
     for name, radix in reversed(radices(episodes).items()):
         rest, digits[name] = divmod(rest, radix)
     positions = _positions(episodes.grids, digits["placement"], protocol)

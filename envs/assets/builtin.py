@@ -32,6 +32,7 @@ from envs.assets.catalog import (
     Part,
     resized,
 )
+from envs.rotations import rotation_matrix
 from envs.scratch import scratch_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,18 +210,6 @@ def _write_once(path: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rotation(q: np.ndarray) -> np.ndarray:
-    """Rotation matrix [3, 3] of a unit quaternion wxyz."""
-    w, x, y, z = q
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
 def _table_points() -> np.ndarray:
     """World x, y where each pixel's ray meets the table plane, float64 [480, 640, 2]. NaN above the horizon."""
     width, height = CAMERA_SIZE
@@ -229,7 +218,7 @@ def _table_points() -> np.ndarray:
     # SAPIEN's camera looks along +x, y is to the left and z is up
     rays = np.stack([np.ones_like(u), -(u - cx) / fx, -(v - cy) / fy], axis=-1)
     base = np.diag([-1.0, -1.0, 1.0])  # a yaw of 180 degrees
-    rays = rays @ (base @ _rotation(np.asarray(CAMERA_QUATERNION))).T
+    rays = rays @ (base @ rotation_matrix(CAMERA_QUATERNION)).T
     origin = np.asarray(ROBOT_BASE_POSITION) + base @ np.asarray(CAMERA_POSITION)
     looks_down = rays[..., 2] < -1e-6
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -52,8 +52,8 @@ from envs.put_on_plate import (
     model_of,
     texture_scale,
     texture_weight_of,
-    yaw_quaternion,
 )
+from envs.rotations import yaw_quaternion
 
 # the shelf for parked bodies, behind the camera and beyond the table
 SHELF_TOP = 0.5  # m
