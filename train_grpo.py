@@ -54,7 +54,7 @@ from vla.training.engine import (
 )
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
-from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
+from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, shuffle_generator
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
 # what an iteration without update logs as 0
@@ -606,7 +606,7 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         rate = args.learning_rate * decay_at(args.schedule, iteration / sizes.num_iterations)
         engine.optimizer.param_groups[0]["lr"] = rate
-        shuffling = dealing_generator(args.seed, iteration)
+        shuffling = shuffle_generator(args.seed, iteration)
         num_epochs = args.update_epochs if num_decisive else 0  # no signal: not even weight decay
         epochs = []
         with logger.timer("update"), update_stage(stages):

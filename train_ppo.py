@@ -66,7 +66,7 @@ from vla.training.engine import (
 )
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
-from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, dealing_generator, minibatches
+from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, shuffle_generator
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
 # evaluation runs every episode once, to its end
@@ -646,7 +646,7 @@ def main(args: Args) -> None:
         weights = buffer.valid.float()  # [T, N, C]
         rate = policy_rate(iteration, sizes.num_iterations, **pick(args, policy_rate))
         engine.optimizer.param_groups[0]["lr"] = rate
-        shuffling = dealing_generator(args.seed, iteration)
+        shuffling = shuffle_generator(args.seed, iteration)
         epochs = []
         with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):

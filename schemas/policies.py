@@ -105,7 +105,7 @@ class PolicyConfig(Schema):
 
 
 # ---------------------------------------------------------------------- statistics and images
-class ActionStatistics(Schema):
+class ActionBounds(Schema):
     """1 % and 99 % quantiles of the actions. Dimensions outside the mask are not scaled."""
 
     q01: Bounds
@@ -113,7 +113,7 @@ class ActionStatistics(Schema):
     mask: Mask = [True] * ACTION_DIM
 
     @model_validator(mode="after")
-    def bounds_in_order(self) -> "ActionStatistics":
+    def bounds_in_order(self) -> "ActionBounds":
         for dim, (low, high, scaled) in enumerate(zip(self.q01, self.q99, self.mask)):
             if scaled and low > high:
                 raise ValueError(f"quantiles with q01 at most q99 (dimension {dim} has {low:g} and {high:g})")
@@ -123,7 +123,7 @@ class ActionStatistics(Schema):
 class Statistics(Schema):
     """Statistics under one unnorm_key."""
 
-    action: ActionStatistics
+    action: ActionBounds
 
 
 class Preprocessor(Schema):

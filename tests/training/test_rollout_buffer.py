@@ -1,10 +1,10 @@
-"""Storage and the dealing of minibatches."""
+"""Storage of a rollout, and how its decisions are assigned to minibatches."""
 
 import pytest
 import torch
 
 from vla.models.policy import PolicyInputs, uniform_noise
-from vla.training.rollout_buffer import RolloutBuffer, dealing_generator, minibatch_indices, minibatches, split_padded
+from vla.training.rollout_buffer import RolloutBuffer, shuffle_generator, minibatch_indices, minibatches, split_padded
 
 ALL = slice(0, 2)
 
@@ -111,14 +111,14 @@ def test_minibatches_hold_the_same_decisions_on_any_number_of_ranks(T, num_envs,
     assert M == 1 or minibatches(1, seed=8) != one
 
 
-def test_minibatches_are_dealt_from_a_stream_that_no_noise_comes_from():
-    """Neither that of the same iteration, nor of a near one, nor of a near seed; and no two iterations deal alike."""
-    dealt = [dealing_generator(seed, iteration) for seed in (0, 1, 7) for iteration in (0, 1, 2, 399)]
+def test_minibatches_are_shuffled_with_a_stream_that_no_noise_comes_from():
+    """Neither that of the same iteration, a near one or a near seed; and no two iterations shuffle alike."""
+    shuffles = [shuffle_generator(seed, iteration) for seed in (0, 1, 7) for iteration in (0, 1, 2, 399)]
     noises = [torch.Generator().manual_seed(seed * 1_000_003 + i) for seed in (0, 1, 7) for i in (0, 1, 2, 399)]
-    streams = {tuple(uniform_noise(1, 1, generator).flatten().tolist()) for generator in dealt + noises}
-    assert len(streams) == len(dealt) + len(noises)
-    again = dealing_generator(1, 2)
-    assert torch.equal(torch.rand(9, generator=again), torch.rand(9, generator=dealing_generator(1, 2)))
+    streams = {tuple(uniform_noise(1, 1, generator).flatten().tolist()) for generator in shuffles + noises}
+    assert len(streams) == len(shuffles) + len(noises)
+    again = shuffle_generator(1, 2)
+    assert torch.equal(torch.rand(9, generator=again), torch.rand(9, generator=shuffle_generator(1, 2)))
 
 
 def test_statistics_are_of_the_advantages_that_the_loss_reads():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from schemas import UserError, check, parse_json
-from schemas.policies import ActionStatistics, AdapterBase, PolicyConfig, Preprocessor, Statistics, WeightIndex
+from schemas.policies import ActionBounds, AdapterBase, PolicyConfig, Preprocessor, Statistics, WeightIndex
 from vla.files.tensors import digest, entry, is_finite, open_shard, read_small
 from vla.models.action_tokens import NUM_BINS
 from vla.models.vision import VisionBackbone
@@ -118,7 +118,7 @@ def action_stats(config: dict, side_files: dict[str, bytes], unnorm_key: str, pa
         raise UserError(f"--unnorm_key {unnorm_key!r} is not in the norm_stats of {path}: it has {known}")
     source, stats = norm_stats[unnorm_key]
     remedy = "use the statistics that the model was trained with, or another --unnorm_key"
-    checked: ActionStatistics = check(Statistics, stats, f"{source}, in {unnorm_key!r},", remedy).action
+    checked: ActionBounds = check(Statistics, stats, f"{source}, in {unnorm_key!r},", remedy).action
     return {"q01": checked.q01, "q99": checked.q99, "mask": checked.mask}
 
 

@@ -1,14 +1,17 @@
-"""This rank's part of what is trained: fp32 weights and Adam's moments, by parameter name, whatever the ZeRO stage.
+"""This rank's share of what is trained, by parameter name and under any ZeRO stage: fp32 weights and Adam's moments.
 
-DeepSpeed keeps them in flat buffers that ranks share out: stage 0 gives every rank everything, stage 2 cuts the
-concatenation of all parameters, stage 3 cuts every parameter. A shard says which elements of which flattened
-parameter lie here. Written so, a checkpoint is read back on any number of ranks and under any stage, each rank taking
-the elements it needs: bits are copied, nothing is gathered and nothing is computed. (DeepSpeed's own files load on the
-same number of ranks alone; its universal checkpoint does not know stage 2, and under stage 3 it loses the learning rate
-of the second group and shares one step counter between groups, 0.19.8.)
+DeepSpeed keeps them in flat buffers. Stage 0 gives every rank everything. Stage 2 cuts the concatenation of all
+parameters into one piece per rank, and stage 3 cuts every parameter. A Shard says which elements of which flattened
+parameter this rank holds. So a checkpoint can be read on any number of ranks and under any stage: each rank takes the
+elements that it needs. Bits are copied, and nothing is gathered or computed.
 
-It reads names that DeepSpeed does not promise (fp32_partitioned_groups_flat, grad_position, _hp_mapping): the version
-is pinned, and tests/training/test_engine.py compares what is found with the weights that forwards use.
+DeepSpeed's own files (0.19.8) do not allow this. The ordinary ones load only on the same number of ranks. The universal
+checkpoint does not know stage 2. Under stage 3 it loses the second group's learning rate and shares one step counter
+between the groups.
+
+This module reads names that DeepSpeed does not promise to keep (fp32_partitioned_groups_flat, grad_position,
+_hp_mapping). Therefore the version is pinned, and tests/training/test_engine.py compares the shards with the weights
+that forwards use.
 """
 
 from __future__ import annotations
@@ -39,8 +42,17 @@ class Shard(NamedTuple):
     state: dict  # Adam's state that the moments are views of, with its step counter
 
 
+class Slice(NamedTuple):
+    """Where a buffer of the optimizer holds elements start .. start + length - 1 of a flattened parameter."""
+
+    buffer: torch.Tensor
+    offset: int  # of the first element in the flattened buffer
+    start: int  # of the first element in the flattened parameter
+    length: int
+
+
 def adam_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict:
-    """AdamW's state of one buffer; before its first step, which would make it, the same zeros are made here."""
+    """AdamW's state of one buffer. Before the first step there is none yet: then the same zeros are made here."""
     state = optimizer.state[flat]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
@@ -49,74 +61,107 @@ def adam_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict:
     return state
 
 
+def _slice_stage0(parameter: torch.nn.Parameter) -> Slice:
+    """Without ZeRO the optimizer steps on the parameter itself, and every rank holds all of it."""
+    return Slice(parameter, offset=0, start=0, length=parameter.numel())
+
+
+def _slice_stage2(zero_optimizer, parameter: torch.nn.Parameter) -> Slice | None:
+    """ZeRO-2: a group's parameters are concatenated, and every rank steps on one piece of the result.
+
+    Mirrors get_hp_fragment_mapping() of deepspeed/utils/tensor_fragment.py (0.19.8). "hp" is fp32, "lp" the model's
+    dtype.
+
+    Returns:
+        None if no element of the parameter is in this rank's piece.
+    """
+    fragment = parameter._hp_mapping
+    if fragment is None:
+        return None
+    buffer = zero_optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+    in_parameter, in_buffer = fragment.lp_fragment_address, fragment.hp_fragment_address
+    return Slice(buffer, offset=in_buffer.start, start=in_parameter.start, length=in_parameter.numel)
+
+
+def _slice_stage3(zero_optimizer, parameter: torch.nn.Parameter) -> Slice:
+    """ZeRO-3: every parameter is padded and cut into one part of equal length per rank.
+
+    Mirrors set_grad_positions() of deepspeed/runtime/zero/stage3.py (0.19.8). The padding belongs to the last ranks. So
+    their lengths here are smaller, and can be 0 or negative.
+    """
+    group, offset, padded_length = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+    start = rank() * padded_length
+    length = min(padded_length, parameter.ds_numel - start)
+    return Slice(zero_optimizer.fp32_partitioned_groups_flat[group], offset, start, length)
+
+
+def _local_slice(engine: Engine, parameter: torch.nn.Parameter) -> Slice | None:
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return _slice_stage0(parameter)
+    if stage == 3:
+        return _slice_stage3(engine.optimizer, parameter)
+    return _slice_stage2(engine.optimizer, parameter)
+
+
 def local_shards(engine: Engine) -> list[Shard]:
-    """What this rank's optimizer steps on, in the model's order. Parts of no element are left out."""
-    stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
-    optimizer = wrapper.optimizer if stage else wrapper
+    """The shards that this rank's optimizer steps on, in the model's order. Empty ones are left out."""
+    has_zero = engine.zero_optimization_stage() > 0
+    optimizer = engine.optimizer.optimizer if has_zero else engine.optimizer
     shards = []
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
+        found = _local_slice(engine, parameter) if parameter.requires_grad else None
+        if found is None or found.length <= 0:
             continue
-        if stage == 3:
-            group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            start, flat = rank() * length, wrapper.fp32_partitioned_groups_flat[group]
-            length = min(length, parameter.ds_numel - start)  # the last ranks' parts are padded
-        elif stage:
-            mapping = parameter._hp_mapping
-            if mapping is None:  # all of it lies on other ranks
-                continue
-            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            flat, offset = (
-                wrapper.single_partition_of_fp32_groups[mapping.param_group_index],
-                mapping.hp_fragment_address.start,
-            )
-        else:
-            start, length, flat, offset = 0, parameter.numel(), parameter, 0
-        if length <= 0:
-            continue
-        state = adam_state(optimizer, flat)
-        whole = {"weight": flat.detach()} | {key: state[key] for key in MOMENTS}
-        views = {key: tensor.view(-1).narrow(0, offset, length) for key, tensor in whole.items()}
-        shards.append(Shard(name, start, views, state))
+        state = adam_state(optimizer, found.buffer)
+        buffers = {"weight": found.buffer.detach()} | {key: state[key] for key in MOMENTS}
+        views = {key: buffer.view(-1).narrow(0, found.offset, found.length) for key, buffer in buffers.items()}
+        shards.append(Shard(name, found.start, views, state))
     return shards
 
 
 def local_buffers(engine: Engine) -> list[torch.Tensor]:
-    """ZeRO-3: the flat buffers behind local_shards(). fp32 weights of an fp32 model are its own weights: left out."""
-    wrapper, buffers = engine.optimizer, []
-    for model_flat, master_flat in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat):
+    """ZeRO-3: the flat buffers behind local_shards(). An fp32 model's weights are its own fp32 weights: left out."""
+    zero_optimizer = engine.optimizer
+    buffers = []
+    for model_flat, master_flat in zip(
+        zero_optimizer.fp16_partitioned_groups_flat, zero_optimizer.fp32_partitioned_groups_flat
+    ):
         if master_flat is not model_flat:
             buffers.append(master_flat)
-        buffers += [adam_state(wrapper.optimizer, master_flat)[key] for key in MOMENTS]
+        state = adam_state(zero_optimizer.optimizer, master_flat)
+        buffers += [state[key] for key in MOMENTS]
     return buffers
 
 
 def write_weights(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
-    """Whole fp32 weights, by parameter name, into what this rank's optimizer steps on."""
+    """Copy whole fp32 weights, by parameter name, into the shards that this rank's optimizer steps on."""
     for shard in local_shards(engine):
         if shard.name in weights:
-            here = slice(shard.start, shard.start + len(shard.tensors["weight"]))
-            shard.tensors["weight"].copy_(weights[shard.name].flatten()[here])
+            elements = slice(shard.start, shard.start + len(shard.tensors["weight"]))
+            shard.tensors["weight"].copy_(weights[shard.name].flatten()[elements])
 
 
 def publish_weights(engine: Engine) -> None:
-    """After the fp32 weights were written: round them into the weights that forwards use. All ranks together."""
-    wrapper = engine.optimizer
+    """Round the fp32 weights, which were just written, into the weights that forwards use. All ranks together."""
+    zero_optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        for model_flat, master_flat in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat):
+        for model_flat, master_flat in zip(
+            zero_optimizer.fp16_partitioned_groups_flat, zero_optimizer.fp32_partitioned_groups_flat
+        ):
             model_flat.data.copy_(master_flat.data)  # shards of the parameters are views of it
-        if wrapper.persistent_parameters:  # small ones that stay whole between forwards
-            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        if zero_optimizer.persistent_parameters:  # small ones that stay whole between forwards
+            zero_optimizer.persistent_parameters[0].partition(zero_optimizer.persistent_parameters)
+            zero_optimizer.persistent_parameters[0].all_gather(zero_optimizer.persistent_parameters)
     elif engine.zero_optimization_stage():
-        wrapper.update_lp_params()
+        zero_optimizer.update_lp_params()
 
 
 class Snapshot:
-    """A copy, in host memory, of what an update changes: one that is broken off is undone with it."""
+    """A copy, in host memory, of what an update changes. An update that is interrupted is undone with it."""
 
     def __init__(self):
-        self.copies: list[dict[str, torch.Tensor]] = []  # allocated once, used again
+        self.copies: list[dict[str, torch.Tensor]] = []  # allocated once, then reused
         self.steps: list[float] = []
 
     def take(self, engine: Engine) -> None:
@@ -132,7 +177,7 @@ class Snapshot:
                 copies[key].copy_(tensor)
 
     def restore(self, engine: Engine) -> None:
-        """All ranks together."""
+        """Write the copy back. All ranks together."""
         for shard, copies, step in zip(local_shards(engine), self.copies, self.steps):
             shard.state["step"].fill_(step)
             for key, tensor in shard.tensors.items():
@@ -146,7 +191,7 @@ def shard_file(folder: Path, owner: int) -> Path:
 
 
 def save_shards(engine: Engine, folder: Path) -> None:
-    """Write this rank's shards into an existing folder. Without ZeRO all ranks hold the same, and rank 0 writes."""
+    """Write this rank's shards into an existing folder. Without ZeRO all ranks hold the same, so only rank 0 writes."""
     if engine.zero_optimization_stage() == 0 and rank() > 0:
         return
     shards = local_shards(engine)
@@ -170,13 +215,13 @@ def load_shards(engine: Engine, files: list[Path]) -> None:
     """Fill this rank's shards from files that any number of ranks wrote under any stage. All ranks together.
 
     Raises:
-        UserError: a file that is damaged, or elements that no file holds; nothing has been overwritten then.
+        UserError: a file is damaged, or no file holds some of the elements. Nothing has been overwritten then.
     """
     shards = local_shards(engine)
     with ExitStack() as stack:
         pieces = open_pieces(files, stack)
         for shard in shards:
-            found = sum(max(0, upper - lower) for lower, upper, _ in overlaps(shard, pieces.get(shard.name, [])))
+            found = sum(upper - lower for lower, upper, _ in overlaps(shard, pieces.get(shard.name, [])))
             if found != len(shard.tensors["weight"]):
                 raise UserError(f"the optimizer's files lack a part of {shard.name}: {REMEDY}")
         for shard in shards:
@@ -189,7 +234,7 @@ def load_shards(engine: Engine, files: list[Path]) -> None:
 
 
 def open_pieces(files: list[Path], stack: ExitStack) -> dict[str, list[Piece]]:
-    """What the files of all ranks hold, by parameter name; they are open until the stack is closed."""
+    """The pieces in all ranks' files, by parameter name. The files stay open until the stack is closed."""
     pieces: dict[str, list[Piece]] = {}
     for path in sorted(files):
         require_file(path, REMEDY)
@@ -197,14 +242,14 @@ def open_pieces(files: list[Path], stack: ExitStack) -> dict[str, list[Piece]]:
             file = stack.enter_context(safe_open(path, framework="pt"))
             index = check(ShardIndex, json.loads((file.metadata() or {})["index"]), str(path), REMEDY)
             for name, (start, step) in index.items():
-                lengths = {tuple(file.get_slice(f"{name}/{key}").get_shape()) for key in ("weight", *MOMENTS)}
-                ((length,),) = lengths
+                shapes = {tuple(file.get_slice(f"{name}/{key}").get_shape()) for key in ("weight", *MOMENTS)}
+                ((length,),) = shapes  # one shape for all three, of one dimension
                 pieces.setdefault(name, []).append(Piece(int(start), int(start) + length, step, file))
     return pieces
 
 
 def overlaps(shard: Shard, pieces: list[Piece]) -> list[tuple[int, int, Piece]]:
-    """(first, one past the last) element that a piece and the shard have in common."""
+    """(first, one past the last) element that a piece and the shard have in common, for every piece that has any."""
     end = shard.start + len(shard.tensors["weight"])
     found = [(max(piece.start, shard.start), min(piece.stop, end), piece) for piece in pieces]
     return [(lower, upper, piece) for lower, upper, piece in found if lower < upper]

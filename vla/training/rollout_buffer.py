@@ -1,10 +1,10 @@
-"""One iteration's experience: preallocated, every shape asserted when it is stored.
+"""One iteration's experience in preallocated tensors. Every shape is checked when something is stored.
 
     T decisions per rollout   N envs on this rank   C actions per decision   D = 7   L prompt ids   B = T * N decisions
 
-Pixels are kept once, as uint8 at the model's resolution; beside them what frozen vision towers made of them, so that
-the update does not run the towers again. A broadcast can not slip in: RL4VLA's buffer stored one
-log-probability in seven columns and so trained with 7 times the policy loss.
+Images are kept once, as uint8 at the model's resolution. If the vision towers are frozen, their features are kept too,
+so that the update does not run the towers again. The shape checks rule out silent broadcasting: RL4VLA's buffer stored
+one log-probability in seven columns, and so trained with 7 times the policy loss.
 """
 
 import math
@@ -17,12 +17,12 @@ from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, mas
 from vla.models.action_tokens import ACTION_DIM
 from vla.models.policy import PolicyInputs, VLAPolicy
 
-# what is known only after a decision was executed; a critic on the simulator's state sees all states of the chunk then
+# fields that are known only after a decision was executed; a critic on the simulator's state then has all its states
 OUTCOME = {"rewards", "valid", "values", "dones", "final_values"}
 
 
 class MicroBatch(NamedTuple):
-    """What one forward of the update reads, on the model's device."""
+    """The input of one forward of the update, on the model's device."""
 
     inputs: PolicyInputs  # [B, ...]
     tokens: torch.Tensor  # int64 [B, C, D]
@@ -30,7 +30,7 @@ class MicroBatch(NamedTuple):
     old_values: torch.Tensor  # [B, C]
     advantages: torch.Tensor  # [B, C]
     returns: torch.Tensor  # [B, C]
-    weights: torch.Tensor  # [B, C]: an action's weight in every mean of the loss; 0 where it was not executed
+    weights: torch.Tensor  # [B, C]: an action's weight in every mean of the loss, 0 if it was not executed
     reference_logprobs: torch.Tensor | None = None  # [B, C, D] of the starting policy
 
 
@@ -38,8 +38,8 @@ class RolloutBuffer:
     """Storage for T x N decisions on the CPU.
 
     Args:
-        feature_shape: (P, E) of PolicyInputs.features, or None where towers are trained and nothing is kept.
-        keeps_reference: log-probabilities of the starting policy are stored too.
+        feature_shape: (P, E) of PolicyInputs.features, or None if the towers are trained and no features are kept.
+        keeps_reference: whether log-probabilities of the starting policy are stored too.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RolloutBuffer:
 
     @classmethod
     def of(cls, policy: VLAPolicy, num_chunks: int, num_envs: int, keeps_reference: bool = False) -> "RolloutBuffer":
-        """Storage for what this policy reads and writes."""
+        """A buffer that fits this policy's inputs and outputs."""
         return cls(
             num_chunks,
             num_envs,
@@ -110,14 +110,14 @@ class RolloutBuffer:
         logprobs: torch.Tensor,
         reference_logprobs: torch.Tensor | None = None,
     ) -> None:
-        """Store decision t of some envs: what the policy saw and answered. Shapes and dtypes must be exact."""
+        """Store decision t of some envs: the policy's inputs and outputs. Shapes and dtypes must be exact."""
         fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs}
         fields["reference_logprobs"] = reference_logprobs
         fields = {name: field for name, field in fields.items() if field is not None}
         self._store(t, envs, fields, self.fields.keys() - OUTCOME)
 
     def add_outcome(self, t: int, envs: slice, **outcome: torch.Tensor) -> None:
-        """Store what came of decision t: all fields of OUTCOME. Shapes and dtypes must be exact."""
+        """Store the outcome of decision t: all fields of OUTCOME. Shapes and dtypes must be exact."""
         self._store(t, envs, outcome, OUTCOME)
 
     def _store(self, t: int, envs: slice, values: dict[str, torch.Tensor], expected: set[str]) -> None:
@@ -132,18 +132,18 @@ class RolloutBuffer:
             slot.copy_(value)
 
     def clear(self) -> None:
-        """Forget every decision: what is not added again was not executed."""
+        """Forget every decision. A decision that is not added again counts as not executed."""
         self.valid.zero_()
         self.dones.zero_()
         self.rewards.zero_()
 
     def forget(self, envs: slice, lost: torch.Tensor, before: int) -> None:
-        """Decisions 0 .. before of those of the envs that are lost (bool, one per env) were not executed after all."""
+        """Mark decisions 0 .. before as not executed, for those of the envs that are `lost` (bool, one per env)."""
         for name in ("valid", "dones", "rewards"):
             self.fields[name][: before + 1, envs][:, lost] = 0
 
     def replace(self, envs: torch.Tensor, other: "RolloutBuffer", other_envs: torch.Tensor) -> None:
-        """Put the columns `other_envs` (int64 [K]) of another buffer in the place of the columns `envs`."""
+        """Overwrite the columns `envs` with the columns `other_envs` (int64 [K]) of another buffer."""
         for name, field in self.fields.items():
             field[:, envs] = other.fields[name][:, other_envs]
 
@@ -157,8 +157,8 @@ class RolloutBuffer:
     ) -> MicroBatch:
         """The decisions `index` (int64 [B], t * N + n) with their advantages, returns and weights, [T, N, C] each.
 
-        An empty index stands for a rank that has run out of decisions: it gets decision 0 with weight 0, so that it
-        still makes the forward and backward that the other ranks wait for.
+        An empty index means that this rank has run out of decisions. It then gets decision 0 with weight 0, because
+        the other ranks wait for its forward and backward.
         """
         empty = len(index) == 0
         if empty:
@@ -186,14 +186,15 @@ class RolloutBuffer:
         weights: torch.Tensor,
         device: torch.device,
     ) -> Iterator[tuple[MicroBatch, float, bool]]:
-        """The micro batches of every optimizer step in turn.
+        """The micro batches of all optimizer steps, in order.
 
         Args:
-            steps: of minibatches(). advantages, returns, weights: [T, N, C].
+            steps: from minibatches().
+            advantages, returns, weights: [T, N, C].
 
         Yields:
             the micro batch, the weight of its whole minibatch, and whether it is the last one of its optimizer step.
-            The last ones come on all ranks together.
+            All ranks reach the last one together.
         """
         for total_weight, parts in steps:
             for number, index in enumerate(parts, 1):
@@ -201,7 +202,12 @@ class RolloutBuffer:
                 yield mb, total_weight, number == len(parts)
 
     def statistics(self, advantages: torch.Tensor, used: torch.Tensor) -> dict[str, float]:
-        """Metrics of a rollout, over all ranks. advantages: [T, N, C]. used: bool [T, N, C], those the loss reads."""
+        """Metrics of a rollout, over all ranks.
+
+        Args:
+            advantages: [T, N, C].
+            used: bool [T, N, C], True for the advantages that the loss reads.
+        """
         lowest, highest = masked_min_max(advantages, used)
         return {
             "rollout/advantages_min": lowest,
@@ -217,49 +223,75 @@ class RolloutBuffer:
 
 
 def minibatch_block(num_chunks: int, num_minibatches: int) -> int:
-    """The smallest number of envs whose decisions together are dealt evenly to the minibatches."""
+    """The smallest number of envs whose decisions together divide evenly by the number of minibatches.
+
+    Five decisions of one env do not divide by 4, those of four envs do: every minibatch gets 5 of the 20.
+
+    >>> minibatch_block(num_chunks=5, num_minibatches=4)
+    4
+    >>> minibatch_block(num_chunks=8, num_minibatches=4)
+    1
+    """
     return num_minibatches // math.gcd(num_chunks, num_minibatches)
 
 
 def minibatch_indices(
     keep: torch.Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """Deal a rollout's decisions to minibatches: the same minibatches whatever the number of ranks.
+    """Assign a rollout's decisions to minibatches. These are the same minibatches whatever the number of ranks.
 
-    A block of envs (the smallest whose T decisions per env divide evenly) is shuffled on its own, and every minibatch
-    gets an equal share of what is kept of it, to within one decision. So a minibatch holds the same decisions on 1, 2
-    or 8 ranks, and where everything is kept each rank has equally many.
+    Envs are taken in blocks of minibatch_block() envs. The decisions of a block are shuffled among themselves, and
+    every minibatch gets an equal share of those that are kept, to within one decision. A rank holds whole blocks, so a
+    minibatch holds the same decisions on 1, 2 or 8 ranks. If all decisions are kept, each rank has equally many.
 
     Args:
-        keep: bool [T, N], decisions of this rank's envs that are trained on.
-        num_envs: over all ranks; first_env: global index of this rank's first env.
-        generator: the same state on every rank.
+        keep: bool [T, N], True for decisions of this rank's envs that are trained on.
+        num_envs: number of envs over all ranks, a multiple of the block.
+        first_env: global index of this rank's first env.
+        generator: in the same state on every rank.
 
     Returns:
-        num_minibatches tensors, int64, entries t * N + n.
+        num_minibatches tensors, int64 [K], with entries t * N + n. K differs by at most one per block.
+
+    Two decisions of 3 envs, in 2 minibatches: a block is one env. Entries n and 3 + n are the decisions of env n, and
+    each minibatch gets one of the two.
+
+    >>> keep = torch.ones(2, 3, dtype=torch.bool)
+    >>> parts = minibatch_indices(keep, 3, 0, num_minibatches=2, generator=torch.Generator().manual_seed(1))
+    >>> [part.tolist() for part in parts]
+    [[3, 1, 2], [0, 4, 5]]
+
+    If decision 0 of env 1 is not trained on, entry 1 is left out.
+
+    >>> keep[0, 1] = False
+    >>> parts = minibatch_indices(keep, 3, 0, num_minibatches=2, generator=torch.Generator().manual_seed(1))
+    >>> [part.tolist() for part in parts]
+    [[3, 2], [0, 4, 5]]
     """
     T, N = keep.shape
-    block = minibatch_block(T, num_minibatches)
-    keys = torch.rand(num_envs // block, block * T, generator=generator)
-    offsets = torch.rand(num_envs // block, generator=generator)  # which minibatch gets a block's odd decision
-    dealt: list[list[torch.Tensor]] = [[] for _ in range(num_minibatches)]
-    for first in range(0, N, block):
-        kept = keep[:, first : first + block].flatten().nonzero()[:, 0]  # t * block + env in block
-        row = (first_env + first) // block
-        kept = kept[keys[row][kept].argsort()]
-        order = torch.arange(len(kept))
-        minibatch = ((order + offsets[row].double()) * num_minibatches / max(len(kept), 1)).long()
-        flat = kept // block * N + first + kept % block
+    block_size = minibatch_block(T, num_minibatches)
+    num_blocks = num_envs // block_size  # over all ranks
+    sort_keys = torch.rand(num_blocks, T * block_size, generator=generator)
+    offsets = torch.rand(num_blocks, generator=generator).double()  # decide which minibatch gets an odd decision
+    shares: list[list[torch.Tensor]] = [[] for _ in range(num_minibatches)]
+    for first in range(0, N, block_size):
+        block = (first_env + first) // block_size
+        kept = keep[:, first : first + block_size].flatten().nonzero()[:, 0]  # [K], t * block_size + n - first
+        shuffled = kept[sort_keys[block][kept].argsort()]  # [K]
+        place = torch.arange(len(kept)) + offsets[block]  # [K], 0 <= place < K
+        minibatch = (place * num_minibatches / max(len(kept), 1)).long()  # [K], 0 .. num_minibatches - 1
+        t, n = shuffled // block_size, first + shuffled % block_size  # [K] each
+        index = t * N + n  # [K]
         for m in range(num_minibatches):
-            dealt[m].append(flat[minibatch == m])
-    return [torch.cat(parts) for parts in dealt]
+            shares[m].append(index[minibatch == m])
+    return [torch.cat(share) for share in shares]
 
 
-def dealing_generator(seed: int, iteration: int) -> torch.Generator:
-    """What minibatches are dealt from, and the critic's: the same on every rank, however much noise each has drawn.
+def shuffle_generator(seed: int, iteration: int) -> torch.Generator:
+    """The generator that shuffles decisions into minibatches. It is the same on every rank, whatever else was drawn.
 
-    Noise comes from seed * 1_000_003 + iteration; half of 2**32 further on lies another stream of torch's generator,
-    which keeps 32 bits of its seed.
+    Noise is seeded with seed * 1_000_003 + iteration. Adding half of 2**32 gives another stream, because torch's
+    generator keeps 32 bits of its seed.
     """
     return torch.Generator().manual_seed(2**31 + seed * 1_000_003 + iteration)
 
@@ -272,25 +304,34 @@ def minibatches(
     micro_batch_size: int,
     generator: torch.Generator,
 ) -> list[tuple[float, list[torch.Tensor]]]:
-    """One pass over a rollout: for every optimizer step, what to divide by and this rank's micro batches.
+    """For every optimizer step: the number to divide by, and this rank's micro batches. All ranks together.
 
     Args:
         weights: [T, N, C]; decisions without a weight are left out.
-        num_envs, first_env, num_minibatches, generator: as for minibatch_indices.
+        num_envs, first_env, num_minibatches, generator: as for minibatch_indices().
 
     Returns:
-        the weight of the minibatch over all ranks, divided by their number (DeepSpeed averages over them), and the
-        indices of each micro batch, equally many on every rank.
+        One pair per minibatch. The number is the minibatch's weight over all ranks, divided by the number of ranks
+        because DeepSpeed averages over ranks. The list has the indices of each micro batch, and is equally long on
+        every rank.
     """
-    dealt = minibatch_indices((weights > 0).any(dim=-1), num_envs, first_env, num_minibatches, generator)
-    totals = all_reduce_sum(torch.stack([weights.flatten(0, 1)[index].sum() for index in dealt])) / world_size()
-    longest = all_reduce_max(torch.tensor([len(index) for index in dealt])).long()
+    keep = (weights > 0).any(dim=-1)  # [T, N]
+    indices = minibatch_indices(keep, num_envs, first_env, num_minibatches, generator)
+    own_totals = torch.stack([weights.flatten(0, 1)[index].sum() for index in indices])  # [num_minibatches]
+    totals = all_reduce_sum(own_totals) / world_size()
+    longest = all_reduce_max(torch.tensor([len(index) for index in indices])).long()
     return [
         (total or 1.0, split_padded(index, micro_batch_size, length))
-        for index, total, length in zip(dealt, totals.tolist(), longest.tolist())
+        for index, total, length in zip(indices, totals.tolist(), longest.tolist())
     ]
 
 
 def split_padded(index: torch.Tensor, size: int, longest: int) -> list[torch.Tensor]:
-    """index [K] cut into parts of `size`; empty parts follow until a rank with `longest` decisions would be through."""
+    """Cut index [K] into parts of `size`, and add empty parts until there are as many as for `longest` decisions.
+
+    `longest` is the largest K of any rank, so all ranks get equally many parts.
+
+    >>> [part.tolist() for part in split_padded(torch.tensor([7, 8, 9]), size=2, longest=6)]
+    [[7, 8], [9], []]
+    """
     return [index[start : start + size] for start in range(0, max(longest, 1), size)]
