@@ -281,7 +281,6 @@ def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, sett
 
 def load_actor(args: Args, checkpoint: Path, device: torch.device | str) -> VLAPolicy:
     """The policy with the settings that it was trained with. parse() has read them from its run."""
-    check_policy_contents(checkpoint)
     policy = load_policy(
         str(checkpoint),
         args.model_type,
@@ -308,15 +307,30 @@ def fit_prompts(policy, settings: list[Setting], ids: dict[str, list[int]], inst
     policy.max_prompt_length = max(wanted, *(len(policy.prompt_ids(text)) for text in texts))
 
 
-def fingerprint(*folders: Path | None) -> dict[str, str]:
-    """{file name: size and CRC-32} of a policy's files, independent of their folder. A tiny preset has its name."""
+def fingerprint(folder: Path, lora_folder: Path | None = None) -> dict[str, str]:
+    """Size and CRC-32 of the files that decide what a policy does. All ranks together.
+
+    A checkpoint's files are compared with their saved checksums. These are then used instead of reading the files
+    again, and rank 0 reads only the files of other folders.
+
+    Returns:
+        {file: "<size> bytes, <CRC-32>"} on rank 0, and {} elsewhere. It does not contain the folders' paths.
+
+    Raises:
+        UserError: a checkpoint's file is not what was saved.
+    """
     found = {}
-    for number, folder in enumerate(one for one in folders if one is not None):
-        if not folder.is_dir():
-            found[folder.name] = "random weights from the seed"
+    for prefix, place in (("", folder), ("adapter ", lora_folder)):
+        if place is None:
             continue
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-            found[f"{'adapter ' * number}{path.name}"] = f"{path.stat().st_size} bytes, {checksum(path):08x}"
+        verified = check_policy_contents(place)
+        if rank() > 0:
+            continue
+        if not place.is_dir():
+            found[place.name] = "random weights from the seed"
+        for path in sorted([*place.glob("*.safetensors"), *place.glob("*.json")]):
+            crc = verified[path.name] if path.name in verified else checksum(path)
+            found[f"{prefix}{path.name}"] = f"{path.stat().st_size} bytes, {crc:08x}"
     return found
 
 
@@ -520,7 +534,7 @@ def compare_evaluations(first: str, second: str, output: str | None) -> None:
 def identity_of(args: Args, checkpoint: Path | None) -> dict:
     """What must stay the same when an evaluation is resumed: who acts, with which weights, in which world."""
     adapter = Path(args.lora_path) if args.lora_path else None
-    weights = fingerprint(checkpoint, adapter) if rank() == 0 and checkpoint else {}
+    weights = fingerprint(checkpoint, adapter) if checkpoint else {}
     world = (*WORLD_FLAGS, "ignore_terminations")
     return {
         "policy": args.policy,

@@ -1,7 +1,7 @@
-"""Names and texts that others chose (folders, files, instructions), made safe for where they are shown.
+"""Makes texts that others chose (names, folders, instructions, error messages) safe for the place where they appear.
 
-They are data: in a plot no formula, in Markdown no table cell, tag or link of their own, in a result no place of one
-machine. HTML is escaped by html.escape where it is written.
+Such texts are data. They are not formulas in a plot, and not table cells, tags or links in Markdown. Results that are
+published contain no paths of one machine. html_text() escapes HTML.
 """
 
 import html
@@ -19,32 +19,49 @@ KEY = re.compile(
 
 
 def one_line(text: str) -> str:
-    """Line breaks and other control characters as spaces, what UTF-8 cannot write as its code."""
+    """The text with a space for every line break or other control character. Lone surrogates become escapes.
+
+    >>> one_line("two\\nlines")
+    'two lines'
+    """
     written = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(character if character.isprintable() else " " for character in written)
 
 
+def error_text(error: Exception) -> str:
+    """The message of an error in one line, or its type if it has no message.
+
+    >>> error_text(ValueError("two\\n   lines")), error_text(KeyError())
+    ('two lines', 'KeyError')
+    """
+    return " ".join(one_line(str(error)).split()) or type(error).__name__
+
+
 def drawn(text: str) -> str:
-    """For matplotlib, which reads what stands between two $ as a formula."""
+    """The text for matplotlib, which would read a text between two $ as a formula. Long texts are cut."""
     line = one_line(text)
     line = line if len(line) <= MAX_DRAWN else f"{line[:MAX_DRAWN]}..."
     return line.replace("$", r"\$")
 
 
 def html_text(text: str) -> str:
-    """For HTML: no tag, nor the end of an attribute."""
+    """The text for HTML, inside an element or an attribute."""
     return html.escape(one_line(text))
 
 
 def markdown_text(text: str) -> str:
-    """For Markdown, in a table cell too: no new cell, tag, link, picture or piece of code."""
+    """The text for Markdown, also inside a table cell. It makes no new cell, tag, link, image or code."""
     line = re.sub(r"([\\`|])", r"\\\1", one_line(text))
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return line.replace("](", "]\\(")
 
 
 def markdown_code(text: str) -> str:
-    """As a piece of code in Markdown, fenced by more backticks than it holds in a row; a | is escaped for tables."""
+    """The text as code in Markdown. Its fence has more backticks than the text has in a row. A | is escaped for tables.
+
+    >>> markdown_code("a|b")
+    '`a\\\\|b`'
+    """
     line = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if "`" in line else ""
@@ -52,25 +69,27 @@ def markdown_code(text: str) -> str:
 
 
 def without_keys(text: str) -> str:
-    """A text without what would let its reader in somewhere."""
+    """The text with *** in place of passwords and access keys."""
     return KEY.sub("***", text)
 
 
 def without_machine(value: Any) -> Any:
-    """Texts, also those inside lists and dicts, without where one machine keeps things.
+    """A text, or all texts inside lists and dicts, without paths of one machine.
 
-    A path in the repository is written from there, one in the home folder from ~, of any other only the last two names
-    stay: /scratch/me/runs/a -> .../runs/a.
+    A path inside the repository is written relative to it, and one in the home folder relative to ~. Of any other path
+    only the last two names remain: /scratch/me/runs/a becomes .../runs/a.
     """
     if isinstance(value, dict):
         return {key: without_machine(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_machine(item) for item in value]
-    return re.sub(r"(?<![^\s=:'\"(])/[^\s'\"]+", shortened, one_line(value)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return re.sub(r"(?<![^\s=:'\"(])/[^\s'\"]+", shortened, one_line(value))
+    return value
 
 
 def shortened(found: re.Match) -> str:
-    """An absolute path as without_machine() writes it."""
+    """An absolute path, shortened as without_machine() says."""
     path = Path(found.group())
     for place, name in ((ROOT, ""), (Path.home(), "~")):
         if path != place and path.is_relative_to(place):

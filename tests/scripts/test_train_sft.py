@@ -327,7 +327,7 @@ def test_exporting_touches_nothing_beside_the_policy(tmp_path, capsys):
         make_policy(tmp_path / name)
     policy = load_policy("openvla-tiny", value_head=False)
     export_policy(policy, policy.state_dict(), run_dir, folder)
-    assert capsys.readouterr().out == f"policy      {folder}, in place of the one that was there\n"
+    assert capsys.readouterr().out == f"policy      {folder}, which replaces the one that was there\n"
     kept = ["policy", "policy.old", "policy.partial", "run"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     assert all((tmp_path / name / "config.json").read_text() == "mine" for name in ("policy.old", "policy.partial"))

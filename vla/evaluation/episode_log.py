@@ -1,7 +1,7 @@
-"""The episodes of an evaluation as they end: a file that an interrupted evaluation goes on from, and a progress bar.
+"""The episodes of an evaluation as they end: a file from which an interrupted evaluation resumes, and a progress bar.
 
 `episodes.jsonl` has one line per episode: setting, temperature, episode_id, statistics, seconds (its share of its
-batch's), and the executed actions as base64 of little-endian float32 [episode_len, 7].
+batch's seconds), and the executed actions as base64 of little-endian float32 [episode_len, 7].
 """
 
 import base64
@@ -17,7 +17,7 @@ from schemas import UserError, check, parse_json, require_file
 from schemas.evaluations import Episode
 from vla.distributed import barrier, print0, rank
 
-SECONDS_BETWEEN_LINES = 20.0  # of progress, where standard error is no terminal
+SECONDS_BETWEEN_LINES = 20.0  # of progress, if standard error is not a terminal
 
 
 def pack_actions(actions: np.ndarray) -> str:
@@ -31,17 +31,17 @@ def unpack_actions(text: str) -> np.ndarray:
 
 
 def not_written(path: Path, failure: OSError) -> str:
-    return f"{path} could not be written ({failure.strerror}): mend that, then the same command with --resume goes on"
+    return f"{path} could not be written ({failure.strerror}): fix that, then run the same command with --resume"
 
 
 class EpisodeLog:
-    """What has been run, by (setting, temperature) and episode id; alike on every rank, written by rank 0."""
+    """The episodes that have ended, by (setting, temperature) and episode id. Rank 0 writes it, all ranks hold it."""
 
     def __init__(self, path: Path):
-        """Reads what is there; all ranks together. A last line that was cut off by a kill is taken away, and said.
+        """Read an existing file. All ranks together. If a kill cut off the last line, it is removed with a notice.
 
         Raises:
-            UserError: a line that is no episode.
+            UserError: a line does not hold an episode.
         """
         self.path = path
         self.done: dict[tuple[str, float], dict[int, dict]] = {}
@@ -55,14 +55,14 @@ class EpisodeLog:
             self._remember(episode.pop("setting"), episode.pop("temperature"), episode)
         if len(whole) < len(content):
             print0(f"{path}: the last line is cut short and is dropped. Its episode is run again")
-        barrier()  # everybody has read
+        barrier()  # all ranks have read the file
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
             self._file.truncate(len(whole))
 
     def _read(self, line: bytes, number: int) -> dict:
-        """A line of the file, counted from 1, with its actions as numbers."""
+        """Parse a line of the file. `number` counts lines from 1. The actions become float32 [episode_len, 7]."""
         source, remedy = f"{self.path} line {number}", "delete that line, and its episode is run again"
         episode = parse_json(line, source, remedy)
         check(Episode, episode, source, remedy)
@@ -79,7 +79,7 @@ class EpisodeLog:
         return [self.done[setting, temperature][episode_id] for episode_id in episode_ids]
 
     def add(self, setting: str, temperature: float, episodes: list[dict]) -> None:
-        """Remember, and on rank 0 write, episodes that have ended. Raises UserError where the disk is full."""
+        """Add episodes that have ended, and write them on rank 0. Raises UserError if the disk is full."""
         lines = []
         for episode in episodes:
             self._remember(setting, temperature, episode)
@@ -98,7 +98,7 @@ class EpisodeLog:
 
 
 class Progress:
-    """Episodes run and success so far: a bar in a terminal, else a line now and then. Silent beyond rank 0."""
+    """Shows episodes run and success so far: a bar in a terminal, else a line now and then. Only rank 0 prints."""
 
     def __init__(self, total: int, done: int):
         self.total, self.done = total, done
@@ -111,12 +111,12 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc="evaluating", unit="ep", dynamic_ncols=True)
 
     def begin(self, cell: str, episodes: list[dict]) -> None:
-        """A (setting, temperature) begins, of which these episodes have been run already."""
+        """Begin a (setting, temperature). These episodes of it have already been run."""
         self.cell, self.count = cell, len(episodes)
         self.successes = sum(episode["success_once"] for episode in episodes)
 
     def add(self, episodes: list[dict]) -> None:
-        """These have ended."""
+        """Count episodes that have just ended."""
         self.done += len(episodes)
         self.count += len(episodes)
         self.successes += sum(episode["success_once"] for episode in episodes)

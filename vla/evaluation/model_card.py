@@ -1,6 +1,7 @@
-"""A finished policy in a folder of its own, with a card that says where it comes from.
+"""Export of a finished policy into a folder of its own, with a card that says how it was made.
 
-The folder has the published layout (models/saving.py), with an adapter merged in. Another run can start from it.
+The folder has the published layout (models/saving.py). An adapter is merged into the weights. Another run can start
+from the folder.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 
 from schemas import UserError, read_json
 from schemas.runs import Description
-from vla.distributed import agree, print0, rank
+from vla.distributed import agree, rank
 from vla.evaluation.settings import FAMILY
 from vla.logger import read_evaluations, read_lines, wilson_interval, without_places
 from vla.models.policy import VLAPolicy
@@ -23,7 +24,7 @@ from vla.models.saving import save_policy
 from vla.text import markdown_code, markdown_text
 
 WEIGHTS = re.compile(r"(?:adapter_)?model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-BESIDE = re.compile(  # what published policies have beside their weights
+BESIDE = re.compile(  # other files of published policies
     r"(?:config|generation_config|preprocessor_config|processor_config|dataset_statistics|tokenizer|tokenizer_config"
     r"|special_tokens_map|added_tokens|adapter_config|adapter_base)\.json"
     r"|tokenizer\.model|value_head\.safetensors|README\.md|LICENSE(?:\.\w+)?|\.gitattributes"
@@ -31,13 +32,13 @@ BESIDE = re.compile(  # what published policies have beside their weights
 
 
 def export_folder(run_dir: Path, export_dir: str | None, named: bool) -> Path:
-    """Where the final policy goes: export_dir, else a folder in the run.
+    """The folder for the final policy: export_dir, or a folder in the run.
 
     Args:
-        named: export_dir was given on the command line of this start, not by a file.
+        named: whether the user gave export_dir on the command line of this start, not in a file.
 
     Raises:
-        UserError: something would be overwritten that is no policy, or that nobody named.
+        UserError: the folder holds something that is not a policy, or a policy that the user did not name.
     """
     if export_dir is None:
         return run_dir / "export"
@@ -45,9 +46,9 @@ def export_folder(run_dir: Path, export_dir: str | None, named: bool) -> Path:
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if os.path.lexists(folder):
-        if foreign := what_is_foreign(folder):
+        if foreign := foreign_file(folder):
             raise UserError(
-                f"--export_dir {folder} holds something else than a policy ({foreign}): name another folder"
+                f"--export_dir {folder} holds something other than a policy ({foreign}): name another folder"
             )
         if not named:
             raise UserError(
@@ -56,73 +57,78 @@ def export_folder(run_dir: Path, export_dir: str | None, named: bool) -> Path:
     return folder
 
 
-def what_is_foreign(folder: Path) -> str | None:
-    """What keeps a folder from being a policy and nothing else; None where it is one."""
+def foreign_file(folder: Path) -> str | None:
+    """The first file that does not belong to a policy, or what else is wrong. None if the folder is only a policy."""
     if not folder.is_dir():
         return "a file"
-    weights = False
+    has_weights = False
     for path in sorted(folder.iterdir()):
-        here = path.is_file() and bool(WEIGHTS.fullmatch(path.name))
-        if not here and not (path.is_file() and BESIDE.fullmatch(path.name)):
+        is_weights = path.is_file() and WEIGHTS.fullmatch(path.name) is not None
+        is_beside = path.is_file() and BESIDE.fullmatch(path.name) is not None
+        if not is_weights and not is_beside:
             return path.name
-        weights = weights or here
-    return None if weights else "no weights"
+        has_weights = has_weights or is_weights
+    return None if has_weights else "no weights"
 
 
 def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path) -> None:
-    """Write `folder` whole or not at all; an older policy in it goes. All ranks together, after the last metrics.
+    """Write `folder` completely or not at all, and replace an older policy. All ranks together, after the last metrics.
 
     Args:
-        weights: stages.whole_state_dict() on rank 0; what other ranks give is not read.
+        weights: stages.whole_state_dict() on rank 0. Other ranks can pass anything.
 
     Raises:
-        UserError: it can not be written; what was there is as it was.
+        UserError: the folder cannot be written. An older policy is unchanged.
     """
     error = None
     if rank() == 0:
         try:
             replaced = replace_policy(policy, weights, run_dir, folder)
-        except (OSError, RuntimeError, UserError) as failure:  # RuntimeError: a full disk as safetensors says it
+        except (OSError, RuntimeError, UserError) as failure:  # RuntimeError: how safetensors reports a full disk
             error = failure
-    if said := agree(None if error is None else str(error)):
-        raise UserError(f"the policy could not be written to {folder} ({said}): mend that and --resume") from error
-    print0(f"policy      {folder}{', in place of the one that was there' if rank() == 0 and replaced else ''}")
+    if message := agree(None if error is None else str(error)):
+        raise UserError(f"the policy could not be written to {folder} ({message}): fix that and --resume") from error
+    if rank() == 0:
+        print(f"policy      {folder}{', which replaces the one that was there' if replaced else ''}", flush=True)
 
 
 def replace_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path) -> bool:
-    """export_policy() on rank 0. Returns whether there was one. All that is made beside it has a name of its own."""
+    """export_policy() on rank 0. Returns whether there was a policy before.
+
+    Temporary files are in a new folder beside `folder`, so nothing else is overwritten.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_policy(policy, weights, own / "new", merge_lora=True)
         (own / "new" / "README.md").write_text(card(run_dir, folder))
-        there = os.path.lexists(folder)
-        if there:
+        exists = os.path.lexists(folder)
+        if exists:
             os.replace(folder, own / "old")
         try:
             os.replace(own / "new", folder)
         except OSError:
-            if there:
+            if exists:
                 os.replace(own / "old", folder)
             raise
-        return there and (own / "old" / "config.json").is_file()
+        return exists and (own / "old" / "config.json").is_file()
     finally:
         shutil.rmtree(own, ignore_errors=True)
 
 
 def evaluate_command(flags: dict, folder: str) -> str:
-    """What success in the card was measured with, as evaluate.py takes it: such a folder does not know its world."""
+    """The evaluate.py command that measures the card's success. The folder itself does not hold these settings."""
     setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
-    words = ["python evaluate.py --checkpoint", folder, "--settings", setting, "--no-ignore_terminations"]
+    words = ["--checkpoint", folder, "--settings", setting, "--no-ignore_terminations"]
     words += ["--num_episodes", flags["num_eval_episodes"], "--temperature", flags["eval_temperature"]]
     words += ["--image_size", *flags["image_size"]]
     for flag in ("model_type", "unnorm_key", "dtype", "sim_freq", "max_episode_steps"):
         words += [f"--{flag}", flags[flag]]
-    return " ".join(word if word == words[0] else shlex.quote(str(word)) for word in words)
+    return f"python evaluate.py {shlex.join(map(str, words))}"
 
 
 def measured(run_dir: Path) -> str:
-    """Success in the last evaluation: "0.250 [0.17, 0.35] on 64"."""
+    """Success in the last evaluation, such as "0.250 [0.17, 0.35] on 64"."""
     evaluations = read_evaluations(run_dir)
     if not evaluations:
         return "not known, on no"
@@ -132,10 +138,10 @@ def measured(run_dir: Path) -> str:
 
 
 def card(run_dir: Path, folder: Path) -> str:
-    """What the run folder says of itself, as Markdown; of a run that was resumed, with what it was resumed.
+    """A description of the run as Markdown. If the run was resumed, the card has the commands of all its starts.
 
     Args:
-        folder: where the policy goes, in the run or somewhere else.
+        folder: the folder of the policy, in the run folder or elsewhere.
     """
     inside = folder.parent == run_dir
     name = run_dir.resolve().name if inside else folder.name
@@ -145,9 +151,9 @@ def card(run_dir: Path, folder: Path) -> str:
     descriptions = [without_places(read_json(path, Description, remedy).model_dump()) for path in paths]
     description = descriptions[-1]
     flags, lines = description["args"], read_lines(run_dir / "metrics.jsonl")
-    last = lines[-1] if lines else {}  # what a full disk has cut off is no number here
+    last = lines[-1] if lines else {}  # empty if a full disk cut the file off
     minutes = {name: sum(line.get(f"time/{name}", 0.0) for line in lines) / 60 for name in ("update", "eval")}
-    commits = [d["commit"] + " (with uncommitted changes)" * d["uncommitted_changes"] for d in descriptions]
+    commits = [commit_of(description) for description in descriptions]
     facts = {
         "made by": ", then ".join(markdown_code(d["command"]) for d in descriptions),
         "version": ", then ".join(dict.fromkeys(d["version"] or "before 0.3.0" for d in descriptions)),
@@ -166,5 +172,10 @@ def card(run_dir: Path, folder: Path) -> str:
         "evaluate": markdown_code(evaluate_command(flags, place)),
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
-    said = "Cloned from scripted demonstrations; a start for PPO and GRPO."
-    return f"# {markdown_text(name)}\n\n{said}\n\n| | |\n|---|---|\n{rows}\n"
+    summary = "Trained on scripted demonstrations by train_sft.py. PPO and GRPO can start from it."
+    return f"# {markdown_text(name)}\n\n{summary}\n\n| | |\n|---|---|\n{rows}\n"
+
+
+def commit_of(description: dict) -> str:
+    """The commit of one start of a run, with a note if the working tree was not clean."""
+    return description["commit"] + (" (with uncommitted changes)" if description["uncommitted_changes"] else "")

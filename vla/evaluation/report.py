@@ -1,4 +1,4 @@
-"""What a person looks at: results.md, results.png, and results.html, which holds table, plot and videos in one file."""
+"""Reports for people: results.md, results.png, and results.html, which holds table, plot and videos in one file."""
 
 import base64
 import html
@@ -13,6 +13,7 @@ from schemas import UserError
 from vla.evaluation.episode_log import not_written
 from vla.evaluation.settings import GROUP_OF, GROUPS
 from vla.evaluation.statistics import (
+    BRACKETS,
     by_temperature,
     headline,
     markdown,
@@ -49,10 +50,10 @@ for (const link of document.querySelectorAll("a[data-video]"))
 
 
 def write_report(folder: Path, results: dict, published: dict[str, dict]) -> None:
-    """results.json, results.md, results.png and results.html; each replaces an older one when it is whole.
+    """Write results.json, results.md, results.png and results.html. Each replaces an older file once it is complete.
 
     Args:
-        published: rows of benchmarks/published.yaml to show beside.
+        published: rows of benchmarks/published.yaml to show next to the results.
 
     Raises:
         UserError: the disk is full.
@@ -68,7 +69,7 @@ def write_files(folder: Path, results: dict, published: dict[str, dict]) -> None
     contents = {
         "results.md": markdown(results, published),
         "results.html": page(results, published, folder),
-        "results.json": json.dumps(results, indent=1) + "\n",  # last: it says that the evaluation is finished
+        "results.json": json.dumps(results, indent=1) + "\n",  # last: it shows that the evaluation is finished
     }
     for name, content in contents.items():
         (folder / f"{name}.partial").write_text(content, encoding="utf-8")
@@ -77,7 +78,7 @@ def write_files(folder: Path, results: dict, published: dict[str, dict]) -> None
 
 # ---------------------------------------------------------------------- plots
 def save_figure(figure, path: Path) -> None:
-    """As a file that is whole when it has its name."""
+    """Save a plot. It is complete when the file has its final name."""
     partial = path.with_name(f"partial_{path.name}")
     figure.savefig(partial, dpi=110)
     plt.close(figure)
@@ -85,7 +86,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def new_axis(num_rows: int):
-    """A figure with room for so many settings side by side."""
+    """A figure with room for `num_rows` settings side by side."""
     matplotlib.use("Agg")
     figure, axis = plt.subplots(figsize=(max(6.0, 2.0 + 0.55 * num_rows), 4.2), layout="constrained")
     axis.set_ylim(-0.02, 1.02)
@@ -95,20 +96,23 @@ def new_axis(num_rows: int):
 
 
 def interval_bars(axis, place: float, rate: float, interval: list[float], **look) -> None:
-    """One success rate with its interval."""
+    """Draw one success rate with its interval."""
     errors = [[max(0.0, rate - interval[0])], [max(0.0, interval[1] - rate)]]
     axis.errorbar([place], [rate], yerr=errors, capsize=2.5, markersize=6, elinewidth=1.2, linestyle="none", **look)
 
 
 def plot_settings(results: dict, published: dict[str, dict], path: Path) -> None:
-    """Success per setting with 95 % intervals; the first temperature filled, others hollow; published rows beside."""
+    """Plot success per setting with 95 % intervals, and published rows.
+
+    Markers of the first temperature are filled, those of further ones hollow.
+    """
     names = sorted(results["settings"], key=lambda name: [*GROUP_OF, name].index(name))
     figure, axis = new_axis(len(names))
-    parts = list(by_temperature(results))
-    for number, (temperature, part) in enumerate(parts):
-        shift = 0.22 * (number - (len(parts) - 1) / 2)
+    temperatures = list(by_temperature(results))
+    for number, (temperature, of_temperature) in enumerate(temperatures):
+        shift = 0.22 * (number - (len(temperatures) - 1) / 2)
         for place, name in enumerate(names):
-            one, color = part["settings"][name], GROUP_COLORS.get(GROUP_OF.get(name, ""), OTHER_COLOR)
+            one, color = of_temperature["settings"][name], color_of(name)
             face = color if number == 0 else "white"
             look = dict(marker="o", color=color, markerfacecolor=face)
             interval_bars(axis, place + shift, one["success_once"], one["wilson_95"], **look)
@@ -118,14 +122,19 @@ def plot_settings(results: dict, published: dict[str, dict], path: Path) -> None
         plot_published(axis, row, names, marker)
     axis.set_xticks(range(len(names)), map(drawn, names), rotation=40, ha="right")
     for label, name in zip(axis.get_xticklabels(), names):
-        label.set_color(GROUP_COLORS.get(GROUP_OF.get(name, ""), OTHER_COLOR))
+        label.set_color(color_of(name))
     axis.set_title(f"{drawn(results['name'])}: 95 % Wilson intervals", fontsize=10)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save_figure(figure, path)
 
 
+def color_of(setting: str) -> str:
+    """The color of a setting's group."""
+    return GROUP_COLORS.get(GROUP_OF.get(setting, ""), OTHER_COLOR)
+
+
 def plot_published(axis, row: dict, names: list[str], marker: str) -> None:
-    """A published row: a marker per setting where it has them, else a line over each group at the group's mean."""
+    """Draw a published row: a marker per setting if the row has settings, else a line at each group's mean."""
     means, n = published_means(row), row["episodes_per_setting"]
     label, color = drawn(row["name"]), None
     if "settings" in row:
@@ -142,7 +151,7 @@ def plot_published(axis, row: dict, names: list[str], marker: str) -> None:
 
 
 def plot_comparison(rows: list[dict], names: tuple[str, str], path: Path) -> None:
-    """Success of two checkpoints, setting by setting; a star where they differ."""
+    """Plot the success of two checkpoints in every setting. A star marks settings in which they differ."""
     figure, axis = new_axis(len(rows))
     for side, (name, color) in enumerate(zip(names, ("#4c566a", "#b3561d"))):
         for place, row in enumerate(rows):
@@ -161,29 +170,33 @@ def plot_comparison(rows: list[dict], names: tuple[str, str], path: Path) -> Non
 
 # ---------------------------------------------------------------------- the page
 def data_url(path: Path, kind: str) -> str:
-    """The file itself, as a URL."""
+    """A URL that holds the content of the file."""
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def html_table(table: list[list[str]], ident: str, videos: dict[str, list[dict]] | None = None) -> str:
-    """A table of text. videos: by what stands in the first column; links to them stand once, in a further one."""
+    """A table of text.
+
+    Args:
+        videos: by the text of the first column. A further column links to them, once for each such text.
+    """
     header, *rows = table
-    left = dict(videos or {})
+    not_linked = dict(videos or {})
     lines = [f'<table id="{ident}"><thead><tr>']
     lines += [f"<th>{html_text(cell)}</th>" for cell in [*header, *(["videos"] if videos else [])]]
     lines.append("</tr></thead><tbody>")
     for row in rows:
         cells = [html_text(cell) for cell in row]
         if videos:
-            films = [(html_text(video["file"]), video["outcome"]) for video in left.pop(row[0], [])]
-            links = [f'<a href="#{file}" data-video="{file}">&#9654; {outcome}</a>' for file, outcome in films]
+            own_videos = [(html_text(video["file"]), video["outcome"]) for video in not_linked.pop(row[0], [])]
+            links = [f'<a href="#{file}" data-video="{file}">&#9654; {outcome}</a>' for file, outcome in own_videos]
             cells.append(" ".join(links))
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</tbody></table>"])
 
 
 def video_figure(name: str, video: dict, folder: Path) -> str:
-    """One episode, ready to play."""
+    """The video of one episode, with its caption."""
     return (
         f'<figure id="{html_text(video["file"])}"><video controls muted loop playsinline preload="metadata" '
         f'src="{data_url(folder / video["file"], "video/mp4")}"></video><figcaption>{html_text(name)}, episode '
@@ -192,15 +205,16 @@ def video_figure(name: str, video: dict, folder: Path) -> str:
 
 
 def page(results: dict, published: dict[str, dict], folder: Path) -> str:
-    """results.html: needs no other file and no network."""
+    """The content of results.html. The page needs no other file and no network."""
     videos = {name: one["videos"] for name, one in results["settings"].items()}
     notes = "".join(
         f"<li>{html_text(row['name'])}: {html_text(row['note'])} {html_text(row['source'])}</li>"
         for row in published.values()
     )
     figures = "\n".join(video_figure(name, video, folder) for name, own in videos.items() for video in own)
-    films = f'<h2>Videos</h2>\n<p class="note">{html_text(temperature_name(results["temperature"]))}, replayed from '
-    films += f'the recorded actions, in real time</p>\n<div class="videos">{figures}</div>'
+    sampling = html_text(temperature_name(results["temperature"]))
+    all_videos = f'<h2>Videos</h2>\n<p class="note">{sampling}, replayed from '
+    all_videos += f'the recorded actions, in real time</p>\n<div class="videos">{figures}</div>'
     means = means_table(results, published)
     made = (
         f"{results['command']} on {results['num_ranks']} ranks of {results['device']}, commit {results['commit']}"
@@ -212,11 +226,11 @@ def page(results: dict, published: dict[str, dict], folder: Path) -> str:
 <h1>{html_text(results["name"])}</h1>
 <p class="headline">{html.escape(headline(results))}</p>
 {"<h2>Means</h2>" + html_table(means, "means") if means else ""}
-<p class="note">Brackets are 95 % Wilson intervals. A mean counts every setting alike.</p><ul class="note">{notes}</ul>
+<p class="note">{BRACKETS}</p><ul class="note">{notes}</ul>
 <h2>Settings</h2>
 <img alt="success per setting" src="{data_url(folder / "results.png", "image/png")}">
 {html_table(settings_table(results), "settings", videos)}
-{films if figures else ""}
+{all_videos if figures else ""}
 <h2>How it was made</h2>
 <p class="note">{html_text(made)}</p>
 <script>{SCRIPT}</script>

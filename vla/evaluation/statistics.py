@@ -1,9 +1,9 @@
-"""From episodes to numbers: success per setting and per group, tables, and whether two checkpoints differ.
+"""Statistics of episodes: success per setting and per group, tables, and a test whether two checkpoints differ.
 
 results["settings"]["Carrot-v1:test"]    episodes, success_once, success_at_end, return, episode_len, wilson_95,
                                          seconds, episode_ids and outcomes (one per episode)
-results["means"]["vision"]               mean over the settings of a group; None where one of them was not run
-results["other_temperatures"]["0.6"]     settings and means again, where more than one temperature was run
+results["means"]["vision"]               mean over the settings of a group; None if one of them was not run
+results["other_temperatures"]["0.6"]     settings and means of every further temperature
 """
 
 import math
@@ -14,8 +14,9 @@ from vla.evaluation.settings import GROUP_OF, GROUPS
 from vla.logger import wilson_interval
 from vla.text import markdown_code, markdown_text
 
+BRACKETS = "Brackets are 95 % Wilson intervals. A mean gives every setting the same weight."
 OUTCOMES = ("success_once", "success_at_end", "return", "episode_len")
-# every column says what it is: the published "average of OOD" is the last one
+# the title of every column of the means; the published "average of OOD" is the last one
 COLUMNS = {
     "in_distribution": "in-distribution",
     "vision": "vision",
@@ -27,7 +28,7 @@ COLUMNS = {
 
 
 def summarize(episodes: list[dict]) -> dict:
-    """One setting at one temperature."""
+    """The entry of results.json for one setting at one temperature."""
     count = len(episodes)
     means = {name: sum(episode[name] for episode in episodes) / count for name in OUTCOMES}
     return {
@@ -41,10 +42,10 @@ def summarize(episodes: list[dict]) -> dict:
 
 
 def group_means(rates: dict[str, tuple[float, int]]) -> dict[str, dict | None]:
-    """Success rate and number of episodes by setting -> the columns of the table.
+    """The columns of the table, from success rate and number of episodes by setting.
 
-    Every setting counts alike. None where a setting of the column was not run. The interval is that of the pooled
-    episodes, which is a little too wide where settings differ in difficulty.
+    Every setting has the same weight. A column is None if one of its settings was not run. The interval is that of
+    the pooled episodes, which is a little too wide if settings differ in difficulty.
     """
     members = {**GROUPS}
     members["mean_of_15_out_of_distribution"] = tuple(name for name in GROUP_OF if GROUP_OF[name] != "in_distribution")
@@ -66,38 +67,38 @@ def group_means(rates: dict[str, tuple[float, int]]) -> dict[str, dict | None]:
 
 
 def assemble(episodes: dict[float, dict[str, list[dict]]], about: dict) -> dict:
-    """Everything that results.json holds.
+    """The content of results.json.
 
     Args:
-        episodes: by temperature (the first is the one that `settings` shows) and setting.
-        about: what was evaluated, how and where; stands first.
+        episodes: by temperature and setting. The first temperature is the one of `settings` and `means`.
+        about: a description of what was evaluated, how and where. Its entries come first.
     """
-    parts = {}
+    summaries = {}
     for temperature, by_setting in episodes.items():
         settings = {name: summarize(rows) for name, rows in by_setting.items()}
         means = group_means({name: (one["success_once"], one["episodes"]) for name, one in settings.items()})
-        parts[temperature] = {"settings": settings, "means": means}
-    first, *others = parts
+        summaries[temperature] = {"settings": settings, "means": means}
+    first, *others = summaries
     return {
         **about,
         "temperature": first,
-        **parts[first],
-        "other_temperatures": {str(temperature): parts[temperature] for temperature in others},
+        **summaries[first],
+        "other_temperatures": {str(temperature): summaries[temperature] for temperature in others},
     }
 
 
 def by_temperature(results: dict) -> Iterator[tuple[float, dict]]:
-    """(temperature, {"settings", "means"}) of a results.json, the first temperature first."""
+    """Yield (temperature, {"settings", "means"}) of a results.json, in the order of the temperatures."""
     yield results["temperature"], results
-    for temperature, part in results["other_temperatures"].items():
-        yield float(temperature), part
+    for temperature, others in results["other_temperatures"].items():
+        yield float(temperature), others
 
 
 # ---------------------------------------------------------------------- published numbers
 def published_means(row: dict) -> dict[str, dict | None]:
-    """A row of benchmarks/published.yaml -> the same columns as ours, from its counts of successes.
+    """group_means() of a row of benchmarks/published.yaml, from its counts of successes.
 
-    A row has counts per group, or per setting; every setting of it has `episodes_per_setting` episodes.
+    A row has counts per group or per setting. Each of its settings has `episodes_per_setting` episodes.
     """
     n, counts = row["episodes_per_setting"], row["successes"]
     if "settings" in row:
@@ -108,6 +109,11 @@ def published_means(row: dict) -> dict[str, dict | None]:
 
 # ---------------------------------------------------------------------- tables
 def percent(rate: float, interval: list[float] | None = None) -> str:
+    """A rate in [0, 1] in percent, with its interval if there is one.
+
+    >>> percent(0.5, [0.4, 0.6])
+    '50.0 [40.0, 60.0]'
+    """
     text = f"{100 * rate:.1f}"
     return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
@@ -117,9 +123,9 @@ def temperature_name(temperature: float) -> str:
 
 
 def means_table(results: dict, published: dict[str, dict]) -> list[list[str]]:
-    """Header and rows of the table in the published column order; published rows below ours.
+    """Header and rows of the table, with the published columns in their order. Published rows are below ours.
 
-    A column that no row has is left out; [] where that is all of them: some settings were run, and no whole group.
+    Columns that no row has are left out. The result is [] if no row has any, because no group was run completely.
     """
     rows = {f"{results['name']}, {temperature_name(t)}": part["means"] for t, part in by_temperature(results)}
     rows |= {row["name"]: published_means(row) for row in published.values()}
@@ -158,7 +164,7 @@ def settings_table(results: dict) -> list[list[str]]:
 
 
 def markdown_table(table: list[list[str]]) -> str:
-    """A table of plain text as Markdown: no cell ends a cell, a row, or is a tag."""
+    """A table of plain text as Markdown. Cells are escaped, so that none ends its cell or row, or acts as a tag."""
     if not table:
         return ""
     header, *rows = [[markdown_text(cell) for cell in row] for row in table]
@@ -180,65 +186,73 @@ def headline(results: dict) -> str:
 
 
 def markdown(results: dict, published: dict[str, dict]) -> str:
-    """results.md: means in the published column order, then setting by setting."""
+    """The content of results.md: first the means in the published column order, then every setting."""
     notes = "\n".join(
         "- " + markdown_text(f"{row['name']}: {row['note']} Source: {row['source']}") for row in published.values()
     )
-    return (
-        "\n\n".join(
-            part
-            for part in (
-                f"# {markdown_text(results['name'])}",
-                headline(results),
-                "Brackets are 95 % Wilson intervals. A mean counts every setting alike.",
-                markdown_table(means_table(results, published)),
-                notes,
-                markdown_table(settings_table(results)),
-                f"{markdown_code(results['command'])} on {results['num_ranks']} ranks of {results['device']}, commit "
-                f"{results['commit']}, {results['started']}",
-            )
-            if part
-        )
-        + "\n"
+    origin = (
+        f"{markdown_code(results['command'])} on {results['num_ranks']} ranks of {results['device']}, commit "
+        f"{results['commit']}, {results['started']}"
     )
+    paragraphs = (
+        f"# {markdown_text(results['name'])}",
+        headline(results),
+        BRACKETS,
+        markdown_table(means_table(results, published)),
+        notes,
+        markdown_table(settings_table(results)),
+        origin,
+    )
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 # ---------------------------------------------------------------------- do two checkpoints differ
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value (McNemar 1947, by the binomial distribution): episodes in which one alone succeeded."""
+    """Exact two-sided p-value (McNemar 1947, with the binomial distribution).
+
+    Args:
+        only_first, only_second: number of episodes in which only that checkpoint succeeded.
+
+    >>> mcnemar(only_first=0, only_second=5)
+    0.0625
+    """
     n = only_first + only_second
     tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for being many (Holm 1979): any of them is falsely below 0.05 in 5 % of comparisons."""
+    """p-values corrected for multiple tests (Holm 1979).
+
+    If no two checkpoints differ, any corrected p-value is below 0.05 in at most 5 % of comparisons.
+
+    >>> holm([0.01, 0.5, 0.02])
+    [0.03, 0.5, 0.04]
+    """
     corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    ascending = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for place, index in enumerate(ascending):
+        num_left = len(p_values) - place
+        largest = max(largest, min(1.0, num_left * p_values[index]))
         corrected[index] = largest
     return corrected
 
 
 def compare(first: dict, second: dict) -> list[dict]:
-    """Two results.json -> one row per setting and temperature that both have, paired by episode id.
+    """Compare two results.json: one row per setting and temperature that both have, paired by episode id.
 
     Raises:
-        UserError: they were run in different worlds, or share no episode.
+        UserError: they were run in different worlds, or have no episode in common.
     """
-    worlds = [half["world"] for half in (first, second)]
-    for key in {**worlds[0], **worlds[1]}:
-        values = [world.get(key, "unknown") for world in worlds]
-        if values[0] != values[1] and key != "asset_dir":  # older files have this place of one machine
-            said = f"--compare: the two were evaluated with {key} {values[0]} and {values[1]}"
-            raise UserError(f"{said}: evaluate one of them again")
-    rows, theirs = [], dict(by_temperature(second))
-    for temperature, part in by_temperature(first):
-        for name, one in part["settings"].items():
-            other = theirs.get(temperature, {"settings": {}})["settings"].get(name)
-            if other is not None:
-                rows.append({"setting": name, "temperature": temperature} | compare_setting(one, other))
-    rows = [row for row in rows if row["episodes"]]
+    check_same_world(first["world"], second["world"])
+    of_second = {temperature: results["settings"] for temperature, results in by_temperature(second)}
+    rows = []
+    for temperature, results in by_temperature(first):
+        for name, one in results["settings"].items():
+            other = of_second.get(temperature, {}).get(name)
+            row = None if other is None else compare_setting(one, other)
+            if row is not None and row["episodes"] > 0:
+                rows.append({"setting": name, "temperature": temperature} | row)
     if not rows:
         raise UserError("--compare: the two have no setting, temperature and episode in common")
     for row, p_value in zip(rows, holm([row["p"] for row in rows])):
@@ -246,11 +260,22 @@ def compare(first: dict, second: dict) -> list[dict]:
     return rows
 
 
+def check_same_world(first: dict, second: dict) -> None:
+    """Raise UserError if two evaluations were run with different settings of the simulation."""
+    for key in {**first, **second}:
+        one, other = first.get(key, "unknown"), second.get(key, "unknown")
+        if one != other and key != "asset_dir":  # a place on one machine, which older files hold
+            raise UserError(
+                f"--compare: the two were evaluated with {key} {one} and {other}: evaluate one of them again"
+            )
+
+
 def compare_setting(one: dict, other: dict) -> dict:
-    """The episodes that both ran."""
+    """Compare the episodes of one setting that both checkpoints ran."""
     successes = [{row["episode_id"]: bool(row["success_once"]) for row in half["outcomes"]} for half in (one, other)]
     pairs = [(successes[0][i], successes[1][i]) for i in successes[0] if i in successes[1]]
-    count, only_first, only_second = len(pairs), pairs.count((True, False)), pairs.count((False, True))
+    count = len(pairs)
+    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
     rates = [sum(pair[side] for pair in pairs) / max(count, 1) for side in (0, 1)]
     return {
         "episodes": count,
@@ -263,11 +288,12 @@ def compare_setting(one: dict, other: dict) -> dict:
 
 
 def comparison_table(rows: list[dict], names: tuple[str, str]) -> list[list[str]]:
-    """Header and rows; a row says whether the two differ."""
+    """Header and rows. The last cell of a row says whether the two checkpoints differ."""
     header = ["setting", "sampling", "episodes", f"{names[0]} %", f"{names[1]} %", "only the first", "only the second"]
     table = [[*header, "p (McNemar)", "p (Holm)", "verdict"]]
     for row in rows:
-        better = names[row["success_once"][1] > row["success_once"][0]]
+        first_rate, second_rate = row["success_once"]
+        better = names[1] if second_rate > first_rate else names[0]
         table.append(
             [
                 row["setting"],

@@ -1,7 +1,7 @@
-"""Python values in files that cannot run code: tensors as safetensors, everything around them as JSON.
+"""Saves Python values in files that cannot run code: tensors as safetensors, everything around them as JSON.
 
-`pickle`, which torch.save writes, runs what its file says. Nothing of a run folder is read with it. A value here is
-made of dicts, lists, tuples, numbers, texts, None, tensors and numpy arrays; it comes back bit for bit.
+A file that torch.save wrote with `pickle` can run code when it is read, so no file of a run folder is read that way. A
+value consists of dicts, lists, tuples, numbers, texts, None, tensors and numpy arrays. It is restored bit for bit.
 
     [{"episode_id": 7, "actions": array}]  ->  tensor "0", metadata {"tree": '[{"dict": [["episode_id", 7], ...'}
 """
@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from schemas import UserError, require_file
 from vla.files.tensors import save_tensors
+from vla.text import error_text
 
 REMEDY = "delete its checkpoint to fall back to the one before"
 BLOCK = 4 * 2**20  # bytes that a checksum reads at once
-# what a numpy array is made of in files that were written by torch.save before format 3: data, no code of the file's
+# the parts of a numpy array in files that torch.save wrote before format 3: data, no code from the file
 ARRAY_PARTS = [
     np._core.multiarray._reconstruct,
     np._core.multiarray.scalar,
@@ -36,14 +37,14 @@ ARRAY_PARTS = [
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write a value. Raises TypeError for what it may not hold."""
+    """Write a value. Raises TypeError if it contains an object of another kind."""
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(encoded(tree, tensors))
     save_tensors(tensors or {"empty": torch.zeros(0)}, path, metadata={"tree": text})
 
 
 def encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """A value as JSON. Its tensors and arrays are put aside, under the names that the JSON has for them."""
+    """A value as JSON. Its tensors and arrays are added to `tensors`, under the names that the JSON uses for them."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a NamedTuple keeps its names
         value = value._asdict()
     if isinstance(value, dict):
@@ -65,21 +66,21 @@ def encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def load_tree(path: Path) -> Any:
-    """What save_tree() wrote.
+    """Read a value that save_tree() wrote.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file is missing or damaged.
     """
     require_file(path, REMEDY)
     try:
         with safe_open(path, framework="pt") as file:
             return decoded(json.loads((file.metadata() or {})["tree"]), file)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): {REMEDY}") from error
+        raise UserError(f"{path} is damaged ({error_text(error)}): {REMEDY}") from error
 
 
 def decoded(value: Any, file: safe_open) -> Any:
-    """encoded() undone."""
+    """The inverse of encoded()."""
     if isinstance(value, list):
         return [decoded(entry, file) for entry in value]
     if not isinstance(value, dict):
@@ -96,21 +97,21 @@ def decoded(value: Any, file: safe_open) -> Any:
 
 
 def load_old_tree(path: Path) -> Any:
-    """What torch.save wrote of such a value, without running anything.
+    """Read such a value from a file of torch.save, without running code from it.
 
     Raises:
-        UserError: it is no such file, or it holds more than data.
+        UserError: the file is missing or damaged, or it holds more than data.
     """
     require_file(path, REMEDY)
     try:
         with torch.serialization.safe_globals(ARRAY_PARTS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: a file of any content comes here
+    except Exception as error:  # of many kinds, because the file can have any content
         raise UserError(f"{path} is damaged, or holds more than data: {REMEDY}") from error
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file's content: it tells a flipped bit, and reads 2 to 3 GB/s on one core."""
+    """CRC-32 of a file's content. It detects a flipped bit, and reads 2 to 3 GB/s on one core."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -118,16 +119,12 @@ def checksum(path: Path) -> int:
     return value
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @contextlib.contextmanager
 def sentences(what: str, remedy: str = REMEDY):
-    """What reading a file of a stranger may raise, as one sentence that names the file."""
+    """Turn the errors of reading a damaged file into one sentence that names the file."""
     try:
         yield
     except UserError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"{what} is damaged ({one_line(error)}): {remedy}") from error
+        raise UserError(f"{what} is damaged ({error_text(error)}): {remedy}") from error

@@ -1,7 +1,7 @@
-"""Two layers with fewer passes over memory than transformers' and peft's, the same functions otherwise.
+"""Two layers that read memory less often than those of transformers and peft. They compute the same functions.
 
-Measured where they are used: a LoRA update of openvla-7b on an H100 (bf16, 16 decisions, recomputing activations) took
-844 ms with the libraries' own, 794 ms with the first and 748 ms with both (dev/LOG.md).
+On an H100, a LoRA update of openvla-7b (bf16, 16 decisions, recomputed activations) took 844 ms with the libraries'
+layers, 794 ms with the first of these and 748 ms with both (dev/LOG.md).
 """
 
 import torch
@@ -12,16 +12,23 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """x / rms(x) * weight in one kernel; in bfloat16 the product is rounded once instead of twice."""
+    """x / rms(x) * weight in one kernel. In bfloat16 the product is rounded once instead of twice."""
+
+    @classmethod
+    def of(cls, norm: LlamaRMSNorm) -> "FusedRMSNorm":
+        """A layer with the weight of `norm`."""
+        layer = cls(norm.weight.shape[0], norm.variance_epsilon)
+        layer.weight = norm.weight
+        return layer
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
 
 
 class LoraLinear(Linear):
-    """W x + B (s A x): peft scales B A x, which is as wide as the layer's output; A x is as wide as the rank.
+    """W x + B (s A x). peft scales B A x, which is as wide as the layer's output, but A x is only as wide as the rank.
 
-    For what `vla/models/loading.py` injects: one adapter without dropout, in the precision of its layer, never merged.
+    lora.inject() uses it: one adapter without dropout, in the precision of its layer, never merged in place.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,10 +38,9 @@ class LoraLinear(Linear):
         return self.base_layer(x) + self.lora_B["default"](narrow)
 
 
-def use_fused_layers(model: nn.Module) -> None:
-    """Turn every RMSNorm and adapted linear layer of a model into ours; parameters and their names stay."""
-    for module in model.modules():
-        if type(module) is LlamaRMSNorm:
-            module.__class__ = FusedRMSNorm
-        elif type(module) is Linear:
-            module.__class__ = LoraLinear
+def use_fused_norms(model: nn.Module) -> None:
+    """Replace every LlamaRMSNorm by a FusedRMSNorm with the same weight, under the same name."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is LlamaRMSNorm:
+                setattr(parent, name, FusedRMSNorm.of(child))

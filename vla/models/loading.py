@@ -1,19 +1,20 @@
 """Load policies in the layout of the published checkpoints.
 
-A folder holds config.json, model.safetensors (or shards with model.safetensors.index.json), tokenizer files,
-preprocessor_config.json, optionally dataset_statistics.json (merged over config.json's norm_stats) and
-value_head.safetensors. An adapter is adapter_config.json and adapter_model.safetensors as peft writes them, in a folder
-of its own (`lora_path`) or beside the weights; a folder with an adapter alone names its base model in
-base_model_name_or_path. Our own adapters have adapter_base.json beside them, digests of the base they were trained on,
-and load on no other.
+A folder holds config.json, model.safetensors (or shards with model.safetensors.index.json), tokenizer files, and
+preprocessor_config.json. It can hold dataset_statistics.json (which takes precedence over config.json's norm_stats) and
+value_head.safetensors.
 
-Weights are read tensor by tensor from mapped shards into a model built without memory, in the precision and on the
-device they are wanted, so the host never holds more than the model and one shard's pages. Under ZeRO-3 what is read is
-the whole model that every rank acts with in the rollout (stages.make_rollout_copy); the engine's shards are cut from it
-and there is no second whole copy.
+An adapter consists of peft's adapter_config.json and adapter_model.safetensors. They are in a folder of their own
+(`lora_path`) or next to the weights. A folder with only an adapter names its base model in base_model_name_or_path. Our
+own adapters also have adapter_base.json, with digests of the base that they were trained on. They load on no other.
 
-published.py reads a folder's files, lora.py its adapter and tokenizer.py its tokenizer. What does not fit is an error
-that names it.
+Weights are read tensor by tensor from mapped shards into a model that was built without memory, in the final precision
+and on the final device. So the host never holds more than the model and the pages of one shard. Under ZeRO-3 the model
+that is read here becomes the whole copy for the rollout (stages.make_rollout_copy). The engine's shards are cut from
+it, and there is no second whole copy.
+
+published.py reads a folder's files, lora.py its adapter and tokenizer.py its tokenizer. Their errors name the file that
+does not fit.
 """
 
 import json
@@ -25,14 +26,13 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from schemas import UserError, parse_json
-from vla.files.tensors import first_not_finite, open_shard
+from vla.files.tensors import COPY_AGAIN, first_not_finite, open_shard
 from vla.models.action_tokens import ACTION_DIM, ActionTokens
 from vla.models.lora import digest_of, find_adapter, read_adapter, with_adapter
 from vla.models.openvla import OpenVLA
 from vla.models.openvla_oft import PUBLISHED_CHUNK_SIZE, OpenVLAOFT
 from vla.models.policy import VLAPolicy
 from vla.models.published import (
-    AGAIN,
     action_stats,
     action_vocab_end,
     check_base,
@@ -51,6 +51,7 @@ from vla.models.saving import PolicyFiles
 from vla.models.tiny import TINY_PRESETS, tiny_folder
 from vla.models.tokenizer import read_tokenizer
 from vla.models.value_head import ValueHead
+from vla.text import error_text
 
 MODEL_TYPES = ("openvla", "openvla_oft")
 
@@ -77,27 +78,28 @@ def load_policy(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> VLAPolicy:
-    """A checkpoint folder, or the name of a tiny preset (random weights from `seed`), as a policy ready to train.
+    """Load a policy for training from a checkpoint folder or a tiny preset.
 
     Args:
-        model_type: openvla or openvla_oft; published folders do not say which they are.
-        unnorm_key: which statistics turn tokens into robot units.
+        path: a checkpoint folder, or the name of a tiny preset, which has random weights from `seed`.
+        model_type: openvla or openvla_oft. Published folders do not say which they are.
+        unnorm_key: the key of the statistics that turn tokens into robot units.
         norm_stats: statistics that the folder lacks, as in dataset_statistics.json: {key: {"action": ...}}. They become
-            part of the policy and of what is saved.
-        lora_path: folder of a published adapter; it keeps its own rank, alpha and targets.
-        value_head: None or True: the critic in lora_path or path, else a fresh one (from `seed`). False: no critic. A
-            file or folder: the critic in there. It stays fp32 whatever dtype is.
+            part of the policy, and are saved with it.
+        lora_path: folder of a published adapter. It keeps its own rank, alpha and targets.
+        value_head: None or True uses the critic in lora_path or path, or a fresh one (from `seed`). False makes no
+            critic. A file or folder names the critic to use. The critic stays fp32 whatever dtype is.
         image_resize: "tensor" (RLinf) or "pil" (upstream's evaluation).
-        chunk_size: actions per decision; None: what the folder says, else 1 (openvla) or 8 (openvla_oft).
-        oft_stop_token: end OFT's sequence in </s>, as moojink's discrete checkpoints were trained; RLinf's were not.
-        lora_rank: of a fresh adapter where the folder has none; 0 trains the weights themselves.
-        lora_scope: "all" (RLinf's targets), or "llm": vision towers and projector stay frozen, without adapter too.
-        merge_lora: add the loaded adapter into the weights; lora_rank then puts a fresh one on top.
-        cuda_graphs: on a GPU act() launches recorded graphs (cuda_graphs.py).
-        device: where weights are read to, tensor by tensor.
+        chunk_size: actions per decision. None takes the folder's value, or else 1 (openvla) or 8 (openvla_oft).
+        oft_stop_token: end OFT's sequence with </s>. moojink's discrete checkpoints were trained so, RLinf's were not.
+        lora_rank: rank of a fresh adapter if the folder has none. 0 trains the weights themselves.
+        lora_scope: "all" (RLinf's targets), or "llm", which freezes vision towers and projector, also without adapter.
+        merge_lora: merge the loaded adapter into the weights. lora_rank then puts a fresh one on top.
+        cuda_graphs: whether act() uses recorded graphs on a GPU (cuda_graphs.py).
+        device: where the weights are read to, tensor by tensor.
 
     Raises:
-        UserError: one sentence that names the file, the key or the flag, and the remedy.
+        UserError: one sentence that names the file, key or flag, and the remedy.
     """
     check_choices(model_type, lora_path, image_resize, lora_scope)
     folder = Path(path)
@@ -114,12 +116,13 @@ def load_policy(
     base_folder = None if tiny else find_base(folder)
     adapter = read_adapter(adapter_folder)
 
-    with torch.random.fork_rng(devices=[]):  # the same weights on every rank, and torch's own generator is left alone
+    with torch.random.fork_rng(devices=[]):  # the same weights on every rank, and torch's generator is unchanged
         torch.manual_seed(seed)
         model, weights = make_model(model_type, config, chunk_size, oft_stop_token, base_folder, dtype, device)
         base = describe_base(weights, config, side_files, unnorm_key, stats, normalization)
         check_base(read_base(adapter_folder), base, str(adapter_folder), str(base_folder or path))
-        base["weights"] += f", with {digest_of(adapter)} merged in" if merge_lora and adapter else ""
+        if merge_lora and adapter:
+            base["weights"] += f", with {digest_of(adapter)} merged in"
         critic = make_critic(model.hidden_size, chunk_size, value_head, (adapter_folder, folder))
         model, adapter_config = with_adapter(model, adapter, lora_rank, lora_alpha, lora_scope, merge_lora, base_folder)
     cast_parameters(model, dtype)
@@ -149,25 +152,26 @@ def load_policy(
 def read_meaning(
     config: dict, side_files: dict[str, bytes], unnorm_key: str, path: str
 ) -> tuple[Tokenizer | None, dict, tuple]:
-    """What ids, numbers and pixels mean: the tokenizer, the action statistics, the pictures' normalisation."""
-    tokenizer, stats = read_tokenizer(side_files, path), action_stats(config, side_files, unnorm_key, path)
+    """The tokenizer, the action statistics and the image normalisation."""
+    tokenizer = read_tokenizer(side_files, path)
+    stats = action_stats(config, side_files, unnorm_key, path)
     return tokenizer, stats, read_normalization(config, side_files, path)
 
 
 def check_choices(model_type: str, lora_path: str | None, image_resize: str, lora_scope: str) -> None:
-    """Flags with few values."""
+    """Raise UserError if a flag has none of its few values."""
     if model_type not in MODEL_TYPES:
-        raise UserError(f"--model_type {model_type!r} is unknown: there are {', '.join(MODEL_TYPES)}")
+        raise UserError(f"--model_type {model_type!r} is unknown: use one of {', '.join(MODEL_TYPES)}")
     if lora_path is not None and not str(lora_path).strip():
         raise UserError("--lora_path is empty: give the folder of an adapter, or leave the flag out")
     if image_resize not in ("tensor", "pil"):
-        raise UserError(f"--image_resize {image_resize!r} is unknown: there are tensor, pil")
+        raise UserError(f"--image_resize {image_resize!r} is unknown: use tensor or pil")
     if lora_scope not in ("all", "llm"):
-        raise UserError(f"--lora_scope {lora_scope!r} is unknown: there are all, llm")
+        raise UserError(f"--lora_scope {lora_scope!r} is unknown: use all or llm")
 
 
 def pick_chunk_size(model_type: str, chunk_size: int | None, config: dict, path: str) -> int:
-    """Actions per decision, from the flag and from config.json (which names it where save_policy() wrote an OFT)."""
+    """Actions per decision, from the flag and from config.json, which has it if save_policy() wrote an OFT policy."""
     known = config.get("chunk_size")
     if model_type == "openvla":
         if known:
@@ -188,22 +192,22 @@ def pick_chunk_size(model_type: str, chunk_size: int | None, config: dict, path:
 
 
 def with_statistics(side_files: dict[str, bytes], norm_stats: dict | None) -> dict[str, bytes]:
-    """norm_stats added to dataset_statistics.json, which is merged over config.json's."""
+    """side_files with norm_stats added to dataset_statistics.json."""
     if not norm_stats:
         return side_files
-    known = parse_json(side_files.get("dataset_statistics.json", b"{}"), "dataset_statistics.json", AGAIN)
+    known = parse_json(side_files.get("dataset_statistics.json", b"{}"), "dataset_statistics.json", COPY_AGAIN)
     return {**side_files, "dataset_statistics.json": json.dumps({**known, **norm_stats}, indent=2).encode()}
 
 
 def build_model(model_type: str, config: dict, chunk_size: int, stop_token: bool, on_meta: bool) -> OpenVLA:
-    """The network; on_meta: parameters without memory, to be filled by stream_weights(), buffers as they should be."""
+    """The network. With on_meta its parameters have no memory, until stream_weights() fills them. Its buffers have."""
 
     def build() -> OpenVLA:
         if model_type == "openvla":
             return OpenVLA(config)
         return OpenVLAOFT(config, chunk_size * ACTION_DIM, stop_token)
 
-    # cuDNN's attention gives other bits from one call to the next (H100, torch 2.11); the other kernels take as long
+    # cuDNN's attention is not deterministic (H100, torch 2.11), and the other kernels are as fast
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not on_meta:
         return build()
@@ -219,7 +223,10 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def freeze(model: OpenVLA, has_adapter: bool, lora_scope: str) -> None:
-    """Leave trainable what is to be trained: the adapter where there is one, never what no forward reads."""
+    """Leave only those parameters trainable that are trained: those of the adapter, or without one all in lora_scope.
+
+    Parameters that no forward reads are frozen.
+    """
     for name, parameter in model.named_parameters():
         in_scope = lora_scope == "all" or name.startswith("language_model.")
         parameter.requires_grad_(in_scope and ("lora_" in name or not has_adapter))
@@ -236,9 +243,10 @@ def make_model(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[OpenVLA, str]:
-    """The network with the weights of a folder and digest() of them, or with random ones and how they were drawn.
+    """The network, and a text that identifies its weights.
 
-    (Of random ones a digest would not hold on a machine with other vector instructions: their last bits differ.)
+    The text is the digest() of a folder's weights. Without a folder the weights are random, and the text says how they
+    were drawn: their digest depends on the machine, because vector instructions change the last bits.
     """
     if folder is None:
         model = build_model(model_type, config, chunk_size, stop_token, on_meta=False)
@@ -251,10 +259,10 @@ def make_model(
     except UserError:
         raise
     except Exception as error:  # transformers' checks raise errors of ten kinds
-        said = " ".join(str(error).split())[:160]
+        reason = error_text(error)[:160]
         raise UserError(
-            f"{folder}/config.json has a text_config of which no Llama can be made ({said}): use the config.json that "
-            "the model was published with"
+            f"{folder}/config.json has a text_config from which no Llama can be built ({reason}): use the config.json "
+            "that the model was published with"
         ) from error
     return model, stream_weights(model, folder, headers, dtype, device)
 
@@ -262,7 +270,7 @@ def make_model(
 def make_critic(
     hidden_size: int, chunk_size: int, wanted: bool | str | None, folders: tuple[Path | None, ...]
 ) -> ValueHead | None:
-    """load_policy's value_head: False is none; else one output per action, read from where it lies or fresh."""
+    """The critic that load_policy()'s value_head asks for, with one output per action. False makes none."""
     if wanted is False:
         return None
     critic = ValueHead(hidden_size, chunk_size)
@@ -271,21 +279,24 @@ def make_critic(
 
 
 def load_critic(critic: ValueHead, wanted: bool | str | None, folders: tuple[Path | None, ...]) -> None:
-    """Read value_head.safetensors from where the caller says, or from the first folder that has one; without any the
-    critic stays fresh."""
+    """Read value_head.safetensors from the wanted place, or from the first folder that has one, or from none.
+
+    Raises:
+        UserError: the wanted file is missing, does not fit the model, or has values that are not finite.
+    """
     files = [folder / "value_head.safetensors" for folder in folders if folder is not None]
     if wanted not in (None, True):
         file = Path(wanted)
         files = [file / "value_head.safetensors" if file.is_dir() else file]
         if not files[0].exists():
             raise UserError(f"value_head {wanted}: there is no such file")
-    for file in files:
-        if file.exists():
-            with open_shard(file) as shard:
-                weights = {key.removeprefix("value_head."): shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
-            expected = {name: tuple(parameter.shape) for name, parameter in critic.named_parameters()}
-            check_keys(expected, {name: tuple(value.shape) for name, value in weights.items()}, str(file), "the model")
-            if name := first_not_finite(weights):
-                raise UserError(f"{file} has {name} with values that are not finite: {AGAIN}")
-            critic.load_state_dict(weights)
-            return
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return
+    with open_shard(file) as shard:
+        weights = {key.removeprefix("value_head."): shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    expected = {name: tuple(parameter.shape) for name, parameter in critic.named_parameters()}
+    check_keys(expected, {name: tuple(value.shape) for name, value in weights.items()}, str(file), "the model")
+    if name := first_not_finite(weights):
+        raise UserError(f"{file} has {name} with values that are not finite: {COPY_AGAIN}")
+    critic.load_state_dict(weights)

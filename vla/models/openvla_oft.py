@@ -1,13 +1,13 @@
-"""OpenVLA-OFT: a whole chunk of actions in one pass, every position seeing every other one.
+"""OpenVLA-OFT: a whole chunk of actions in one pass, in which every position sees every other one.
 
-This is the discrete-token variant behind RLinf's ManiSkill results: the network is OpenVLA's, key by key; behind the
-prompt stand 7 * chunk_size placeholders whose embeddings are zero, and attention is not causal. It takes no L1 head, no
-proprioception, no FiLM.
+This is the discrete-token variant behind RLinf's ManiSkill results. The network has the same parameters as OpenVLA. The
+prompt is followed by 7 * chunk_size placeholders with zero embeddings, and attention is not causal. There is no L1
+head, proprioception or FiLM.
 
     B samples   S prompt and patch positions   K = 7 * chunk_size action tokens   H hidden width   V vocabulary
 
-Sequence: [BOS, P patches, padding, rest of the prompt, K zeros]; moojink's own checkpoints end in a stop token, whose
-embedding is kept (`stop_token`). The last prompt token predicts action token 0, placeholder k predicts token k + 1.
+Sequence: [BOS, P patches, padding, rest of the prompt, K zeros]. For moojink's checkpoints a stop token with its real
+embedding follows (`stop_token`). The last prompt token predicts action token 0, placeholder k predicts token k + 1.
 Source: moojink/openvla-oft with its fork of transformers (bidirectional attention), RLinf's openvla_oft model.
 """
 
@@ -27,8 +27,8 @@ class OpenVLAOFT(OpenVLA):
 
     Args:
         config: the content of a checkpoint's config.json.
-        num_tokens: K, how many action tokens a decision has.
-        stop_token: end the sequence in </s> (moojink's checkpoints), or not (RLinf's).
+        num_tokens: K, the number of action tokens of a decision.
+        stop_token: whether the sequence ends with </s> (moojink's checkpoints) or not (RLinf's).
 
     Raises:
         UserError: the config asks for causal attention.
@@ -56,7 +56,7 @@ class OpenVLAOFT(OpenVLA):
 
         Args:
             images, prompt_ids, prompt_mask, features: as for OpenVLA.prefix().
-            tokens: not read: a chunk's tokens are predicted without seeing each other.
+            tokens: not used, because a chunk's tokens are predicted without seeing each other.
 
         Returns:
             logits [B, K, V] in the model's precision; hidden [B, H] at the last prompt token.
@@ -70,8 +70,8 @@ class OpenVLAOFT(OpenVLA):
         embeddings = torch.cat([embeddings, *tail], dim=1)
         length = embeddings.shape[1]
         mask = torch.cat([mask, mask.new_ones(len(mask), length - num_prompt)], dim=1)
-        # a mask of four dimensions is used as it is: every query sees every real key (the fork of transformers copies
-        # the causal mask's last row to all rows, which is the same)
+        # transformers uses a mask of four dimensions unchanged, so every query sees every real key; moojink's fork of
+        # transformers copies the causal mask's last row to all rows, which is the same
         output = self.language_model.model(
             inputs_embeds=embeddings,
             attention_mask=mask[:, None, None].expand(-1, 1, length, -1),
@@ -91,7 +91,7 @@ class OpenVLAOFT(OpenVLA):
         num_tokens: int,
         choose: Choose,
     ) -> torch.Tensor:
-        """All tokens at once: choose is called one time, with K = num_tokens. Returns hidden [B, H] as forward()."""
+        """Write all tokens at once: choose() is called once, with K = num_tokens. Returns hidden [B, H]."""
         if num_tokens != self.num_tokens:
             raise ValueError(f"this model was built for {self.num_tokens} action tokens, asked for {num_tokens}")
         inputs = [images, prompt_ids, prompt_mask] + ([] if features is None else [features])
@@ -105,12 +105,12 @@ class OpenVLAOFT(OpenVLA):
 
     @torch.no_grad()
     def check_bidirectional(self) -> None:
-        """What a first position computes must depend on the last one; a causal kernel would give near-random actions.
+        """Check that the first position depends on the last one. A causal kernel would give nearly random actions.
 
-        Runs the first two layers on four positions, so it sees the kernel that this installation really uses.
+        It runs the first two layers on four positions, and so tests the kernel that this installation really uses.
 
         Raises:
-            RuntimeError: attention is causal here.
+            RuntimeError: attention is causal.
         """
         llama = self.language_model.model
         weight = llama.norm.weight

@@ -1,7 +1,7 @@
-"""Read a folder in the published layout: config.json, statistics, pictures' normalisation, weights.
+"""Reads a folder in the published layout: config.json, action statistics, image normalisation and weights.
 
-Whatever is in a folder is honoured as transformers honours it, or refused in one sentence: a wrong base, missing keys
-or the wrong statistics cost tens of points of success without a word otherwise. Nothing here is ever unpickled.
+A setting in a folder has the effect that it has in transformers, or it is refused with one sentence. Otherwise a wrong
+base, missing keys or wrong statistics would silently cost tens of points of success. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -17,16 +17,15 @@ from torch import nn
 
 from schemas import UserError, check, parse_json
 from schemas.policies import ActionBounds, AdapterBase, PolicyConfig, Preprocessor, Statistics, WeightIndex
-from vla.files.tensors import digest, entry, is_finite, open_shard, read_small
+from vla.files.tensors import COPY_AGAIN, digest, entry, is_finite, open_shard, read_small
 from vla.models.action_tokens import NUM_BINS
 from vla.models.vision import VisionBackbone
 
-AGAIN = "copy or download it again"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be weights here
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that weights may have
 
-# kept byte for byte from load to save, so that a saved folder is as complete as the one it came from
+# copied byte for byte from the loaded folder to a saved one, so that the saved folder is as complete
 SIDE_FILES = (
     "preprocessor_config.json",
     "generation_config.json",
@@ -39,25 +38,25 @@ SIDE_FILES = (
     "added_tokens.json",
 )
 
-# parts that only other variants of OpenVLA-OFT have, by the start of their files' names
+# parts of other variants of OpenVLA-OFT, by the beginning of their files' names
 FOREIGN_PARTS = {
     "action_head--": "an L1 regression head, which has no distribution over actions: RL on it gives 0 % success",
     "noisy_action_projector--": "a diffusion head, which has no distribution over tokens",
     "proprio_projector--": "a proprioception input, which the discrete ManiSkill models do not have",
     "vision_backbone--": "FiLM-conditioned towers, which the discrete ManiSkill models do not have",
 }
-# what a folder may hold in place of safetensors
+# weights in other formats than safetensors
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-# in the weights of old transformers; computed now from config.json
+# a tensor in files of old transformers versions; newer ones compute it from config.json
 OLD_BUFFER = re.compile(r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 # ---------------------------------------------------------------------- config.json and the files beside it
 def read_folder(folder: Path, presets: list[str]) -> tuple[dict, dict[str, bytes]]:
-    """config.json as it is, and the small files beside it.
+    """The content of config.json, and the small files next to it by name.
 
     Raises:
-        UserError: no such folder, one of another kind of model, or a config.json with other contents than ours.
+        UserError: the folder is missing, has another kind of model, or a config.json that is not supported.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a checkpoint folder or a tiny preset ({', '.join(presets)})")
@@ -67,50 +66,55 @@ def read_folder(folder: Path, presets: list[str]) -> tuple[dict, dict[str, bytes
         for start, what in FOREIGN_PARTS.items():
             if file.name.startswith(start):
                 raise UserError(
-                    f"{folder} holds {file.name}: {what}; use a discrete-token checkpoint, such as RLinf's for "
+                    f"{folder} holds {file.name}, {what}: use a discrete-token checkpoint, such as RLinf's for "
                     "ManiSkill"
                 )
     source = str(folder / "config.json")
-    config = parse_json(read_small(folder / "config.json"), source, AGAIN)
-    check(PolicyConfig, config, source, "use an OpenVLA or OpenVLA-OFT checkpoint, or mend the key")
+    config = parse_json(read_small(folder / "config.json"), source, COPY_AGAIN)
+    check(PolicyConfig, config, source, "use an OpenVLA or OpenVLA-OFT checkpoint, or fix the key")
     side_files = {name: read_small(folder / name) for name in SIDE_FILES if (folder / name).exists()}
     return config, side_files
 
 
 def action_vocab_end(config: dict, tokenizer: Tokenizer | None, path: str) -> int:
-    """One past the last action id. The 256 action ids are the last of the text vocabulary, right before the padding
-    id, and the model's vocabulary is that rounded up.
+    """One past the last action id.
+
+    The 256 action ids are the last of the text vocabulary, right before the padding id. The model's vocabulary is
+    rounded up from there.
 
     Raises:
-        UserError: they can not be there: every action would be read from ids that mean something else.
+        UserError: config.json or the tokenizer contradicts this, so every action would be read from wrong ids.
     """
-    vocab_size, rounding = config["text_config"]["vocab_size"], config.get("pad_to_multiple_of", 0)
-    vocab_end, padding = vocab_size - rounding, config.get("pad_token_id", config["text_config"].get("pad_token_id"))
-    fits = rounding > 0 and vocab_end >= NUM_BINS and padding == vocab_end
-    if not fits or (tokenizer is not None and tokenizer.get_vocab_size(with_added_tokens=False) > vocab_end):
-        words = "unknown" if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=False)
+    text_config = config["text_config"]
+    vocab_size, rounding = text_config["vocab_size"], config.get("pad_to_multiple_of", 0)
+    padding = config.get("pad_token_id", text_config.get("pad_token_id"))
+    num_words = None if tokenizer is None else tokenizer.get_vocab_size(with_added_tokens=False)
+    vocab_end = vocab_size - rounding
+    config_fits = rounding > 0 and vocab_end >= NUM_BINS and padding == vocab_end
+    tokenizer_fits = num_words is None or num_words <= vocab_end
+    if not config_fits or not tokenizer_fits:
         raise UserError(
             f"the action ids do not fit the vocabulary of {path}: vocab_size {vocab_size} minus pad_to_multiple_of "
-            f"{rounding} must be the padding id (it is {padding}) and at least the tokenizer's size ({words}); check "
-            "config.json"
+            f"{rounding} must be the padding id (it is {padding}) and at least the tokenizer's size "
+            f"({'unknown' if num_words is None else num_words}), so check config.json"
         )
     return vocab_end
 
 
 def read_statistics(config: dict, side_files: dict[str, bytes], path: str) -> dict[str, tuple[str, Any]]:
-    """{unnorm_key: (which file has it, what it says)}: dataset_statistics.json before config.json's norm_stats."""
+    """{unnorm_key: (its file, its content)}. dataset_statistics.json takes precedence over config.json's norm_stats."""
     source = f"{path}/dataset_statistics.json"
-    beside = parse_json(side_files.get("dataset_statistics.json", b"{}"), source, AGAIN)
-    beside = check(dict[str, Any], beside, source, AGAIN)
+    beside = parse_json(side_files.get("dataset_statistics.json", b"{}"), source, COPY_AGAIN)
+    beside = check(dict[str, Any], beside, source, COPY_AGAIN)
     inside = {key: (f"{path}/config.json", value) for key, value in (config.get("norm_stats") or {}).items()}
     return inside | {key: (source, value) for key, value in beside.items()}
 
 
 def action_stats(config: dict, side_files: dict[str, bytes], unnorm_key: str, path: str) -> dict:
-    """The action statistics of one key; the wrong key would silently scale every action.
+    """The action statistics of one key. A wrong key would silently scale every action.
 
     Raises:
-        UserError: no such key, or not seven finite quantiles in order and a mask of seven.
+        UserError: the key is missing, or does not have seven finite quantiles in order and a mask of seven.
     """
     norm_stats = read_statistics(config, side_files, path)
     if unnorm_key not in norm_stats:
@@ -123,22 +127,26 @@ def action_stats(config: dict, side_files: dict[str, bytes], unnorm_key: str, pa
 
 
 def read_normalization(config: dict, side_files: dict[str, bytes], path: str) -> tuple:
-    """((mean, std) of DINOv2, of SigLIP) from preprocessor_config.json; the published towers know theirs without it.
+    """((mean, std) of DINOv2, (mean, std) of SigLIP) from preprocessor_config.json.
+
+    Without that file, the published towers have known values.
 
     Raises:
-        UserError: it is missing, of another kind of image processor, or prepares pictures in another way.
+        UserError: the file is missing for other towers, or it prepares images in a way that is not supported.
     """
     source = f"{path}/preprocessor_config.json"
     if "preprocessor_config.json" not in side_files:
         if "vision_dims" in config:
-            raise UserError(f"{source} is missing, and these towers' means and stds are not known without it: {AGAIN}")
+            raise UserError(
+                f"{source} is missing, and these towers' means and stds are not known without it: {COPY_AGAIN}"
+            )
         return VisionBackbone.NORMALIZATION
     remedy = "use the preprocessor_config.json that the model was published with"
     content = parse_json(side_files["preprocessor_config.json"], source, remedy)
     if isinstance(content, dict) and "means" not in content and "image_mean" in content:
         raise UserError(
-            f"{source} has image_mean, the form of a model with one tower: this one needs means and stds, an entry per "
-            f"tower, so {remedy}"
+            f"{source} has image_mean, which is for a model with one tower. This model needs means and stds with an "
+            f"entry per tower: {remedy}"
         )
     read: Preprocessor = check(Preprocessor, content, source, remedy)
     for _, *size in read.input_sizes or []:
@@ -152,16 +160,15 @@ def read_normalization(config: dict, side_files: dict[str, bytes], path: str) ->
 
 # ---------------------------------------------------------------------- weights
 def has_weights(folder: Path) -> bool:
-    return os.path.lexists(folder / WEIGHTS) or os.path.lexists(
-        folder / INDEX
-    )  # a broken link is named when it is read
+    """Whether the folder has weights, or a broken link to them, which is reported when it is read."""
+    return os.path.lexists(folder / WEIGHTS) or os.path.lexists(folder / INDEX)
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """model.safetensors, or else the shards that model.safetensors.index.json names; the order of transformers.
+    """model.safetensors, or the shards that model.safetensors.index.json names. transformers looks in this order.
 
     Raises:
-        UserError: neither is there, or a shard is missing.
+        UserError: both are missing, or a shard is missing.
     """
     if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
@@ -170,68 +177,74 @@ def shard_paths(folder: Path) -> list[Path]:
     names = sorted(set(weight_map(folder).values()))
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{folder} lacks {name}, which {INDEX} names: {AGAIN}")
+            raise UserError(f"{folder} lacks {name}, which {INDEX} names: {COPY_AGAIN}")
     return [folder / name for name in names]
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """{tensor: file} of the index."""
+    """{tensor: file} from model.safetensors.index.json."""
     source = str(folder / INDEX)
-    content = parse_json(read_small(folder / INDEX), source, AGAIN)
-    return check(WeightIndex, content, source, AGAIN).weight_map
+    content = parse_json(read_small(folder / INDEX), source, COPY_AGAIN)
+    return check(WeightIndex, content, source, COPY_AGAIN).weight_map
 
 
 def no_weights(folder: Path) -> str:
-    """The sentence about a folder with neither weights nor an index: what it holds instead, and what to do."""
-    said = f"{folder} lacks {WEIGHTS}"
+    """The error message for a folder without weights: what it holds instead, and what to do."""
+    problem = f"{folder} lacks {WEIGHTS}"
     others = {ADAPTER_WEIGHTS, "value_head.safetensors"}
     if shards := sorted(path for path in folder.glob("*.safetensors") if path.name not in others):
-        return f"{said} and {INDEX}, it holds {shards[0].name}: copy the index, which says what its files hold"
+        return f"{problem} and {INDEX}, it holds {shards[0].name}: copy the index, which lists the files' tensors"
     for pattern in PICKLES:
         if pickles := sorted(folder.glob(pattern)):
             return (
-                f"{said}, it holds {pickles[0].name}, a pickle, which could run code and is never read: convert it "
+                f"{problem}, it holds {pickles[0].name}, a pickle, which could run code and is never read: convert it "
                 "with transformers' save_pretrained"
             )
-    return f"{said}: {AGAIN}"
+    return f"{problem}: {COPY_AGAIN}"
 
 
 def read_headers(folder: Path, paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of all shards, without reading a weight.
+    """{tensor: shape} of all shards. No weight is read.
 
     Raises:
-        UserError: integers, a tensor in two files, or other tensors than the index says.
+        UserError: a tensor has integers or is in two files, or the index lists other tensors.
     """
     found, places = {}, {}
     for path in paths:
         with open_shard(path) as shard:
             for key in shard.keys():  # noqa: SIM118 (a shard is not a dict)
-                part = shard.get_slice(key)
-                if part.get_dtype() not in FLOATS:
+                header = shard.get_slice(key)
+                if header.get_dtype() not in FLOATS:
                     raise UserError(
-                        f"{path} has {key} as {part.get_dtype()}, weights must be one of {', '.join(FLOATS)}: use the "
-                        "checkpoint that is not quantized"
+                        f"{path} has {key} as {header.get_dtype()}, weights must be one of {', '.join(FLOATS)}: use "
+                        "the checkpoint that is not quantized"
                     )
                 if key in places:
-                    raise UserError(f"{path} has {key}, and {places[key]} has it too: {AGAIN}")
-                found[key], places[key] = tuple(part.get_shape()), path.name
+                    raise UserError(f"{path} has {key}, and {places[key]} has it too: {COPY_AGAIN}")
+                found[key], places[key] = tuple(header.get_shape()), path.name
     if paths != [folder / WEIGHTS]:
         check_index(weight_map(folder), places, folder / INDEX)
     return found
 
 
-def check_index(said: dict[str, str], places: dict[str, str], index: Path) -> None:
-    """The index and its shards must agree, as they do where transformers wrote both."""
-    for key in sorted(said.keys() | places.keys()):
-        if said.get(key) != places.get(key):
+def check_index(listed: dict[str, str], found: dict[str, str], index: Path) -> None:
+    """Raise UserError unless the index lists exactly the tensors in the shards. Both arguments are {tensor: file}."""
+    for key in sorted(listed.keys() | found.keys()):
+        if listed.get(key) != found.get(key):
             raise UserError(
-                f"{index} has {key} in {said.get(key, 'no file')}, it is in {places.get(key, 'none')}: copy the index "
+                f"{index} has {key} in {listed.get(key, 'no file')}, it is in {found.get(key, 'none')}: copy the index "
                 "and its shards from one place"
             )
 
 
 def check_keys(expected: dict[str, tuple], found: dict[str, tuple], what: str, implied_by: str = "config.json") -> None:
-    """{name: shape} of the model against that of a file."""
+    """Raise UserError unless a file has the tensors of the model.
+
+    Args:
+        expected, found: {name: shape} of the model and of the file.
+        what: names the file in the error message.
+        implied_by: names the source of the expected shapes.
+    """
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise UserError(
@@ -244,10 +257,10 @@ def check_keys(expected: dict[str, tuple], found: dict[str, tuple], what: str, i
 
 
 def check_sizes(config: dict, found: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """config.json's sizes against the shapes in the files, before a network of these sizes is made.
+    """Compare the sizes in config.json with the shapes in the files, before a network of these sizes is built.
 
     Raises:
-        UserError: a million layers where the files hold two.
+        UserError: they differ, such as a million layers in config.json and two in the files.
     """
     text = check(PolicyConfig, config, "config.json").text_config
 
@@ -265,27 +278,27 @@ def check_sizes(config: dict, found: dict[str, tuple[int, ...]], folder: Path) -
     for tower, dims in zip(("featurizer", "fused_featurizer"), config.get("vision_dims", [])):
         number = layers(f"vision_backbone.{tower}.blocks.")
         sizes[f"vision_dims, {tower}: depth"] = (dims["depth"], number)
-    for key, (said, held) in sizes.items():
-        if said != held:
+    for key, (configured, stored) in sizes.items():
+        if configured != stored:
             raise UserError(
-                f"{folder}/config.json has {key} {said}, the weights of {folder} hold {held}: use the config.json and "
-                "the weights of one model"
+                f"{folder}/config.json has {key} {configured}, the weights of {folder} hold {stored}: use the "
+                "config.json and the weights of one model"
             )
 
 
 def stream_weights(
     model: nn.Module, folder: Path, found: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str
 ) -> str:
-    """Fill a model built on meta from a folder's shards, tensor by tensor.
+    """Fill a model on the meta device with the weights of a folder's shards, tensor by tensor.
 
     Args:
-        found: read_headers() of the folder; all names and shapes are compared first.
+        found: read_headers() of the folder. All names and shapes are compared before weights are read.
 
     Returns:
         digest() of the files' tensors.
 
     Raises:
-        UserError: other tensors than the model's, or one that is not finite.
+        UserError: the files have other tensors than the model, or one that is not finite.
     """
     what, entries = f"the checkpoint in {folder}", {}
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -297,10 +310,10 @@ def stream_weights(
                 if OLD_BUFFER.fullmatch(key):
                     check_old_buffer(model, stored, path, key)
                     continue
-                # a copy: the mapped pages go with the file, which a later save may replace
+                # a copy, because the mapped pages belong to the file, which a later save may replace
                 value = stored.to(device=device, dtype=dtype, copy=True)
                 if not is_finite(value):
-                    raise UserError(f"{path} has {key} with values that are not finite as {dtype}: {AGAIN}")
+                    raise UserError(f"{path} has {key} with values that are not finite as {dtype}: {COPY_AGAIN}")
                 entries[key] = entry(stored)
                 owner, _, leaf = key.rpartition(".")
                 model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
@@ -308,32 +321,32 @@ def stream_weights(
 
 
 def check_old_buffer(model: nn.Module, stored: torch.Tensor, path: Path, key: str) -> None:
-    """transformers leaves such a buffer out and computes it from config.json; so do we, where the two are one."""
+    """Raise UserError unless a stored buffer equals the one that is computed from config.json, which the model uses."""
     ours = model.language_model.model.rotary_emb.inv_freq.cpu().float()
-    if stored.shape != ours.shape or not torch.allclose(stored.float(), ours, rtol=1e-2):  # stored in bf16 maybe
+    if stored.shape != ours.shape or not torch.allclose(stored.float(), ours, rtol=1e-2):  # it may be stored in bf16
         raise UserError(
-            f"{path} has {key}, which is not what config.json's rope_theta gives: set text_config.rope_theta to what "
-            "the model was trained with"
+            f"{path} has {key}, which contradicts config.json's rope_theta: set text_config.rope_theta to the value "
+            "that the model was trained with"
         )
 
 
 # ---------------------------------------------------------------------- the base of an adapter
 def find_base(folder: Path) -> Path:
-    """Where the weights lie: the folder itself, or the base that the adapter in it names.
+    """The folder with the weights: the folder itself, or the base that its adapter names.
 
     Raises:
-        UserError: there are none, or two places that could be meant.
+        UserError: there are no weights, or two folders could be meant.
     """
     if not (folder / ADAPTER_CONFIG).exists():
         if not has_weights(folder):
             raise UserError(no_weights(folder))
         return folder
     source = folder / ADAPTER_CONFIG
-    base = check(dict[str, Any], parse_json(read_small(source), str(source), AGAIN), str(source), AGAIN).get(
-        "base_model_name_or_path"
-    )
+    content = parse_json(read_small(source), str(source), COPY_AGAIN)
+    base = check(dict[str, Any], content, str(source), COPY_AGAIN).get("base_model_name_or_path")
     if has_weights(folder):
-        if base and (not isinstance(base, str) or Path(base).resolve() != folder.resolve()):
+        names_another = base and (not isinstance(base, str) or Path(base).resolve() != folder.resolve())
+        if names_another:
             raise UserError(
                 f"{folder} holds weights, and {source.name} names the base {base!r}: set base_model_name_or_path to "
                 "null if these weights are the base, else move the adapter into a folder of its own"
@@ -358,18 +371,19 @@ def find_base(folder: Path) -> Path:
 def describe_base(
     weights: str, config: dict, side_files: dict[str, bytes], unnorm_key: str, stats: dict, normalization: tuple
 ) -> dict:
-    """Digests of all that a policy is made of: {weights, config, pictures, tokenizer, statistics: {unnorm_key: ...}}.
+    """Digests of all parts of a policy: {weights, config, pictures, tokenizer, statistics: {unnorm_key: ...}}.
 
-    What cannot change an action is left out: other keys' statistics, names, versions.
+    It is saved with an adapter (schemas.policies.AdapterBase). Values that cannot change an action are left out:
+    statistics of other keys, names, and versions.
     """
 
     def of(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-    told = ("image_sizes", "text_config", "vision_dims", "timm_model_ids", "pad_to_multiple_of", "pad_token_id")
-    names = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "initializer_range", "use_cache")
-    sizes = {key: config.get(key) for key in told}
-    sizes["text_config"] = {key: value for key, value in config["text_config"].items() if key not in names}
+    size_keys = ("image_sizes", "text_config", "vision_dims", "timm_model_ids", "pad_to_multiple_of", "pad_token_id")
+    irrelevant = ("_name_or_path", "torch_dtype", "dtype", "transformers_version", "initializer_range", "use_cache")
+    sizes = {key: config.get(key) for key in size_keys}
+    sizes["text_config"] = {key: value for key, value in config["text_config"].items() if key not in irrelevant}
     tokenizer = side_files.get("tokenizer.json")
     return {
         "weights": weights,
@@ -390,33 +404,35 @@ BASE_PARTS = {
 
 
 def check_base(recorded: dict | None, found: dict, what: str, base: str) -> None:
-    """What was trained on one base must not act on another.
+    """Check that an adapter or a run is used with the base that it was trained on.
 
     Args:
-        recorded: describe_base() as it was when the adapter or the run was saved; None: nobody noted it.
-        found: describe_base() of what is loaded now.
-        what: the adapter or the run, as the sentence names it. base: the folder that is loaded now.
+        recorded: describe_base() from when the adapter or the run was saved, or None without a record.
+        found: describe_base() of the base that is loaded now.
+        what: names the adapter or the run in the error message.
+        base: the folder that is loaded now.
 
     Raises:
-        UserError: another base. Statistics are compared where both know the same unnorm_key.
+        UserError: the base is another one. Statistics are compared for those keys that both have.
     """
     if recorded is None:
         return
-    remedy = "copy it again, or delete the record to go on without this check"
+    remedy = "copy it again, or delete the record to continue without this check"
     recorded = check(AdapterBase, recorded, f"the record of the base of {what}", remedy).model_dump()
-    for key, said in BASE_PARTS.items():
+    for key, difference in BASE_PARTS.items():
         ours, theirs = recorded[key], found[key]
         if key == "statistics":
             theirs = {name: theirs[name] for name in ours if name in theirs}
             ours = {name: ours[name] for name in theirs}
         if ours != theirs:
             raise UserError(
-                f"{what} was trained on another base than {base}: {said}; put the base back that it was trained on"
+                f"{what} was trained on another base than {base}, because {difference}: use the base that it was "
+                "trained on"
             )
 
 
 def read_base(folder: Path | None) -> dict | None:
-    """The record of the base beside an adapter; published adapters have none."""
+    """The record of the base in an adapter's folder, or None. Published adapters have none."""
     if folder is None or not (folder / ADAPTER_BASE).exists():
         return None
-    return parse_json(read_small(folder / ADAPTER_BASE), str(folder / ADAPTER_BASE), AGAIN)
+    return parse_json(read_small(folder / ADAPTER_BASE), str(folder / ADAPTER_BASE), COPY_AGAIN)

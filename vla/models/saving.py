@@ -1,4 +1,4 @@
-"""Write a policy in the layout of the published checkpoints: a whole model, or an adapter that names its base."""
+"""Writes a policy in the layout of the published checkpoints: a whole model, or an adapter that names its base."""
 
 import json
 from dataclasses import dataclass
@@ -16,32 +16,30 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class PolicyFiles:
-    """What save_policy() needs besides weights."""
+    """The data that save_policy() needs besides weights."""
 
-    config: dict  # config.json, without the statistics merged over it
+    config: dict  # config.json, without the statistics of dataset_statistics.json
     side_files: dict[str, bytes]  # name -> content
-    adapter_config: dict | None  # peft's adapter_config.json; base_model_name_or_path None: the base is saved beside it
-    base: dict  # published.describe_base() of what was loaded and merged, before any training
+    adapter_config: dict | None  # adapter_config.json; without base_model_name_or_path the base is saved, too
+    base: dict  # published.describe_base() of the loaded and merged weights, before any training
 
 
 def saves_adapter_alone(policy: VLAPolicy) -> bool:
-    """The weights under the adapter are unchanged and lie in a folder of their own, so they need not be written."""
-    return (
-        policy.files.adapter_config is not None and policy.files.adapter_config["base_model_name_or_path"] is not None
-    )
+    """Whether only the adapter is saved: the weights under it are unchanged, and are in a folder of their own."""
+    config = policy.files.adapter_config
+    return config is not None and config["base_model_name_or_path"] is not None
 
 
 def save_policy(
     policy: VLAPolicy, state_dict: dict[str, torch.Tensor], folder: Path, *, merge_lora: bool = False
 ) -> None:
-    """Write whole tensors (gathered already) in the published layout. load_policy() of the folder gives them back bit
-    for bit.
+    """Write gathered tensors in the published layout. load_policy() restores them bit for bit.
 
     Args:
-        state_dict: policy.state_dict() with whole tensors on the CPU; where saves_adapter_alone(), factors and critic
-            are enough.
-        merge_lora: write a whole model with the adapter added in. Otherwise the adapter alone, which names its base; a
-            preset's adapter has no base on disk, so its base is written beside it.
+        state_dict: policy.state_dict() with whole tensors on the CPU. If saves_adapter_alone(), factors and critic are
+            enough.
+        merge_lora: write a whole model with the adapter merged in. Otherwise only the adapter is written, and it names
+            its base. A preset's base is not on disk, so it is written with the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = {k.removeprefix("model."): v.contiguous() for k, v in state_dict.items() if k.startswith("model.")}
@@ -69,8 +67,9 @@ def save_policy(
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """model.safetensors, or numbered shards with an index where it would be larger than max_shard_bytes."""
-    shards, size = [{}], 0
+    """Write model.safetensors, or numbered shards with an index if it would be larger than max_shard_bytes."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
     for name, value in weights.items():
         if shards[-1] and size + value.nbytes > max_shard_bytes:
             shards.append({})

@@ -1,6 +1,6 @@
-"""Tiny models with random weights: a vocabulary of 768 ids, about one million parameters, made by code.
+"""Tiny models with random weights, made by code. They have a vocabulary of 768 ids and about one million parameters.
 
-They have the layout of a published folder, so everything that reads such a folder reads them as well.
+They have the layout of a published folder, so all code that reads such a folder can read them.
 """
 
 import json
@@ -65,12 +65,12 @@ TINY_OPENVLA = {
     },
     "norm_stats": {"bridge_orig": BRIDGE_ORIG},
 }
-# of the builtin wooden table; colours that are not about zero and one learn three times slower
+# of the builtin wooden table; without mean 0 and std 1, learning is three times slower
 TINY_MEAN, TINY_STD = [0.55, 0.45, 0.32], [0.1, 0.1, 0.1]
 TINY_PRESETS = {"openvla-tiny": TINY_OPENVLA, "openvla-oft-tiny": {**TINY_OPENVLA, "chunk_size": PUBLISHED_CHUNK_SIZE}}
 
 TINY_TEXT_IDS = 512
-# what the tiny tokenizer learns its words from: anything else is spelled out in bytes
+# the words that the tiny tokenizer learns; it spells out other words in bytes
 TINY_WORDS = """
 carrot, kitchen shovel, bread, plastic bottle, 7up can, zuchinni, ketchup bottle, watering can, pipe, toy bear, fast
 food cup, plant, banana, hamburger, golf ball, bbq sauce, travel cup, pepper, nonstop can, potato, baguette,
@@ -84,7 +84,7 @@ TINY_CORPUS = [
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """A byte-level BPE of at most 512 ids, BOS = 1 as in Llama, made by code; the same every time."""
+    """A byte-level BPE of at most 512 ids, with BOS = 1 as in Llama. It is the same every time."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,12 +100,12 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_folder(name: str) -> tuple[dict, dict[str, bytes]]:
-    """config.json and the small files of a tiny preset."""
+    """The content of config.json and the small files of a tiny preset."""
     return TINY_PRESETS[name], tiny_side_files(TINY_PRESETS[name]["image_sizes"])
 
 
 def tiny_side_files(image_sizes: tuple[int, int] | list[int] = TINY_OPENVLA["image_sizes"]) -> dict[str, bytes]:
-    """The small files of a tiny preset, as a published folder has them."""
+    """The small files of a tiny preset, by name."""
     contents = {
         "preprocessor_config.json": {
             "image_processor_type": "PrismaticImageProcessor",

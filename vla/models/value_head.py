@@ -1,15 +1,17 @@
 """The critic: an MLP on the language model's hidden state at the last prompt token.
 
-That position predicts the first action token; RL4VLA found it the best of four places to read the value from. Sizes
-and key names (value_head.mlp.{0,2,4}) as in RLinf. All weights start N(0, 0.02), biases at zero: RLinf declares a
-Kaiming start that never runs (its code rejects "gelu"), so this is what its published numbers were made with. Where
-the hidden state has not their 4,096 dimensions, the first layer's weights are scaled so that what it gives is as large:
-with 96 it would be a sixth. (Tiny policy: explained variance 0.25 after six iterations, with three times the critic's
-rate as well; 0.03 before.)
+That position predicts the first action token. RL4VLA found it the best of four places to read the value from. Sizes
+and key names (value_head.mlp.{0,2,4}) are RLinf's. All weights start from N(0, 0.02), and biases at zero. RLinf
+declares a Kaiming initialisation, but that code never runs (it rejects "gelu"). So its published numbers were made with
+N(0, 0.02).
 
-It computes in fp32 beside a bf16 model too: returns differ by less than bf16 resolves (2 decimal digits). Its weights
-are fp32 as well, except inside a DeepSpeed bf16 engine, which casts every parameter (0.19.8 has no exception for
-parameters, only for buffers); there the optimizer's fp32 master weights are what is trained.
+If the hidden state does not have RLinf's 4,096 dimensions, the first layer's weights are scaled so that its outputs are
+as large. With 96 dimensions they would be a sixth. (For the tiny policy this raised the explained variance after six
+iterations from 0.03 to 0.25, together with three times the critic's learning rate.)
+
+The critic computes in fp32 even if the model is bf16, because returns differ by less than bf16 resolves (2 decimal
+digits). Its weights are fp32, too, except inside a DeepSpeed bf16 engine. That engine casts every parameter (0.19.8
+makes exceptions only for buffers), and trains the optimizer's fp32 weights.
 """
 
 import torch
@@ -20,14 +22,14 @@ PUBLISHED_HIDDEN_SIZE = 4096
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer whose arithmetic is fp32 whatever its weights are stored in."""
+    """A linear layer that computes in fp32, whatever the dtype of its weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class ValueHead(nn.Module):
-    """hidden [B, H] -> values fp32 [B, num_outputs]; num_outputs is 1 for OpenVLA, chunk_size for OpenVLA-OFT."""
+    """hidden [B, H] -> values fp32 [B, num_outputs]. num_outputs is 1 for OpenVLA and chunk_size for OpenVLA-OFT."""
 
     def __init__(self, hidden_size: int, num_outputs: int):
         super().__init__()
@@ -52,14 +54,17 @@ class ValueHead(nn.Module):
 def value_errors(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None, huber_delta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped Huber loss: the larger of a value's own and that of a value at most value_clip from the rollout's.
+    """Clipped Huber loss: the larger of two losses, one of the value and one of the value after clipping.
+
+    Clipping limits a value to old_value +- value_clip.
 
     Args:
-        values, old_values, returns: [...], now, in the rollout, and what is regressed on. value_clip: None is no limit.
+        values, old_values, returns: [...], the values now and in the rollout, and the targets.
+        value_clip: None for no limit.
         huber_delta: errors above it count linearly.
 
     Returns:
-        losses [...]; bool [...], values that are further than value_clip from the rollout's.
+        losses [...], and bool [...], True for values that are further than value_clip from the rollout's.
     """
     change = values - old_values
     errors = F.huber_loss(values, returns, reduction="none", delta=huber_delta)

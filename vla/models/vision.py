@@ -1,12 +1,11 @@
 """The two vision towers of OpenVLA, with the parameter names of the published checkpoints (timm's, fused qkv included).
 
-B images, P patches (row-major), E width of a tower. `featurizer` is DINOv2 with 4 registers, `fused_featurizer` is
-SigLIP.
-Both are plain pre-norm ViTs with exact (erf) GELU; what differs between them is data (TowerSpec). OpenVLA takes the
-output of
-the last block but one, without the final norm and without prefix tokens, so the last block, the final norm and SigLIP's
-attention pool are never used: they are kept because published files contain them. Source: reference implementation
-openvla/openvla (prismatic), timm 0.9.10.
+    B images   P patches (row by row)   E width of a tower
+
+`featurizer` is DINOv2 with 4 registers, and `fused_featurizer` is SigLIP. Both are plain pre-norm ViTs with exact (erf)
+GELU, and TowerSpec holds their differences. OpenVLA takes the output of the last block but one, without the final norm
+and without prefix tokens. So the last block, the final norm and SigLIP's attention pool are never used. They are kept
+because published files contain them. Source: openvla/openvla (prismatic), timm 0.9.10.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """Sizes of one tower. mlp_dim, num_prefix_tokens, layer_scale and attn_pool follow from which tower it is."""
+    """Sizes of one tower. The kind of tower decides mlp_dim, num_prefix_tokens, layer_scale and attn_pool."""
 
     embed_dim: int
     depth: int
@@ -39,13 +38,12 @@ class TowerSpec:
 
 
 def dinov2_spec(embed_dim: int, depth: int, num_heads: int, **sizes: int) -> TowerSpec:
-    """DINOv2 reg4: cls + 4 register tokens, LayerScale, MLP 4x."""
+    """DINOv2 reg4: cls and 4 register tokens, LayerScale, an MLP of ratio 4."""
     return TowerSpec(embed_dim, depth, num_heads, 4 * embed_dim, 5, layer_scale=True, attn_pool=False, **sizes)
 
 
 def siglip_spec(embed_dim: int, depth: int, num_heads: int, **sizes: int) -> TowerSpec:
-    """SigLIP so400m: patches only, MLP ratio 3.7362 (4304 for width 1152), an attention pool that OpenVLA does not
-    use."""
+    """SigLIP so400m: only patches, an MLP of ratio 3.7362 (4304 for width 1152), and an unused attention pool."""
     mlp_dim = int(embed_dim * 3.7362)
     return TowerSpec(embed_dim, depth, num_heads, mlp_dim, 0, layer_scale=False, attn_pool=True, **sizes)
 
@@ -68,15 +66,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, P, E] -> [B, P, E]
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [B, heads, P, E / heads] each
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, P, 3, heads, E / heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, P, E / heads] each
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
-    """The parameter is called scale_factor in OpenVLA's files: transformers of that time renamed every key containing
-    gamma."""
+    """Scales every channel. The parameter is scale_factor in OpenVLA's files, because transformers renamed "gamma"."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -111,7 +107,7 @@ class PatchEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling head: in the published files, never called by OpenVLA."""
+    """SigLIP's pooling head. The published files contain it, but OpenVLA never calls it."""
 
     def __init__(self, spec: TowerSpec):
         super().__init__()
@@ -128,11 +124,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, spec: TowerSpec):
         super().__init__()
-        self.num_prefix_tokens, self.num_patches, self.embed_dim = (
-            spec.num_prefix_tokens,
-            spec.num_patches,
-            spec.embed_dim,
-        )
+        self.num_prefix_tokens = spec.num_prefix_tokens
+        self.num_patches = spec.num_patches
+        self.embed_dim = spec.embed_dim
         self.gradient_checkpointing = False  # recompute each block in the backward pass
         if spec.num_prefix_tokens:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
@@ -155,15 +149,15 @@ class VisionTower(nn.Module):
         return x[:, self.num_prefix_tokens :]
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Parameters that forward() never reads: they get no gradient."""
+        """Parameters that forward() never reads. They get no gradient."""
         modules = [self.blocks[-1], self.norm] + ([self.attn_pool] if "attn_pool" in self._modules else [])
         return [parameter for module in modules for parameter in module.parameters()]
 
 
 class VisionBackbone(nn.Module):
-    """DINOv2 and SigLIP features of the same picture, concatenated on the feature axis, DINOv2 first."""
+    """DINOv2 and SigLIP features of the same image, concatenated along the feature axis, DINOv2 first."""
 
-    # (mean, std) of each tower's input, for pixels in [0, 1]; preprocessor_config.json says the same or otherwise
+    # default (mean, std) of each tower's input, for pixels in [0, 1]; preprocessor_config.json overrides it
     NORMALIZATION = (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
     def __init__(self, dinov2: TowerSpec, siglip: TowerSpec):
@@ -173,15 +167,15 @@ class VisionBackbone(nn.Module):
         self.set_normalization(self.NORMALIZATION)
 
     def set_normalization(self, towers: tuple) -> None:
-        """((mean, std) of DINOv2's input, of SigLIP's), three channels each, for pixels in [0, 1].
+        """Set ((mean, std) of DINOv2's input, (mean, std) of SigLIP's), three channels each, for pixels in [0, 1].
 
-        Kept as buffers beside the weights, so that a forward copies nothing to the device.
+        They are buffers, so that a forward copies nothing to the device.
         """
         for name, values in zip(("pixel_mean", "pixel_std"), zip(*towers)):
             self.register_buffer(name, torch.tensor(values)[:, :, None, None], persistent=False)  # [2, 3, 1, 1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: uint8 [B, H, W, 3] at the towers' own size -> features [B, P, E_dinov2 + E_siglip]."""
+        """Features [B, P, E_dinov2 + E_siglip] of images uint8 [B, H, W, 3] at the towers' own size."""
         dtype = self.featurizer.patch_embed.proj.bias.dtype
         pixels = images.permute(0, 3, 1, 2).float() / 255.0
         features = []

@@ -1,19 +1,21 @@
 """The two critics of PPO, with one interface for the rollout.
 
-HiddenCritic is the published one: a value head on the language model's hidden state, a part of the model. Its loss is a
-term of ppo_loss.
+HiddenCritic is the published one: a value head on the language model's hidden state, which is a part of the model. Its
+loss is a term of ppo_loss().
 
-StateCritic reads the simulator's state (`--critic state`). In simulation the critic may know what the policy has to
-find out from an image: poses, grasps, how much time is left ("asymmetric actor critic", arXiv 1710.06542; time in the
-critic's input: arXiv 1712.00378). A baseline may depend on anything but the action it judges: it adds no bias to the
-policy gradient and removes variance. (Below lambda 1 a wrong V biases the gradient, as any critic's does.) It also sees
-the state before each action of a chunk. The language model's hidden state is known once per chunk.
+StateCritic reads the simulator's state (`--critic state`). In simulation the critic can read what the policy has to
+infer from an image: poses, grasps, and how much time is left ("asymmetric actor critic", arXiv 1710.06542; time in the
+critic's input: arXiv 1712.00378). A baseline may depend on anything except the action that it judges. It then adds no
+bias to the policy gradient, and reduces its variance. (With lambda below 1 a wrong V biases the gradient, as any
+critic's does.) This critic also sees the state before each action of a chunk. The language model's hidden state is
+known only once per chunk.
 
-StateCritic is a small network beside the engine. Every rank has the whole of it and fits it to all ranks' experience in
-the same order. So ranks stay alike without a reduction, and their number changes nothing. Only training needs it: the
-policy that is saved has no critic.
+StateCritic is a small network outside the engine. Every rank has all of it and fits it to all ranks' experience in the
+same order. So the ranks' copies stay equal without a reduction, and the number of ranks does not matter. Only training
+needs it, and a saved policy does not contain it.
 
     T decisions per rollout   N envs on this rank   C actions per decision   S numbers per state
+    K executed actions of all ranks
 """
 
 import torch
@@ -25,26 +27,26 @@ from vla.models.value_head import value_errors
 
 WIDTH = 256
 BATCH = 256  # actions per optimizer step
-LIMIT = 5.0  # standard deviations beyond which an input is cut off
+LIMIT = 5.0  # inputs are clipped to so many standard deviations
 
 
 class HiddenCritic:
-    """V of the language model's hidden state, which the policy computes as it acts."""
+    """V from the language model's hidden state, which the policy computes when it acts."""
 
     def value(self, actor: VLAPolicy, obs: dict) -> torch.Tensor:
         """V of observations, fp32 [n], on the CPU. One pass over the prompt."""
         return actor.value(actor.prepare(obs, actor.device))[:, 0].float().cpu()
 
     def decision_values(self, obs: dict, values: torch.Tensor) -> torch.Tensor:
-        """V of what the policy saw when it decided, on the CPU. values: [n, C], the policy's own."""
+        """V of the observations of a decision, on the CPU. values: [n, C], the policy's own."""
         return values.cpu()
 
     def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: torch.Tensor) -> torch.Tensor:
-        """V before each action of decision t, [n, C]: known since the decision."""
+        """V before each action of decision t, [n, C], which is known since the decision."""
         return decision_values
 
     def fit(self, *rollout: torch.Tensor | torch.Generator) -> dict[str, float]:
-        """Nothing: the engine trains this critic together with the policy."""
+        """Do nothing, because the engine trains this critic together with the policy."""
         return {}
 
 
@@ -53,9 +55,10 @@ class StateCritic:
 
     Args:
         num_chunks, num_envs, chunk_size, state_size: T, N, C, S.
-        seed: of the initial weights; the same on every rank.
-        value_learning_rate: of Adam. huber_delta, value_clip: of value_errors().
-        critic_epochs: passes over a rollout.
+        seed: seed of the initial weights, the same on every rank.
+        value_learning_rate: learning rate of AdamW.
+        huber_delta, value_clip: as for value_errors().
+        critic_epochs: number of passes over a rollout.
     """
 
     def __init__(
@@ -80,12 +83,11 @@ class StateCritic:
             self.net = nn.Sequential(
                 nn.Linear(state_size, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)
             ).to(device)
-        nn.init.zeros_(self.net[-1].weight)  # it begins with one V for all states, its bias
+        nn.init.zeros_(self.net[-1].weight)  # at first V is the same for all states: the bias
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=value_learning_rate, weight_decay=0.01)
-        # count, mean and sum of squared differences from it, of every state so far: float64 [S]
-        self.count = 0
+        self.count = 0  # states seen so far
         self.mean = torch.zeros(state_size, dtype=torch.float64)
-        self.squares = torch.zeros(state_size, dtype=torch.float64)
+        self.squares = torch.zeros(state_size, dtype=torch.float64)  # sum of squared differences from the mean
 
     # ------------------------------------------------------------------ rollout
     def value(self, actor: VLAPolicy, obs: dict) -> torch.Tensor:
@@ -93,7 +95,7 @@ class StateCritic:
         return self(obs["state"])
 
     def decision_values(self, obs: dict, values: torch.Tensor) -> torch.Tensor:
-        """V of the state when the policy decided, [n, 1]. values: the policy's own, which has no critic."""
+        """V of the state at a decision, [n, 1]. values: unused, because the policy has no critic."""
         return self(obs["state"])[:, None]
 
     def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: torch.Tensor) -> torch.Tensor:
@@ -101,7 +103,7 @@ class StateCritic:
         return self.store(t, envs, infos["states"])
 
     def store(self, t: int, envs: slice, states: torch.Tensor) -> torch.Tensor:
-        """Keep the states before the actions of decision t of some envs, [n, C, S]. Returns their values [n, C]."""
+        """Store the states [n, C, S] before the actions of decision t of some envs. Returns their values [n, C]."""
         slot = self.states[t, envs]
         if states.shape != slot.shape:
             raise ValueError(f"states: the critic holds {tuple(slot.shape)}, got {tuple(states.shape)}")
@@ -110,11 +112,11 @@ class StateCritic:
 
     @torch.no_grad()
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """states float32 [..., S] -> values float32 [...], on the CPU."""
+        """The values of states: float32 [..., S] -> float32 [...], on the CPU."""
         return self.net(self._normalized(states))[..., 0].cpu()
 
     def _normalized(self, states: torch.Tensor) -> torch.Tensor:
-        """Mean 0 and variance 1 over what was seen so far; what never varied yet stays as it is around its mean."""
+        """States [..., S] with mean 0 and variance 1 over all states so far. Constant inputs are only centred."""
         deviation = (self.squares / max(self.count, 1)).sqrt()
         deviation = torch.where(deviation > 1e-4, deviation, 1.0)
         return ((states.double() - self.mean) / deviation).clamp(-LIMIT, LIMIT).float().to(self.device)
@@ -123,25 +125,20 @@ class StateCritic:
     def fit(
         self, returns: torch.Tensor, old_values: torch.Tensor, valid: torch.Tensor, generator: torch.Generator
     ) -> dict[str, float]:
-        """Regress on the returns of the rollout that is stored. All ranks together, none ahead of the others.
+        """Regress on the returns of the stored rollout. All ranks together.
 
         Args:
-            returns, old_values: [T, N, C], old_values as store() returned them. valid: bool [T, N, C], actions that
-            were executed.
-            generator: the same state on every rank; decides the order.
+            returns, old_values: [T, N, C], old_values as store() returned them.
+            valid: bool [T, N, C], True for actions that were executed.
+            generator: in the same state on every rank. It decides the order.
 
         Returns:
             of the last pass: the mean loss, and the share of values that moved further than value_clip.
         """
-        fields = (self.states, returns, old_values, valid)
-        gathered = all_gather_lists([tuple(field.numpy() for field in fields)])
-        # [T, N, C, ...] of all ranks, envs in their global order
-        states, returns, old_values, valid = (
-            torch.cat([torch.from_numpy(part[i]) for part in gathered], 1) for i in range(4)
-        )
-        states, returns, old_values = states[valid], returns[valid].to(self.device), old_values[valid].to(self.device)
-        self._see(states)
-        inputs, losses, moved = self._normalized(states), [], []  # [K, S]
+        states, returns, old_values = self._gathered(returns, old_values, valid)  # [K, S], [K], [K]
+        self._update_statistics(states)
+        inputs = self._normalized(states)  # [K, S]
+        losses, moved = [], []
         for _ in range(self.critic_epochs):
             losses, moved = [], []
             for index in torch.randperm(len(inputs), generator=generator).to(self.device).split(BATCH):
@@ -160,16 +157,29 @@ class StateCritic:
             "train/critic/value_clip_ratio": float(sum(moved)) / max(len(inputs), 1),
         }
 
-    def _see(self, states: torch.Tensor) -> None:
+    def _gathered(
+        self, returns: torch.Tensor, old_values: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """States [K, S], returns [K] and old values [K] of the actions that any rank executed. All ranks together."""
+        own = (self.states, returns, old_values, valid)
+        by_rank = all_gather_lists([tuple(field.numpy() for field in own)])
+        states, returns, old_values, valid = (  # [T, all envs in their global order, C, ...] each
+            torch.cat([torch.from_numpy(field) for field in fields], dim=1) for fields in zip(*by_rank)
+        )
+        return states[valid], returns[valid].to(self.device), old_values[valid].to(self.device)
+
+    def _update_statistics(self, states: torch.Tensor) -> None:
         """Add states [K, S] to the running mean and variance (Chan et al. 1979, pairwise)."""
-        if not len(states):
+        num_states = len(states)
+        if num_states == 0:
             return
-        states, before = states.double(), self.count
-        mean, squares = states.mean(0), ((states - states.mean(0)) ** 2).sum(0)
-        self.count += len(states)
+        states, count_before = states.double(), self.count
+        mean = states.mean(0)  # [S]
+        squares = ((states - mean) ** 2).sum(0)  # [S]
+        self.count += num_states
         change = mean - self.mean
-        self.squares = self.squares + squares + change**2 * before * len(states) / self.count
-        self.mean = self.mean + change * len(states) / self.count
+        self.squares = self.squares + squares + change**2 * count_before * num_states / self.count
+        self.mean = self.mean + change * num_states / self.count
 
     # ------------------------------------------------------------------ checkpoint
     def state_dict(self) -> dict:
@@ -179,7 +189,7 @@ class StateCritic:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Learning rate and weight decay stay those of this run's flags."""
+        """Restore network, optimizer and statistics. Learning rate and weight decay stay those of this run's flags."""
         rates = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])

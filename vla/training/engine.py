@@ -1,7 +1,7 @@
-"""Flags + JSON -> deepspeed.initialize.
+"""Builds the DeepSpeed engine from flags and a JSON file, and makes its steps.
 
-The JSON holds ZeRO settings and which precision is on; sizes and rates are flags, so each value has one home: a file
-that sets them is refused. `"auto"` in the file's bf16 section is filled in from --dtype.
+The JSON holds ZeRO's settings and the precision. Sizes and rates are flags. So each value has one home, and a file that
+sets one of those flags is refused. `"auto"` in the file's bf16 section is filled in from --dtype.
 """
 
 import math
@@ -35,20 +35,20 @@ GATHERED_WHOLE = ["LlamaDecoderLayer", "Block"]  # classes of the language model
 
 
 def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
-    """The JSON with bf16 "auto" resolved.
+    """The content of the JSON file, with bf16 "auto" resolved.
 
     Args:
-        offload: what the stages are going to do, "none" or "stage" (stages.py).
+        offload: --offload of the run, "none" or "stage" (stages.py).
 
     Raises:
-        UserError: a missing file, a key that is a flag, or settings that do not go together.
+        UserError: the file is missing, sets a value that is a flag, or its settings do not fit together.
     """
-    # ours lie beside the scripts, wherever those are started from
+    # a path below the repository works from every current folder
     file = Path(path) if Path(path).exists() else ROOT / path
     if not file.exists():
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "ds_configs").glob("*.json")))
-        raise UserError(f"--deepspeed_config {path} does not exist; there are {known}")
-    remedy = "mend it, or use one of ds_configs/"
+        raise UserError(f"--deepspeed_config {path} does not exist: use one of {known}")
+    remedy = "fix it, or use one of ds_configs/"
     require_file(file, remedy)
     config = parse_json(file.read_bytes(), path, remedy)
     check(DeepSpeedConfig, config, path, remedy)
@@ -61,14 +61,12 @@ def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
     check_offload(path, zero, offload)
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 is not supported, use --dtype bfloat16")
-    if (
-        zero.get("stage", 0) == 0 and dtype == "bfloat16"
-    ):  # 0.19.8: its unfused optimizer makes an empty first Adam step
+    if zero.get("stage", 0) == 0 and dtype == "bfloat16":  # 0.19.8: its unfused optimizer makes an empty first step
         raise UserError(f"{path} has no ZeRO, where DeepSpeed's bfloat16 makes other steps: use ds_configs/zero2.json")
-    bf16 = config.get("bf16", {}).get("enabled", False)
+    bf16, wants_bf16 = config.get("bf16", {}).get("enabled", False), dtype == "bfloat16"
     if bf16 == "auto":
-        config["bf16"]["enabled"] = dtype == "bfloat16"
-    elif bf16 != (dtype == "bfloat16"):
+        config["bf16"]["enabled"] = wants_bf16
+    elif bf16 != wants_bf16:
         raise UserError(
             f'{path} has bf16 {"on" if bf16 else "off"} but --dtype is {dtype}: make them agree, or write "auto"'
         )
@@ -76,9 +74,12 @@ def read_deepspeed_config(path: str, dtype: str, offload: str = "none") -> dict:
 
 
 def check_offload(path: str, zero: dict, offload: str) -> None:
-    """Two ways to make room, one at a time: Adam for ever on the CPU, or memory handed over between the stages."""
+    """Raise UserError if two ways to save memory are combined, or need another ZeRO stage.
+
+    Either Adam stays on the CPU, or --offload moves memory between the stages.
+    """
     if "offload_param" in zero:
-        raise UserError(f"{path}: offload_param is not supported, remove it; --offload stage makes room in the rollout")
+        raise UserError(f"{path}: offload_param is not supported: remove it, and use --offload stage to save memory")
     on_cpu = zero.get("offload_optimizer")
     if on_cpu is not None:
         if zero.get("stage", 0) != 3:
@@ -90,7 +91,7 @@ def check_offload(path: str, zero: dict, offload: str) -> None:
             )
     if offload == "stage" and zero.get("stage", 0) != 3:
         raise UserError(
-            f"--offload stage needs ZeRO-3, which alone cuts the weights between the stages; {path} is not: use "
+            f"--offload stage needs ZeRO-3, because only ZeRO-3 shards the weights, and {path} has another stage: use "
             "ds_configs/zero3.json"
         )
 
@@ -100,18 +101,22 @@ def zero_stage(config: dict) -> int:
 
 
 def decay_at(schedule: str, progress: float) -> float:
-    """What the learning rate is multiplied by at this part of a run, 0 to 1."""
-    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return shapes[schedule]
+    """The factor of the learning rate. progress: the part of the run that is done, 0 to 1.
+
+    >>> decay_at("linear", 0.75), decay_at("cosine", 0.5)
+    (0.25, 0.5)
+    """
+    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return factors[schedule]
 
 
 class TorchLinear(LinearFunctionForZeroStage3):
     """torch's own linear function forward, DeepSpeed's backward.
 
-    ZeRO-3 frees a layer's gathered weight after its forward and gathers it again for its backward. torch's function
-    keeps a transposed view of the weight for the backward, and with the view the memory: after a forward every rank
-    would hold the whole model. DeepSpeed's (0.19.8) keeps the parameter itself, which is emptied and filled in place,
-    but adds the bias in a kernel of its own, so the last bits are others than those of evaluate.py.
+    ZeRO-3 frees a layer's gathered weight after its forward, and gathers it again for its backward. torch's function
+    keeps a transposed view of the weight for the backward, and thereby its memory. So after a forward every rank would
+    hold the whole model. DeepSpeed's function (0.19.8) keeps the parameter itself, which is emptied and filled in
+    place. But it adds the bias in a separate kernel, so that the last bits would differ from those of evaluate.py.
     """
 
     @staticmethod
@@ -120,17 +125,25 @@ class TorchLinear(LinearFunctionForZeroStage3):
 
 
 class GatheredLinear(nn.Linear):
-    """A linear layer of a policy that ZeRO-3 cuts: bit for bit what nn.Linear returns, without keeping the weight."""
+    """A linear layer under ZeRO-3. It returns the same bits as nn.Linear, without keeping the weight."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "GatheredLinear":
+        """A layer with the parameters of `linear`."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return TorchLinear.apply(x, self.weight, self.bias)
 
 
 def use_gathered_layers(policy: nn.Module) -> None:
-    """Turn every plain linear layer into a GatheredLinear; parameters and their names stay."""
-    for module in policy.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = GatheredLinear
+    """Replace every plain linear layer by a GatheredLinear with the same parameters, under the same names."""
+    for parent in list(policy.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, GatheredLinear.of(child))
 
 
 def build_engine(
@@ -143,26 +156,31 @@ def build_engine(
     max_grad_norm: float,
     value_learning_rate: float | None = None,
 ) -> Engine:
-    """AdamW over two groups, the critic's parameters at their own rate; ZeRO as the config says. Rates are the
-    scripts' to change between iterations.
+    """A DeepSpeed engine with AdamW over two parameter groups: the actor's, and the critic's with its own rate.
 
-    Gradients are summed over micro batches and averaged over ranks by DeepSpeed; the script says which micro batch is
-    a minibatch's last (their number may differ from minibatch to minibatch).
+    The scripts may change the rates between iterations. DeepSpeed sums gradients over micro batches and averages them
+    over ranks. The script tells backward() which micro batch is the last of a minibatch, because minibatches may have
+    different numbers of micro batches.
+
+    Args:
+        config: from read_deepspeed_config().
+        value_learning_rate: the critic's learning rate, or None for a policy without a critic.
     """
-    critic = [p for name, p in policy.named_parameters() if p.requires_grad and name.startswith("value_head.")]
-    actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head.")]
+    trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    critic = [parameter for name, parameter in trained if name.startswith("value_head.")]
+    actor = [parameter for name, parameter in trained if not name.startswith("value_head.")]
     groups = [{"params": actor, "lr": learning_rate}]
     if critic:
         groups.append({"params": critic, "lr": value_learning_rate})
-    # torch's own fused loop where Adam runs on the CPU: DeepSpeed's CPUAdam would have to be compiled first
+    # torch's fused loop if Adam runs on the CPU, because DeepSpeed's CPUAdam would have to be compiled first
     on_cpu = "offload_optimizer" in config.get("zero_optimization", {})
     optimizer = torch.optim.AdamW(
         groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True if on_cpu else None
     )
-    # DeepSpeed's default bucket for gradients has 5e8 elements, which an adapter would never fill
+    # DeepSpeed's default bucket for gradients has 5e8 elements, and an adapter would never fill it
     bucket = min(500_000_000, sum(p.numel() for group in groups for p in group["params"]))
-    # DeepSpeed would put its linear function in the place of torch's in the whole process, rollouts included; the
-    # engine's own layers are the only ones that need it (GatheredLinear)
+    # memory_efficient_linear would replace torch's linear function in the whole process, rollouts included, but only
+    # the engine's own layers need another one (GatheredLinear)
     zero = {"reduce_bucket_size": bucket, **config.get("zero_optimization", {}), "memory_efficient_linear": False}
     config = {
         **config,
@@ -174,29 +192,27 @@ def build_engine(
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
     }
-    # ZeRO-3 gathers and frees a block at a time instead of its layers one by one, three each where there is an adapter
+    # ZeRO-3 then gathers and frees whole blocks instead of single layers, of which an adapter makes three each
     set_z3_leaf_modules(policy, GATHERED_WHOLE, raise_if_not_found=False)
     if zero_stage(config) == 3:
         use_gathered_layers(policy)
-    # under bfloat16 DeepSpeed makes the optimizer's fp32 weights from rounded ones: those of the critic, which come in
-    # fp32, are written into them as they were
-    exact = {}
+    # under bfloat16 DeepSpeed makes the optimizer's fp32 weights from rounded ones, so the critic's weights, which are
+    # read in fp32, are written again without rounding
+    unrounded = {}
     if config.get("bf16", {}).get("enabled"):
-        exact = {name: p.detach().clone() for name, p in policy.named_parameters() if p.dtype == torch.float32}
+        unrounded = {name: p.detach().clone() for name, p in policy.named_parameters() if p.dtype == torch.float32}
     engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)[0]
-    write_weights(engine, exact)
+    write_weights(engine, unrounded)
     return engine
 
 
 def backward(engine: Engine, loss: torch.Tensor, last: bool) -> float | None:
-    """Backward of one micro batch; after a minibatch's last one, an optimizer step.
+    """Backward of one micro batch. After the last one of a minibatch, also an optimizer step. All ranks together.
 
     Returns:
-        the norm of all gradients before clipping where a step was due, else None. The same on every rank. Not finite:
-        the
-        step was skipped and the gradients dropped (DeepSpeed does so under ZeRO; without ZeRO and in fp32 it neither
-        checks
-        nor tells the norm (0.19.8), so both are done here, after its all-reduce).
+        the norm of all gradients before clipping if there was a step, else None. It is the same on every rank. If it is
+        not finite, the step was skipped and the gradients were dropped. DeepSpeed (0.19.8) does so under ZeRO. Without
+        ZeRO and in fp32 it neither checks nor returns the norm, so this function does both after the all-reduce.
     """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss)
@@ -213,29 +229,34 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> float | None:
 
 
 class NonFiniteGuard:
-    """Counts skipped optimizer steps; after `limit` in a row the run ends, with the micro batch kept for inspection."""
+    """Counts skipped optimizer steps. After `limit` in a row the run ends, and the micro batch is kept in a file."""
 
     def __init__(self, run_dir: Path, rank: int, limit: int = 3):
         self.path, self.limit = run_dir / f"not_finite_rank{rank}.safetensors", limit
-        self.norms: list[float] = []  # of the steps that were made since take()
-        self.skipped = 0  # since take()
+        self.norms: list[float] = []  # of the steps since pop_metrics()
+        self.skipped = 0  # since pop_metrics()
         self.in_a_row = 0
-        self.first_ratio_error: float | None = None  # since take()
+        self.first_ratio_error: float | None = None  # since pop_metrics()
 
     def check_ratio(self, new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
-        """Of an iteration's first micro batch, before anything was updated: every ratio should be 1."""
+        """Remember the ratio error of an iteration's first micro batch. Before any update every ratio should be 1."""
         if self.first_ratio_error is None:
             self.first_ratio_error = float((new_logprobs.detach() - old_logprobs).expm1().abs().max())
 
     def check_gradients(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
-        """What backward() returned. Norms are the same on every rank, so all ranks end together."""
+        """Check what backward() returned. Norms are the same on every rank, so all ranks end together.
+
+        Raises:
+            RuntimeError: `limit` steps in a row were skipped.
+        """
         if norm is None:
             return
         if math.isfinite(norm):
             self.norms.append(norm)
             self.in_a_row = 0
             return
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.skipped += 1
+        self.in_a_row += 1
         if self.in_a_row == self.limit:
             save_tree({"loss": loss, "micro_batch": micro_batch}, self.path)
             raise RuntimeError(
@@ -244,12 +265,11 @@ class NonFiniteGuard:
             )
 
     def pop_metrics(self) -> dict[str, float]:
-        """Metrics of the iteration, over all ranks, and start counting again."""
+        """The metrics of the iteration over all ranks. Counting then starts again. All ranks together."""
+        ratio_error = all_reduce_max(torch.tensor(self.first_ratio_error or 0.0))
         metrics = {
             "train/actor/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
-            "train/actor/ratio_first_microbatch_error": float(
-                all_reduce_max(torch.tensor(self.first_ratio_error or 0.0))
-            ),
+            "train/actor/ratio_first_microbatch_error": float(ratio_error),
             "train/skipped_steps": float(self.skipped),
         }
         self.norms, self.skipped, self.first_ratio_error = [], 0, None

@@ -1,27 +1,27 @@
 """The two halves of an iteration, as context managers.
 
-Inside `rollout_stage` every rank has whole weights and is free: ranks may make different numbers of forwards. Outside
-it ranks are in LOCK-STEP: under ZeRO-3 every rank makes the same forwards, backwards and gathers in the same order,
-so nothing there may depend on one rank's data unless it was all-reduced first.
+Inside `rollout_stage` every rank has whole weights and is independent: ranks may make different numbers of forwards.
+Outside it ranks are in LOCK-STEP. Under ZeRO-3 every rank makes the same forwards, backwards and gathers in the same
+order. So no control flow there may depend on one rank's data, unless the data was all-reduced before.
 
-ZeRO-3's hooks gather every layer for every generated token: 4 to 10 times slower, and a hang as soon as ranks make
-different numbers of forwards. So the rollout uses a second, plain copy of the policy; once per rollout its trainable
-weights are copied from the engine's, parameter by parameter, and no hook is touched. Below stage 3 the engine's own
-module is whole and is used as it is.
+ZeRO-3's hooks would gather every layer for every generated token. That is 4 to 10 times slower, and it hangs as soon as
+ranks make different numbers of forwards. So the rollout uses a second, plain copy of the policy. Once per rollout, the
+trainable weights are copied from the engine's policy, one parameter at a time, without touching a hook. Below stage 3
+the engine's own module has whole weights and is used directly.
 
-With offload "stage" a GPU holds, besides activations, only what its stage needs:
+With offload "stage" a GPU holds, besides activations, only the memory that its stage needs:
 
                                    rollout                  update
-    whole copy                     on the GPU, gathered     gone
+    whole copy                     on the GPU, gathered     freed
     shards of frozen weights       host memory              on the GPU
     shards of trained weights      on the GPU               on the GPU
     fp32 weights, Adam's moments   host memory              on the GPU
-    gradients and their buckets    host memory, gone        on the GPU
+    gradients and their buckets    host memory, freed       on the GPU
 
-The copy needs no host memory: it is gathered anew, frozen weights included, each shard leaving the GPU as soon as it
-has been read. Masters, moments and frozen shards are moved here, because DeepSpeed's offload_states (0.19.8) moves the
-first two for its own compiled FusedAdam alone and does not know the last; gradients and buckets it moves well. Nothing
-is computed on the way, so the losses are those of offload "none", bit for bit.
+The copy needs no host memory, because it is gathered again in every rollout, frozen weights included. Each shard leaves
+the GPU as soon as it has been read. This module moves fp32 weights, moments and frozen shards itself: DeepSpeed's
+offload_states (0.19.8) moves the first two only for its own compiled FusedAdam, and it does not know the third. It does
+move gradients and buckets. Nothing is computed on the way, so the losses equal those of offload "none", bit for bit.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ GIB = 2**30
 
 
 def make_rollout_copy(policy: nn.Module, zero_stage: int, offload: str = "none") -> nn.Module | None:
-    """Call before deepspeed.initialize: the plain copy that acts in the rollout, or None where none is needed.
+    """The plain copy that acts in the rollout, or None if none is needed. Call it before deepspeed.initialize().
 
-    It shares the policy's weights until deepspeed.initialize takes them apart: each rank then keeps its shard, and what
-    load_policy() read stays with the copy. So a rank never holds more than one whole model and its shard. With offload
-    "stage" its parameters are empty: every rollout fills them.
+    The copy shares the policy's weights until deepspeed.initialize() shards them. Then the engine keeps this rank's
+    shard, and the copy keeps the weights that load_policy() read. So a rank never holds more than one whole model and
+    its shard. With offload "stage" the copy's parameters are empty, and every rollout fills them.
     """
     if zero_stage < 3:
         return None
@@ -60,14 +60,14 @@ class StageSwitcher:
     """Moves memory between the stages and measures it.
 
     Args:
-        rollout_copy: of make_rollout_copy(), with the same offload.
-        offload: "none" or "stage"; the latter under ZeRO-3 alone (read_deepspeed_config refuses the rest).
+        rollout_copy: from make_rollout_copy(), with the same offload.
+        offload: "none" or "stage". read_deepspeed_config() allows the latter only under ZeRO-3.
     """
 
     def __init__(self, engine: Engine, rollout_copy: nn.Module | None, offload: str = "none"):
         self.engine, self.rollout_copy, self.offload = engine, rollout_copy, offload == "stage"
         self.device = torch.device(get_accelerator().current_device_name())
-        self.host: dict[torch.Tensor, torch.Tensor] = {}  # a tensor's place in host memory, allocated once
+        self.host: dict[torch.Tensor, torch.Tensor] = {}  # each tensor's copy in host memory, allocated once
         self.gib: dict[str, float] = {}  # memory/*, the largest since pop_metrics()
 
     # ------------------------------------------------------------------ moving
@@ -92,7 +92,7 @@ class StageSwitcher:
         return self.rollout_copy
 
     def to_update(self) -> None:
-        """Weights sharded, the optimizer's state beside them."""
+        """Free the whole copy, and move shards and the optimizer's state back to the GPU."""
         if not self.offload:
             return
         for whole, sharded in zip(self.rollout_copy.parameters(), self.engine.module.parameters()):
@@ -105,11 +105,11 @@ class StageSwitcher:
         get_accelerator().empty_cache()
 
     def _to_host(self, tensor: torch.Tensor, frozen: bool = False) -> None:
-        """frozen: it never changes, so it is copied out once and from then on only let go."""
-        known = tensor in self.host
-        if not known:
+        """Move a tensor to host memory. A frozen one never changes, so it is copied only the first time."""
+        is_known = tensor in self.host
+        if not is_known:
             self.host[tensor] = torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda")
-        if not (known and frozen):
+        if not (is_known and frozen):
             self.host[tensor].copy_(tensor)
         tensor.data = self.host[tensor]
 
@@ -119,7 +119,7 @@ class StageSwitcher:
     # ------------------------------------------------------------------ measuring
     @contextlib.contextmanager
     def measured(self, stage: str) -> Iterator[None]:
-        """What lies in memory as the stage begins, and the most there is until it ends."""
+        """Measure memory: what a stage finds when it begins, and the peak until it ends."""
         get_accelerator().reset_peak_memory_stats()
         forget_host_peak()
         resident, host_resident = device_memory()[0], host_memory()[0]
@@ -134,27 +134,26 @@ class StageSwitcher:
             self.gib[tag] = max(self.gib.get(tag, 0.0), size / GIB)
 
     def pop_metrics(self) -> dict[str, float]:
-        """memory/* of the rank that needs most, and start again. All ranks together."""
+        """The memory/* metrics of the rank that needs most. Measuring then starts again. All ranks together."""
         largest = all_reduce_max(torch.tensor(list(self.gib.values())))
         metrics, self.gib = dict(zip(self.gib, largest.tolist())), {}
         return metrics
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of this process in host memory, its env workers not included: now, and the most since
-    forget_host_peak()."""
+    """Bytes of this process in host memory, without its env workers: now, and the peak since forget_host_peak()."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {name: value for name, _, value in (line.partition(":") for line in lines)}
     return tuple(int(kib[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
 
 
 def forget_host_peak() -> None:
-    with contextlib.suppress(OSError):  # some containers forbid it: the peak is then that of the whole run
+    with contextlib.suppress(OSError):  # some containers forbid it, and the peak is then that of the whole run
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_memory() -> tuple[int, int]:
-    """Bytes of torch's tensors on this rank's GPU: now and at most; without a GPU, the host's."""
+    """Bytes of torch's tensors on this rank's GPU: now, and the peak. Without a GPU, bytes of host memory."""
     if get_accelerator().device_name() == "cpu":
         return host_memory()
     return get_accelerator().memory_allocated(), get_accelerator().max_memory_allocated()
@@ -162,19 +161,22 @@ def device_memory() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def rollout_stage(stages: StageSwitcher) -> Iterator[nn.Module]:
-    """Yields a policy with whole, current weights, in eval mode, without autograd."""
+    """Yield a policy with whole, current weights, in eval mode and without autograd."""
     policy = stages.to_rollout().eval()
     try:
         with torch.no_grad(), stages.measured("rollout"):
             yield policy
     finally:
-        policy.free_graphs()  # the update needs their memory; the next rollout records anew
+        policy.free_graphs()  # the update needs their memory, and the next rollout records them again
         stages.to_update()
 
 
 @contextlib.contextmanager
 def update_stage(stages: StageSwitcher) -> Iterator[None]:
-    """Training mode; must end on an optimizer step, so that no half-accumulated gradient reaches the next iteration."""
+    """Put the engine into training mode for an update, which must end on an optimizer step.
+
+    Otherwise a half-accumulated gradient would reach the next iteration.
+    """
     stages.engine.train()
     with stages.measured("update"):
         yield
@@ -183,7 +185,7 @@ def update_stage(stages: StageSwitcher) -> Iterator[None]:
 
 
 def copy_trainable(source: nn.Module, target: nn.Module) -> None:
-    """Copy the trainable parameters, gathering the sharded ones one at a time. A collective: all ranks together."""
+    """Copy the trainable parameters. Sharded ones are gathered one at a time. All ranks together."""
     with torch.no_grad():
         for whole, sharded in zip(target.parameters(), source.parameters()):
             if sharded.requires_grad:
@@ -192,10 +194,11 @@ def copy_trainable(source: nn.Module, target: nn.Module) -> None:
 
 
 def whole_state_dict(engine: Engine, keep: bool, without_base: bool = False) -> dict[str, torch.Tensor]:
-    """Every parameter, whole, on the CPU. A collective; ranks with keep=False take part and get an empty dict.
+    """Every whole parameter, by name, on the CPU. All ranks together.
 
     Args:
-        without_base: leave out the frozen weights under an adapter, which lie in the base model's folder.
+        keep: False gives an empty dict, for ranks that only take part in the gathering.
+        without_base: leave out the frozen weights under an adapter, because the base model's folder has them.
     """
     state = {}
     with torch.no_grad():
