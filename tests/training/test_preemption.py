@@ -157,7 +157,7 @@ class NanPolicy(torch.nn.Module):
 
 
 def test_a_policy_of_nan_is_no_policy_of_0_percent():
-    with pytest.raises(UserError, match="not finite numbers"):
+    with pytest.raises(UserError, match="probabilities that are not finite"):
         evaluate(NanPolicy(), FakeEnvs(), [3, 4], 0.0)
     actor = PolicyActor(NanPolicy(), 0.6, seed=1)
     actor.begin([3, 4])

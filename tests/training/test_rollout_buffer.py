@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vla.models.policy import PolicyInputs, uniform_noise
-from vla.training.rollout_buffer import RolloutBuffer, shuffle_generator, minibatch_indices, minibatches, split_padded
+from vla.training.rollout_buffer import RolloutBuffer, minibatch_indices, minibatches, shuffle_generator, split_padded
 
 ALL = slice(0, 2)
 
