@@ -67,7 +67,7 @@ class WorkerGroup:
         self._positions = [Position(0, None, False, False)] * count  # as of the last answer
         self._skip_next_step = False  # a worker was lost since the last step
         self._dropped = np.zeros(count, bool)  # episodes lost since the last step
-        self._successor_seen: dict = {}  # what the successor showed when it took over
+        self._latest_seen: dict = {}  # what a skipped step shows: `seen()` of the successor
         size = 2 * count * int(np.prod(spec.image_shape))
         self._connection: Connection | None = None
         self._process: subprocess.Popen | None = None
@@ -150,6 +150,7 @@ class WorkerGroup:
             self._forget_dropped()
         elif self._skip_next_step:
             self._dropped[chosen] = True  # the next step is skipped for the whole group, these envs included
+            self._latest_seen = seen
         return seen
 
     def _finish_load_state_dict(self) -> dict:
@@ -201,7 +202,7 @@ class WorkerGroup:
         self._spawn()
         self._receive(starting=True)
         self._send("take_over", (positions, begin_episodes))
-        self._successor_seen = self._receive(starting=True)
+        self._latest_seen = self._receive(starting=True)
 
     def _forget_dropped(self) -> None:
         """Every env has just begun an episode, so no earlier loss matters any more."""
@@ -210,9 +211,9 @@ class WorkerGroup:
 
     def _skipped_step(self, chunk_size: int) -> dict:
         """The result of a step that executed nothing, because a worker was lost before it or in it."""
-        result = empty_result(self.count, chunk_size) | self._successor_seen | {"dropped": self._dropped}
+        result = empty_result(self.count, chunk_size) | self._latest_seen | {"dropped": self._dropped}
         if self._spec.privileged:
-            result["states"] = np.repeat(self._successor_seen["state"][:, None], chunk_size, axis=1)
+            result["states"] = np.repeat(self._latest_seen["state"][:, None], chunk_size, axis=1)
         self._forget_dropped()
         return result
 

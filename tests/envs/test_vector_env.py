@@ -423,10 +423,11 @@ def test_a_loss_in_a_reset_of_some_drops_the_others(fault):
         envs.step(np.zeros((2, 1, 7)))
         os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="2 episodes are dropped"):
-            envs.reset([9], env_indices=[1])
-        assert [(state["episode_id"], state["elapsed_steps"]) for state in envs.describe()] == [(5, 0), (9, 0)]
-        infos = envs.step(np.zeros((2, 1, 7)))[4]
+            begun = envs.reset([700_000], env_indices=[1])  # another object than in the first episodes
+        assert [(state["episode_id"], state["elapsed_steps"]) for state in envs.describe()] == [(5, 0), (700_000, 0)]
+        obs, _, _, _, infos = envs.step(np.zeros((2, 1, 7)))
         assert infos["dropped"].all() and not infos["valid"].any()
+        assert len(set(obs["task_description"])) == 2 and same(obs, begun)
         infos = envs.step(np.zeros((2, 1, 7)))[4]
         assert infos["valid"].all() and [state["elapsed_steps"] for state in envs.describe()] == [1, 1]
 
