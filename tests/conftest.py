@@ -13,29 +13,23 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+HELPERS = ROOT / "tests" / "helpers"
 SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = [str(ROOT), str(HELPERS)]
 
 
-def micro_preset() -> str:
-    """The name of a tiny preset for tests alone: one layer and two blocks per tower, so few collectives per forward.
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers():
+    """Worker processes of the simulator that a test starts in this process are forks of a warm one."""
+    import warm
 
-    36 patches of 16 pixels, a language model of width 128: of its own, whatever the presets that learn look like.
-    """
-    from vla.models.tiny import TINY_OPENVLA, TINY_PRESETS
+    from envs import workers
+    from envs.gpu import start_states
 
-    TINY_PRESETS["openvla-micro"] = {
-        **TINY_OPENVLA,
-        "image_sizes": [96, 96],
-        "vision_dims": [{**dims, "depth": 2, "patch_size": 16} for dims in TINY_OPENVLA["vision_dims"]],
-        "text_config": {
-            **TINY_OPENVLA["text_config"],
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 1,
-        },
-    }
-    return "openvla-micro"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (workers, start_states):
+            patch.setattr(module, "subprocess", warm.AS_SUBPROCESS)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import write_demos
+from conftest import ROOT, write_demos
+from launching import python
 
 import collect_demos
 from envs import is_held_out, make_envs
@@ -31,7 +32,6 @@ from envs.expert import Expert
 from schemas import UserError
 from vla.cli import parse_args
 
-ROOT = Path(__file__).resolve().parents[2]
 ENV_ID = "PutOnPlateInScene25Single-v1"
 FLAGS = [
     "--env_id",
@@ -55,9 +55,7 @@ FLAGS = [
 
 
 def collect(output: Path, *flags: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "collect_demos.py", *FLAGS, "--output", str(output), *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return python("collect_demos.py", *FLAGS, "--output", output, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +77,13 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_maniskill_replays_them(demos, tmp_path):
     """By its own command line, which imports nothing of ours by itself, every episode succeeds again."""
-    command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj_path"]
-    run = subprocess.run(
-        [*command, str(demos / "trajectory.h5")], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    command = ["-m", "mani_skill.trajectory.replay_trajectory", "--traj_path"]
+    run = python(*command, demos / "trajectory.h5")
     assert run.returncode == 0 and "Replayed 6 episodes, 6/6=100.00%" in run.stdout, run.stdout + run.stderr
     with h5py.File(shutil.copytree(demos, tmp_path / "still") / "trajectory.h5", "r+") as file:
         for trajectory in file.values():
             trajectory["actions"][:, :6] = 0.0  # an arm that does not move must fail: replay obeys the actions
-    run = subprocess.run(
-        [*command, str(tmp_path / "still" / "trajectory.h5"), "--count", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = python(*command, tmp_path / "still" / "trajectory.h5", "--count", "1")
     assert "0/1=0.00%" in run.stdout, run.stdout + run.stderr
 
 

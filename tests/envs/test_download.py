@@ -13,7 +13,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import zipfile
@@ -21,11 +20,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from conftest import ROOT
+from launching import python
 
 from envs.assets import download
 from schemas import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT.parent / "shared" / "assets" / "maniskill"
 FILES = {
     "carrot/more_carrot/model_db.json": b'{"a": 1}',
@@ -470,15 +470,15 @@ def test_a_mirror_that_is_no_address_is_refused_before_anything_is_made(tmp_path
 
 def test_doctor_downloads(server, tmp_path):
     """As a user types it; the zip of this server holds other files than the published one, and that is said."""
-    command = [sys.executable, "doctor.py", "--download", "--asset_dir", str(tmp_path / "x"), "--mirror", server.url]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = ["doctor.py", "--download", "--asset_dir", tmp_path / "x", "--mirror", server.url]
+    run = python(*command)
     assert run.returncode == 1 and run.stdout.startswith("carrot: 4 files, 1 MB\ncarrot: 4 fetched")
     assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1 and "other files than" in run.stderr
     assert content(tmp_path / "x") == FILES
     nobody = [*command[:-1], "http://127.0.0.1:9"]
-    run = subprocess.run(nobody, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = python(*nobody)
     assert run.returncode == 1 and "127.0.0.1:9" in run.stderr and len(run.stderr.splitlines()) == 1
-    run = subprocess.run([*command[:-1], "nonsense"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = python(*command[:-1], "nonsense")
     assert run.returncode == 2 and run.stderr.startswith("error: --mirror 'nonsense' is not a url")
-    run = subprocess.run([sys.executable, "doctor.py", "--mirror", "x"], cwd=ROOT, capture_output=True, text=True)
+    run = python("doctor.py", "--mirror", "x")
     assert run.returncode == 2 and "belong to --download" in run.stderr

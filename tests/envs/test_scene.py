@@ -8,19 +8,19 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from launching import python
 
 import envs as world
 from envs import variants
 from envs.expert import Expert
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXTURES, ASSETS = ROOT.parent / "shared" / "fixtures" / "env", ROOT.parent / "shared" / "assets" / "maniskill"
 needs_recordings = pytest.mark.skipif(
     not (FIXTURES.exists() and ASSETS.exists()), reason=f"no recordings or published meshes under {ROOT.parent}/shared"
@@ -314,9 +314,7 @@ def test_gymnasium_makes_every_id_and_asks_nobody():
         "    env.close()\n"
         "print('made', len(VARIANTS))"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-    )
+    out = python("-c", code, stdin=subprocess.DEVNULL)
     assert out.stdout.strip().endswith("made 17"), out.stderr[-2000:]
     assert "Overriding" not in out.stderr
 
@@ -643,9 +641,7 @@ def test_unreadable_assets_are_named(copied, shut):
         "try:\n    BridgeAssets(sys.argv[1]).table_image(0, 64, 48)\n"
         "except RuntimeError as error:\n    print(error)"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(copied), str(ASSETS)], cwd=ROOT, capture_output=True, text=True
-    )
+    out = python("-c", code, copied, ASSETS)
     path.chmod(0o755)
     assert re.search(rf"{re.escape(str(path))}.*may not be read by this user", out.stdout), out.stdout + out.stderr
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import as_saved, busy_actions, same
+from conftest import ROOT, as_saved, busy_actions, same
+from launching import python
 
 import envs as world
 from envs import variants
 from envs.expert import Expert
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT.parent / "shared" / "fixtures" / "env"
 MAIN = "PutOnPlateInScene25Main-v3"
 SMALL = dict(image_size=(48, 48), sim_freq=100)
@@ -449,9 +447,7 @@ def test_no_vulkan_device(workers):
         "except RuntimeError as error:\n    print(str(error).strip().splitlines()[-1])"
     )
     nowhere = {"VK_DRIVER_FILES": "/nonexistent", "VK_ICD_FILENAMES": "/nonexistent"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | nowhere
-    )
+    out = python("-c", code, env=nowhere)
     assert "no Vulkan device" in out.stdout and out.stdout.strip().endswith("run `python doctor.py`")
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -18,8 +17,8 @@ import pytest
 import torch
 import yaml
 from chromium import Page, find_chromium
-from conftest import observation, one_rank_environment
-from launching import free_port, train
+from conftest import ROOT, observation
+from launching import python, run_ranks, start_ranks, train, wait_for
 
 import evaluate
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs
@@ -45,7 +44,6 @@ from vla.models.saving import save_policy
 from vla.start.flag_files import read_yaml
 from vla.text import markdown_code, without_machine
 
-ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = read_yaml(ROOT / "benchmarks" / "published.yaml")
 SMALL_WORLD = ["--image_size", "96", "96", "--sim_freq", "100", "--dtype", "float32"]
 
@@ -635,18 +633,9 @@ def test_published_rows_by_name():
 
 
 # ---------------------------------------------------------------------- the whole script
-def run(*flags: str, ranks: int | None = None, check: bool = True) -> subprocess.CompletedProcess:
-    """`python evaluate.py ...`, or under the launcher with so many ranks."""
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
-    command = [launcher, "--num_gpus", str(ranks), "--master_port", free_port()] if ranks else [sys.executable]
-    done = subprocess.run(
-        [*command, "evaluate.py", *flags],
-        cwd=ROOT,
-        env=one_rank_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def run(*flags: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """`python evaluate.py ...` on so many ranks."""
+    done = run_ranks(ranks, "evaluate.py", *flags) if ranks > 1 else python("evaluate.py", *flags)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -726,11 +715,13 @@ def test_ranks_and_envs_change_no_episode(evaluated, run_folder, tmp_path):
 
 def interrupted(command: list[str], output: Path, number: int, after: int) -> tuple[int, str]:
     """Send a signal to an evaluation that has written so many episodes. Returns its exit code and what it said."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 300
-    while not (output / "episodes.jsonl").exists() or (output / "episodes.jsonl").read_bytes().count(b"\n") < after:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    (process,) = start_ranks(1, *command, **streams)
+    log = output / "episodes.jsonl"
+    wait_for(
+        lambda: process.poll() is not None or (log.exists() and log.read_bytes().count(b"\n") >= after), "episodes"
+    )
+    assert process.poll() is None
     process.send_signal(number)
     said, _ = process.communicate(timeout=300)
     return process.returncode, said
@@ -740,7 +731,7 @@ def interrupted(command: list[str], output: Path, number: int, after: int) -> tu
 def test_killed_stopped_and_resumed(evaluated, run_folder, tmp_path):
     """SIGKILL in the middle, SIGTERM after that, then --resume with one episode more: the same episodes, none twice."""
     output = tmp_path / "out"
-    command = [sys.executable, "evaluate.py", *common(run_folder, output), "--num_envs", "4"]
+    command = ["evaluate.py", *common(run_folder, output), "--num_envs", "4"]
     assert interrupted(command, output, signal.SIGKILL, 4)[0] == -signal.SIGKILL
     code, said = interrupted([*command, "--resume"], output, signal.SIGTERM, 12)
     assert code == REQUEUE and "Traceback" not in said

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import micro_preset  # noqa: E402
+from micro import micro_preset  # noqa: E402
 
 from vla.distributed import UserError, all_reduce_max, all_reduce_sum, rank, setup_distributed, world_size  # noqa: E402
 from vla.models.loading import load_policy  # noqa: E402

@@ -1,6 +1,6 @@
 """One of several ranks, for test_models_train.py: what load_policy, the rollout copy and the engine take at their peak.
 
-python tests/helpers/zero3_memory.py FOLDER OUT.json        with RANK, WORLD_SIZE, MASTER_PORT as a launcher sets them
+python tests/helpers/zero3_memory.py FOLDER OUT        with RANK, WORLD_SIZE, MASTER_PORT as a launcher sets them
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vla.distributed import setup_distributed
+from vla.distributed import rank, setup_distributed
 from vla.models.loading import load_policy
 from vla.training.engine import build_engine, read_deepspeed_config
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage
@@ -41,6 +41,7 @@ def build(path: str):
 
 
 def main(path: str, out: str) -> None:
+    """Measure the model in `path` and write `out`/<rank>.json."""
     device = setup_distributed(0)
     kept = build("openvla-tiny")  # code and buffers that any model needs
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
@@ -55,7 +56,7 @@ def main(path: str, out: str) -> None:
             with deepspeed.zero.GatheredParameters([sharded]):
                 equal.append(torch.equal(whole.to(sharded.dtype), sharded.to(device)))
     result["equal"] = all(equal) and len(equal) > 0
-    Path(out).write_text(json.dumps(result))
+    (Path(out) / f"{rank()}.json").write_text(json.dumps(result))
     del kept
 
 

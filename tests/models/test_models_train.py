@@ -1,30 +1,18 @@
-"""OpenVLA-OFT through the real launcher: a base folder, an adapter to continue, two sharded ranks."""
+"""OpenVLA-OFT on two sharded ranks: a base folder, an adapter to continue, and the memory that a rank takes."""
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_ranks, train
 
 from vla.models.loading import load_policy
 from vla.models.openvla import OpenVLA
 from vla.models.saving import save_policy, save_weights
 from vla.models.tiny import TINY_OPENVLA, tiny_side_files
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
 
 
 def saved(policy, folder: Path) -> str:
@@ -41,50 +29,9 @@ def test_oft_continues_an_adapter_on_two_sharded_ranks(tmp_path):
     base = saved(load_policy("openvla-oft-tiny", "openvla_oft", chunk_size=4), tmp_path / "base")
     adapter = saved(load_policy(base, "openvla_oft", lora_rank=4), tmp_path / "adapter")
     run_dir = tmp_path / "run"
-    command = [
-        shutil.which("deepspeed", path=str(Path(sys.executable).parent)),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        free_port(),
-        "train_ppo.py",
-        "--config",
-        "tests/helpers/ppo_random_openvla.yaml",
-        "--run_dir",
-        str(run_dir),
-        "--model_type",
-        "openvla_oft",
-        "--model_path",
-        base,
-        "--lora_path",
-        adapter,
-        "--lora_scope",
-        "llm",
-        "--gradient_checkpointing",
-        "--chunk_size",
-        "4",
-        "--num_iterations",
-        "1",
-        "--num_envs",
-        "4",
-        "--num_steps",
-        "16",
-        "--max_episode_steps",
-        "8",
-        "--num_minibatches",
-        "2",
-        "--micro_batch_size",
-        "4",
-        "--num_eval_episodes",
-        "2",
-        "--num_eval_envs",
-        "2",
-        "--save_freq",
-        "1",
-    ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    place = ["--run_dir", str(run_dir), "--model_path", base, "--lora_path", adapter]
+    model = "--model_type openvla_oft --lora_scope llm --gradient_checkpointing --chunk_size 4 --micro_batch_size 4"
+    train(*place, *model.split(), "--num_iterations", "1", ranks=2)
     line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["train/actor/ratio_first_microbatch_error"] < 1e-4 and line["train/actor/grad_norm"] > 0
     policy = run_dir / "checkpoints" / "iteration_000001" / "policy"
@@ -110,27 +57,8 @@ def test_a_sharded_rank_holds_one_whole_model_and_its_shard(tmp_path):
     (base / "preprocessor_config.json").write_bytes(tiny_side_files()["preprocessor_config.json"])
     save_weights(OpenVLA(config).bfloat16().state_dict(), base, max_shard_bytes=30_000_000)
     files = [file.stat().st_size for file in base.glob("*.safetensors")]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "tests/helpers/zero3_memory.py", str(base), str(tmp_path / f"{rank}.json")],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run = run_ranks(2, "tests/helpers/zero3_memory.py", base, tmp_path)
+    assert run.returncode == 0, run.stderr
     for rank in range(2):
         measured = json.loads((tmp_path / f"{rank}.json").read_text())
         print(measured, "largest file", max(files))

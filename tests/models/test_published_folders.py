@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import observation
+from conftest import ROOT, observation
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -25,7 +25,6 @@ from vla.models.saving import save_policy, save_weights
 from vla.models.tiny import tiny_side_files
 from vla.models.tokenizer import BOS_ID, PROMPT, encode_prompt, read_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

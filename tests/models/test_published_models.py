@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import observation
+from conftest import ROOT, observation
+from launching import python
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -21,8 +22,6 @@ from vla.models.saving import save_policy, save_weights
 from vla.models.tiny import TINY_OPENVLA, tiny_side_files
 from vla.models.tokenizer import read_tokenizer
 from vla.training.rollout_buffer import RolloutBuffer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def shaken(policy, size: float = 0.05):
@@ -458,9 +457,7 @@ def test_chunk_size_is_the_models(tmp_path):
 
 # ------------------------------------------------------------------ benchmark
 def benchmark(*flags: str) -> dict:
-    run = subprocess.run(
-        [sys.executable, "benchmarks/model_speed.py", *flags], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    run = python("benchmarks/model_speed.py", *flags, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 

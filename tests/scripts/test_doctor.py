@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
+from launching import python
 
 import doctor
 
@@ -163,9 +165,8 @@ doctor.check_launch()
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_doctor_however_that_ends(tmp_path, ends):
     environment = os.environ | {"PIDS": str(tmp_path), "DS_ACCELERATOR": "cpu"}
-    asked = subprocess.Popen(
-        [sys.executable, "-c", RANKS_OF_A_DOCTOR], cwd=doctor.ROOT, env=environment, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", RANKS_OF_A_DOCTOR]
+    asked = warm.Popen(command, cwd=doctor.ROOT, env=environment, stderr=subprocess.DEVNULL)
     while len(list(tmp_path.iterdir())) < 2:
         assert asked.poll() is None
         time.sleep(0.05)
@@ -193,7 +194,7 @@ def test_sizes_of_a_memory_plan_that_are_none(capsys, words, sentence):
 @pytest.mark.parametrize("words", [["--config", ""], ["--num_gpus", "4"]])
 def test_words_that_ask_for_no_memory_plan(words):
     """An unset variable of a shell, and sizes without a config, are not taken for "examine the machine"."""
-    run = subprocess.run([sys.executable, "doctor.py", *words], cwd=doctor.ROOT, capture_output=True, text=True)
+    run = python("doctor.py", *words)
     assert run.returncode == 2 and "--config" in run.stderr and not run.stdout
 
 

@@ -11,10 +11,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from vla.training.checkpoint import damage, latest_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SMALL = {
     "num_envs": 4,

@@ -5,9 +5,6 @@ import json
 import math
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_rank_environment, write_demos
+from conftest import ROOT, write_demos
+from launching import metrics, run_ranks, without_time
 from safetensors.torch import load_file
 
 import train_sft
@@ -31,7 +29,6 @@ from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, uniform_noise
 from vla.training import augmentation
 
-ROOT = Path(__file__).resolve().parents[2]
 ENV_ID = "PutOnPlateInScene25Single-v1"
 PRESETS = ["yaml/sft_tiny_openvla.yaml", "yaml/sft_tiny_openvlaoft.yaml"]
 SMALL = [
@@ -354,32 +351,14 @@ def test_a_card_names_no_place_and_survives_lines_that_are_cut(tmp_path):
 
 
 # ------------------------------------------------------------------ the script
-def train(demos: Path, *flags: str, ranks: int = 0, preset: str = PRESETS[1]) -> subprocess.CompletedProcess:
-    """Under the launcher with so many ranks; 0: `python train_sft.py`, one rank."""
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    command = [launcher, "--num_gpus", str(ranks), "--master_port", port] if ranks else [sys.executable]
-    command += [
-        "train_sft.py",
-        "--config",
-        preset,
-        "--demos",
-        str(demos),
-        "--export_dir",
-        str(demos.parent / "warm"),
-        *SMALL,
-        *flags,
-    ]
-    run = subprocess.run(command, cwd=ROOT, env=one_rank_environment(), capture_output=True, text=True, timeout=600)
+def train(demos: Path, *flags: str, ranks: int = 1, preset: str = PRESETS[1]) -> None:
+    place = ["--demos", str(demos), "--export_dir", str(demos.parent / "warm")]
+    run = run_ranks(ranks, "train_sft.py", "--config", preset, *place, *SMALL, *flags)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run
 
 
-def metrics(run_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{tag: value for tag, value in line.items() if not tag.startswith(("time/", "memory/"))} for line in lines]
+def logged(run_dir: Path) -> list[dict]:
+    return without_time(metrics(run_dir))
 
 
 @pytest.fixture(scope="module")
@@ -392,10 +371,10 @@ def one_rank(demos, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_two_ranks_under_zero3_make_the_same_updates(demos, one_rank, tmp_path):
     train(demos, "--run_dir", str(tmp_path / "run"), "--deepspeed_config", "ds_configs/zero3.json", ranks=2)
-    for one, two in zip(metrics(one_rank / "run"), metrics(tmp_path / "run")):
+    for one, two in zip(logged(one_rank / "run"), logged(tmp_path / "run")):
         for tag in ("train/loss", "train/actor/grad_norm", "train/token_accuracy", "train/action_l1"):
             assert one[tag] == pytest.approx(two[tag], rel=1e-5), tag
-    assert metrics(tmp_path / "run")[0]["train/actor/lr"] == metrics(one_rank / "run")[0]["train/actor/lr"]
+    assert logged(tmp_path / "run")[0]["train/actor/lr"] == logged(one_rank / "run")[0]["train/actor/lr"]
 
 
 @pytest.mark.slow
@@ -403,7 +382,7 @@ def test_a_resumed_run_is_an_unbroken_one(demos, one_rank, tmp_path):
     run_dir = Path(shutil.copytree(one_rank / "run", tmp_path / "run"))
     shutil.rmtree(run_dir / "checkpoints" / "iteration_000002")
     train(demos, "--resume", str(run_dir), "--export_dir", str(tmp_path / "warm"))
-    assert metrics(run_dir) == metrics(one_rank / "run")
+    assert logged(run_dir) == logged(one_rank / "run")
     ours, theirs = (load_file(folder / "warm" / "model.safetensors") for folder in (tmp_path, one_rank))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     made_by = (tmp_path / "warm" / "README.md").read_text()

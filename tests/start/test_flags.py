@@ -7,14 +7,14 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import one_rank_environment
+from conftest import ROOT
+from launching import python
 
 import collect_demos
 import evaluate
@@ -31,7 +31,6 @@ from vla.start.flag_files import checked_values, read_yaml, resolved, saved_laye
 from vla.start.resume import check_resumed
 from vla.training.memory_plan import Recipe, make_plan
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = (train_ppo, train_grpo, train_sft, evaluate, collect_demos)
 PRESETS = sorted(ROOT.glob("yaml/maniskill_*.yaml")) + sorted(ROOT.glob("yaml/quickstart_*.yaml"))
 
@@ -479,13 +478,7 @@ def test_an_env_is_checked_without_a_simulator(module, said):
 def test_a_wrong_start_from_elsewhere_ends_with_one_sentence_and_nothing_written(tmp_path):
     flags = ["--config", "yaml/quickstart_ppo_openvlaoft.yaml", "--num_envs", "15"]
     flags += ["--num_steps", "256", "--num_minibatches", "7", "--run_dir", "run"]
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "train_ppo.py"), *flags],
-        cwd=tmp_path,
-        env=one_rank_environment(),
-        capture_output=True,
-        text=True,
-    )
+    ended = python(ROOT / "train_ppo.py", *flags, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stderr.count("error:") == 1, ended.stderr
     assert "--num_minibatches 7 does not split" in ended.stderr and "Traceback" not in ended.stderr
     assert not [*tmp_path.iterdir()]

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_rank_environment
+import warm
+from conftest import HELPERS, ROOT, one_rank_environment
+from launching import python
 from torch.utils.file_baton import FileBaton
 
 from vla.distributed import UserError
@@ -24,7 +26,6 @@ from vla.start import extensions
 from vla.start.extensions import Lock
 from vla.start.launch import launched
 
-ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
 from vla.start.extensions import Lock
@@ -41,7 +42,7 @@ NASTY = ["two words", "$(touch owned)", "`touch owned`", "a;touch owned", "it's"
 
 def started(program: str, *words: object, **options: object) -> subprocess.Popen:
     command = [sys.executable, "-c", program, *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return warm.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 @contextlib.contextmanager
@@ -316,8 +317,7 @@ def answer(output: str) -> list:
 @pytest.mark.slow
 def test_a_start_behind_a_dead_lock_says_so_and_starts(tmp_path):
     """The op is compiled at most once, for all that this machine tests."""
-    compiled = subprocess.run([sys.executable, "-c", ONE_RANK], cwd=ROOT, env=one_rank_environment(), timeout=600)
-    assert compiled.returncode == 0
+    assert python("-c", ONE_RANK).returncode == 0
     ops = Path(shutil.copytree(extensions.ops_folder(), tmp_path / "ops"))
     lock, library = (ops / "deepspeed_shm_comm" / name for name in ("lock", "deepspeed_shm_comm.so"))
     lock.touch()
@@ -536,9 +536,7 @@ def cluster(tmp_path, monkeypatch) -> Path:
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("sbatch", "srun", "scontrol"):
-        (tools / name).write_text(
-            f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/helpers/fake_slurm.py" {name} "$@"\n'
-        )
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS}/fake_slurm.py" {name} "$@"\n')
     (tools / "python").write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
         "json.dump([sys.argv[1:], os.environ['MASTER_ADDR']], open('words.json', 'w'))\n"
@@ -653,14 +651,7 @@ def test_what_launchers_set_is_taken():
 @pytest.mark.parametrize("environment", [{"RANK": "3"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"LOCAL_RANK": ""}])
 def test_a_script_says_so_before_it_waits(environment):
     code = "from vla.distributed import run_main; run_main(print, lambda: 'parsed')"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=one_rank_environment() | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = python("-c", code, env=environment)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     assert "parsed" not in run.stdout
 

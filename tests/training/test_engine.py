@@ -1,21 +1,20 @@
 """Engine, stages, shards, checkpoints, signals and clusters, on ranks of their own."""
 
-import contextlib
 import copy
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import micro_preset, one_rank_environment
+from conftest import HELPERS, ROOT
+from launching import PRESET, launcher_command, metrics, python, run_ranks, start_ranks, wait_for, without_time
+from micro import micro_preset
 
 from vla import distributed
 from vla.distributed import REQUEUE, UserError
@@ -24,8 +23,6 @@ from vla.training.checkpoint import OLD_FORMAT, damage, latest_checkpoint
 from vla.training.engine import read_deepspeed_config, use_gathered_layers
 from vla.training.memory_plan import Recipe, advice, make_plan
 
-ROOT = Path(__file__).resolve().parents[2]
-PRESET = "tests/helpers/ppo_random_openvla.yaml"
 SHORT = {
     "num_envs": 4,
     "num_steps": 16,
@@ -40,27 +37,12 @@ SHORT = {
 }
 
 
-def free_port() -> str:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return str(server.getsockname()[1])
-
-
 def on_ranks(world: int, scenarios: list[tuple[str, dict]], accelerator: str = "cpu") -> list[dict]:
     """Run scenarios of engine_program.py on so many ranks of one process group; what each printed."""
-    command = [sys.executable, "tests/helpers/engine_program.py", json.dumps(scenarios)]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared["DS_ACCELERATOR"] = accelerator
-    ranks = []
-    for number in range(world):
-        environment = os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-    try:
-        printed = [rank.communicate(timeout=900)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world, printed
-    return [json.loads(line.removeprefix("RESULT ")) for line in printed[0].splitlines() if line.startswith("RESULT ")]
+    words = ["tests/helpers/engine_program.py", json.dumps(scenarios)]
+    run = run_ranks(world, *words, env={"DS_ACCELERATOR": accelerator})
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
 
 
 # ---------------------------------------------------------------------- ZeRO stages, ranks, offload
@@ -347,15 +329,10 @@ def test_the_memory_plan_names_the_flag_to_turn():
 
 
 def test_doctor_prints_the_plan_of_a_preset():
-    command = [sys.executable, "doctor.py", "--config", PRESET, "--num_gpus", "2", "--gpu_memory", "8"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["doctor.py", "--config", PRESET, "--num_gpus", "2", "--gpu_memory", "8"]
+    run = python(*command)
     assert run.returncode == 0 and "fits" in run.stdout and "activations" in run.stdout, run.stderr
-    run = subprocess.run(
-        [*command, "--offload", "stage", "--deepspeed_config", "ds_configs/zero2.json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    run = python(*command, "--offload", "stage", "--deepspeed_config", "ds_configs/zero2.json")
     assert run.returncode == 2 and run.stderr.startswith("error: --offload stage needs ZeRO-3")
 
 
@@ -422,22 +399,12 @@ def flags(preset: str = PRESET, **changes: int) -> list[str]:
 
 def deepspeed(ranks: int, *more: str, stderr=None, start_new_session: bool = False, **changes: int) -> subprocess.Popen:
     """`deepspeed --num_gpus RANKS train_ppo.py ...`, started."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", free_port()]
-    command = [*launcher, "train_ppo.py", *flags(**changes), *more]
+    command = [*launcher_command(ranks), "train_ppo.py", *flags(**changes), *more]
     return subprocess.Popen(command, cwd=ROOT, stderr=stderr, start_new_session=start_new_session)
 
 
-def metrics(run_dir: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what no two runs share."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{tag: value for tag, value in line.items() if not tag.startswith(("time/", "memory/"))} for line in lines]
-
-
-def wait_for(condition, what: str, seconds: float = 300.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} after {seconds:g} s"
-        time.sleep(0.1)
+def logged(run_dir: Path) -> list[dict]:
+    return without_time(metrics(run_dir))
 
 
 def processes_with(text: str) -> list[int]:
@@ -459,7 +426,7 @@ def cluster(tmp_path_factory):
     (folder / "bin").mkdir()
     for name in ("sbatch", "srun", "scontrol"):
         tool = folder / "bin" / name
-        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/helpers/fake_slurm.py" {name} "$@"\n')
+        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS}/fake_slurm.py" {name} "$@"\n')
         tool.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -479,7 +446,7 @@ def unbroken(cluster) -> list[dict]:
     """Three iterations on two ranks under ZeRO-3 that nothing disturbs: on two nodes, as the cluster says."""
     run_dir = cluster / "unbroken"
     assert sbatch("train_multinode.sbatch", 2, 1, run_dir).wait(timeout=600) == 0
-    return metrics(run_dir)
+    return logged(run_dir)
 
 
 @pytest.mark.slow
@@ -490,7 +457,7 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happene
     for rank in (cluster / "pids").read_text().split():  # ahead of the time limit
         os.kill(int(rank), signal.SIGUSR1)
     assert job.wait(timeout=600) == 0
-    assert metrics(run_dir) == unbroken
+    assert logged(run_dir) == unbroken
     assert "is complete. Go on with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
     assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
     assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
@@ -515,7 +482,7 @@ def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank
     assert not (run_dir / "checkpoints" / "iteration_000003").exists()
     resumed = deepspeed(1, "--resume", str(run_dir), "--deepspeed_config", "ds_configs/zero2.json")
     assert resumed.wait(timeout=600) == 0
-    for ours, theirs in zip(metrics(run_dir), unbroken):
+    for ours, theirs in zip(logged(run_dir), unbroken):
         assert ours.keys() == theirs.keys()
         for tag in ("train/loss", "train/actor/grad_norm", "rollout/rewards", "env/num_episodes"):
             assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-5), tag
@@ -549,16 +516,13 @@ run_main(train_ppo.main, lambda: parse_args(train_ppo.Args, sys.argv[1:], ""))
 
 @pytest.mark.slow
 def test_without_auto_reset_a_run_stopped_in_its_first_iteration_goes_on_with_the_same_episodes(tmp_path):
-    def run(*command: str) -> int:
-        return subprocess.run([sys.executable, *command], cwd=ROOT, env=one_rank_environment()).returncode
-
     unbroken, broken = (str(tmp_path / name) for name in ("unbroken", "broken"))
     new = [*flags(num_iterations=2), "--no-auto_reset", "--deepspeed_config", "ds_configs/zero2.json", "--run_dir"]
-    assert run("train_ppo.py", *new, unbroken) == 0
-    assert run("-c", STOPPED_AT_DECISION_3, *new, broken) == REQUEUE
+    assert python("train_ppo.py", *new, unbroken).returncode == 0
+    assert python("-c", STOPPED_AT_DECISION_3, *new, broken).returncode == REQUEUE
     assert not (tmp_path / "broken" / "metrics.jsonl").exists()
-    assert run("train_ppo.py", "--resume", broken) == 0
-    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
+    assert python("train_ppo.py", "--resume", broken).returncode == 0
+    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
 
 
 @pytest.mark.slow
@@ -595,7 +559,7 @@ def test_ctrl_c_saves_the_run(tmp_path):
 def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
     run_dir = tmp_path / "run"
     short = flags("yaml/quickstart_grpo_openvla.yaml", num_iterations=50, save_freq=0, group_size=2)
-    run = subprocess.Popen([sys.executable, "train_grpo.py", *short, "--run_dir", str(run_dir)], cwd=ROOT)
+    (run,) = start_ranks(1, "train_grpo.py", *short, "--run_dir", run_dir)
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file() or run.poll() is not None, "first iteration")
     assert run.poll() is None
     (run_dir / "stop").touch()

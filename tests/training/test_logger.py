@@ -7,11 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import ROOT
 
 from vla.distributed import UserError
 from vla.logger import Logger, describe_run, plot_progress, read_lines, without_places
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_full_disk_while_logging_ends_in_a_sentence(tmp_path):

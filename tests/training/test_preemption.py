@@ -4,20 +4,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_rank_environment
-from launching import PRESET, SMALL, free_port, metrics, without_time
+from launching import PRESET, SMALL, metrics, start_ranks, without_time
 
 from vla.distributed import REQUEUE, UserError
 from vla.evaluation.episodes import NEVER, PolicyActor, evaluate, noise_seed, replay, run_episodes
 from vla.training.preemption import StopRequest
 
-ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -167,19 +164,8 @@ def test_a_policy_of_nan_is_no_policy_of_0_percent():
 # ---------------------------------------------------------------------- the whole scripts
 def start(script: str, *flags: str, ranks: int, at: tuple[int, int] = (-2, 0)) -> list[str]:
     """What each rank said of a run that gets SIGTERM in an evaluation on a rank, (-2, 0): in none."""
-    place = one_rank_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, "tests/helpers/stops.py", script, *map(str, at), *flags]
-    started = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=place | {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks)},
-        )
-        for number in range(ranks)
-    ]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = start_ranks(ranks, "tests/helpers/stops.py", script, *at, *flags, **streams)
     said = [process.communicate(timeout=600)[0] for process in started]
     wanted = REQUEUE if at[0] >= 0 else 0
     assert [process.returncode for process in started] == [wanted] * ranks, said

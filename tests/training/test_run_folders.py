@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import same
+from conftest import ROOT, same
 
 import train_grpo
 import train_ppo
@@ -45,7 +45,6 @@ from vla.training.checkpoint import (
 from vla.training.critics import StateCritic
 from vla.training.optimizer_state import open_pieces
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD = "optimizer/rank_00000.safetensors"
 
 
