@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 override PRESET := $(value PRESET)
 export PRESET RANKS GPUS ARGS
 
-.PHONY: setup train warmup results reproduce test bench lint docs clean
+.PHONY: setup train warmup results reproduce test test-all bench lint docs clean
 
 setup: .venv/.ready
 
@@ -64,8 +64,13 @@ reproduce: setup
 	python benchmarks/learning.py draw
 
 # Two processes run the tests. A file stays in one of them, since its tests share what they set up.
+PYTEST = python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder
 test: setup
-	python -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
+
+# The same with the full grids.
+test-all: setup
+	$(PYTEST) $(ARGS)
 
 # Measures speed for one table, in a quarter of an hour. The machine must not do anything else.
 bench: setup

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from benchmarks import learning
 from vla.cli import parse_args
@@ -125,9 +126,8 @@ def test_nothing_to_draw_is_one_sentence(place):
 
 
 def test_curves_name_what_exists():
-    root = Path(__file__).resolve().parents[2]
     for curve in learning.curves().values():
-        assert (root / curve["script"]).is_file() and (root / curve["config"]).is_file()
+        assert (ROOT / curve["script"]).is_file() and (ROOT / curve["config"]).is_file()
         assert ("grpo" in curve["script"]) == ("grpo" in curve["config"])
 
 

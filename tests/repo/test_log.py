@@ -1,9 +1,10 @@
 """dev/LOG.md is a notebook: newest first, every entry with its four parts, an index that leads somewhere."""
 
 import re
-from pathlib import Path
 
-LOG = (Path(__file__).resolve().parents[2] / "dev" / "LOG.md").read_text()
+from conftest import ROOT
+
+LOG = (ROOT / "dev" / "LOG.md").read_text()
 HEADING = re.compile(r"^## (\d{4}-\d\d-\d\d): (.+) \((positive|negative|mixed|open)\)$", re.M)
 PARTS = ("Question", "Tried", "Result", "Decision")
 

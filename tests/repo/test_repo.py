@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted([*ROOT.glob("vla/**/*.py"), *ROOT.glob("envs/**/*.py"), *ROOT.glob("schemas/*.py"), *SCRIPTS])
@@ -360,6 +360,22 @@ def test_readme_has_the_results_of_results():
         assert re.search(
             rf"^\| {re.escape(curve)} \| {seeds} \|.*\| {before} \| {re.escape(after)} \|", results, re.M
         ), curve
+
+
+def test_ci_runs_the_test_command_of_readme_and_the_lint():
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")]
+    assert commands == ["make lint", "make test"] and re.search(r"^make test ", README, re.M)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    (lint,) = re.findall(r"^lint: setup\n\t(.*)$", (ROOT / "Makefile").read_text(), re.M)
+    for command in lint.split(" && "):
+        assert f"entry: .venv/bin/{command.removesuffix(' .')} " in hooks
+
+
+def test_the_formatter_decides():
+    """Only the catalog's tables have a layout of their own."""
+    files = [path for path in ROOT.rglob("*.py") if not path.parts[len(ROOT.parts)].startswith(".venv")]
+    escapes = [path for path in files if re.search(r"# fmt: (skip|off)$", path.read_text(), re.M)]
+    assert escapes == [ROOT / "envs" / "assets" / "catalog.py"]
 
 
 def test_nothing_is_unpickled():

@@ -5,10 +5,10 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 
 from schemas import Schema, UserError, check_flags, flags, parse_json, read_json
 from schemas.lock import LOCK, lock_folder
@@ -91,8 +91,7 @@ def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(tmp_path):
         "import sys, time, pathlib; from schemas.lock import lock_folder\n"
         "lock_folder(pathlib.Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(600)"
     )
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=root, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"^--run_dir x is being .* process {first.pid} on {socket.gethostname()}"):
             lock_folder(tmp_path, "--run_dir x")

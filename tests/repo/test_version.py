@@ -3,9 +3,9 @@
 import datetime
 import json
 import re
-from pathlib import Path
 
 import yaml
+from conftest import ROOT
 
 import doctor
 from schemas import read_json
@@ -14,7 +14,6 @@ from vla import VERSION
 from vla.logger import describe_run
 from vla.training.checkpoint import FORMAT, OLD_FORMAT, put_in_place, read_state
 
-ROOT = Path(__file__).resolve().parents[2]
 HEADING = re.compile(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)$", re.M)
 
 

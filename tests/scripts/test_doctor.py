@@ -19,7 +19,7 @@ from launching import python
 
 import doctor
 
-WARMUP = Path(__file__).resolve().parents[2] / "checkpoints" / "openvla-oft-tiny-warmup"
+WARMUP = doctor.ROOT / "checkpoints" / "openvla-oft-tiny-warmup"
 DRIVER = {"version": "535.183", "cuda": "12.2", "gpus": ["NVIDIA H100"] * 8}
 
 
