@@ -6,15 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, write_demos
-from launching import python
+from launching import python, start_ranks, wait_for
 
 import collect_demos
 from envs import is_held_out, make_envs
@@ -50,7 +48,7 @@ FLAGS = [
     "--max_rotation",
     "0.4",
     "--num_env_workers",
-    "1",
+    "0",
 ]
 
 
@@ -128,7 +126,7 @@ def test_a_killed_collection_goes_on_and_gives_the_same_set(demos, tmp_path):
     (output / "trajectory.h5").rename(output / "part_000000.h5")
     (output / "part_000077.partial").write_bytes(b"killed while writing")
     (output / "trajectory.json").unlink()
-    run = collect(output, "--num_demos", "6", "--num_env_workers", "0")
+    run = collect(output, "--num_demos", "6", "--num_env_workers", "1")
     assert run.returncode == 0, run.stderr
     again = arrays(output)
     assert again.keys() == whole.keys() and all(np.array_equal(again[name], whole[name]) for name in whole)
@@ -488,17 +486,12 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(small, tmp_path, re
 def test_a_collection_that_is_asked_to_end_keeps_what_it_has_and_goes_on(demos, tmp_path):
     """SIGTERM in the middle: exit code 75 and whole parts; the same command then gives the set of a run in one go."""
     output = tmp_path / "set"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "collect_demos.py", *FLAGS, "--output", str(output), "--num_demos", "600"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        while not (output / "recipe.json").exists() and run.poll() is None:
-            time.sleep(0.05)
-        time.sleep(3.0)  # some tries, on most machines
-        second = collect(output, "--num_demos", "600")
-        run.send_signal(signal.SIGTERM)
-        said, _ = run.communicate(timeout=120)
+    command = ["collect_demos.py", *FLAGS, "--output", output, "--num_demos", "600"]
+    (run,) = start_ranks(1, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (output / "recipe.json").exists() or run.poll() is not None, "recipe.json")
+    second = collect(output, "--num_demos", "600")  # the first one makes some tries meanwhile
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=600)
     assert second.returncode == 2 and f"is being written by process {run.pid} on" in second.stderr
     assert run.returncode == 75
     kept = int(re.search(rf"SIGTERM: {output} has (\d+) of 600 demonstrations\. Run the same command", said)[1])

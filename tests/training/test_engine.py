@@ -477,11 +477,11 @@ def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank
     wait_for((run_dir / "checkpoints" / "iteration_000001").is_dir, "first checkpoint")
     victims = [number for number in processes_with(str(run_dir)) if parent_command(number).count("launcher.launch")]
     os.kill(max(victims), signal.SIGKILL)
-    assert launcher.wait(timeout=120) != 0
-    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 60.0)
+    assert launcher.wait(timeout=600) != 0
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
     assert not (run_dir / "checkpoints" / "iteration_000003").exists()
-    resumed = deepspeed(1, "--resume", str(run_dir), "--deepspeed_config", "ds_configs/zero2.json")
-    assert resumed.wait(timeout=600) == 0
+    resume = ["--resume", run_dir, "--deepspeed_config", "ds_configs/zero2.json"]
+    assert python("train_ppo.py", *flags(), *resume).returncode == 0
     for ours, theirs in zip(logged(run_dir), unbroken):
         assert ours.keys() == theirs.keys()
         for tag in ("train/loss", "train/actor/grad_norm", "rollout/rewards", "env/num_episodes"):
@@ -532,8 +532,8 @@ def test_ranks_end_when_their_launcher_is_terminated(tmp_path):
     launcher = deepspeed(1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0)
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
     launcher.terminate()
-    assert launcher.wait(timeout=60) == -signal.SIGTERM or launcher.returncode == 128 + signal.SIGTERM
-    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
+    assert launcher.wait(timeout=600) == -signal.SIGTERM or launcher.returncode == 128 + signal.SIGTERM
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     assert damage(checkpoint) is None and not (run_dir / "stop").exists()
 
@@ -548,8 +548,8 @@ def test_ctrl_c_saves_the_run(tmp_path):
         )
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
     os.killpg(launcher.pid, signal.SIGINT)
-    launcher.wait(timeout=120)
-    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes", 120.0)
+    launcher.wait(timeout=600)
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     assert damage(checkpoint) is None and not (run_dir / "stop").exists()
     assert "Ctrl-C: the run saves itself" in said.read_text() and "[rank0]" not in said.read_text()
@@ -563,5 +563,5 @@ def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file() or run.poll() is not None, "first iteration")
     assert run.poll() is None
     (run_dir / "stop").touch()
-    assert run.wait(timeout=120) == REQUEUE
+    assert run.wait(timeout=600) == REQUEUE
     assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None
