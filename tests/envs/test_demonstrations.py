@@ -11,8 +11,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, write_demos
+from conftest import ROOT
 from launching import python, start_ranks, wait_for
+from made_up import write_demos
 
 import collect_demos
 from envs import is_held_out, make_envs

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import ROOT, as_saved, busy_actions, same
+from compare import as_saved, same
+from conftest import ROOT
 from launching import python
+from made_up import busy_actions
 
 import envs as world
 from envs import variants, workers

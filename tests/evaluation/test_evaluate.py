@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 from chromium import Page, find_chromium
-from conftest import ROOT, observation
+from conftest import ROOT
 from launching import python, run_ranks, start_ranks, train, wait_for
+from made_up import observation
 
 import evaluate
 from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_envs

@@ -1,4 +1,4 @@
-"""A cluster of one machine: sbatch, srun and scontrol as far as slurm/*.sbatch use them. tests/training/test_engine.py
+"""A cluster of one machine: sbatch, srun and scontrol as far as slurm/*.sbatch use them. tests/scripts/test_stopped_runs.py
 puts scripts with these names on PATH that call this file.
 
     sbatch [--nodes=N] [--ntasks-per-node=M] FILE ...    runs the file now; a job that was requeued is started again

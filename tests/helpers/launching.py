@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -14,11 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import warm
-from conftest import ROOT, one_rank_environment
+from conftest import ROOT
 
 PRESET = "tests/helpers/ppo_random_openvla.yaml"
 SMALL = """--num_envs 4 --num_steps 16 --max_episode_steps 8 --num_minibatches 2 --micro_batch_size 8
 --num_eval_episodes 2 --num_eval_envs 2 --save_freq 1 --keep_checkpoints 0""".split()
+
+
+def one_rank_environment() -> dict[str, str]:
+    """For a script that is started without a launcher: what a test left in this process names no group to join."""
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in places}
+    return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def free_port() -> str:

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from conftest import observation
+from made_up import observation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla.models import cuda_graphs, openvla, openvla_oft

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import observation
+from made_up import observation
 from safetensors.torch import load_file, save_file
 
 from schemas import UserError

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, observation
+from conftest import ROOT
+from made_up import observation
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import grpo_loss_of, ppo_loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import grpo_loss_of, ppo_loss_of
 
 from envs.vector import Outcome, Turn
 from train_grpo import UPDATE_METRICS, compute_group_advantages, episode_weights, fill_dead_groups, live_groups, rollout

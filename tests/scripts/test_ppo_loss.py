@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import ppo_loss_of as loss_of
-from conftest import split_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import ppo_loss_of as loss_of
+from losses import split_flags
 
 from envs.vector import Outcome
 from train_ppo import (

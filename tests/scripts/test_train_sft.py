@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_demos
+from conftest import ROOT
 from launching import metrics, run_ranks, without_time
+from made_up import write_demos
 from safetensors.torch import load_file
 
 import train_sft

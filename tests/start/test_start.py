@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import HELPERS, ROOT, one_rank_environment
-from launching import python
+from conftest import HELPERS, ROOT
+from launching import one_rank_environment, python
 from torch.utils.file_baton import FileBaton
 
 from vla.distributed import UserError

@@ -1,40 +1,23 @@
-"""Engine, stages, shards, checkpoints, signals and clusters, on ranks of their own."""
+"""Engine, stages, shards, checkpoints and the memory plan, on ranks of their own."""
 
 import copy
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import HELPERS, ROOT
-from launching import PRESET, launcher_command, metrics, python, run_ranks, start_ranks, wait_for, without_time
+from conftest import ROOT
+from launching import PRESET, python, run_ranks
 from micro import micro_preset
 
 from vla import distributed
-from vla.distributed import REQUEUE, UserError
+from vla.distributed import UserError
 from vla.files.trees import load_tree
-from vla.training.checkpoint import OLD_FORMAT, damage, latest_checkpoint
+from vla.training.checkpoint import OLD_FORMAT, damage
 from vla.training.engine import read_deepspeed_config, use_gathered_layers
 from vla.training.memory_plan import Recipe, advice, make_plan
-
-SHORT = {
-    "num_envs": 4,
-    "num_steps": 16,
-    "max_episode_steps": 8,
-    "num_minibatches": 2,
-    "micro_batch_size": 8,
-    "num_eval_episodes": 2,
-    "num_eval_envs": 2,
-    "save_freq": 1,
-    "keep_checkpoints": 0,
-    "num_iterations": 3,
-}
 
 
 def on_ranks(world: int, scenarios: list[tuple[str, dict]], accelerator: str = "cpu") -> list[dict]:
@@ -385,183 +368,3 @@ def test_unsupported_combinations_are_refused_with_a_sentence(tmp_path, zero, of
 def test_shipped_configs_are_accepted():
     for name, offload in (("zero0", "none"), ("zero2", "none"), ("zero3", "stage"), ("zero3_cpu_adam", "none")):
         read_deepspeed_config(str(ROOT / f"ds_configs/{name}.json"), "float32", offload)
-
-
-# ---------------------------------------------------------------------- the whole script, killed and stopped
-def flags(preset: str = PRESET, **changes: int) -> list[str]:
-    """Of a run that takes seconds."""
-    return [
-        "--config",
-        preset,
-        *(word for name, value in (SHORT | changes).items() for word in (f"--{name}", str(value))),
-    ]
-
-
-def deepspeed(ranks: int, *more: str, stderr=None, start_new_session: bool = False, **changes: int) -> subprocess.Popen:
-    """`deepspeed --num_gpus RANKS train_ppo.py ...`, started."""
-    command = [*launcher_command(ranks), "train_ppo.py", *flags(**changes), *more]
-    return subprocess.Popen(command, cwd=ROOT, stderr=stderr, start_new_session=start_new_session)
-
-
-def logged(run_dir: Path) -> list[dict]:
-    return without_time(metrics(run_dir))
-
-
-def processes_with(text: str) -> list[int]:
-    """Running processes that have this in their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if text.encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-        except OSError:  # it has just ended
-            continue
-    return found
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """sbatch, srun and scontrol on PATH; yields where they keep their state."""
-    folder = tmp_path_factory.mktemp("cluster")
-    (folder / "bin").mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
-        tool = folder / "bin" / name
-        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS}/fake_slurm.py" {name} "$@"\n')
-        tool.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-        patch.setenv("FAKE_SLURM", str(folder))
-        patch.setenv("PYTHON", sys.executable)
-        yield folder
-
-
-def sbatch(file: str, nodes: int, tasks: int, run_dir: Path, **changes: int) -> subprocess.Popen:
-    size = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}"]
-    command = ["sbatch", *size, f"slurm/{file}", "train_ppo.py", *flags(**changes), "--run_dir", str(run_dir)]
-    return subprocess.Popen(command, cwd=ROOT)
-
-
-@pytest.fixture(scope="module")
-def unbroken(cluster) -> list[dict]:
-    """Three iterations on two ranks under ZeRO-3 that nothing disturbs: on two nodes, as the cluster says."""
-    run_dir = cluster / "unbroken"
-    assert sbatch("train_multinode.sbatch", 2, 1, run_dir).wait(timeout=600) == 0
-    return logged(run_dir)
-
-
-@pytest.mark.slow
-def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster):
-    run_dir = cluster / "run"
-    job = sbatch("train.sbatch", 1, 2, run_dir, save_freq=0)
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
-    for rank in (cluster / "pids").read_text().split():  # ahead of the time limit
-        os.kill(int(rank), signal.SIGUSR1)
-    assert job.wait(timeout=600) == 0
-    assert logged(run_dir) == unbroken
-    assert "is complete. Go on with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
-    assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
-    assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
-    assert not processes_with(str(run_dir))
-
-
-@pytest.mark.slow
-def test_a_slurm_job_needs_a_run_dir(cluster):
-    job = subprocess.run(["sbatch", "slurm/train.sbatch", "train_ppo.py"], cwd=ROOT, capture_output=True, text=True)
-    assert job.returncode == 2 and "give --run_dir" in job.stderr
-
-
-@pytest.mark.slow
-def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank_under_zero2(unbroken, tmp_path):
-    run_dir = tmp_path / "run"
-    launcher = deepspeed(2, "--run_dir", str(run_dir))
-    wait_for((run_dir / "checkpoints" / "iteration_000001").is_dir, "first checkpoint")
-    victims = [number for number in processes_with(str(run_dir)) if parent_command(number).count("launcher.launch")]
-    os.kill(max(victims), signal.SIGKILL)
-    assert launcher.wait(timeout=600) != 0
-    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
-    assert not (run_dir / "checkpoints" / "iteration_000003").exists()
-    resume = ["--resume", run_dir, "--deepspeed_config", "ds_configs/zero2.json"]
-    assert python("train_ppo.py", *flags(), *resume).returncode == 0
-    for ours, theirs in zip(logged(run_dir), unbroken):
-        assert ours.keys() == theirs.keys()
-        for tag in ("train/loss", "train/actor/grad_norm", "rollout/rewards", "env/num_episodes"):
-            assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-5), tag
-
-
-def parent_command(process: int) -> str:
-    try:
-        parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
-        return Path(f"/proc/{parent}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-STOPPED_AT_DECISION_3 = """
-import sys
-import train_ppo
-from vla.cli import parse_args
-from vla.distributed import run_main
-from vla.training.preemption import Preemption
-
-def stopping(self, items, until_requested=Preemption.until_requested):
-    for t in until_requested(self, items):
-        if t == 3:
-            self.stop_file.touch()
-        yield t
-
-Preemption.until_requested = stopping
-run_main(train_ppo.main, lambda: parse_args(train_ppo.Args, sys.argv[1:], ""))
-"""
-
-
-@pytest.mark.slow
-def test_without_auto_reset_a_run_stopped_in_its_first_iteration_goes_on_with_the_same_episodes(tmp_path):
-    unbroken, broken = (str(tmp_path / name) for name in ("unbroken", "broken"))
-    new = [*flags(num_iterations=2), "--no-auto_reset", "--deepspeed_config", "ds_configs/zero2.json", "--run_dir"]
-    assert python("train_ppo.py", *new, unbroken).returncode == 0
-    assert python("-c", STOPPED_AT_DECISION_3, *new, broken).returncode == REQUEUE
-    assert not (tmp_path / "broken" / "metrics.jsonl").exists()
-    assert python("train_ppo.py", "--resume", broken).returncode == 0
-    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
-
-
-@pytest.mark.slow
-def test_ranks_end_when_their_launcher_is_terminated(tmp_path):
-    """`deepspeed` itself dies at once and would leave its ranks running: they notice, save and end."""
-    run_dir = tmp_path / "run"
-    launcher = deepspeed(1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0)
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
-    launcher.terminate()
-    assert launcher.wait(timeout=600) == -signal.SIGTERM or launcher.returncode == 128 + signal.SIGTERM
-    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
-    (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    assert damage(checkpoint) is None and not (run_dir / "stop").exists()
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_the_run(tmp_path):
-    """As a terminal sends it: to launcher, helper and ranks at once."""
-    run_dir, said = tmp_path / "run", tmp_path / "said"
-    with said.open("w") as file:
-        launcher = deepspeed(
-            1, "--run_dir", str(run_dir), num_iterations=50, save_freq=0, stderr=file, start_new_session=True
-        )
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
-    os.killpg(launcher.pid, signal.SIGINT)
-    launcher.wait(timeout=600)
-    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
-    (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    assert damage(checkpoint) is None and not (run_dir / "stop").exists()
-    assert "Ctrl-C: the run saves itself" in said.read_text() and "[rank0]" not in said.read_text()
-
-
-@pytest.mark.slow
-def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
-    run_dir = tmp_path / "run"
-    short = flags("yaml/quickstart_grpo_openvla.yaml", num_iterations=50, save_freq=0, group_size=2)
-    (run,) = start_ranks(1, "train_grpo.py", *short, "--run_dir", run_dir)
-    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() or run.poll() is not None, "first iteration")
-    assert run.poll() is None
-    (run_dir / "stop").touch()
-    assert run.wait(timeout=600) == REQUEUE
-    assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None

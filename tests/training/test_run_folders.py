@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, same
+from compare import same
+from conftest import ROOT
 
 import train_grpo
 import train_ppo
