@@ -1,5 +1,6 @@
-"""A cluster of one machine: sbatch, srun and scontrol as far as slurm/*.sbatch use them. tests/scripts/test_stopped_runs.py
-puts scripts with these names on PATH that call this file.
+"""A cluster of one machine: sbatch, srun and scontrol as far as slurm/*.sbatch use them.
+
+tests/scripts/test_stopped_runs.py puts scripts with these names on PATH that call this file.
 
     sbatch [--nodes=N] [--ntasks-per-node=M] FILE ...    runs the file now; a job that was requeued is started again
     srun OPTIONS COMMAND ...         starts nodes x tasks processes, one log each; the exit code is the highest one

@@ -1,4 +1,4 @@
-"""One of several ranks, for test_sharded_policy.py: what load_policy, the rollout copy and the engine take at their peak.
+"""One of the ranks of test_sharded_policy.py: the memory that load_policy, rollout copy and engine take at their peak.
 
 python tests/helpers/zero3_memory.py FOLDER OUT        with RANK, WORLD_SIZE, MASTER_PORT as a launcher sets them
 """
