@@ -18,7 +18,7 @@ import pytest
 import torch
 import warm
 from conftest import HELPERS, ROOT
-from launching import one_rank_environment, python
+from launching import launcher_command, one_rank_environment, python, run_ranks
 from torch.utils.file_baton import FileBaton
 
 from vla.distributed import UserError
@@ -445,18 +445,13 @@ run_main(main, lambda: None)
 )
 def test_an_error_ends_all_ranks_with_its_code(tmp_path, kind, code, sentence):
     (tmp_path / "program.py").write_text(RANKS_THAT_FAIL)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    run = subprocess.run(
-        [launcher, "--num_gpus", "2", "--master_port", port, str(tmp_path / "program.py"), kind],
-        cwd=tmp_path,
-        env=one_rank_environment() | {"ROOT": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words, place = [str(tmp_path / "program.py"), kind], {"ROOT": str(ROOT)}
+    if kind == "file":  # the real launcher once: what it ends, `run_ranks` ends too
+        environment = one_rank_environment() | place
+        command = [*launcher_command(2), *words]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    else:
+        run = run_ranks(2, *words, env=place)
     assert run.returncode == code, run.stderr
     assert sum(line.endswith(sentence) for line in run.stderr.splitlines()) == 1
     assert "Traceback" not in run.stderr or kind == "bug"
