@@ -319,7 +319,7 @@ def test_resume_refusals(tmp_path):
 
 def test_resume_with_other_weights_trained(four_iterations):
     refused("--resume", str(four_iterations), "--num_iterations", "5", "--lora_rank", "4", sentence="--lora_rank")
-    refused("--resume", str(four_iterations), "--critic", "state", sentence="--critic hidden -> state can not go on")
+    refused("--resume", str(four_iterations), "--critic", "state", sentence="--critic hidden -> state cannot resume")
 
 
 def test_unknown_yaml_key_and_missing_config(tmp_path):

@@ -42,7 +42,7 @@ def test_later_flags_win_and_types_are_checked(tmp_path):
 def test_unknown_yaml_key_gets_a_suggestion(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("num_env: 4\n")
-    with pytest.raises(UserError, match=r"unknown key 'num_env'; did you mean 'num_envs'"):
+    with pytest.raises(UserError, match=r"unknown key 'num_env', did you mean 'num_envs'"):
         parse("--config", str(file))
 
 
@@ -73,7 +73,7 @@ def test_wrong_flags_are_one_sentence(flags, sentence, tmp_path):
 
 
 def test_a_preset_of_another_script_says_so():
-    with pytest.raises(UserError, match=r"unknown key 'group_size'; it is a flag of train_grpo\.py"):
+    with pytest.raises(UserError, match=r"unknown key 'group_size', it is a flag of train_grpo\.py"):
         parse("--config", "yaml/quickstart_grpo_openvlaoft.yaml")
 
 

@@ -134,9 +134,9 @@ def test_a_wrong_flag_is_named_whatever_the_terminal_can_write(monkeypatch, enco
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"num_envs: 4\nnum_envs: 8\n", "line 2: the key 'num_envs' stands twice"),
-        (b"num_envs: 4\nnum-envs: 8\n", "line 2: the key 'num-envs' stands twice"),
-        (b"num_envs: {a: {b: 1, b: 2}}\n", "the key 'b' stands twice"),
+        (b"num_envs: 4\nnum_envs: 8\n", "line 2: the key 'num_envs' occurs twice"),
+        (b"num_envs: 4\nnum-envs: 8\n", "line 2: the key 'num-envs' occurs twice"),
+        (b"num_envs: {a: {b: 1, b: 2}}\n", "the key 'b' occurs twice"),
         (b"seed: 010\n", 'has seed "010", but it must be a whole number'),
         (b"sim_freq: 1:40\n", 'has sim_freq "1:40", but it must be a whole number'),
         (b"num_envs: true\n", "has num_envs true, but it must be a whole number"),
@@ -159,13 +159,13 @@ def test_a_wrong_flag_is_named_whatever_the_terminal_can_write(monkeypatch, enco
         (b"seed: !!python/object/apply:os.getcwd []\n", "is not valid yaml"),
         (b"config: x\n", "belongs on the command line"),
         (b"1: 2\n", "unknown key '1'"),
-        (b"? [1, 2]\n: 3\n", "line 1: a key is no text"),
-        (b"seed: 1\n? {a: 1}\n: 3\n", "line 2: a key is no text"),
+        (b"? [1, 2]\n: 3\n", "line 1: a key is not text"),
+        (b"seed: 1\n? {a: 1}\n: 3\n", "line 2: a key is not text"),
         (b"num_envs: !!binary aGVsbG8=\n", "could not determine a constructor for the tag"),
         (b"seed: !!timestamp 2020-01-01\n", "could not determine a constructor for the tag"),
         (b"logger_backends: !!set {tensorboard}\n", "could not determine a constructor for the tag"),
-        (b"image_size: &a [*a, 1]\n", "line 1: an alias stands for a list"),
-        (b"image_size:\n- &a [1]\n- &b [*a, *a]\n- [*b, *b]\n", "line 3: an alias stands for a list"),
+        (b"image_size: &a [*a, 1]\n", "line 1: an alias of a list is refused"),
+        (b"image_size:\n- &a [1]\n- &b [*a, *a]\n- [*b, *b]\n", "line 3: an alias of a list is refused"),
     ],
 )
 def test_a_wrong_yaml_file_is_one_sentence_that_names_it(tmp_path, content, said):
@@ -421,7 +421,7 @@ def test_prompts_get_the_room_that_the_longest_instruction_needs(capsys):
     model = str(ROOT / "checkpoints/openvla-tiny-warmup")
     assert checks.prompt_room(model, {"put carrot on plate"}, 21) == 21 and not capsys.readouterr().out
     assert checks.prompt_room(model, {"push the cube away"}, 21) == 25
-    assert "prompts get 25 tokens, not 21" in capsys.readouterr().out
+    assert "prompts have 25 tokens instead of 21" in capsys.readouterr().out
     with pytest.raises(UserError, match="shorten it"):
         checks.prompt_room(model, {"push " * 3000}, 21)
 
@@ -505,7 +505,7 @@ def test_a_home_is_one_wherever_it_is_written(tmp_path, monkeypatch):
     args = parse("--config=~/mine.yaml", "--run_dir=~/runs/a", "--asset_dir", "~")
     assert args.lora_path == f"{tmp_path}/adapters/a" and args.run_dir == f"{tmp_path}/runs/a"
     assert args.asset_dir == str(tmp_path)
-    with pytest.raises(UserError, match="begins with a home folder that this machine does not know"):
+    with pytest.raises(UserError, match="starts with a home folder that this machine does not know"):
         parse("--run_dir", "~nobody_of_this_name/runs")
 
 

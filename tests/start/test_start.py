@@ -97,7 +97,7 @@ def acquire(folder: Path) -> None:
 def test_a_lock_that_nobody_holds_is_removed_and_said(folder, said):
     (folder / "lock").touch()
     acquire(folder)
-    assert said == [f"the lock {folder / 'lock'} is removed: no process held it"]
+    assert said == [f"the lock {folder / 'lock'} was removed, since no process held it"]
     acquire(folder)
     assert len(said) == 1
 
@@ -106,7 +106,7 @@ def test_a_lock_that_nobody_holds_is_removed_and_said(folder, said):
 def test_a_lock_of_another_kind_is_no_hang(folder, said, make):
     make(folder / "lock")
     acquire(folder)
-    assert said == [f"the lock {folder / 'lock'} is removed: no process held it"]
+    assert said == [f"the lock {folder / 'lock'} was removed, since no process held it"]
 
 
 @pytest.mark.parametrize("kind", ["ours", "torch"])
@@ -158,7 +158,7 @@ def test_a_compiler_that_outlived_its_rank_is_waited_for(folder, said, tmp_path)
         other.kill()
     shown = f"{compiler} 600"[:80]
     assert said[0].startswith(f"this start waits for process {process.pid} ({shown})")
-    assert said[-1].endswith("is removed: no process held it")
+    assert said[-1].endswith("was removed, since no process held it")
 
 
 ONE_OF_MANY = """
@@ -200,7 +200,7 @@ def test_a_lock_of_another_machine_is_left_alone(folder, monkeypatch, capsys, cl
     (folder / extensions.CLAIM).write_text(claim)
     monkeypatch.setattr(extensions, "file_system_of", lambda folder: "nfs4")
     monkeypatch.setattr(extensions, "UNCERTAIN_SECONDS", 0.3)
-    with pytest.raises(UserError, match=f"{folder / 'lock'} is still held, by {words}: .* run `rm {folder / 'lock'}`"):
+    with pytest.raises(UserError, match=f"{folder / 'lock'} is still held by {words}: .* run `rm {folder / 'lock'}`"):
         Lock(str(folder / "lock")).try_acquire()
     assert capsys.readouterr().err == f"this start waits for {words}, which compiles in {folder}\n"
     assert (folder / "lock").exists()
@@ -212,7 +212,7 @@ def test_a_lock_of_another_user_is_left_alone(folder, monkeypatch):
     (folder / "lock").touch()
     monkeypatch.setattr(os, "getuid", lambda: os.stat(folder).st_uid + 1000)
     monkeypatch.setattr(extensions, "UNCERTAIN_SECONDS", 0.3)
-    with pytest.raises(UserError, match=f"held, by a process of user {os.stat(folder).st_uid}"):
+    with pytest.raises(UserError, match=f"held by a process of user {os.stat(folder).st_uid}"):
         Lock(str(folder / "lock")).try_acquire()
     assert (folder / "lock").exists()
 
@@ -273,7 +273,9 @@ def test_torch_compiles_under_our_lock(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     first, second = [line for line in said.splitlines() if str(tmp_path / "ops" / "small") in line]
-    assert first.endswith(" is removed: no process held it") and second.startswith("DeepSpeed compiles small into")
+    assert first.endswith(" was removed, since no process held it") and second.startswith(
+        "DeepSpeed compiles small into"
+    )
     assert (tmp_path / "ops" / "small" / "small.so").exists() and not (tmp_path / "ops" / "small" / "lock").exists()
 
 
@@ -327,7 +329,7 @@ def test_a_start_behind_a_dead_lock_says_so_and_starts(tmp_path):
         [sys.executable, "-c", ONE_RANK], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
-    assert f"the lock {lock} is removed: no process held it" in run.stderr and "compiles" not in run.stderr
+    assert f"the lock {lock} was removed, since no process held it" in run.stderr and "compiles" not in run.stderr
     assert library.stat().st_mtime_ns == made and not lock.exists()
     total, ports = answer(run.stdout)
     assert total == 1 and ports and set(ports) == {"127.0.0.1"}
@@ -617,11 +619,11 @@ def test_ranks_of_several_nodes_meet_on_the_first_one(cluster):
 @pytest.mark.parametrize(
     "environment, sentence",
     [
-        ({"RANK": "3"}, "RANK is 3 and WORLD_SIZE is not set"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 and RANK is not set"),
+        ({"RANK": "3"}, "RANK is 3, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but RANK is not set"),
         ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is '', but it must be a whole number from 0"),
-        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1 and WORLD_SIZE 1"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and MASTER_PORT is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1, but it must be below WORLD_SIZE, which is 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
         ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0', but it must be a whole number from 1"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),

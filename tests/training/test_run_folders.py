@@ -378,12 +378,12 @@ def test_an_adapter_may_lie_elsewhere_on_another_machine():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"lora_rank": 8}, "--lora_rank 4 -> 8 can not go on: other weights would be trained"),
-        ({"unnorm_key": "fractal"}, "--unnorm_key bridge_orig -> fractal can not go on: its actions"),
-        ({"image_size": (64, 96)}, "--image_size 96 96 -> 64 96 can not go on: its pictures"),
-        ({"lora_path": None}, "--lora_path runs/a -> none can not go on"),
-        ({"merge_lora": True}, "--merge_lora False -> True can not go on"),
-        ({"max_prompt_length": 10}, "--max_prompt_length 20 -> 10 can not go on: longer padding"),
+        ({"lora_rank": 8}, "--lora_rank 4 -> 8 cannot resume, since other weights would be trained"),
+        ({"unnorm_key": "fractal"}, "--unnorm_key bridge_orig -> fractal cannot resume, since its actions"),
+        ({"image_size": (64, 96)}, "--image_size 96 96 -> 64 96 cannot resume, since its images"),
+        ({"lora_path": None}, "--lora_path runs/a -> none cannot resume"),
+        ({"merge_lora": True}, "--merge_lora False -> True cannot resume"),
+        ({"max_prompt_length": 10}, "--max_prompt_length 20 -> 10 cannot resume, since its prompts may not fit"),
     ],
 )
 def test_what_would_be_another_run_is_refused(tmp_path, change, said):

@@ -1,6 +1,6 @@
-"""What is looked at before a model or a simulator is made, so that a wrong start ends within seconds.
+"""Checks before a model or a simulator is made, so that a wrong start ends within seconds.
 
-Nothing here joins the process group: rank and number of ranks are the launcher's.
+Nothing here joins the process group. Rank and number of ranks come from the launcher.
 """
 
 import os
@@ -15,13 +15,13 @@ from vla.models.tokenizer import read_tokenizer
 from vla.start.launch import launched
 
 GIB = 2**30
-LONGEST_PROMPT = 2048  # tokens; schemas/flags.py's PromptLength
-SCENE_BYTES = 2**20  # of host memory, per env, at least: 1.9 MiB were measured with one object and 16 x 16 pixels
-PROCESS_BYTES = 100 * 2**20  # per process that simulates, at least: 520 MiB were measured, a part of them shared
+LONGEST_PROMPT = 2048  # tokens, as PromptLength of schemas/flags.py
+SCENE_BYTES = 2**20  # least host memory per env (measured: 1.9 MiB with one object and 16 x 16 pixels)
+PROCESS_BYTES = 100 * 2**20  # least per process that simulates (measured: 520 MiB, some of them shared)
 
 
 def small_files(model_path: str) -> tuple[dict, dict[str, bytes]]:
-    """config.json of a checkpoint folder or a tiny preset, and the small files beside it."""
+    """config.json of a checkpoint folder or a tiny preset, and the other small files."""
     if model_path in TINY_PRESETS:
         return TINY_PRESETS[model_path], tiny_side_files()
     return read_folder(Path(model_path), sorted(TINY_PRESETS))
@@ -29,15 +29,15 @@ def small_files(model_path: str) -> tuple[dict, dict[str, bytes]]:
 
 # ---------------------------------------------------------------------- the prompt
 def prompt_room(model_path: str, texts: Collection[str], max_prompt_length: int) -> int:
-    """How many tokens prompts are padded to: max_prompt_length, or as many as the longest of the texts has.
+    """Number of tokens that prompts are padded to: max_prompt_length, or the length of the longest text.
 
-    Found with the checkpoint's tokenizer alone. Padding changes no action, so more room does no harm.
+    This reads only the tokenizer of the checkpoint. Padding changes no action, so more of it does no harm.
 
     Args:
-        texts: every instruction that can occur.
+        texts: all instructions that can occur.
 
     Raises:
-        UserError: an instruction that is longer than any prompt.
+        UserError: an instruction is longer than any prompt may be.
     """
     tokenizer = read_tokenizer(small_files(model_path)[1], model_path)
     if tokenizer is None:  # load_policy() says so
@@ -46,17 +46,20 @@ def prompt_room(model_path: str, texts: Collection[str], max_prompt_length: int)
     longest = max(lengths, key=lengths.get)
     if lengths[longest] > LONGEST_PROMPT:
         raise UserError(
-            f"--instruction {longest[:40]!r}... has {lengths[longest]} tokens and a prompt at most {LONGEST_PROMPT}: "
-            "shorten it"
+            f"--instruction {longest[:40]!r}... has {lengths[longest]} tokens, and a prompt has at most "
+            f"{LONGEST_PROMPT}: shorten it"
         )
     if lengths[longest] > max_prompt_length and launched().rank == 0:
-        print(f"prompts get {lengths[longest]} tokens, not {max_prompt_length}: {longest!r} needs them", flush=True)
+        print(
+            f"prompts have {lengths[longest]} tokens instead of {max_prompt_length}, since {longest!r} needs them",
+            flush=True,
+        )
     return max(max_prompt_length, lengths[longest])
 
 
 # ---------------------------------------------------------------------- the machine's memory
 def host_memory() -> int:
-    """Bytes that this machine, or its container, has."""
+    """Memory of this machine or its container in bytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
@@ -65,25 +68,26 @@ def host_memory() -> int:
 
 
 def refuse_above_memory(need: int, flags: str) -> None:
-    """Raise UserError for more bytes than the machine has."""
+    """Raise UserError if more bytes are needed than the machine has."""
     if need > (memory := host_memory()):
         raise UserError(
-            f"{flags} ask for at least {need / GIB:.0f} GiB of memory, and this machine has {memory / GIB:.0f}: "
+            f"{flags} ask for at least {need / GIB:.0f} GiB of memory, but this machine has {memory / GIB:.0f}: "
             "lower them"
         )
 
 
 def check_rollout_memory(model_path: str, decisions: int) -> None:
-    """Refuse a rollout whose pictures alone no memory holds. decisions: of all ranks of this machine."""
+    """Raise UserError if the images of a rollout do not fit. decisions: number on all ranks of this machine."""
     side = small_files(model_path)[0]["image_sizes"][0]
     refuse_above_memory(decisions * 3 * side**2, "--num_envs and --num_steps")
 
 
 def check_scene_memory(scenes: int, processes: int, image_size: tuple[int, int], flags: str) -> None:
-    """Refuse more scenes and processes than memory holds, counted low. All ranks of this machine together.
+    """Raise UserError if scenes and processes do not fit, by a low estimate.
 
     Args:
-        image_size: (width, height) of the camera. flags: what the user can lower.
+        scenes, processes: numbers on all ranks of this machine.
+        image_size: (width, height) of the camera. flags: the flags that the user can lower.
     """
     need = scenes * (SCENE_BYTES + 3 * image_size[0] * image_size[1]) + processes * PROCESS_BYTES
     refuse_above_memory(need, flags)
@@ -132,18 +136,22 @@ def what_applies(
     max_episode_steps: int,
     sizes: str,
 ) -> str:
-    """The model, the env, the preset files and the sizes of a run, in five lines for people.
+    """Presets, model, env and sizes of a run, in five lines for people.
 
     Args:
-        sizes: how much is made and learnt from, in the script's own words.
+        sizes: how much is collected and learned from, in the words of the script.
     """
     adapter = f"a fresh adapter of rank {lora_rank}" if lora_rank else "all weights are trained"
     if lora_path:
         adapter = f"the adapter {lora_path}" + (f" merged in, {adapter}" if merge_lora else "")
-    task = f"told {instruction!r}" if instruction else f"{obj_set} objects, {asset_pack} assets, protocol {protocol}"
+    task = (
+        f"instruction {instruction!r}"
+        if instruction
+        else f"{obj_set} objects, {asset_pack} assets, protocol {protocol}"
+    )
     rate = "" if instruction else f", {sim_freq} Hz physics"
     files = [f"the run {resume}"] if resume else []
-    files += [*config] or ([] if resume else ["no file, the defaults of the script"])
+    files += [*config] or ([] if resume else ["no file (defaults of the script)"])
     return "\n".join(
         (
             f"flags   {', then '.join(files)}, then the command line",

@@ -1,9 +1,9 @@
-"""Ops that DeepSpeed compiles when it starts: kept with the environment, and no start waits for a dead compiler.
+"""Ops that DeepSpeed compiles at its start. They are kept in the environment, and no start waits for a dead compiler.
 
-torch (2.13) guards a folder of compiled code with a file, `lock`, that is there while somebody compiles. A process that
-is killed meanwhile leaves it, and every later one would wait for ever without a word. `keep_ops()` puts `Lock` in its
-place. A `Lock` makes the same file, so programs that know only torch's rule are respected and respect it. Beside it, it
-holds a file lock of the operating system (flock), which ends with its process.
+torch 2.13 guards a folder of compiled code with a file `lock`, which exists while a process compiles. A killed process
+leaves the file, and every later process would wait for ever without a message. `keep_ops()` replaces torch's class with
+`Lock`. A `Lock` makes the same file, so it works together with programs that use torch's class. In addition, it holds a
+file lock of the operating system (flock), which ends with its process.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from typing import NamedTuple
 from schemas import UserError
 
 POLL_SECONDS = 0.1
-SECOND_LOOK_SECONDS = 1.0  # torch closes its lock shortly before it removes it: that long it only seems to be nobody's
+SECOND_LOOK_SECONDS = 1.0  # torch closes its lock shortly before it removes it, and meanwhile nobody seems to hold it
 SAY_AGAIN_SECONDS = 60.0
-UNCERTAIN_SECONDS = 600.0  # how long a lock is respected whose holder this machine can not see
-CLAIM = "lock.owner"  # the file under flock; it says who holds it: host and process
+UNCERTAIN_SECONDS = 600.0  # how long to wait for a holder that this machine cannot see
+CLAIM = "lock.owner"  # the file under flock, with the host and process of its holder
 COMPILERS = re.compile(r"ninja|cc|\+\+|clang|collect2|^ld|^as$|ptxas|fatbin|icpx")  # names of programs
 # types of file systems that no other machine writes to
 OF_THIS_MACHINE = "ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay fuse.fuse-overlayfs".split()
@@ -35,7 +35,7 @@ OF_THIS_MACHINE = "ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay fuse.fu
 
 # ---------------------------------------------------------------------- processes
 def parent_of(process: int) -> int | None:
-    """Process id of a process's parent; None once it has ended."""
+    """Id of the parent of a process, or None if the process has ended."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -43,7 +43,7 @@ def parent_of(process: int) -> int | None:
 
 
 def command_of(process: int) -> bytes:
-    """Its command line, words ended by null bytes; empty where it has ended or there is no /proc."""
+    """Command line of a process, with a null byte after each word. Empty if it has ended or there is no /proc."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
@@ -51,7 +51,7 @@ def command_of(process: int) -> bytes:
 
 
 def links_of(process: int, kind: str) -> Iterator[str]:
-    """Where symbolic links of /proc lead: kind is "cwd", "exe" or "fd/*". Nothing for a process of another user."""
+    """Targets of symbolic links in /proc. kind is "cwd", "exe" or "fd/*". Nothing for processes of other users."""
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{process}").glob(kind):
             with contextlib.suppress(OSError):
@@ -59,12 +59,12 @@ def links_of(process: int, kind: str) -> Iterator[str]:
 
 
 def processes() -> list[int]:
-    """All processes but this one."""
+    """Ids of all processes except this one."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 
 
 def compilers_in(folder: Path) -> list[int]:
-    """Processes of compilers that work in a folder."""
+    """Ids of compilers that work in a folder."""
     place = os.path.realpath(folder)
     here = [process for process in processes() if place in links_of(process, "cwd")]
     return [one for one in here if any(COMPILERS.search(Path(program).name) for program in links_of(one, "exe"))]
@@ -72,9 +72,9 @@ def compilers_in(folder: Path) -> list[int]:
 
 # ---------------------------------------------------------------------- the folder
 def ops_folder() -> Path | None:
-    """Where compiled ops go: TORCH_EXTENSIONS_DIR, else a folder of the environment; None where neither can be had.
+    """Folder of compiled ops: TORCH_EXTENSIONS_DIR, or a folder of the environment, or None if it is not writable.
 
-    What is compiled names the environment's path. So an environment that is reached by two paths has two folders.
+    Compiled code contains the path of the environment, so an environment with two paths has two folders.
     """
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
@@ -88,7 +88,7 @@ def ops_folder() -> Path | None:
 
 
 def file_system_of(folder: Path) -> str:
-    """Its type, such as ext4 or nfs; empty where it can not be told."""
+    """Type of the file system of a folder, such as ext4 or nfs. Empty if it is unknown."""
     place, best, kind = os.path.realpath(folder), "", ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -99,12 +99,12 @@ def file_system_of(folder: Path) -> str:
 
 
 def keep_ops() -> None:
-    """Before DeepSpeed starts: its ops are compiled into ops_folder(), under a Lock."""
+    """Let DeepSpeed compile its ops into ops_folder(), under a Lock. Call this before DeepSpeed starts."""
     if folder := ops_folder():
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     else:
-        os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # torch's own, in the user's home
-    import torch.utils.cpp_extension  # takes a moment, with setuptools
+        os.environ.pop("TORCH_EXTENSIONS_DIR", None)  # torch then uses a folder in the home of the user
+    import torch.utils.cpp_extension  # slow, since it imports setuptools
 
     torch.utils.cpp_extension.FileBaton = Lock
 
@@ -113,20 +113,20 @@ def keep_ops() -> None:
 class Holder(NamedTuple):
     """Who compiles in a folder."""
 
-    words: str  # such as: process 123 (ninja -v)
-    certain: bool = True  # this machine sees that it lives
-    sibling: bool = False  # another rank of this launch, which has said what it does
+    words: str  # such as "process 123 (ninja -v)"
+    certain: bool = True  # this machine sees that it is alive
+    sibling: bool = False  # another rank of this launch, which has printed what it does
 
 
 def named(process: int) -> str:
-    """A process in words: its id and the beginning of its command."""
+    """A process in words: its id and the start of its command."""
     text = command_of(process).decode(errors="replace")
     command = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return f"process {process} ({command[:80]})" if command else f"process {process}"
 
 
 def read_claim(folder: Path) -> tuple[str, int] | None:
-    """Host and process of a folder's last holder; None where that ended well, or was no program of ours."""
+    """Host and process of the last holder of a folder. None if it has ended normally or was another program."""
     try:
         host, process = (folder / CLAIM).read_text().split()
         return host, int(process)
@@ -135,9 +135,9 @@ def read_claim(folder: Path) -> tuple[str, int] | None:
 
 
 def holder_of(lock: Path) -> Holder | None:
-    """Who holds torch's lock, for a process that has its folder's claim; None: nobody.
+    """Who holds torch's lock, or None. The caller must have the claim of the folder.
 
-    torch keeps the file open while it compiles. Of a process that was killed, the compiler may live on.
+    torch keeps the file open while it compiles. The compiler of a killed process may still be running.
     """
     place = os.path.join(os.path.realpath(lock.parent), lock.name)
     for process in processes():
@@ -146,7 +146,7 @@ def holder_of(lock: Path) -> Holder | None:
     for process in compilers_in(lock.parent):
         return Holder(named(process))
     owner = lock.lstat().st_uid
-    if os.getuid() not in (0, owner):  # whose files this process can not look up
+    if os.getuid() not in (0, owner):  # this process cannot look up the files of other users
         return Holder(f"a process of user {owner}", certain=False)
     host, process = read_claim(lock.parent) or ("", 0)
     if file_system_of(lock.parent) in OF_THIS_MACHINE or host == socket.gethostname():
@@ -155,10 +155,10 @@ def holder_of(lock: Path) -> Holder | None:
 
 
 def remove_if_dead(lock: Path) -> Holder | bool:
-    """Look at torch's lock, for a process that has its folder's claim.
+    """Remove torch's lock if nobody holds it. The caller must have the claim of the folder.
 
     Returns:
-        Its holder; or whether there was one that nobody held, which is gone now.
+        The holder of the lock, or True if the lock was removed, or False if there is none.
     """
     try:
         before = lock.lstat()
@@ -167,7 +167,7 @@ def remove_if_dead(lock: Path) -> Holder | bool:
                 return holder
             time.sleep(pause)
         if not os.path.samestat(before, lock.lstat()):
-            return False  # another one: the caller finds out
+            return False  # another lock, which the caller will find
         lock.unlink()
     except FileNotFoundError:
         return False
@@ -176,10 +176,10 @@ def remove_if_dead(lock: Path) -> Holder | bool:
 
 # ---------------------------------------------------------------------- the lock
 class Lock:
-    """What torch calls a FileBaton: held by the one process that compiles in a folder.
+    """A replacement for torch's FileBaton, held by the one process that compiles in a folder.
 
-    One process at a time has the folder's claim, and only that one removes a lock that nobody holds. Every wait is
-    said, with the process that is waited for. SIGTERM meanwhile takes the lock and the compiler along.
+    One process at a time has the claim of the folder, and only this process removes a lock that nobody holds. Every
+    wait prints the process that it waits for. SIGTERM removes the lock and ends the compiler.
     """
 
     def __init__(self, lock_file_path: str | Path, wait_seconds: float = 0.1, warn_after_seconds: float | None = None):
@@ -190,7 +190,7 @@ class Lock:
         self.on_sigterm: Callable | int | None = None
 
     def look(self) -> Holder | bool:
-        """Take the folder's claim unless somebody has it. Then as remove_if_dead()."""
+        """Take the claim of the folder, unless another process has it. Returns the same as remove_if_dead()."""
         if self.claim is None:
             self.claim = os.open(self.folder / CLAIM, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -198,12 +198,12 @@ class Lock:
             except BlockingIOError:
                 self.leave()
                 return self._claimant()
-            except OSError:  # a file system without flock: torch's lock has to do
+            except OSError:  # a file system without flock, where torch's lock must suffice
                 pass
         return remove_if_dead(self.path)
 
     def _claimant(self) -> Holder:
-        """Who has the claim; where that is another start that waits itself, whom it waits for."""
+        """Who has the claim. If that is another start that waits itself, the process that it waits for."""
         host, process = read_claim(self.folder) or ("", 0)
         if host == socket.gethostname() and command_of(process):
             return Holder(named(process), sibling=parent_of(process) == os.getppid())
@@ -214,31 +214,31 @@ class Lock:
         return Holder("another start")
 
     def leave(self) -> None:
-        """Give the claim back."""
+        """Release the claim."""
         if self.claim is not None:
             os.close(self.claim)
             self.claim = None
 
     def try_acquire(self) -> bool:
-        """Wait until nobody else compiles here. Then the lock is this process's, always; torch's own may say False.
+        """Wait until nobody else compiles here, and take the lock. Always True, while torch's own may return False.
 
         Raises:
-            UserError: the folder can not be written, or a lock stays whose holder this machine can not see.
+            UserError: the folder cannot be written, or this machine cannot see the holder of a lock that stays.
         """
         try:
             self._acquire()
         except OSError as error:
             self.leave()
             raise UserError(
-                f"DeepSpeed can not keep compiled ops in {self.folder} ({error.strerror}): let TORCH_EXTENSIONS_DIR "
-                "name a folder of yours"
+                f"DeepSpeed cannot keep compiled ops in {self.folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to "
+                "a folder of yours"
             ) from error
         if threading.current_thread() is threading.main_thread():
             self.on_sigterm = signal.signal(signal.SIGTERM, self._end)
         os.ftruncate(self.claim, 0)
         os.pwrite(self.claim, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
         if not any(self.folder.glob("*.so")):
-            say(f"DeepSpeed compiles {self.folder.name} into {self.folder}: once, a minute or two")
+            say(f"DeepSpeed compiles {self.folder.name} into {self.folder}, which takes a minute or two once")
         return True
 
     def release(self) -> None:
@@ -256,7 +256,7 @@ class Lock:
         while True:
             found = self.look()
             if found is True:
-                say(f"the lock {self.path} is removed: no process held it")
+                say(f"the lock {self.path} was removed, since no process held it")
             elif found:
                 now = time.monotonic()
                 if now >= say_again and not found.sibling and int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -265,17 +265,17 @@ class Lock:
                 if not found.certain and now - began > UNCERTAIN_SECONDS:
                     self.leave()
                     raise UserError(
-                        f"{self.path} is still held, by {found.words}: if nobody compiles there, run "
+                        f"{self.path} is still held by {found.words}: if nobody compiles there, run "
                         f"`rm {shlex.quote(str(self.path))}`"
                     )
                 time.sleep(POLL_SECONDS)
                 continue
-            with contextlib.suppress(FileExistsError):  # a program that knows torch's rule alone was faster
+            with contextlib.suppress(FileExistsError):  # a program with torch's own class was faster
                 self.file = os.open(self.path, os.O_CREAT | os.O_EXCL)
                 return
 
     def _end(self, number: int, frame: object) -> None:
-        """SIGTERM: end the compiler, remove the lock, then end as without this handler."""
+        """On SIGTERM, end the compiler, remove the lock, and then end as without this handler."""
         for process in compilers_in(self.folder):
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGTERM)

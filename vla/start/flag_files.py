@@ -1,8 +1,8 @@
-"""Flags in files: yaml presets, and the args.json of a run that goes on. Types are checked strictly, the file is named.
+"""Flags in files: yaml presets, and the args.json of a resumed run. Types are strict, and errors name the file.
 
-A file's values never become words of a command line, so no value of a stranger's file can add a flag. Relative paths in
-a file mean the same wherever a script is started: a preset's lead from the repository, a run's own from the repository
-or from a folder above the run.
+Values of a file never become words of a command line, so a file from a stranger cannot add a flag. Relative paths in a
+file do not depend on the working directory. Those of a preset start at the repository, and those of a run at the
+repository or at a folder above the run.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from schemas import UserError, check, read_json, require_file
 from vla import ROOT
 from vla.models.tiny import TINY_PRESETS
 
-# what is there
+# flags of files and folders that exist
 INPUTS = ("model_path", "lora_path", "asset_dir", "demos", "deepspeed_config", "checkpoint", "compare", "resume")
-OUTPUTS = ("run_dir", "export_dir", "output")  # what a script makes
+OUTPUTS = ("run_dir", "export_dir", "output")  # flags of folders that a script makes
 COMMAND_LINE_ONLY = ("config", "resume", "local_rank")
 MAX_YAML_BYTES = 2**20
-# of yaml's kinds of values, those that a flag can have; None: what becomes of all others, an error
+# the kinds of yaml values that a flag can have. None stands for all others, which are errors
 PLAIN_TAGS = (None, *(f"tag:yaml.org,2002:{kind}" for kind in "null bool int float str seq map".split()))
 
 
@@ -35,8 +35,8 @@ class Layer:
 
     Args:
         source: the file, as sentences name it.
-        values: by flag; not checked yet.
-        folders: where relative paths lead from, in this order.
+        values: {flag: value}, not checked yet.
+        folders: the folders where relative paths may start, in this order.
     """
 
     source: str
@@ -46,11 +46,11 @@ class Layer:
 
 # ---------------------------------------------------------------------- reading
 class StrictLoader(yaml.SafeLoader):
-    """Plain yaml: texts, numbers, lists and keys. A key stands once, and numbers are read as people mean them.
+    """Plain yaml: text, numbers, lists and keys. A key may occur once, and numbers are read as people mean them.
 
-    YAML 1.1 takes 3e-5 for a text, 010 for 8 and 1:40 for 100. Here the first is a number (as in YAML 1.2) and the
-    other two are texts, which no numeric flag takes.
-    Lists are written out: one that refers to itself, or ten times to another, would have no end.
+    YAML 1.1 reads 3e-5 as text, 010 as 8 and 1:40 as 100. Here the first is a number (as in YAML 1.2) and the other two
+    are text, which no numeric flag takes. Aliases of lists are refused: a list that contains itself, or another one ten
+    times, would have no end.
     """
 
     yaml_implicit_resolvers: typing.ClassVar = {}  # filled below
@@ -62,19 +62,19 @@ class StrictLoader(yaml.SafeLoader):
         mark = self.peek_event().start_mark if self.check_event(yaml.AliasEvent) else None
         node = super().compose_node(parent, index)
         if mark is not None and not isinstance(node, yaml.ScalarNode):
-            raise yaml.composer.ComposerError(None, None, "an alias stands for a list: write the list out", mark)
+            raise yaml.composer.ComposerError(None, None, "an alias of a list is refused: write the list", mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             known = key.replace("-", "_") if isinstance(key, str) else key
             if known in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
                 )
             seen.add(known)
         return super().construct_mapping(node, deep)
@@ -91,14 +91,16 @@ for tag, pattern, first in (
 
 
 def read_yaml(path: Path) -> dict:
-    """The content of a yaml file of `key: value` lines.
+    """Read a yaml file of `key: value` lines.
 
     Raises:
-        UserError: no such file, not UTF-8, not yaml, a key twice, or something else than keys with values.
+        UserError: the file is missing, is not UTF-8, is not yaml, has a key twice, or holds no keys with values.
     """
     require_file(path, "give the path of a yaml file")
     if path.stat().st_size > MAX_YAML_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, more than any preset: give a yaml file of flags")
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, but at most {MAX_YAML_BYTES} are read: give a yaml file of flags"
+        )
     try:
         content = yaml.load(path.read_bytes().decode("utf-8"), StrictLoader)
     except UnicodeDecodeError as error:
@@ -106,35 +108,35 @@ def read_yaml(path: Path) -> dict:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid yaml: {why(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `flag: value` lines, it {'is empty' if content is None else 'does not'}")
+        raise UserError(f"{path} must hold `flag: value` lines, but {'is empty' if content is None else 'does not'}")
     return content
 
 
 def why(error: Exception) -> str:
-    """What yaml found, on one line and with the place."""
+    """The finding of the yaml parser on one line, with its place."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return " ".join(str(error).split()) or "it is nested too deeply"
-    tabs = "; yaml indents with spaces, not with tabs" if "'\\t'" in problem else ""
+    tabs = " (yaml indents with spaces, not with tabs)" if "'\\t'" in problem else ""
     return f"line {mark.line + 1}: {problem}{tabs}"
 
 
 def yaml_layer(name: str) -> Layer:
-    """The flags in a preset that --config names: looked for from the working directory, then from the repository."""
+    """The flags in a file that --config names, relative to the working directory or else to the repository."""
     if not name.strip():
         raise UserError("--config is empty: give a yaml file, or leave the flag out")
     path = next((found for found in (Path(in_home(name)), ROOT / name) if found.exists()), None)
     if path is None:
         known = ", ".join(str(found.relative_to(ROOT)) for found in sorted((ROOT / "yaml").glob("*.yaml")))
-        raise UserError(f"--config {name} does not exist: there are {known}")
+        raise UserError(f"--config {name} does not exist: give another file, such as {known}")
     return Layer(name, read_yaml(path), (ROOT,))
 
 
 def saved_layer(run_dir: Path) -> Layer:
-    """The flags that a run was started with, without those that name a run."""
+    """The flags of a run, without those that name a run."""
     path = run_dir / "args.json"
     if not path.is_file():
-        raise UserError(f"--resume {run_dir} is not a run folder: it has no args.json")
+        raise UserError(f"--resume {run_dir} is not a run folder, since it has no args.json: give another one")
     saved = read_json(path, dict[str, Any], "copy the run folder again, or start a new run")
     values = {name: value for name, value in saved.items() if name not in (*COMMAND_LINE_ONLY, "run_dir")}
     return Layer(str(path), values, (ROOT, *run_dir.resolve().parents))
@@ -142,13 +144,13 @@ def saved_layer(run_dir: Path) -> Layer:
 
 # ---------------------------------------------------------------------- checking
 def checked_values(layer: Layer, args_class: type, imported_env: str | None) -> dict[str, Any]:
-    """The flags of a layer by their names in args_class, each of the type that it has there, with paths resolved.
+    """{flag: value} of a layer, with the types of args_class and resolved paths.
 
     Args:
-        imported_env: the env id that the command line itself names; no other may import code.
+        imported_env: the env id on the command line. No other env id may import code.
 
     Raises:
-        UserError: an unknown key, a value that the flag does not take, or an env id that would import code.
+        UserError: a key is unknown, a value does not fit its flag, or an env id would import code.
     """
     types = typing.get_type_hints(args_class, include_extras=True)
     values = {}
@@ -165,19 +167,19 @@ def checked_values(layer: Layer, args_class: type, imported_env: str | None) -> 
 
 
 def check_name(key: str, name: str, known: Iterable[str], source: str) -> None:
-    """Raise UserError for a key that is no flag, or one of the command line's alone."""
+    """Raise UserError for a key that is not a flag, or that only the command line may give."""
     if name in COMMAND_LINE_ONLY:
-        raise UserError(f"{source}: {key!r} belongs on the command line, not into a file")
+        raise UserError(f"{source}: {key!r} belongs on the command line, not in a file")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see --help for all of them"
+        hint = f"did you mean {near[0]!r}?" if near else "see --help for all flags"
         if other := script_that_knows(name):
-            hint = f"it is a flag of {other}: is this preset meant for that script?"
-        raise UserError(f"{source}: unknown key {key!r}; {hint}")
+            hint = f"it is a flag of {other}, so run that script or another preset"
+        raise UserError(f"{source}: unknown key {key!r}, {hint}")
 
 
 def script_that_knows(name: str) -> str | None:
-    """Which of the scripts has this flag, by its source: importing them all for one sentence would take seconds."""
+    """The script that has this flag, found in the sources, since importing all scripts would take seconds."""
     for script in sorted(ROOT.glob("train_*.py")):
         if f"\n    {name}: " in script.read_text():
             return script.name
@@ -186,22 +188,22 @@ def script_that_knows(name: str) -> str | None:
 
 # ---------------------------------------------------------------------- paths
 def in_home(path: str) -> str:
-    """~/runs as /home/you/runs: a shell leaves it as it is in --run_dir=~/runs, in quotes and in a file.
+    """~/runs as /home/you/runs, which a shell does not expand in --run_dir=~/runs, in quotes and in files.
 
     Raises:
-        UserError: there is no such home. A folder named ~ would be made here, and `rm -r ~` removes another one.
+        UserError: there is no such home. A folder named ~ would be made, and `rm -r ~` would remove your home.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise UserError(f"{path} begins with a home folder that this machine does not know: write the whole path")
+        raise UserError(f"{path} starts with a home folder that this machine does not know: write the whole path")
     return expanded
 
 
 def resolved(name: str, value: Any, folders: Iterable[Path]) -> Any:
-    """A flag's value with a relative path leading from the first of the folders where there is such a thing.
+    """The value of a flag, with a relative path joined to the first of the folders in which it exists.
 
-    It stays relative where the working directory is the repository, so relative paths that a run keeps always lead from
-    there. The names of tiny presets are no paths, and what is nowhere stays as it is.
+    The path stays relative if the working directory is the repository, so saved relative paths always start there.
+    Names of tiny presets are not paths. A path that does not exist stays as it is.
     """
     if name in INPUTS and isinstance(value, tuple):
         return tuple(resolved(name, one, folders) for one in value)

@@ -1,7 +1,7 @@
-"""What a launcher says to the processes it starts, read once and checked before anything trusts it.
+"""Variables that a launcher sets for its processes, checked before anything uses them.
 
-A variable that a scheduler or an earlier shell left behind makes a process wait for ranks that nobody started, and
-nothing is printed meanwhile.
+A variable that a scheduler or an earlier shell left behind would make a process wait silently for ranks that nobody
+started.
 """
 
 import os
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from schemas import UserError
 
-# by what starts processes: how many of them know of no rank
+# command that starts processes -> variable with their number. These processes have no ranks
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 LARGEST = {"MASTER_PORT": 2**16 - 1}
 SMALLEST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 1}
 
 
 class Launch(NamedTuple):
-    """This process among all, as the launcher says; one of one without a launcher."""
+    """The place of this process among all, from the launcher. Without one, it is the only process."""
 
     rank: int
     world_size: int
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Raises UserError where the launcher's variables do not fit together, or where a part of them is missing."""
+    """Read the variables of the launcher. Raises UserError if they do not fit together or some are missing."""
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
         if name in environment:
@@ -34,16 +34,16 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     if ("RANK" in numbers) != ("WORLD_SIZE" in numbers):
         there, other = ("RANK", "WORLD_SIZE") if "RANK" in numbers else ("WORLD_SIZE", "RANK")
         raise UserError(
-            f"{there} is {environment[there]} and {other} is not set, as no launcher does: unset {there}, or start "
+            f"{there} is {environment[there]}, but {other} is not set: unset {there}, or start the script "
             "with `deepspeed`"
         )
     rank, world_size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
     if rank >= world_size:
-        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}, a rank is below it: unset both variables")
+        raise UserError(f"RANK is {rank}, but it must be below WORLD_SIZE, which is {world_size}: unset both variables")
     if world_size > 1 and "MASTER_PORT" not in numbers:
         raise UserError(
-            f"WORLD_SIZE is {world_size} and MASTER_PORT is not set, so ranks can not meet: unset RANK and WORLD_SIZE, "
-            "or start with `deepspeed`"
+            f"WORLD_SIZE is {world_size}, but MASTER_PORT is not set, so ranks cannot meet: unset RANK and WORLD_SIZE, "
+            "or start the script with `deepspeed`"
         )
     if "RANK" not in numbers:
         check_no_tasks(environment)
@@ -52,7 +52,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def number_in(name: str, text: str) -> int:
-    """A launcher's variable as a number of its range. Raises UserError."""
+    """The number in a launcher's variable. Raises UserError if it is not in the range of the variable."""
     smallest, largest = SMALLEST.get(name, 0), LARGEST.get(name, 2**31 - 1)
     if not (text.isascii() and text.isdecimal() and smallest <= int(text) <= largest):
         raise UserError(f"{name} is {text!r}, but it must be a whole number from {smallest} to {largest}: unset it")
@@ -60,7 +60,7 @@ def number_in(name: str, text: str) -> int:
 
 
 def check_no_tasks(environment: Mapping[str, str]) -> None:
-    """Raise UserError for one of several processes that nobody told their ranks: each would be a run of its own."""
+    """Raise UserError for one of several processes without ranks, since each would be a run of its own."""
     for command, name in TASKS.items():
         if environment.get(name, "1") not in ("", "1"):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Which flags a run may change when it goes on, and which would make its policy, its world or its log another's."""
+"""Which flags may change when a run is resumed, and which would change its policy, its world or its log."""
 
 import json
 from collections.abc import Iterable
@@ -9,58 +9,58 @@ from schemas.runs import SavedFlags
 from vla import ROOT
 from vla.start.flag_files import resolved
 
-# what names a run or a start, and says nothing about either
+# flags that only name a run or a start
 OF_A_START = ("config", "run_dir", "resume", "local_rank")
 
-# flag -> what would be another's
+# flag -> what a change would do
 FIXED = {
     # the policy
-    "model_type": "the policy would be read in another way",
+    "model_type": "the policy would be read differently",
     "unnorm_key": "its actions would be decoded with other statistics",
-    "image_resize": "it would see other pictures",
+    "image_resize": "its images would differ",
     "oft_stop_token": "its prompt would end differently",
     "chunk_size": "it would decide on another number of actions",
-    "dtype": "its arithmetic would be another",
-    "lora_path": "its adapter would be another",
-    "merge_lora": "its base would be another",
+    "dtype": "its arithmetic would differ",
+    "lora_path": "its adapter would differ",
+    "merge_lora": "its base would differ",
     "lora_rank": "other weights would be trained",
     "lora_alpha": "its adapter would be scaled differently",
     "lora_scope": "other weights would be trained",
-    "critic": "the critic would be another",
+    "critic": "its critic would differ",
     # its world
-    "env_id": "the task would be another",
-    "instruction": "the task would be another",
-    "obj_set": "its episodes would be others",
-    "asset_pack": "its pictures would be others",
-    "protocol": "its scenes would be others",
-    "image_size": "its pictures would be others",
-    "sim_freq": "its physics would be another",
-    "sim_backend": "its physics would be another",
+    "env_id": "its task would differ",
+    "instruction": "its task would differ",
+    "obj_set": "its episodes would differ",
+    "asset_pack": "its images would differ",
+    "protocol": "its scenes would differ",
+    "image_size": "its images would differ",
+    "sim_freq": "its physics would differ",
+    "sim_backend": "its physics would differ",
     "max_episode_steps": "its episodes would be cut elsewhere",
-    "auto_reset": "its episodes would begin elsewhere",
+    "auto_reset": "its episodes would start elsewhere",
     "ignore_terminations": "its episodes would end elsewhere",
     # which episodes and samples come next
-    "seed": "what is random would be drawn anew",
-    "num_envs": "the saved envs are that many",
-    "group_size": "its groups would be others",
-    "updates_per_iteration": "iterations would count other updates",
-    "batch_size": "updates would see other samples",
+    "seed": "its random numbers would differ",
+    "num_envs": "its saved envs have this number",
+    "group_size": "its groups would differ",
+    "updates_per_iteration": "its iterations would have other updates",
+    "batch_size": "its updates would see other samples",
 }
 
-# what older versions lack and did as the default does: train_sft.py the first two, train_ppo.py the last
+# flags that older versions lack, which behaved like the default (train_sft.py: the first two, train_ppo.py: the last)
 ADDED_LATER = ("instruction", "sim_backend", "critic")
 
-# flag -> why it may change; every change is said
+# flag -> what it decides. Every change is printed
 MAY_CHANGE = dict.fromkeys(
-    ("model_path", "demos", "asset_dir"), "where things lie; that the model is the same one is checked by its contents"
+    ("model_path", "demos", "asset_dir"), "where files are (the contents of the model are checked)"
 )
 MAY_CHANGE |= dict.fromkeys(("num_iterations", "total_timesteps", "num_updates"), "how far the run goes")
 MAY_CHANGE |= dict.fromkeys(
     ("save_freq", "keep_checkpoints", "eval_freq", "logger_backends", "project_name", "experiment_name", "export_dir"),
-    "what is written down, when and where",
+    "what is written, when and where",
 )
 MAY_CHANGE |= dict.fromkeys(
-    ("eval_temperature", "num_eval_episodes", "num_eval_envs"), "how success is measured; training does not see it"
+    ("eval_temperature", "num_eval_episodes", "num_eval_envs"), "how success is measured, without effect on training"
 )
 MAY_CHANGE |= dict.fromkeys(
     (
@@ -73,7 +73,7 @@ MAY_CHANGE |= dict.fromkeys(
         "deepspeed_config",
         "offload",
     ),
-    "how the same work is shared out",
+    "how the same work is distributed",
 )
 MAY_CHANGE |= dict.fromkeys(
     (
@@ -107,25 +107,25 @@ MAY_CHANGE |= dict.fromkeys(
         "label_sigma",
         "image_aug",
     ),
-    "how the policy learns from here on",
+    "how the policy learns from now on",
 )
 MAY_CHANGE |= dict.fromkeys(
     ("learning_rate", "schedule", "warmup_updates", "value_learning_rate", "weight_decay", "max_grad_norm"),
-    "how large its steps are from here on",
+    "how large its steps are from now on",
 )
-# may lie elsewhere: what it adds to the weights, or its settings where it is trained on, are checked by contents
+# may be in another folder: its contents are checked (its weights, or its settings if it is trained further)
 MAY_MOVE = ("lora_path",)
-MAY_GROW = {"max_prompt_length": "longer padding changes no action, but a shorter one may not hold its prompts"}
+MAY_GROW = {"max_prompt_length": "its prompts may not fit, while longer padding would change no action"}
 
 
 def changed_flags(saved: dict, now: dict) -> list[str]:
-    """What a run that goes on changes, one text per flag: "--learning_rate 0.0001 -> 5e-05".
+    """The flags that a resumed run changes, such as "--learning_rate 0.0001 -> 5e-05".
 
     Args:
-        saved: args.json. now: all flags of this start; those that args.json lacks came with a newer version.
+        saved: content of args.json. now: all flags of this start. Flags of a newer version are not in args.json.
 
     Raises:
-        UserError: a flag that has to stay. It is named, with both values.
+        UserError: a flag that must stay has changed. The sentence names it with both values.
     """
     changes = []
     for name, value in json.loads(json.dumps(now)).items():
@@ -134,18 +134,18 @@ def changed_flags(saved: dict, now: dict) -> list[str]:
         change = f"--{name} {shown(saved[name])} -> {shown(value)}"
         if name in MAY_GROW:
             if value < saved[name]:
-                raise UserError(f"{change} can not go on: {MAY_GROW[name]}, so leave it out or raise it")
+                raise UserError(f"{change} cannot resume, since {MAY_GROW[name]}: leave it out or raise it")
         elif name not in MAY_CHANGE and not (name in MAY_MOVE and saved[name] and value):
-            raise UserError(f"{change} can not go on: {FIXED[name]}, so leave it out or start a new run")
+            raise UserError(f"{change} cannot resume, since {FIXED[name]}: leave it out or start a new run")
         changes.append(change)
     return changes
 
 
 def check_present(saved: dict, wanted: Iterable[str], source: Path | str) -> None:
-    """Raise UserError where args.json lacks a flag without which the policy or its world would be the script's default.
+    """Raise UserError if args.json lacks a flag that would otherwise get the default of the script.
 
     Args:
-        saved: its content. wanted: names of flags. source: the file, as the sentence names it.
+        saved: content of args.json. wanted: names of flags. source: the file, as the sentence names it.
     """
     for name in wanted:
         if name not in saved and name not in ADDED_LATER:
@@ -153,7 +153,7 @@ def check_present(saved: dict, wanted: Iterable[str], source: Path | str) -> Non
 
 
 def same_value(name: str, saved: object, now: object) -> bool:
-    """Paths are the same where they lead to the same place."""
+    """Whether two values of a flag are the same. Paths are the same if they lead to the same place."""
     if name == "lora_path" and isinstance(saved, str) and isinstance(now, str):
         return Path(saved).resolve() == Path(now).resolve() or saved == now
     return saved == now
@@ -169,10 +169,10 @@ def check_resumed(run_dir: Path, now: dict) -> list[str]:
     """changed_flags() of a run folder.
 
     Raises:
-        UserError: args.json can not be read, lacks a flag that has to stay, or has another value of it.
+        UserError: args.json cannot be read, or it lacks a flag that must stay, or has another value of it.
     """
     remedy = "copy the run folder again, or start a new run"
     saved = read_json(run_dir / "args.json", SavedFlags, remedy)
     check_present(saved, [name for name in FIXED if name in now], run_dir / "args.json")
-    folders = (ROOT, *run_dir.resolve().parents)  # as vla/start/flag_files.py reads them
+    folders = (ROOT, *run_dir.resolve().parents)  # like vla/start/flag_files.py
     return changed_flags({name: resolved(name, value, folders) for name, value in saved.items()}, now)
