@@ -152,7 +152,7 @@ def test_a_wrong_flag_is_named_whatever_the_terminal_can_write(monkeypatch, enco
         (b"image_size: [96]\n", "image_size"),
         (b"schedule: off\n", "has schedule false, but it must be 'constant', 'linear' or 'cosine'"),
         (b"- num_envs\n", "must hold `flag: value` lines"),
-        (b"# nothing\n", "must hold `flag: value` lines, it is empty"),
+        (b"# nothing\n", "must hold `flag: value` lines, but is empty"),
         (b"num_envs:\n\t4\n", "yaml indents with spaces, not with tabs"),
         ("seed: 1\n".encode("utf-16"), "is not UTF-8 text"),
         (b"seed: 1 # caf\xe9\n", "is not UTF-8 text"),
