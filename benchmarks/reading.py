@@ -1,7 +1,7 @@
-"""How many lines you read to understand one PPO iteration: every function on its path, docstrings included.
+"""How many lines you read to understand one PPO iteration: every function on its path.
 
-    python benchmarks/reading.py            # the table
-    python benchmarks/reading.py --total    # lines and files only
+    python benchmarks/reading.py            # lines of code, and with docstrings, of each
+    python benchmarks/reading.py --total    # only their sum
 
 The networks are left out, and so is what runs once per run: constructors, flags, checkpoints, logging.
 """
@@ -25,13 +25,13 @@ PATH = {
     "vla/models/value_head.py": "value_errors",
     "vla/training/critics.py": "HiddenCritic StateCritic.value StateCritic.decision_values "
     "StateCritic.chunk_values StateCritic.store StateCritic.__call__ StateCritic._normalized StateCritic.fit "
-    "StateCritic._see",
+    "StateCritic._gathered StateCritic._update_statistics",
     "vla/training/stages.py": "StageSwitcher.to_rollout StageSwitcher.to_update rollout_stage update_stage "
     "copy_trainable",
     "vla/training/rollout_buffer.py": "MicroBatch RolloutBuffer.reference_of "
     "RolloutBuffer.add_decision RolloutBuffer.add_outcome RolloutBuffer._store RolloutBuffer.micro_batch "
     "RolloutBuffer.micro_batches RolloutBuffer.statistics RolloutBuffer.explained_variance minibatch_block "
-    "minibatch_indices minibatches split_padded dealing_generator",
+    "minibatch_indices minibatches split_padded shuffle_generator",
     "vla/training/engine.py": "backward NonFiniteGuard.check_ratio NonFiniteGuard.check_gradients "
     "NonFiniteGuard.pop_metrics",
     "vla/training/regularization.py": "regularization",
@@ -42,7 +42,7 @@ PATH = {
 }
 
 
-def definitions(path: Path) -> dict[str, int]:
+def definitions(path: Path) -> dict[str, tuple[int, int]]:
     """{name: lines} of all functions, classes and methods of a file; of `main` only the loop over iterations."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
@@ -58,22 +58,29 @@ def definitions(path: Path) -> dict[str, int]:
     return found
 
 
-def lines_of(node: ast.stmt) -> int:
-    return node.end_lineno - node.lineno + 1
+def lines_of(node: ast.stmt) -> tuple[int, int]:
+    """Lines of code, and with its docstrings: (code, all)."""
+    everything = node.end_lineno - node.lineno + 1
+    code = everything
+    for inner in ast.walk(node):
+        if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
+            code -= inner.body[0].end_lineno - inner.body[0].lineno + 1
+    return code, everything
 
 
 def main() -> None:
-    lines, count = 0, 0
+    total_code, total, count = 0, 0, 0
     for file, names in PATH.items():
         known = definitions(ROOT / file)
         missing = [name for name in names.split() if name not in known]
         if missing:
             sys.exit(f"{file} has no {', '.join(missing)}: put the new names into PATH of benchmarks/reading.py")
         for name in names.split():
-            lines, count = lines + known[name], count + 1
+            code, everything = known[name]
+            total_code, total, count = total_code + code, total + everything, count + 1
             if "--total" not in sys.argv:
-                print(f"{known[name]:5} {file} {name}")
-    print(f"{lines} lines of {len(PATH)} files, {count} functions and classes")
+                print(f"{code:5} {everything:5} {file} {name}")
+    print(f"{total_code} lines of code ({total} with docstrings) in {len(PATH)} files, {count} functions and classes")
 
 
 if __name__ == "__main__":
