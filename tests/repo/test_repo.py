@@ -164,6 +164,7 @@ def every(pages: list[Path]):
 
 
 every_page, every_text = every(PAGES), every(TEXTS)
+every_guide = every([*PAGES, ROOT / "CONTRIBUTING.md"])
 
 
 def test_readme_is_one_page():
@@ -202,7 +203,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
-@every_page
+@every_guide
 def test_every_path_exists(page):
     text = page.read_text()
     paths = re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text) + re.findall(r"--config (yaml/[\w.]+)", text)
@@ -241,7 +242,7 @@ def known_flags() -> set[str]:
     return flags | set(re.findall(r"\"--(\w+)\"", "".join(path.read_text() for path in programs)))
 
 
-@every_page
+@every_guide
 def test_every_command_exists(page):
     """make targets are in the Makefile, scripts exist, every flag is one, every make variable is read."""
     text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
