@@ -338,6 +338,13 @@ def calls_of_pick(script) -> list[tuple[str, set[str]]]:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if getattr(node.value.func, "id", "") == "dict" and isinstance(target, ast.Name):
                 dicts.setdefault(target.id, set()).update(word.arg for word in node.value.keywords)
+    for function in tree.body:  # def check_start(args, **of_world): what its callers give
+        if isinstance(function, ast.FunctionDef) and function.args.kwarg:
+            given = dicts.setdefault(function.args.kwarg.arg, set())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == function.name:
+                    for word in node.keywords:
+                        given |= {word.arg} if word.arg else dicts[word.value.id]
     calls = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pick":
