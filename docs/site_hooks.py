@@ -8,10 +8,9 @@ import os
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)((?:#[^)]*)?\))")
+BOOST = {"glossary.md": 4, "dev/LOG.md": 0.1}  # in the search: what a word means comes first, old notes last
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 
 
@@ -41,8 +40,10 @@ def linked_files(page: Path) -> set[Path]:
     return {target for target in targets if target.is_file()}
 
 
-def on_files(files: Files, config) -> Files:
+def on_files(files, config):
     """Add the first page, and every file outside docs/ that a page links."""
+    from mkdocs.structure.files import File  # the tests import this module without mkdocs
+
     found, queue = set(), [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     while queue:
         page = queue.pop()
@@ -65,11 +66,13 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page, config, files: Files) -> str:
+def on_page_markdown(markdown: str, page, config, files) -> str:
     """Links of the repository -> links of the website."""
     here = page.file.src_uri
     if here.startswith("source/"):
         return markdown
+    if here in BOOST:
+        page.meta["search"] = {"boost": BOOST[here]}
 
     def moved(link: re.Match) -> str:
         target = (file_at(here).parent / link[2]).resolve()
@@ -78,7 +81,7 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     return LINK.sub(moved, markdown)
 
 
-def on_page_content(html: str, page, config, files: Files) -> str:
+def on_page_content(html: str, page, config, files) -> str:
     """No line ends inside a flag: browsers break after hyphens."""
 
     def whole(code: re.Match) -> str:

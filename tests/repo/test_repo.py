@@ -2,9 +2,11 @@
 
 import ast
 import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -192,9 +194,23 @@ def test_a_page_is_short_and_reachable(page):
 def test_every_link_leads_somewhere(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
         place = (page.parent / target).resolve() if target else page
-        assert place.exists(), f"{page.name} links {target}"
+        assert place.is_file(), f"{page.name} links {target}"
         if anchor:
             assert anchor in anchors(place), f"{page.name} links {target}#{anchor}: there are {sorted(anchors(place))}"
+
+
+def test_the_website_has_a_page_for_every_link():
+    """docs/site_hooks.py turns links of the repository into links of the website, and finds its way back."""
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    linked = set().union(*(hooks.linked_files(page) for page in TEXTS))
+    assert len(linked) > 90
+    for path in linked:
+        assert hooks.file_at(hooks.place_of(path)) == path
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="algorithms.md"))
+    moved = hooks.on_page_markdown("[a](../train_ppo.py) [b](../RESULTS.md#c) [d](#e) [f](https://g)", page, None, None)
+    assert moved == "[a](source/train_ppo.py.md) [b](RESULTS.md#c) [d](#e) [f](https://g)"
 
 
 def anchors(page: Path) -> set[str]:
