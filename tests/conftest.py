@@ -15,6 +15,12 @@ SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(HELPERS)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start scripts come first, so that two processes end at about the same time."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warm_workers():
     """Worker processes of the simulator that a test starts in this process are forks of a warm one."""

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -240,13 +239,11 @@ def test_what_can_not_be_done_is_said(tmp_path):
     assert not measured and "minutes were over" in not_done["limits"]
     assert "| limits | not done: the 0 minutes were over |" in bench.table([], not_done)[-1]
     fails = [sys.executable, "-c", "print('fine'); raise SystemExit('no disk')"]
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
-    began = time.monotonic()
+    sleeps = [sys.executable, "-c", "import time; time.sleep(6000)"]
     with pytest.raises(RuntimeError, match="no disk"):
-        bench.run_group([sleeps, fails], [bench.environment_of()] * 2, 30)
+        bench.run_group([sleeps, fails], [bench.environment_of()] * 2, 600)
     with pytest.raises(RuntimeError, match="longer than the 1 s"):
         bench.run_group([sleeps], [bench.environment_of()], 1)
-    assert time.monotonic() - began < 30
     with pytest.raises(RuntimeError, match="one core"), bench.workers_on_a_core_of_their_own(True):
         pass  # nothing starts a worker
     first = bench.new_files(tmp_path, "here")

@@ -724,7 +724,7 @@ def interrupted(command: list[str], output: Path, number: int, after: int) -> tu
     )
     assert process.poll() is None
     process.send_signal(number)
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=600)
     return process.returncode, said
 
 

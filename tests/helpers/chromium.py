@@ -61,7 +61,7 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 30.0):
+    def wait_for(self, expression: str, seconds: float = 300.0):
         """Until the expression is true; its value."""
         deadline = time.monotonic() + seconds
         while not (value := self.script(expression)):

@@ -70,6 +70,7 @@ def alive(run_dir: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path):
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
@@ -92,7 +93,7 @@ def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path):
             )
     try:
         checkpoint = run_dir / "checkpoints" / "iteration_000001"
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 900
         while not checkpoint.is_dir():
             assert time.monotonic() < deadline and all(node.poll() is None for node in launchers), [
                 log.read_text()[-2000:] for log in logs
@@ -100,9 +101,9 @@ def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path):
             time.sleep(0.2)
         ip("-n", nodes[1], "link", "set", "cable", "down")
         cut = time.monotonic()
-        codes = [node.wait(timeout=60 * TIMEOUT_MINUTES + 60) for node in launchers]
+        codes = [node.wait(timeout=60 * TIMEOUT_MINUTES + 600) for node in launchers]
         while alive(run_dir):
-            assert time.monotonic() < cut + 60 * TIMEOUT_MINUTES + 60, alive(run_dir)
+            assert time.monotonic() < cut + 60 * TIMEOUT_MINUTES + 600, alive(run_dir)
             time.sleep(0.2)
     finally:
         for node in launchers:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -477,9 +476,7 @@ def test_children_do_not_keep_a_lock_alive(tmp_path):
     first.wait()
     try:
         assert all(Path(f"/proc/{child}").exists() for child in children)
-        begin = time.monotonic()
-        hold_folder(tmp_path, "--run_dir x")
-        assert time.monotonic() - begin < lock.GRACE_SECONDS
+        hold_folder(tmp_path, "--run_dir x")  # raises where a child still holds it
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
