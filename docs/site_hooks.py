@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)((?:#[^)]*)?\))")
-BOOST = {"glossary.md": 4, "dev/LOG.md": 0.1}  # in the search: what a word means comes first, old notes last
+SEARCH = {"glossary.md": {"boost": 4}, "dev/LOG.md": {"exclude": True}}  # its many headings would come first
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 
 
@@ -71,8 +71,8 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     here = page.file.src_uri
     if here.startswith("source/"):
         return markdown
-    if here in BOOST:
-        page.meta["search"] = {"boost": BOOST[here]}
+    if here in SEARCH:
+        page.meta["search"] = SEARCH[here]
 
     def moved(link: re.Match) -> str:
         target = (file_at(here).parent / link[2]).resolve()
