@@ -626,7 +626,7 @@ def main(args: Args) -> None:
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
         if not epochs:
-            print0(f"iteration {iteration + 1}: every group's members scored the same; no weight was changed")
+            print0(f"iteration {iteration + 1}: all members of every group scored the same, so no weight was changed")
             epochs = [dict.fromkeys(UPDATE_METRICS, 0.0)]
 
         # ------------------------------------------------------------------ log, evaluate, save

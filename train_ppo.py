@@ -519,7 +519,7 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
 def make_state_critic(
     args: Args, sizes: Sizes, obs: dict, device: torch.device, checkpoint: Path | None
 ) -> StateCritic | None:
-    """The critic beside the engine, as it was in the checkpoint; None where the model has a critic of its own."""
+    """The critic that reads the simulator's state, as it was in the checkpoint. None with --critic hidden."""
     if args.critic != "state":
         return None
     shape = (sizes.num_chunks, sizes.local_num_envs, args.chunk_size, obs["state"].shape[1])

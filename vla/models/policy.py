@@ -62,9 +62,9 @@ class VLAPolicy(nn.Module):
         pad_token_id: fills prompts up to max_prompt_length (published: 32000 and 30).
         chunk_size: actions per decision, 1 for OpenVLA.
         image_resize: "tensor" (RLinf's path) or "pil" (upstream's), see resize().
-        caches_features: the vision towers are frozen, so what they make of a picture in the rollout holds in the
-            update. Told, not found out: in a rollout copy everything is frozen.
-        cuda_graphs: on a GPU act() launches recorded graphs; off, it computes the same kernel by kernel.
+        caches_features: the vision towers are frozen, so the features of the rollout hold in the update. It is passed
+            in, because in a rollout copy everything is frozen.
+        cuda_graphs: on a GPU act() launches recorded graphs. Without them it computes the same, kernel by kernel.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class VLAPolicy(nn.Module):
             UserError: no tokenizer, a prompt that is too long, or one that the tokenizer changes.
         """
         if self.tokenizer is None:
-            raise UserError("the checkpoint folder has no tokenizer.json: copy it beside config.json")
+            raise UserError("the checkpoint folder has no tokenizer.json: copy it into the folder of config.json")
         if task_description not in self._prompt_cache:
             prompt = PROMPT.format(task_description=task_description.lower())
             ids = encode_prompt(self.tokenizer, prompt, "tokenizer.json")
@@ -136,7 +136,7 @@ class VLAPolicy(nn.Module):
         """obs of an env -> PolicyInputs on the obs' device. Idempotent.
 
         Raises:
-            ValueError: pictures that are not uint8 [N, H, W, 3], or not one instruction per picture.
+            ValueError: images that are not uint8 [N, H, W, 3], or not one instruction per image.
         """
         if isinstance(obs, PolicyInputs):
             return obs
@@ -145,7 +145,7 @@ class VLAPolicy(nn.Module):
             raise ValueError(f'obs["image"] must be uint8 [N, H, W, 3], it is {images.dtype} {tuple(images.shape)}')
         if isinstance(obs["task_description"], str) or len(obs["task_description"]) != len(images):
             raise ValueError(
-                f'obs["task_description"] must be a list of {len(images)} strings, one per picture, it is '
+                f'obs["task_description"] must be a list of {len(images)} strings, one per image, it is '
                 f"{obs['task_description']!r}"
             )
         images = resize(images, self.image_size, self.image_resize)
@@ -153,7 +153,7 @@ class VLAPolicy(nn.Module):
         return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
 
     def feature_shape(self) -> tuple[int, int]:
-        """(P, E) of PolicyInputs.features for one picture."""
+        """(P, E) of PolicyInputs.features for one image."""
         towers = (self.model.vision_backbone.featurizer, self.model.vision_backbone.fused_featurizer)
         return towers[0].num_patches, sum(tower.embed_dim for tower in towers)
 
@@ -322,7 +322,7 @@ class VLAPolicy(nn.Module):
         return F.log_softmax(action_logits / (temperature or 1.0), dim=-1)
 
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [B, H] -> values fp32 [B, C]; zeros for an actor without critic."""
+        """hidden [B, H] -> values fp32 [B, C], zeros for an actor without critic."""
         if self.value_head is None:
             return hidden.new_zeros(len(hidden), self.chunk_size, dtype=torch.float32)
         return self.value_head(hidden).float()
@@ -359,16 +359,16 @@ def resize(images: torch.Tensor, size: tuple[int, int], how: str = "tensor") -> 
     """uint8 [N, H, W, 3] -> uint8 [N, h, w, 3], bicubic with antialias, aspect not kept ("resize-naive").
 
     Args:
-        how: "tensor" resizes floats and rounds back to uint8 (RLinf's path); "pil" is Pillow's fixed-point arithmetic
-            (upstream's path, on the CPU). They differ in 14 % of the values, by at most 2 of 255.
+        how: "tensor" resizes floats and rounds back to uint8, as RLinf does. "pil" is Pillow's fixed-point arithmetic
+            on the CPU, as in OpenVLA's own code. They differ in 14 % of the values, by at most 2 of 255.
     """
     if tuple(images.shape[1:3]) == tuple(size):
         return images
     if how == "pil":
-        pictures = [
+        resized = [
             Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in images.cpu().numpy()
         ]
-        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(images.device)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(images.device)
     pixels = images.permute(0, 3, 1, 2).float()
     pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
     return pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
