@@ -38,7 +38,7 @@ SMALL = {
     "eval_freq": 0,
 }
 MARK = "SOLOVLA_SOAK"  # in the environment of everything that is started here
-END_SECONDS = 90.0  # for the ranks of a killed launcher to notice, save and end
+END_SECONDS = 600.0  # for the ranks of a killed launcher to notice, save and end, on a busy machine too
 
 
 def free_port() -> str:
