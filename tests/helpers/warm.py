@@ -29,15 +29,16 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = """train_ppo train_grpo train_sft evaluate collect_demos doctor deepspeed transformers peft h5py
 mani_skill.envs imageio.v3 matplotlib.pyplot safetensors.torch torch.utils.tensorboard""".split()
 # variables that are read when a module is imported
-EARLY = ("PYTHON", "OMP_", "DS_", "TORCH_", "CUDA_", "MS_", "HF_", "MPL", "LC_", "LANG", "LD_")
+EARLY = ("PYTHON", "OMP_", "DS_", "TORCH_", "CUDA_", "MS_", "HF_", "MPL", "LC_", "LANG", "LD_PRELOAD")
+LATER = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR")  # a fork extends its own sys.path, and torch reads this when it compiles
 LONGEST_COMMAND = 4000  # what /proc shows of a fork's command line, in bytes
 FIRST_FREE_FD = 200  # where received files wait until each has its own number
 REQUEST = struct.Struct("!I")
 
 
 def early(environment: dict[str, str]) -> dict[str, str]:
-    """The part of an environment that must be the server's. PYTHONPATH is not: a fork extends its own sys.path."""
-    return {k: v for k, v in environment.items() if k.startswith(EARLY) and k not in ("PYTHONPATH", "PYTEST_VERSION")}
+    """The part of an environment that must be the server's."""
+    return {name: value for name, value in environment.items() if name.startswith(EARLY) and name not in LATER}
 
 
 # ---------------------------------------------------------------------- the side of the tests
