@@ -1,4 +1,4 @@
-"""The policy, and what runs it on ranks. Knows no simulator."""
+"""The policy, its training and its evaluation on one or more ranks. Nothing here depends on a simulator."""
 
 import os
 from pathlib import Path
@@ -8,5 +8,5 @@ import torch
 VERSION = "0.3.0"  # the newest heading of CHANGELOG.md; doctor.py, run folders and checkpoints show it
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
-if not torch.cuda.is_available():  # before DeepSpeed is imported: else every rank warns that it found no GPU
+if not torch.cuda.is_available():  # set before DeepSpeed is imported, or every rank warns that it found no GPU
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

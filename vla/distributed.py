@@ -1,4 +1,4 @@
-"""Ranks: start, clean up, print once, reduce over all of them. One process per GPU; on a CPU, gloo.
+"""Ranks: starting and ending them, printing once, and reductions. There is one process per GPU. CPUs use gloo.
 
 The scripts run under `deepspeed`, under torchrun, and as plain `python` (one rank).
 """
@@ -32,27 +32,27 @@ from deepspeed.accelerator import get_accelerator
 from schemas import UserError
 from vla import ROOT
 from vla.start.extensions import command_of, keep_ops, parent_of
-from vla.start.launch import launched
+from vla.start.launch import Launch, launched
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
-Engine = deepspeed.DeepSpeedEngine  # the name that the other modules use
+Engine = deepspeed.DeepSpeedEngine  # other modules use this name
 DEBUG = "SOLOVLA_DEBUG"  # environment variable: 1 prints the traceback of an error that is told in one sentence
-REQUEUE = 75  # exit code: asked to end, everything is saved, start it again with --resume (EX_TEMPFAIL of sysexits.h)
+REQUEUE = 75  # exit code of a run that was asked to end and saved itself (EX_TEMPFAIL of sysexits.h)
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
-HEARD_SECONDS = 10.0  # a launcher looks every second whether a rank has ended
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's and a store's errors
-ORPHAN_SECONDS = 600.0  # an orphan has as long to save itself; it may hang in a collective with a rank that died
+HEARD_SECONDS = 10.0  # a launcher checks every second whether a rank has ended
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in errors of gloo and of a store
+ORPHAN_SECONDS = 600.0  # time of an orphan to save itself; it may hang in a collective with a dead rank
 
 
 def run_main(main: Callable, parse: Callable) -> None:
-    """Run main(parse()). Wrong input ends in one sentence and exit code 2, anything else in its traceback.
+    """Run main(parse()). Wrong input ends with one sentence and exit code 2, any other error with its traceback.
 
-    What all ranks find alike (flags) is said once per node; what one may find alone (files, devices) by each rank. A
-    launcher ends all ranks when the first one ends with an error, and exits with its code. So a rank that may have
-    nothing of its own to say leaves that to the others.
+    Errors that all ranks have in common (flags) are printed once per node. Errors that one rank may have alone (files,
+    devices) are printed by that rank. A launcher ends all ranks when the first one ends with an error, and exits with
+    its code. So a rank whose error is only a consequence waits, so that another rank can print the cause.
     """
     steady_streams()
     try:
@@ -63,35 +63,42 @@ def run_main(main: Callable, parse: Callable) -> None:
     try:
         main(parse())
     except SystemExit as stop:
-        if stop.code == REQUEUE:  # everything is saved: do not spend the grace period on drivers' clean-up
+        if stop.code == REQUEUE:  # everything is saved, so the grace period is not spent on drivers' clean-up
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(REQUEUE)
         raise
-    except KeyboardInterrupt:  # a terminal's Ctrl-C reaches every rank, launcher and helper at once
+    except KeyboardInterrupt:  # a terminal's Ctrl-C reaches all ranks, launchers and helpers
         if launch.rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except UserError as error:
-        first = launch.local_rank == 0
-        if lost_rank(error) or (not first and error.__cause__ is None):
-            let_others_speak()
-        if os.environ.get(DEBUG) == "1":
-            traceback.print_exception(error)
-        who = "error" if first else f"error (rank {launch.rank})"
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        print_user_error(error, launch)
         raise SystemExit(2) from error
     except Exception as error:
         if lost_rank(error):
             let_others_speak()
         raise
-    if dist.is_initialized():  # not after an exception: it would wait for what other ranks never send
+    if dist.is_initialized():  # not after an exception, because it would wait for other ranks
         dist.destroy_process_group()
 
 
+def print_user_error(error: UserError, launch: Launch) -> None:
+    """Print the sentence, and with SOLOVLA_DEBUG=1 the traceback. See run_main() for the rank that prints."""
+    is_first = launch.local_rank == 0
+    if lost_rank(error) or (not is_first and error.__cause__ is None):
+        let_others_speak()
+    if os.environ.get(DEBUG) == "1":
+        traceback.print_exception(error)
+    who = "error" if is_first else f"error (rank {launch.rank})"
+    print(f"{who}: {error}", file=sys.stderr, flush=True)
+
+
 class SteadyStream(io.TextIOWrapper):
-    """A stream whose reader may go: `| head`, a `tee` that was killed, a terminal that was closed. What is written then
-    is dropped, and the run goes on: its folder holds the same lines."""
+    """A stream whose reader may end: `| head`, a `tee` that was killed, a terminal that was closed.
+
+    Later output is dropped, and the run continues. Its folder has the same lines.
+    """
 
     def write(self, text: str) -> int:
         with self.until_the_reader_goes():
@@ -110,33 +117,33 @@ class SteadyStream(io.TextIOWrapper):
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for libraries too, and what is in the buffer
+            os.dup2(nowhere, self.fileno())  # for the output of libraries and the rest of the buffer, too
             os.close(nowhere)
 
 
 def steady_streams() -> None:
-    """Streams that take every name in every encoding, and that outlast their readers.
+    """Replace stdout and stderr by streams that accept every character and outlast their readers.
 
-    A closed stream is opened on nothing: the next file that is opened would take its number, and get what libraries
-    print.
+    A closed stream is opened on os.devnull. Otherwise the next file that is opened would get its number, and the output
+    of libraries would go into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
     for number, name in ((1, "stdout"), (2, "stderr")):
         old, target = getattr(sys, name), os.fdopen(number, "wb", closefd=False)
         if old is None:  # it was closed
             setattr(sys, name, SteadyStream(target, "utf-8", "backslashreplace", write_through=True))
             continue
         old.flush()
-        kept = dict(line_buffering=old.line_buffering, write_through=old.write_through)
-        setattr(sys, name, SteadyStream(target, old.encoding, "backslashreplace", **kept))
+        buffering = dict(line_buffering=old.line_buffering, write_through=old.write_through)
+        setattr(sys, name, SteadyStream(target, old.encoding, "backslashreplace", **buffering))
 
 
 def lost_rank(error: BaseException | None) -> bool:
-    """Whether an error is no more than what a rank sees when another one has ended."""
+    """Whether an error is only a consequence of another rank's end."""
     while error is not None:
         if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
             return True
@@ -145,7 +152,7 @@ def lost_rank(error: BaseException | None) -> bool:
 
 
 def let_others_speak() -> None:
-    """Give the rank time that knows what is wrong. The launcher ends this one with it, and exits with its code."""
+    """Wait for the rank that knows the cause. The launcher then ends this rank, and exits with the other one's code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(HEARD_SECONDS)
 
@@ -180,11 +187,11 @@ def raised_here(error: Exception) -> bool:
 def end_with_launcher() -> None:
     """Start a thread that sends this rank SIGTERM when its launcher ends.
 
-    `deepspeed` (0.19.8) dies of SIGTERM at once and leaves its ranks running, and so does its helper of kill -9.
-    Ranks under torchrun are watched too; those that nothing launched are left alone, as are srun's, which kills all.
+    `deepspeed` (0.19.8) ends at once on SIGTERM and leaves its ranks running. Its helper does so after kill -9. Ranks
+    under torchrun are watched, too. Ranks without a launcher are not, and srun ends its ranks itself.
 
     Raises:
-        UserError: it has ended already, while this rank was importing.
+        UserError: the launcher has already ended, while this rank was importing.
     """
     parent = os.getppid()
     between = LAUNCHER in command_of(parent)
@@ -192,12 +199,12 @@ def end_with_launcher() -> None:
         return
     grandparent = parent_of(parent) if between else None
     if 1 in (parent, grandparent) and not any(name in command_of(1) for name in (b"deepspeed", b"torch")):
-        raise UserError("the launcher that started this rank has ended meanwhile: start it again")
+        raise UserError("the launcher of this rank has already ended: start it again")
 
     def watch() -> None:
         while os.getppid() == parent and (grandparent is None or parent_of(parent) == grandparent):
             time.sleep(POLL_SECONDS)
-        shared_memory().unlink(missing_ok=True)  # it may not have come to that yet
+        shared_memory().unlink(missing_ok=True)  # the rank may have ended its start before it removed this
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         faulthandler.dump_traceback(file=sys.__stderr__)
@@ -207,25 +214,25 @@ def end_with_launcher() -> None:
 
 
 def setup_distributed(seed: int) -> torch.device:
-    """Join the process group and seed every generator with the same seed on every rank. Returns this rank's device.
+    """Join the process group and seed all generators with the same seed on every rank. Returns this rank's device.
 
-    What must differ between ranks (which envs, which slice of the noise) is sliced from quantities that all ranks
-    agree on, so a run does not depend on how many ranks share its work.
+    Ranks take different slices (of envs, of noise) of quantities that are the same on all ranks. So a run does not
+    depend on the number of ranks.
     """
     end_with_launcher()
     for name, value in LAUNCHER_ENV.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:  # one rank without launcher: any port, since other such runs may be going on
+    if "MASTER_PORT" not in os.environ:  # one rank without a launcher takes any free port, because others may run
         with socket.socket() as sock:
             sock.bind((os.environ["MASTER_ADDR"], 0))
             os.environ["MASTER_PORT"] = str(sock.getsockname()[1])
-    # DeepSpeed calls `ninja`, which pip puts beside python: found also when .venv/bin is not on PATH
+    # DeepSpeed calls `ninja`, which is in python's folder and would not be found if .venv/bin is not on PATH
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
     keep_ops()
-    if "OMP_NUM_THREADS" not in os.environ:  # the launchers set none: ranks would fight for the cores
+    if "OMP_NUM_THREADS" not in os.environ:  # launchers do not set it, and ranks would compete for the cores
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here)))
     try:
@@ -235,8 +242,8 @@ def setup_distributed(seed: int) -> torch.device:
             raise
         port = os.environ["MASTER_PORT"]
         raise UserError(
-            f"port {port} is taken, by another run perhaps: put --master_port {int(port) + 1} behind `deepspeed`, in "
-            "front of the script's name"
+            f"port {port} is in use, perhaps by another run: put --master_port {int(port) + 1} between `deepspeed` and "
+            "the script's name"
         ) from error
     unlink_shared_memory()
     random.seed(seed)
@@ -247,7 +254,7 @@ def setup_distributed(seed: int) -> torch.device:
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= get_accelerator().device_count():
         raise UserError(
-            f"this machine has {get_accelerator().device_count()} GPUs and rank {local_rank} of it has none left: "
+            f"this machine has {get_accelerator().device_count()} GPUs, so there is none for its rank {local_rank}: "
             "launch with a smaller --num_gpus"
         )
     get_accelerator().set_device(local_rank)
@@ -255,10 +262,13 @@ def setup_distributed(seed: int) -> torch.device:
 
 
 def where_ranks_meet() -> str | None:
-    """What init_process_group() takes as init_method: ranks of one machine meet where no other machine can listen in.
+    """The init_method of init_process_group(). Ranks of one machine meet on the loopback, out of other machines' reach.
 
-    That is so where MASTER_ADDR is the loopback: `python SCRIPT`, `deepspeed --num_gpus N SCRIPT`, one node of Slurm.
-    torch's own rendezvous (env://) listens on every network, whatever the address. torchrun opens that port itself.
+    MASTER_ADDR is the loopback for `python SCRIPT`, `deepspeed --num_gpus N SCRIPT`, and one node of Slurm. torch's own
+    rendezvous (env://) listens on every network, whatever the address. torchrun opens the port itself.
+
+    Returns:
+        None for torch's default, env://.
     """
     address = os.environ["MASTER_ADDR"]
     with contextlib.suppress(ValueError):  # a name
@@ -268,19 +278,18 @@ def where_ranks_meet() -> str | None:
     if address != "localhost" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     if "lo" in (name for _, name in socket.if_nameindex()):
-        for backend in ("GLOO", "NCCL"):  # else they take the network of the machine's name
+        for backend in ("GLOO", "NCCL"):  # otherwise they use the network of the machine's name
             os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
-    with contextlib.suppress(RuntimeError):  # it is known already
+    with contextlib.suppress(RuntimeError):  # it is registered already
         dist.register_rendezvous_handler("loopback", meet_on_loopback)
     return "loopback://"
 
 
 def meet_on_loopback(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[dist.Store, int, int]]:
-    """A rendezvous handler of torch: yields store, rank, number of ranks. The first rank's store listens on
-    MASTER_ADDR alone.
+    """A rendezvous handler of torch. It yields store, rank, number of ranks. The store listens only on MASTER_ADDR.
 
     Raises:
-        OSError: its port is taken.
+        OSError: the port is in use.
     """
     number, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port, listener = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None
@@ -290,22 +299,22 @@ def meet_on_loopback(url: str, timeout: timedelta, **_: object) -> Iterator[tupl
 
 
 def shared_memory() -> Path:
-    """Where DeepSpeed keeps this CPU rank's all-reduce buffer, 64 MB (0.19.8, ops/csrc/cpu/comm/shm.cpp)."""
+    """DeepSpeed's file for this CPU rank's all-reduce buffer of 64 MB (0.19.8, ops/csrc/cpu/comm/shm.cpp)."""
     address, port, number = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     return Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{number}")
 
 
 def unlink_shared_memory() -> None:
-    """Take the name off DeepSpeed's shared memory: all ranks have opened it, and nobody would ever remove it.
+    """Remove the name of DeepSpeed's shared memory. All ranks have opened it, and DeepSpeed never removes it.
 
-    Without a name it goes with the last rank, also when ranks are killed. Names that are older than a start can take
-    are those of ranks that were killed just before this.
+    Without a name, the memory is freed with the last rank, also if ranks are killed. Old names belong to ranks that
+    were killed before they came here, and are removed, too.
     """
-    if get_accelerator().device_name() == "cpu":  # one rank under the launcher has a buffer too
+    if get_accelerator().device_name() == "cpu":  # also with one rank, which has a buffer under the launcher
         barrier()
         shared_memory().unlink(missing_ok=True)
         for stale in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
-            with contextlib.suppress(OSError):  # another rank is faster
+            with contextlib.suppress(OSError):  # another rank was faster
                 if time.time() - stale.stat().st_mtime > ORPHAN_SECONDS:
                     stale.unlink()
 
@@ -330,7 +339,7 @@ def barrier() -> None:
 
 
 def to_group_device(values: torch.Tensor) -> torch.Tensor:
-    """A float64 copy where collectives work: NCCL reduces nothing that lies in CPU memory."""
+    """A float64 copy on the device where collectives work. NCCL cannot reduce CPU memory."""
     return values.detach().to(get_accelerator().current_device_name(), torch.float64, copy=True)
 
 
@@ -351,17 +360,17 @@ def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_lists(items: Iterable) -> list:
-    """Concatenate every rank's picklable items, in rank order, on every rank."""
+    """Concatenate every rank's picklable items, in the order of ranks, on every rank."""
     items = list(items)
     if world_size() == 1:
         return items
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]
+    return [item for of_rank in gathered for item in of_rank]
 
 
 def agree(error: str | None) -> str | None:
-    """The first error that any rank has, on every rank; None where all is well. All ranks together."""
+    """The first error message of any rank, on every rank. None if no rank has one. All ranks together."""
     errors = [(number, text) for number, text in enumerate(all_gather_lists([error])) if text is not None]
     if not errors:
         return None
@@ -379,15 +388,15 @@ def masked_mean_var(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, fl
 
 
 def normalize(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """values of mean 0 and variance 1 under a bool mask of the same shape, over all ranks."""
+    """The values, shifted and scaled to mean 0 and variance 1 under a bool mask of the same shape, over all ranks."""
     mean, variance = masked_mean_var(values, mask)
     return (values - mean) / (variance**0.5 + 1e-5)
 
 
 def masked_min_max(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
-    """Smallest and largest entry under a bool mask, over all ranks."""
+    """The smallest and the largest entry under a bool mask of the same shape, over all ranks."""
     picked = values[mask].double()
-    if not picked.numel():  # this rank has nothing to say
+    if not picked.numel():  # this rank has no entries
         extremes = picked.new_full((2,), -torch.inf)
     else:
         extremes = torch.stack([-picked.min(), picked.max()])

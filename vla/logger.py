@@ -1,9 +1,9 @@
-"""What a run leaves behind: TensorBoard, metrics.jsonl, progress.log, a plot, and a description of itself.
+"""The log of a run: TensorBoard, metrics.jsonl, progress.log, a plot, and a description of the run.
 
-metrics.jsonl has one JSON object per iteration: keys are the TensorBoard tags, plus `iteration` and `global_step`
-(env steps over all ranks). `eval/*` in a line is the evaluation made since the line before; `eval/global_step` says
-after how many env steps. All evaluations, that of the starting policy included, are also in evaluations.jsonl.
-progress.log has one line per iteration for people; where nobody watches a terminal, it stands in for the progress bar.
+metrics.jsonl has one JSON object per iteration. Its keys are the TensorBoard tags, `iteration` and `global_step` (env
+steps over all ranks). `eval/*` in a line belongs to the last evaluation since the line before, which was made after
+`eval/global_step` env steps. All evaluations, also that of the starting policy, are in evaluations.jsonl. progress.log
+has one line per iteration for people. Without a terminal it replaces the progress bar.
 """
 
 import contextlib
@@ -40,13 +40,15 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_sk
 
 
 def without_places(description: dict) -> dict:
-    """A run's description without where one machine put it, and without keys: for what is kept in the repository or
-    published. What was resumed is called runs/my_run, as in README."""
-    places, resumed = "run_dir|output|local_rank", "runs/my_run"
-    args = {name: value for name, value in description["args"].items() if name not in places.split("|")}
+    """A run's description for publication: without paths of one machine, and without access keys.
+
+    The folder of a resumed run becomes runs/my_run, as in README.
+    """
+    place_flags, resumed = ("run_dir", "output", "local_rank"), "runs/my_run"
+    args = {name: value for name, value in description["args"].items() if name not in place_flags}
     if isinstance(args.get("resume"), str):
         args["resume"] = resumed
-    command = re.sub(rf" --(?:{places})(?:=| )(?:'[^']*'|\S+)", "", description["command"])
+    command = re.sub(rf" --(?:{'|'.join(place_flags)})(?:=| )(?:'[^']*'|\S+)", "", description["command"])
     command = re.sub(r" --resume(=| )(?!-)(?:'[^']*'|\S+)", rf" --resume\1{resumed}", command)
     args = {name: without_keys(value) if isinstance(value, str) else value for name, value in args.items()}
     return without_machine(description | {"args": args, "command": without_keys(command)})
@@ -84,7 +86,7 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
 
 
 def cpu_name() -> str:
-    """The processor's model where Linux says it, else its architecture."""
+    """The processor's model if Linux reports it, else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -93,7 +95,7 @@ def cpu_name() -> str:
 
 
 class TensorBoard:
-    """The two calls that wandb and swanlab share, for TensorBoard."""
+    """TensorBoard with the two calls that wandb and swanlab have in common."""
 
     def __init__(self, run_dir: Path, purge_step: int | None):
         self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
@@ -108,16 +110,16 @@ class TensorBoard:
 
 
 def check_backends(names: tuple[str, ...]) -> None:
-    """Raises UserError for the first backend that is not installed."""
+    """Raise UserError if a backend is not installed."""
     for name in names:
         if name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(f"--logger_backends {name}: it is not installed, run `pip install {name}`")
 
 
 def open_backend(name: str, run_dir: Path, purge_step: int | None, project: str, experiment: str | None):
-    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only when asked for.
+    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only if they are used.
 
-    They get metrics alone. What they would collect besides, the command line, paths and the host's name, stays here.
+    They get only metrics. They do not collect the command line, paths or the host's name.
     """
     if name == "tensorboard":
         return TensorBoard(run_dir, purge_step)
@@ -134,18 +136,18 @@ def open_backend(name: str, run_dir: Path, purge_step: int | None, project: str,
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A run that is killed meanwhile leaves the old file or the new one, and none that is cut short."""
+    """Write a file so that a run that is killed meanwhile leaves either the old file or the complete new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
 
 
 def tracking_id(run_dir: Path) -> str:
-    """The run's id at wandb and swanlab, kept in the run folder: a run that goes on is the same one there."""
+    """The run's id at wandb and swanlab. It is kept in the run folder, so that a resumed run continues there."""
     path = run_dir / "tracking.json"
     if not path.exists():
         write_whole(path, json.dumps({"id": uuid.uuid4().hex[:21]}) + "\n")  # swanlab wants 21 characters
-    return read_json(path, Tracking, "remove it: the run then goes on as a new one at wandb and swanlab").id
+    return read_json(path, Tracking, "remove it, and the run becomes a new one at wandb and swanlab").id
 
 
 class Averages:
@@ -159,18 +161,23 @@ class Averages:
             self.sums[tag] = self.sums[tag] + value if tag in self.sums else value
 
     def reduce(self, count: int) -> dict[str, float]:
-        """All ranks together. count: minibatches; what was added over one sums up to its mean."""
+        """{tag: mean}. All ranks together.
+
+        Args:
+            count: number of minibatches. The values that were added during one minibatch sum up to its mean.
+        """
         means = all_reduce_sum(torch.stack(list(self.sums.values()))) / (count * world_size())
         return dict(zip(self.sums, means.tolist()))
 
 
 class Logger:
-    """Writes on rank 0 (`enabled`), and is silent elsewhere: no `if rank == 0` at call sites. Makes the run folder.
+    """The log of a run. It writes on rank 0 (`enabled`) and does nothing elsewhere. It creates the run folder.
 
     Args:
-        start_iteration, start_step: 0 for a new run; on resume, lines of later iterations are moved to *.lost.jsonl.
-        step_name: what global_step counts.
-        project_name, experiment_name: of the run at wandb and swanlab.
+        start_iteration, start_step: 0 for a new run. For a resumed run, lines of later iterations are moved to
+            *.lost.jsonl.
+        step_name: the unit of global_step.
+        project_name, experiment_name: names of the run at wandb and swanlab.
     """
 
     def __init__(
@@ -199,7 +206,7 @@ class Logger:
             self._set_aside_lines_after(start_iteration, name)
         purge_step = start_step + 1 if start_iteration else None
         self.backends = [open_backend(name, run_dir, purge_step, project_name, experiment_name) for name in backends]
-        if start_iteration == 0:  # an evaluation of the starting policy stands in the first iteration's line
+        if start_iteration == 0:  # the first line has the evaluation of the starting policy
             for line in read_lines(run_dir / "evaluations.jsonl"):
                 self.evaluation = {tag: value for tag, value in line.items() if tag.startswith("eval/")}
                 self.evaluation["eval/global_step"] = line["global_step"]
@@ -208,7 +215,7 @@ class Logger:
         )
 
     def _set_aside_lines_after(self, iteration: int, name: str) -> None:
-        """An interrupted run may have logged past its last checkpoint: those iterations are about to be run again."""
+        """Move the lines after the last checkpoint to another file, because these iterations are repeated."""
         path = self.run_dir / f"{name}.jsonl"
         lines = text_lines(path)
         kept = [line for line in lines if (found := read_line(line)) and found["iteration"] <= iteration]
@@ -218,35 +225,36 @@ class Logger:
             path.write_bytes(b"".join(kept))
 
     def describe(self, description: dict) -> None:
-        """Write what the run is before it starts: args.json is what --resume reads."""
+        """Write the run's description before it starts. --resume reads its args.json."""
         if self.enabled:
             name = f"run_from_iteration_{self.start_iteration:06d}.json"
             write_whole(self.run_dir / name, json.dumps(description, indent=2) + "\n")
             write_whole(self.run_dir / "args.json", json.dumps(description["args"], indent=2) + "\n")
             ranks = description["num_ranks"]
-            tqdm.write(f"{self.run_dir}: {ranks} rank{'s' * (ranks > 1)} on {description['device']}")
+            tqdm.write(f"{self.run_dir}: {ranks} rank{'s' if ranks > 1 else ''} on {description['device']}")
             if self.start_iteration == 0 and not self.evaluation:
                 tqdm.write(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Adds the block's seconds to time/<name> of the current iteration."""
+        """Add the block's seconds to time/<name> of the current iteration."""
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextlib.contextmanager
     def video(self, writer: Callable, iteration: int) -> Iterator:
-        """An open writer(path) for this evaluation on rank 0, None elsewhere."""
+        """Yield an open writer(path) for an evaluation's video on rank 0, and None elsewhere."""
         if not self.enabled:
             yield None
             return
         folder = self.run_dir / "videos"
         try:
             folder.mkdir(exist_ok=True)
-        except OSError as error:  # a link to a disk that is gone, a file
-            said = f"{folder} can not be a folder of videos ({error.strerror})"
-            raise UserError(f"{said}: move it away, then --resume goes on") from error
+        except OSError as error:  # it is a file, or a link to a disk that is gone
+            raise UserError(
+                f"{folder} cannot be the folder of videos ({error.strerror}): move it away, then continue with --resume"
+            ) from error
         with writer(folder / f"eval_{iteration:06d}.mp4") as video:
             yield video
 
@@ -259,13 +267,16 @@ class Logger:
         return wanted and self.lacks_evaluation(self.start_iteration)
 
     def lacks_evaluation(self, iteration: int) -> bool:
-        """Whether the evaluation after so many iterations is not in evaluations.jsonl. All ranks together."""
+        """Whether evaluations.jsonl lacks the evaluation after this iteration. All ranks together."""
         logged = [line["iteration"] for line in read_lines(self.run_dir / "evaluations.jsonl")] if self.enabled else []
         return iteration not in all_gather_lists(logged)
 
     def write_evaluation(self, iteration: int, global_step: int, means: dict[str, float]) -> None:
-        """To evaluations.jsonl and TensorBoard now, and into a line of metrics.jsonl: that of the iteration where it
-        was written before (a resumed run begins with the evaluation that was broken off), else the next one."""
+        """Write an evaluation to evaluations.jsonl and TensorBoard now, and into a line of metrics.jsonl.
+
+        That is the next line, or the iteration's own line if it exists already: a resumed run begins with the
+        evaluation that was interrupted.
+        """
         tagged = {f"eval/{name}": value for name, value in means.items()}
         self.evaluation = tagged | {"eval/global_step": global_step}
         if self.enabled:
@@ -283,13 +294,15 @@ class Logger:
         env_steps: int,
         note: str = "",
     ) -> None:
-        """One iteration: TensorBoard, one line of metrics.jsonl, the progress bar. Timers start again. All ranks call.
+        """Write one iteration to TensorBoard, metrics.jsonl and the progress bar. All ranks together.
+
+        The timers then start again.
 
         Args:
-            episodes: statistics of this rank's episodes that ended; means over all ranks become env/*. None ended: no
-            env/* but the count.
-            env_steps: of this iteration, over all ranks.
-            note: what a person who reads the progress should know of this iteration.
+            episodes: statistics of this rank's episodes that ended. Their means over all ranks become env/*. If none
+                ended, env/num_episodes is the only such metric.
+            env_steps: number of env steps in this iteration, over all ranks.
+            note: a remark on this iteration for people who read the progress.
         """
         episodes = all_gather_lists(episodes)
         now = time.perf_counter()
@@ -303,34 +316,33 @@ class Logger:
             self._write(iteration, global_step, metrics, episodes, times, note)
         except OSError as failure:
             raise UserError(
-                f"{self.run_dir} could not be written ({failure}): mend that, then --resume goes on"
+                f"{self.run_dir} could not be written ({failure}): fix that, then continue with --resume"
             ) from failure
 
     def _write(
         self, iteration: int, global_step: int, metrics: dict, episodes: list[dict], times: dict, note: str
     ) -> None:
-        env = {
-            f"env/{name}": sum(e[name] for e in episodes) / len(episodes) for name in (episodes[0] if episodes else ())
-        }
-        metrics = metrics | env | {"env/num_episodes": len(episodes)} | times
+        env_means = {f"env/{name}": mean for name, mean in mean_over(episodes).items()} if episodes else {}
+        metrics = metrics | env_means | {"env/num_episodes": len(episodes)} | times
         self._scalars(metrics, global_step)
         self._append("metrics", {"iteration": iteration, "global_step": global_step, **metrics, **self.evaluation})
         self.evaluation = {}
-        shown = {"success": env.get("env/success_once"), "return": env.get("env/return")}
+        shown = {"success": env_means.get("env/success_once"), "return": env_means.get("env/return")}
         shown = {name: "-" if value is None else f"{value:.3f}" for name, value in shown.items()}
         shown["steps/s"] = f"{times['time/env_steps_per_second']:.0f}"
-        self.bar.set_postfix(shown | ({"note": note} if note else {}), refresh=False)
+        with_note = shown | {"note": note} if note else shown
+        self.bar.set_postfix(with_note, refresh=False)
         self.bar.update()
         self._progress(iteration, global_step, shown, times["time/iteration"] - times["time/eval"], note)
 
     def _progress(self, iteration: int, global_step: int, shown: dict[str, str], seconds: float, note: str) -> None:
-        """A line of progress.log: "<time>  iteration 3/400  61,440 env steps  success 0.41  ...  about 1:02 left"."""
+        """Write a line of progress.log: "<time>  iteration 3/400  61,440 env steps  success 0.41 ... 1:02 left"."""
         left = datetime.timedelta(seconds=round(seconds * (self.num_iterations - iteration)))
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
-        line = (
-            f"{time.strftime('%F %T')}  iteration {iteration}/{self.num_iterations}  {global_step:,} {self.step_name}"
-        )
-        line += f"  {values}  {seconds:.1f} s  about {left} left{f'  ({note})' if note else ''}"
+        progress = f"iteration {iteration}/{self.num_iterations}  {global_step:,} {self.step_name}"
+        line = f"{time.strftime('%F %T')}  {progress}  {values}  {seconds:.1f} s  about {left} left"
+        if note:
+            line += f"  ({note})"
         with (self.run_dir / "progress.log").open("a") as file:
             file.write(line + "\n")
         if self.bar.disable:
@@ -338,7 +350,7 @@ class Logger:
 
     def _append(self, name: str, line: dict) -> None:
         with (self.run_dir / f"{name}.jsonl").open("a") as file:
-            # a skipped step leaves means that are no numbers: JSON has no word for them
+            # skipped steps make means NaN, which is not valid JSON, so these are left out
             file.write(json.dumps({tag: value for tag, value in line.items() if math.isfinite(value)}) + "\n")
 
     def _complete_last_line(self, iteration: int) -> None:
@@ -355,7 +367,7 @@ class Logger:
             backend.log(metrics, global_step)
 
     def close(self) -> None:
-        """Draw the plot and say where everything is."""
+        """Draw the plot, and print the results and where the files are."""
         if not self.enabled:
             return
         self.bar.close()
@@ -363,7 +375,7 @@ class Logger:
             backend.finish()
         evaluations = read_evaluations(self.run_dir)
         print(f"run folder  {self.run_dir}")
-        print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'), default='none is there')}")
+        print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'), default='none')}")
         print(f"plot        {plot_progress(self.run_dir, self.step_name)}")
         for name, line in (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ():
             success, episodes = line["eval/success_once"], line["eval/num_episodes"]
@@ -376,12 +388,17 @@ class Logger:
 
 
 def mean_over(epochs: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of an update from those of its passes."""
+    """{tag: mean} over dicts with the same tags, such as the passes of an update."""
     return {tag: sum(epoch[tag] for epoch in epochs) / len(epochs) for tag in epochs[0]}
 
 
 def due(iteration: int, frequency: int, num_iterations: int) -> bool:
-    """Whether something is done after this iteration (counted from 0): every `frequency`, if not 0, and at the end."""
+    """Whether something is done after this iteration: after every `frequency` iterations and after the last one.
+
+    Args:
+        iteration: counted from 0.
+        frequency: 0 means only after the last one.
+    """
     done = iteration + 1
     return done == num_iterations or (frequency > 0 and done % frequency == 0)
 
@@ -392,7 +409,7 @@ def row_dicts(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
 
 
 def text_lines(path: Path) -> list[bytes]:
-    """Of a file that a run appends to, each with its end; [] where there is none."""
+    """The lines of a file that a run appends to, each with its line end. [] without the file."""
     if not path.exists():
         return []
     require_file(path, "remove it")
@@ -400,7 +417,7 @@ def text_lines(path: Path) -> list[bytes]:
 
 
 def read_line(text: bytes) -> dict[str, float] | None:
-    """A line of metrics.jsonl or evaluations.jsonl; None where it is cut short or otherwise none."""
+    """The content of a line of metrics.jsonl or evaluations.jsonl, or None if it is damaged."""
     try:
         found = check(Line, parse_json(text, "", ""), "")
     except UserError:
@@ -409,28 +426,33 @@ def read_line(text: bytes) -> dict[str, float] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl or evaluations.jsonl. What a killed run or a full disk has cut short is left out."""
+    """The lines of metrics.jsonl or evaluations.jsonl. Lines that a killed run or a full disk cut off are left out."""
     found = [read_line(line) for line in text_lines(path)]
     if None in found[:-1]:
-        print(f"{path} has {found[:-1].count(None)} lines that are damaged and are left out", file=sys.stderr)
+        print(f"{path} has {found[:-1].count(None)} damaged lines, which are left out", file=sys.stderr)
     return [line for line in found if line is not None]
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of evaluations.jsonl that say how an evaluation went."""
+    """The lines of evaluations.jsonl that hold the result of an evaluation."""
     wanted = {"global_step", "eval/success_once", "eval/num_episodes", "eval/return"}
     return [line for line in read_lines(run_dir / "evaluations.jsonl") if wanted <= line.keys()]
 
 
 def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a success rate over n episodes (Wilson 1927)."""
+    """The 95 % confidence interval of a success rate over n episodes (Wilson 1927).
+
+    >>> low, high = wilson_interval(0.5, 100)
+    >>> f"{low:.3f} {high:.3f}"
+    '0.404 0.596'
+    """
     center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return max(0.0, center - half), min(1.0, center + half)
 
 
 def plot_progress(run_dir: Path, step_name: str = "env steps") -> Path:
-    """metrics.jsonl and evaluations.jsonl -> progress.png: success and return against env steps, or what is counted."""
+    """Draw progress.png from metrics.jsonl and evaluations.jsonl: success and return against global_step."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, name, label in zip(axes, ("success_once", "return"), ("success rate", "return")):

@@ -338,7 +338,7 @@ def test_a_rank_that_finds_its_launcher_gone_ends(monkeypatch, parents, first_co
     monkeypatch.setattr(distributed, "command_of", commands.get)
     monkeypatch.setattr(distributed.threading, "Thread", lambda **kwargs: watches.append(1) or Mock())
     if ended:
-        with pytest.raises(UserError, match="has ended meanwhile"):
+        with pytest.raises(UserError, match="has already ended"):
             distributed.end_with_launcher()
     else:
         distributed.end_with_launcher()

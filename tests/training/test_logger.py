@@ -192,5 +192,5 @@ def test_no_place_for_videos_is_one_sentence(tmp_path, make):
     logger = Logger.__new__(Logger)
     logger.enabled, logger.run_dir = True, tmp_path
     make(tmp_path / "videos")
-    with pytest.raises(UserError, match="videos can not be a folder of videos"), logger.video(open, 1):
+    with pytest.raises(UserError, match="videos cannot be the folder of videos"), logger.video(open, 1):
         pass

@@ -1,1 +1,1 @@
-"""Held-out episodes: which ones, playing them, counting them, writing down what came of them."""
+"""Held-out episodes: choosing, running, counting and reporting them."""

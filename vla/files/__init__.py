@@ -1,1 +1,1 @@
-"""Files that hold tensors: reading, writing, checking."""
+"""Reading, writing and checking files that hold tensors."""

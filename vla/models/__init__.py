@@ -1,1 +1,1 @@
-"""The policy: networks, prompt, action tokens, and the folders that they are read from and written to."""
+"""The policy: networks, prompt, action tokens, and the folders that hold them."""

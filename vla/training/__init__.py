@@ -1,1 +1,1 @@
-"""What an update needs: the rollout's buffer, losses beside the algorithm's own, the engine, checkpoints."""
+"""Everything that an update needs: rollout buffer, further losses, engine, checkpoints."""

@@ -1,11 +1,11 @@
-"""What a run needs of a GPU's memory and of its node's, stage by stage, before it is started.
+"""Predicts the memory that a run needs on a GPU and on its node, stage by stage, before you start it.
 
     python doctor.py --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 --gpu_memory 80
 
-Weights, gradients, fp32 weights and moments follow from the parameters' shapes and from how ZeRO cuts them. What a
-forward and a backward need besides is counted: the policy runs on the meta device, which computes shapes and no
-numbers, and the bytes of all tensors that live at the same time are added up. So the plan of a 7B model takes half a
-minute on a laptop. What nobody can count there is a constant called ASSUMED_*: it was not measured by us.
+Weights, gradients, fp32 weights and moments follow from the parameters' shapes and from ZeRO's sharding. The memory of
+a forward and a backward is counted: the policy runs on the meta device, which computes only shapes, and the bytes of
+all tensors that exist at the same time are added up. So the plan of a 7B model takes half a minute on a laptop. Memory
+that cannot be counted is a constant ASSUMED_*, which was not measured.
 """
 
 import json
@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -38,18 +39,37 @@ ASSUMED_RENDERER = int(0.3 * GIB)  # of GPU memory, per process that renders
 ASSUMED_RANK = 3 * GIB  # of host memory: interpreter, torch's and CUDA's libraries
 ASSUMED_WORKER = int(1.2 * GIB)  # of host memory, per process that simulates
 
-# DeepSpeed's defaults (0.19.8), in elements: how much ZeRO-3 keeps gathered, how much one Adam call steps on
+# DeepSpeed's defaults (0.19.8), in elements: ZeRO-3 keeps at most so many gathered, one Adam call steps on so many,
+# and a bucket for gradients holds so many
 MAX_LIVE_PARAMETERS = 1_000_000_000
 SUB_GROUP_SIZE = 1_000_000_000
+BUCKET_ELEMENTS = 500_000_000
 
-PASSING = {
-    "forward pass, KV cache",
-    "activations",
-    "gathered layers",
-    "step of the optimizer",
-    "gradients, passing",
-    "gradient bucket, passing",
-}
+
+class Use(StrEnum):
+    """The uses of a GPU's memory. A value is the title of a row in table()."""
+
+    TRAINED = "weights, trained"
+    FROZEN = "weights, frozen"
+    FP32_WEIGHTS = "fp32 weights"
+    MOMENTS = "Adam's moments"
+    GRADIENTS = "gradients"
+    BUCKET = "gradient bucket"
+    BACKWARD_GRADIENTS = "gradients until the step"  # made in every backward pass, freed after the step
+    BACKWARD_BUCKET = "bucket until the step"
+    ACTIVATIONS = "activations"
+    STEP = "step of the optimizer"
+    CONTEXT = "CUDA, NCCL (assumed)"
+    RENDERERS = "renderers (assumed)"
+    GATHERED = "gathered layers"
+    COPY = "whole copy for the rollout"
+    FORWARD = "forward pass, KV cache"
+
+
+# uses that come and go while a stage runs; those of a forward pass have ended when those of the step begin
+DURING_FORWARD = (Use.FORWARD, Use.ACTIVATIONS, Use.GATHERED)
+DURING_STEP = (Use.BACKWARD_GRADIENTS, Use.STEP)
+DURING_BOTH = (Use.BACKWARD_BUCKET,)
 
 OPENVLA_7B = {
     "model_type": "openvla",
@@ -63,7 +83,7 @@ OPENVLA_7B = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The flags that memory depends on, and ZeRO's settings."""
+    """The flags that decide how much memory a run needs, and ZeRO's settings."""
 
     model_path: str
     model_type: str
@@ -86,34 +106,33 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by what they are for: of one GPU in either stage, and of a node's host memory.
+    """Bytes on one GPU in either stage, by use, and bytes of a node's host memory, by use."""
 
-    Resident is what is there as a stage begins; the rest comes on top while it runs.
-    """
-
-    rollout: dict[str, int]
-    update: dict[str, int]
+    rollout: dict[Use, int]
+    update: dict[Use, int]
     host: dict[str, int]
 
     def resident(self, stage: str) -> int:
-        return sum(size for name, size in getattr(self, stage).items() if name not in PASSING)
+        """Bytes that are there when a stage begins."""
+        passing = (*DURING_FORWARD, *DURING_STEP, *DURING_BOTH)
+        return sum(size for use, size in getattr(self, stage).items() if use not in passing)
 
     def peak(self, stage: str) -> int:
-        """Activations and gathered layers are gone when gradients are whole and the optimizer steps: the larger of the
-        two counts."""
-        sizes = getattr(self, stage)
-        forward = sum(sizes.get(name, 0) for name in ("forward pass, KV cache", "activations", "gathered layers"))
-        step = sum(sizes.get(name, 0) for name in ("gradients, passing", "step of the optimizer"))
-        return self.resident(stage) + sizes.get("gradient bucket, passing", 0) + max(forward, step)
+        """The largest number of bytes during a stage: in a forward and backward pass, or in the optimizer's step."""
+
+        def total(uses: Iterable[Use]) -> int:
+            return sum(getattr(self, stage).get(use, 0) for use in uses)
+
+        return self.resident(stage) + total(DURING_BOTH) + max(total(DURING_FORWARD), total(DURING_STEP))
 
 
 # ---------------------------------------------------------------------- counting on the meta device
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it that are alive at the same time: `live` now, `peak` at most.
+    """Counts the bytes of tensors that are created inside it: `live` at this time, `peak` at most.
 
     Args:
-        known: tensors that are there already and do not count.
-        item: what a computed integer is taken for on the meta device (the longest prompt); computed truths are False.
+        known: existing tensors, which are not counted.
+        item: the value of every computed integer on the meta device (the longest prompt). Computed bools are False.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), item: int = 0):
@@ -144,8 +163,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps for its backward pass, without its numbers; on the meta device torch would
-    fall back to whole attention matrices."""
+    """A stand-in for a fused attention kernel. It keeps the same tensors for the backward pass, but computes nothing.
+
+    On the meta device torch would use whole attention matrices instead.
+    """
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -159,7 +180,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *unused, **settings) -> torch.Tensor:
-    """In the place of F.scaled_dot_product_attention."""
+    """A replacement of F.scaled_dot_product_attention."""
     return FusedAttention.apply(query, key, value)
 
 
@@ -174,7 +195,7 @@ def meta_policy(
     critic: bool,
     max_prompt_length: int,
 ) -> VLAPolicy:
-    """The policy without memory. A model_path that is not here is taken for an OpenVLA of the published size."""
+    """The policy on the meta device. If model_path is not on this machine, it has the size of the published OpenVLA."""
     config = TINY_PRESETS.get(model_path, OPENVLA_7B)
     if (Path(model_path) / "config.json").is_file():
         config = json.loads((Path(model_path) / "config.json").read_text())
@@ -211,7 +232,7 @@ def policy_of(recipe: Recipe) -> VLAPolicy:
 
 
 def meta_inputs(policy: VLAPolicy, batch: int) -> tuple[PolicyInputs, torch.Tensor]:
-    """Inputs and tokens [B, C, D]."""
+    """Inputs and tokens [B, C, D] on the meta device, for B = batch."""
     length = policy.max_prompt_length
     with torch.device("meta"):
         features = None
@@ -227,7 +248,7 @@ def meta_inputs(policy: VLAPolicy, batch: int) -> tuple[PolicyInputs, torch.Tens
 
 
 def set_checkpointing(policy: VLAPolicy, on: bool) -> None:
-    """Recompute activations in the backward pass, or keep them."""
+    """Recompute activations in the backward pass (on), or keep them (off)."""
     if on:
         policy.model.enable_gradient_checkpointing()
         return
@@ -238,13 +259,13 @@ def set_checkpointing(policy: VLAPolicy, on: bool) -> None:
 
 @cache
 def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool) -> int:
-    """The most that one decision's forward and backward keep alive besides weights and their gradients."""
+    """The peak bytes of one decision's forward and backward, without weights and their gradients."""
     set_checkpointing(policy, gradient_checkpointing)
     inputs, tokens = meta_inputs(policy, 1)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-        for parameter in trained  # ZeRO takes gradients as they come: they are counted as its own
+        for parameter in trained  # ZeRO moves gradients into its own buffers, which are counted there
     ]
     known = [*policy.parameters(), *policy.buffers(), *tree_leaves(inputs), tokens]
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
@@ -258,7 +279,7 @@ def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool) -> int:
 
 @cache
 def rollout_bytes(policy: VLAPolicy) -> int:
-    """The most that acting in one env keeps alive besides weights: towers, prompt, KV cache."""
+    """The peak bytes of acting in one env, without weights: towers, prompt, KV cache."""
     inputs, _ = meta_inputs(policy, 1)
     inputs = inputs._replace(features=None)
     known = [*policy.parameters(), *policy.buffers(), *inputs[:3]]
@@ -271,79 +292,90 @@ def rollout_bytes(policy: VLAPolicy) -> int:
 
 # ---------------------------------------------------------------------- the plan
 def numel(parameters: Iterable[nn.Parameter], ranks: int = 1) -> int:
-    """Elements, or of the share of one of so many ranks: every parameter is cut by itself and padded."""
+    """Number of elements, or of one rank's share. Every parameter is cut separately, and padded."""
     return sum(math.ceil(parameter.numel() / ranks) for parameter in parameters)
 
 
 def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
-    """Bytes of a run with `num_gpus` ranks.
+    """The bytes of a run with `num_gpus` ranks.
 
     Raises:
-        UserError: the envs do not divide by the ranks.
+        UserError: the number of envs is not divisible by the number of ranks.
     """
     if recipe.num_envs % num_gpus:
         raise UserError(f"--num_envs {recipe.num_envs} is not divisible by {num_gpus} GPUs: use another --num_gpus")
     policy = policy_of(recipe)
     width = torch.finfo(getattr(torch, recipe.dtype)).bits // 8
+    sharded, moves_memory = recipe.zero_stage == 3, recipe.offload == "stage"
+    shards = num_gpus if sharded else 1
     everything = list(policy.parameters())
     trained = [parameter for parameter in everything if parameter.requires_grad]
     frozen = [parameter for parameter in everything if not parameter.requires_grad]
-    cut = num_gpus if recipe.zero_stage else 1  # of fp32 weights, moments and gradients
-    own = numel(trained, cut)
-    sharded = recipe.zero_stage == 3
-    shards = num_gpus if sharded else 1
-    moments = {"fp32 weights": 4 * own if recipe.zero_stage else 0, "Adam's moments": 8 * own}
-    gradients, passing_gradients = {"gradients": 4 * own}, {}
-    if recipe.zero_stage:
-        gradients["gradient bucket"] = width * min(500_000_000, numel(trained))
-    if not sharded:  # made anew in every backward pass
-        gradients, passing_gradients = {}, {f"{name}, passing": size for name, size in gradients.items()}
-    # Adam's own, and under ZeRO a flat copy of the gradients
-    step = {"step of the optimizer": (8 if recipe.zero_stage else 4) * min(own, SUB_GROUP_SIZE)}
-    shown = {"weights, trained": width * numel(trained, shards), "weights, frozen": width * numel(frozen, shards)}
-    copy = {"whole copy for the rollout": width * numel(everything)} if sharded else {}
-    host: dict[str, int] = {}
-    if recipe.cpu_adam:
-        host["Adam on the CPU"] = 16 * own + 4 * own  # masters, moments, gradients
-        moments, step = {}, {}
-        del gradients["gradients"]
-    evaluating = max(1, recipe.num_eval_envs // num_gpus)
-    workers = [min(recipe.num_env_workers, envs) for envs in (recipe.num_envs // num_gpus, evaluating)]
-    system = {
-        "CUDA, NCCL (assumed)": ASSUMED_CONTEXT,
-        "renderers (assumed)": sum(max(1, number) for number in workers) * ASSUMED_RENDERER,
-    }
+    own = numel(trained, num_gpus if recipe.zero_stage else 1)  # elements that this rank's optimizer steps on
+    frozen_bytes = width * numel(frozen, shards)
+    train_envs, eval_envs = recipe.num_envs // num_gpus, max(1, recipe.num_eval_envs // num_gpus)
+    workers = [min(recipe.num_env_workers, envs) for envs in (train_envs, eval_envs)]
+
+    weights = {Use.TRAINED: width * numel(trained, shards), Use.FROZEN: frozen_bytes}
+    copy = {Use.COPY: width * numel(everything)} if sharded else {}
+    optimizer, gradients, step = optimizer_bytes(recipe, own, width * min(BUCKET_ELEMENTS, numel(trained)))
+    renderers = sum(max(1, number) for number in workers)
+    system = {Use.CONTEXT: ASSUMED_CONTEXT, Use.RENDERERS: renderers * ASSUMED_RENDERER}
     activations = recipe.micro_batch_size * update_bytes(policy, recipe.gradient_checkpointing)
-    update = shown | moments | gradients | passing_gradients | {"activations": activations} | step | system
+    update = weights | optimizer | gradients | {Use.ACTIVATIONS: activations} | step | system
     if sharded:
-        update["gathered layers"] = width * min(numel(everything), MAX_LIVE_PARAMETERS)
-    rollout = shown | system
-    if recipe.offload == "stage":
-        rollout |= copy | {"weights, frozen": 0}
-        host |= {"moved out between the stages": 16 * own + width * numel(frozen, shards)}
+        update[Use.GATHERED] = width * min(numel(everything), MAX_LIVE_PARAMETERS)
+    rollout = weights | system | copy
+    if moves_memory:
+        rollout[Use.FROZEN] = 0
     else:
-        rollout |= copy | moments | gradients
+        rollout |= optimizer | (gradients if sharded else {})
         update |= copy
-    envs = max(recipe.num_envs // num_gpus, math.ceil(recipe.num_eval_envs / num_gpus))
-    rollout["forward pass, KV cache"] = envs * rollout_bytes(policy)
-    host |= {
-        "start of the iteration": 12 * own,  # preemption.py's copy
-        "rollout buffer": buffer_bytes(policy, recipe, num_gpus),
-        "processes (assumed)": ASSUMED_RANK + sum(workers) * ASSUMED_WORKER,
-    }
-    ranks_here = min(num_gpus, gpus_per_node)
-    return Plan(rollout, update, {name: ranks_here * size for name, size in host.items()})
+    envs_at_once = max(train_envs, math.ceil(recipe.num_eval_envs / num_gpus))
+    rollout[Use.FORWARD] = envs_at_once * rollout_bytes(policy)
+
+    host = {"Adam on the CPU": (16 + 4) * own} if recipe.cpu_adam else {}  # fp32 weights and moments, and gradients
+    if moves_memory:
+        host["moved out between the stages"] = 16 * own + frozen_bytes
+    host["start of the iteration"] = 12 * own  # the copy of preemption.py
+    host["rollout buffer"] = buffer_bytes(policy, recipe, num_gpus)
+    host["processes (assumed)"] = ASSUMED_RANK + sum(workers) * ASSUMED_WORKER
+    ranks_per_node = min(num_gpus, gpus_per_node)
+    return Plan(rollout, update, {use: ranks_per_node * size for use, size in host.items()})
+
+
+def optimizer_bytes(recipe: Recipe, own: int, bucket: int) -> tuple[dict[Use, int], dict[Use, int], dict[Use, int]]:
+    """Bytes on a GPU of the optimizer's fp32 weights and moments, of the gradients, and of the optimizer's step.
+
+    Only ZeRO-3 keeps gradients between the steps.
+
+    Args:
+        own: elements that this rank's optimizer steps on.
+        bucket: bytes of ZeRO's bucket for gradients.
+    """
+    if recipe.cpu_adam:  # under ZeRO-3 only
+        return {}, {Use.BUCKET: bucket}, {}
+    has_zero = recipe.zero_stage > 0
+    optimizer = {Use.FP32_WEIGHTS: 4 * own if has_zero else 0, Use.MOMENTS: 8 * own}
+    # Adam's temporary values, and under ZeRO a flat copy of the gradients
+    step = {Use.STEP: (8 if has_zero else 4) * min(own, SUB_GROUP_SIZE)}
+    if recipe.zero_stage == 3:
+        return optimizer, {Use.GRADIENTS: 4 * own, Use.BUCKET: bucket}, step
+    gradients = {Use.BACKWARD_GRADIENTS: 4 * own}
+    if has_zero:
+        gradients[Use.BACKWARD_BUCKET] = bucket
+    return optimizer, gradients, step
 
 
 def buffer_bytes(policy: VLAPolicy, recipe: Recipe, num_gpus: int) -> int:
-    """GRPO has two, so that dead groups can be drawn again."""
+    """Bytes of the rollout buffer. GRPO has two, so that groups without a signal can be replaced."""
     with torch.device("meta"):
         buffer = RolloutBuffer.of(policy, recipe.num_steps // recipe.chunk_size, recipe.num_envs // num_gpus)
     return (1 if recipe.critic else 2) * sum(field.nbytes for field in buffer.fields.values())
 
 
 def remedies(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Knobs in the order in which they should be turned, each on top of those before it; what costs time comes late."""
+    """Changes of flags that save memory, each in addition to those before it. Changes that cost time come last."""
     turned: list[tuple[str, Recipe]] = []
 
     def turn(sentence: str, **changes) -> None:
@@ -373,7 +405,7 @@ def remedies(recipe: Recipe) -> list[tuple[str, Recipe]]:
 
 
 def table(plan: Plan, gpu_memory: float) -> list[str]:
-    """The plan in GiB, one line per purpose."""
+    """The plan in GiB, one line per use."""
     lines = [f"{'GiB on one GPU':28} {'rollout':>9} {'update':>9}"]
     for name in [*plan.rollout, *(name for name in plan.update if name not in plan.rollout)]:
         sizes = [stage[name] / GIB if name in stage else None for stage in (plan.rollout, plan.update)]
@@ -386,26 +418,23 @@ def table(plan: Plan, gpu_memory: float) -> list[str]:
 
 
 def largest(plan: Plan) -> float:
-    """GiB of one GPU at the worst moment."""
+    """The peak GiB of one GPU over both stages."""
     return max(plan.peak("rollout"), plan.peak("update")) / GIB
 
 
 def advice(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[bool, str]:
-    """Does it fit, and if not, which flags make it fit: in the order in which they should be tried."""
+    """Whether a run fits into memory, and a sentence that names the flags that make it fit, in their order."""
     need = largest(make_plan(recipe, num_gpus))
     if need <= gpu_memory:
-        return True, f"fits: {need:.1f} of {gpu_memory:g} GiB at the worst moment"
+        return True, f"fits: {need:.1f} of {gpu_memory:g} GiB at the peak"
     tried: list[str] = []
     for sentence, changed in remedies(recipe):
         if tried and sentence.startswith("--micro_batch_size") and "--micro_batch_size" in tried[-1]:
-            head, _, _ = tried.pop().partition("--micro_batch_size")  # a smaller one in the place of the last one
+            head, _, _ = tried.pop().partition("--micro_batch_size")  # a smaller one replaces the last one
             sentence = head + sentence
         tried.append(sentence)
         need_then = largest(make_plan(changed, num_gpus))
         if need_then <= gpu_memory:
             turned = ", then ".join(tried)
             return False, f"does not fit ({need:.1f} of {gpu_memory:g} GiB): {turned} needs {need_then:.1f} GiB"
-    return (
-        False,
-        f"does not fit ({need:.1f} of {gpu_memory:g} GiB): it takes fewer --num_envs, or more or larger GPUs",
-    )
+    return (False, f"does not fit ({need:.1f} of {gpu_memory:g} GiB): use fewer --num_envs, or more or larger GPUs")
