@@ -404,7 +404,11 @@ def due(iteration: int, frequency: int, num_iterations: int) -> bool:
 
 
 def row_dicts(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
-    """{"return": [M], "episode_len": [M], ...} -> M dicts of floats."""
+    """M dicts of floats from a dict of tensors [M].
+
+    >>> row_dicts({"return": torch.tensor([1.0, 0.5]), "episode_len": torch.tensor([80.0, 12.0])})
+    [{'return': 1.0, 'episode_len': 80.0}, {'return': 0.5, 'episode_len': 12.0}]
+    """
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 
 

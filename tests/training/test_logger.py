@@ -169,7 +169,7 @@ def test_lines_that_are_cut_are_left_out(tmp_path, capsys, cut):
     (tmp_path / "metrics.jsonl").write_bytes(cut + (b"" if cut.endswith(b"\n") else b"\n") + LINES)
     found = read_lines(tmp_path / "metrics.jsonl")
     assert found[-1]["iteration"] == 1
-    assert len(found) == 2 or "1 lines that are damaged" in capsys.readouterr().err
+    assert len(found) == 2 or "1 damaged lines" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", CUT)
