@@ -333,7 +333,7 @@ def test_old_rotary_buffers_are_left_out_where_they_are_the_same(base, copy, for
     assert torch.equal(loaded.model.language_model.model.rotary_emb.inv_freq, frequencies)
     assert torch.equal(logits_of(loaded.model, loaded), logits_of(policy.model, policy))
     edit_weights(folder, lambda weights: weights.update({keys[0]: frequencies * 1.5}))
-    assert f"{keys[0]}, which is not what config.json's rope_theta gives" in refusal(folder)
+    assert f"{keys[0]}, which contradicts config.json's rope_theta" in refusal(folder)
 
 
 # ------------------------------------------------------------------ config.json
@@ -381,10 +381,10 @@ def test_a_config_that_is_another_models_is_refused(base, copy, change, said):
         (dict(tie_word_embeddings=True), "text_config.tie_word_embeddings true"),
         (dict(rms_norm_eps=float("nan")), "text_config.rms_norm_eps NaN"),
         (dict(rope_theta=0), "text_config.rope_theta 0, but it must be above 0"),
-        (dict(rope_parameters={"rope_type": "nonsense"}), "text_config of which no Llama can be made"),
-        (dict(rope_scaling={"type": "linear"}), "text_config of which no Llama can be made"),
-        (dict(head_dim=7), "text_config of which no Llama can be made"),
-        (dict(bos_token_id="x"), "text_config of which no Llama can be made"),
+        (dict(rope_parameters={"rope_type": "nonsense"}), "text_config from which no Llama can be built"),
+        (dict(rope_scaling={"type": "linear"}), "text_config from which no Llama can be built"),
+        (dict(head_dim=7), "text_config from which no Llama can be built"),
+        (dict(bos_token_id="x"), "text_config from which no Llama can be built"),
     ],
 )
 def test_a_language_model_of_another_kind_is_refused(base, copy, change, said):
@@ -466,7 +466,7 @@ def test_statistics_that_are_fine(base, copy):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 64}}, "has image_mean, the form of"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 64}}, "has image_mean, which is for"),
         ({"means": [[0.5] * 3] * 2}, "has no stds"),
         ({"means": [[0.5] * 3], "stds": [[0.5] * 3]}, "means [[0.5, 0.5, 0.5]], but it must be at least 2 long"),
         ({"means": [[0.5] * 3] * 2, "stds": [[0.5, 0.5, 0.0]] * 2}, "stds.0.2 0.0, but it must be above 0"),
@@ -661,7 +661,7 @@ def test_a_setting_that_would_do_something_else_is_refused(adapter, copy, key, v
         (dict(layers_to_transform="1"), 'layers_to_transform "1", but it must be a whole number, or a list of these'),
         (dict(init_lora_weights=["pissa"]), 'init_lora_weights ["pissa"], but it must be true'),
         (dict(target_modules=["nothing_of_this_name"]), "does not fit the model"),
-        (dict(target_modules="(("), "no regular expression"),
+        (dict(target_modules="(("), "not a regular expression"),
         (dict(rank_pattern={"(a+)+$": 2}), "rank_pattern"),
         (dict(alpha_pattern={"fc1": NAN}), "alpha_pattern.fc1 NaN"),
         (dict(layers_pattern="(.*)*"), "layers_pattern"),
@@ -826,7 +826,7 @@ def test_an_adapter_refuses_another_base(base, adapter, copy, what):
     load_policy(str(other), lora_path=str(adapter))  # the same base in another place
     other_base(other, what)
     sentence = refusal(other, lora_path=str(adapter))
-    assert f"{adapter} was trained on another base than {other}: {CHANGES[what]}" in sentence
+    assert f"{adapter} was trained on another base than {other}, because {CHANGES[what]}" in sentence
     published = copy(adapter, "published")
     (published / "adapter_base.json").unlink()
     edit(published, "adapter_config.json", base_model_name_or_path="openvla/openvla-7b")
@@ -843,7 +843,7 @@ def test_a_saved_adapter_refuses_a_base_that_was_replaced_in_its_place(base, cop
     load_policy(str(tmp_path / "policy"), dtype=torch.bfloat16)  # the precision of acting does not matter
     other_base(place, what)
     said = refusal(tmp_path / "policy")
-    assert f"policy was trained on another base than {place}: its weights differ" in said
+    assert f"policy was trained on another base than {place}, because its weights differ" in said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

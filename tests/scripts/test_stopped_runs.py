@@ -97,7 +97,7 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happene
         os.kill(int(rank), signal.SIGUSR1)
     assert job.wait(timeout=600) == 0
     assert logged(run_dir) == unbroken
-    assert "is complete. Go on with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
+    assert "is complete. Continue with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
     assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
     assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
     assert not processes_with(str(run_dir))

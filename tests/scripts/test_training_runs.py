@@ -278,10 +278,10 @@ def test_an_existing_run_folder_is_not_touched(tmp_path):
 
 def test_a_run_folder_that_can_not_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    refused("--run_dir", str(tmp_path / "file" / "x"), sentence=f"{tmp_path / 'file'} is no folder")
+    refused("--run_dir", str(tmp_path / "file" / "x"), sentence=f"{tmp_path / 'file'} is not a folder")
     # permissions mean nothing to root: what the system would say to others
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match=f"{tmp_path} is no folder, or not yours to write to"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not a folder or you may not write there"):
         open_run(str(tmp_path / "x"), None, "", {})
 
 

@@ -172,7 +172,7 @@ def start(script: str, *flags: str, ranks: int, at: tuple[int, int] = (-2, 0)) -
     if at[0] >= 0:
         assert f"rank {at[1]}: 0 steps after the signal, None" in said[at[1]]
         assert all("steps after the signal, None" in text for text in said)
-        assert "Go on with --resume" in said[0]
+        assert "Continue with --resume" in said[0]
     return said
 
 
