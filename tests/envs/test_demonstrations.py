@@ -148,7 +148,7 @@ def test_no_success_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--env_id", "PickCube-v1"], "family alone, not 'PickCube-v1'"),
+        (["--env_id", "PickCube-v1"], "family, not 'PickCube-v1'"),
         (["--num_demos", "0"], "--num_demos 0 must be at least 1"),
         (["--action_noise", "nan"], "--action_noise nan must be a finite number"),
         (["--seed", "-1"], "--seed -1 must be at least 0"),
@@ -390,7 +390,7 @@ def repeat_first(content: dict) -> None:
         (linked("traj_0/keep", h5py.SoftLink("/traj_1/keep")), "has a link at traj_0/keep"),
         (in_h5(virtual), "keeps traj_0/expert_actions in another file"),
         (in_h5(stored_elsewhere), "keeps traj_0/keep in another file"),
-        (set_to("traj_1/expert_actions", (1, 2), np.nan), "has traj_1/expert_actions that are no numbers"),
+        (set_to("traj_1/expert_actions", (1, 2), np.nan), "has traj_1/expert_actions that are not finite"),
         (set_to("traj_1/expert_actions", (1, 2), 25.0), "traj_1 has actions out of range"),
         (in_h5(lambda file: [file[f"traj_{n}/keep"].__setitem__(..., False) for n in (0, 1)]), "keeps no step"),
     ],
