@@ -237,7 +237,7 @@ def test_colours_by_hand():
         (dict(unnorm_key="bridge_orig"), "actions are out of range in dimension"),
         (dict(num_updates=5), "--num_updates 5 is not a multiple"),
         (dict(batch_size=33), "has only 32 steps: lower --batch_size 33"),
-        (dict(export_dir=str(ROOT / "tests")), "tests holds something else than a policy"),
+        (dict(export_dir=str(ROOT / "tests")), "tests holds something other than a policy"),
         (dict(export_dir=str(ROOT / "checkpoints/openvla-tiny-warmup")), "holds a policy already: give --export_dir"),
     ],
 )
@@ -283,7 +283,7 @@ def test_the_policy_stays_in_the_run_unless_somebody_says_so(tmp_path):
 @pytest.mark.parametrize("foreign", ["thesis.tex", ".git", "modeling_prismatic.py", "model.safetensors.bak"])
 def test_a_policy_folder_with_something_else_is_never_replaced(tmp_path, foreign):
     policy = make_policy(tmp_path / "policy", foreign)
-    with pytest.raises(UserError, match=re.escape(f"something else than a policy ({foreign})")):
+    with pytest.raises(UserError, match=re.escape(f"something other than a policy ({foreign})")):
         export_folder(tmp_path / "run", str(policy), named=True)
 
 
