@@ -38,7 +38,7 @@ LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR"
 
 
 Engine = deepspeed.DeepSpeedEngine  # other modules use this name
-DEBUG = "SOLOVLA_DEBUG"  # environment variable: 1 prints the traceback of an error that is told in one sentence
+DEBUG = "SOLOVLA_DEBUG"  # environment variable: 1 also prints the traceback of errors that are one sentence
 REQUEUE = 75  # exit code of a run that was asked to end and saved itself (EX_TEMPFAIL of sysexits.h)
 LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
