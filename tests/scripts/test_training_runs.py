@@ -98,7 +98,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(four_iterations, tmp_path):
 
 
 def test_same_seed_twice_is_identical_on_two_ranks_and_another_seed_is_not(two_ranks, four_iterations, tmp_path):
-    train("--run_dir", str(tmp_path / "again"), "--num_iterations", "2", "--num_env_workers", "1", ranks=2)
+    """The second time in another place: by forks instead of the launcher, and without worker processes."""
+    train("--run_dir", str(tmp_path / "again"), "--num_iterations", "2", ranks=2)
     assert without_time(metrics(tmp_path / "again")) == without_time(metrics(two_ranks[0]))
     train("--run_dir", str(tmp_path / "other"), "--num_iterations", "1", "--seed", "1")
     assert metrics(tmp_path / "other")[0]["train/loss"] != metrics(four_iterations)[0]["train/loss"]
