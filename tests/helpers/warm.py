@@ -27,7 +27,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = """train_ppo train_grpo train_sft evaluate collect_demos doctor deepspeed transformers peft h5py
-mani_skill.envs imageio.v3 matplotlib.pyplot safetensors.torch torch.utils.tensorboard""".split()
+deepspeed.runtime.zero.muon.muon_optimizer torch.utils.cpp_extension torch.utils.tensorboard safetensors.torch
+mani_skill.envs envs.put_on_plate envs.maniskill_task envs.assets.builtin imageio.v3 imageio.plugins.ffmpeg
+matplotlib.pyplot matplotlib.backends.backend_agg tyro._backends._argparse_formatter""".split()
 # variables that are read when a module is imported
 EARLY = ("PYTHON", "OMP_", "DS_", "TORCH_", "CUDA_", "MS_", "HF_", "MPL", "LC_", "LANG", "LD_PRELOAD")
 LATER = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR")  # a fork extends its own sys.path, and torch reads this when it compiles
@@ -217,6 +219,9 @@ def main() -> None:
     sys.path[:0] = [str(ROOT)]
     for module in MODULES:
         importlib.import_module(module)
+    builtin = sys.modules["envs.assets.builtin"]
+    for table in range(len(builtin.TABLES)):
+        builtin._table_image(table)  # kept, and the same for every process
     gc.collect()
     gc.freeze()  # a collection in a child would copy the memory of all that was imported
     request = serve(control)
