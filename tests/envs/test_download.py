@@ -481,4 +481,4 @@ def test_doctor_downloads(server, tmp_path):
     run = python(*command[:-1], "nonsense")
     assert run.returncode == 2 and run.stderr.startswith("error: --mirror 'nonsense' is not a url")
     run = python("doctor.py", "--mirror", "x")
-    assert run.returncode == 2 and "belong to --download" in run.stderr
+    assert run.returncode == 2 and "--asset_dir and --mirror need --download" in run.stderr

@@ -106,7 +106,7 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happene
 @pytest.mark.slow
 def test_a_slurm_job_needs_a_run_dir(cluster):
     job = subprocess.run(["sbatch", "slurm/train.sbatch", "train_ppo.py"], cwd=ROOT, capture_output=True, text=True)
-    assert job.returncode == 2 and "give --run_dir" in job.stderr
+    assert job.returncode == 2 and "--run_dir is missing" in job.stderr
 
 
 @pytest.mark.slow
