@@ -250,8 +250,8 @@ def derive_sizes(
     block = minibatch_block(num_chunks, num_minibatches)
     if decisions % num_minibatches or local_num_envs % block:
         raise UserError(
-            f"--num_minibatches {num_minibatches} does not split {num_chunks} decisions of {local_num_envs} envs "
-            f"(of one rank) evenly: use a divisor of {num_chunks}"
+            f"--num_minibatches {num_minibatches} does not split the decisions of a rank evenly, {num_chunks} of each "
+            f"of its {local_num_envs} envs: use a divisor of {num_chunks}"
         )
     if total_timesteps is not None:
         num_iterations = total_timesteps // (num_envs * num_steps)

@@ -59,7 +59,9 @@ def read_folder(folder: Path, presets: list[str]) -> tuple[dict, dict[str, bytes
         UserError: the folder is missing, has another kind of model, or a config.json that is not supported.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give a checkpoint folder or a tiny preset ({', '.join(presets)})")
+        raise UserError(
+            f"{folder} is not a folder: give a checkpoint folder, or a name for random weights ({', '.join(presets)})"
+        )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json: it is not an OpenVLA checkpoint folder")
     for file in sorted(folder.iterdir()):
