@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -32,7 +33,9 @@ mani_skill.envs envs.put_on_plate envs.maniskill_task envs.assets.builtin imagei
 matplotlib.pyplot matplotlib.backends.backend_agg tyro._backends._argparse_formatter""".split()
 # variables that are read when a module is imported
 EARLY = ("PYTHON", "OMP_", "DS_", "TORCH_", "CUDA_", "MS_", "HF_", "MPL", "LC_", "LANG", "LD_PRELOAD")
-LATER = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR")  # a fork extends its own sys.path, and torch reads this when it compiles
+# a fork extends its own sys.path, torch reads its folder when it compiles, and PYTHON is for slurm/run.sh alone
+LATER = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "PYTHON")
+ENVIRONMENT = dict(os.environ)  # before any test has changed it
 LONGEST_COMMAND = 4000  # what /proc shows of a fork's command line, in bytes
 FIRST_FREE_FD = 200  # where received files wait until each has its own number
 REQUEST = struct.Struct("!I")
@@ -48,13 +51,18 @@ class _Server:
     """The connection to this process's server."""
 
     def __init__(self):
-        self.early = early(dict(os.environ))
+        self.early = early(ENVIRONMENT)
         self._lock = threading.Lock()
         self._control, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno()), "." * LONGEST_COMMAND]
             self._process = subprocess.Popen(
-                command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def start(self, words: list[str], cwd: str, env: dict[str, str], session: bool, fds: dict[int, int]):
@@ -145,7 +153,9 @@ def serve(control: socket.socket) -> dict | None:
         for ready in select.select([control, *ends], [], [])[0]:
             if ready is control:
                 head, fds, *_ = socket.recv_fds(control, REQUEST.size, 64)
-                if not head:
+                if not head:  # whoever started them has ended
+                    for child, _ in ends.values():
+                        os.kill(child, signal.SIGKILL)
                     return None
                 content = b""
                 while len(content) < REQUEST.unpack(head)[0]:

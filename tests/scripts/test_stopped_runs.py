@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HELPERS, ROOT
-from launching import PRESET, launcher_command, metrics, python, start_ranks, wait_for, without_time
+from launching import PRESET, launcher_command, metrics, python, run_ranks, start_ranks, wait_for, without_time
 
 from vla.distributed import REQUEUE
 from vla.training.checkpoint import damage, latest_checkpoint
@@ -82,22 +82,24 @@ def sbatch(file: str, nodes: int, tasks: int, run_dir: Path, **changes: int) -> 
 
 @pytest.fixture(scope="module")
 def unbroken(cluster) -> list[dict]:
-    """Three iterations on two ranks under ZeRO-3 that nothing disturbs: on two nodes, as the cluster says."""
+    """Three iterations on two ranks under ZeRO-3 that nothing disturbs."""
     run_dir = cluster / "unbroken"
-    assert sbatch("train_multinode.sbatch", 2, 1, run_dir).wait(timeout=600) == 0
+    assert run_ranks(2, "train_ppo.py", *flags(), "--run_dir", run_dir).returncode == 0
     return logged(run_dir)
 
 
 @pytest.mark.slow
-def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster):
-    run_dir = cluster / "run"
-    job = sbatch("train.sbatch", 1, 2, run_dir, save_freq=0)
+@pytest.mark.parametrize("nodes", [2, pytest.param(1, marks=pytest.mark.full)])
+def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster, nodes):
+    """Two ranks, on one node or two. Both sbatch files start them by slurm/run.sh."""
+    run_dir = cluster / f"run_{nodes}"
+    job = sbatch("train.sbatch" if nodes == 1 else "train_multinode.sbatch", nodes, 2 // nodes, run_dir, save_freq=0)
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
     for rank in (cluster / "pids").read_text().split():  # ahead of the time limit
         os.kill(int(rank), signal.SIGUSR1)
     assert job.wait(timeout=600) == 0
     assert logged(run_dir) == unbroken
-    assert "is complete. Continue with --resume" in (cluster / "run.logs" / "rank_0.log").read_text()
+    assert "is complete. Continue with --resume" in (cluster / f"run_{nodes}.logs" / "rank_0.log").read_text()
     assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
     assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
     assert not processes_with(str(run_dir))
