@@ -228,8 +228,9 @@ def test_under_zero3_weights_act_and_are_judged_bit_for_bit_as_they_do_outside(t
 def test_a_linear_layer_of_the_engine_is_torchs_without_keeping_the_weight(shape, frozen, biased):
     plain, x = torch.nn.Linear(6, 3, bias=biased), torch.randn(*shape)
     plain.weight.requires_grad_(not frozen)
-    ours = copy.deepcopy(plain)
-    use_gathered_layers(torch.nn.Sequential(ours))
+    model = torch.nn.Sequential(copy.deepcopy(plain))
+    use_gathered_layers(model)
+    (ours,) = model
     left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
     one, other = plain(left), ours(right)
     assert torch.equal(one, other)
