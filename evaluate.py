@@ -65,7 +65,7 @@ from vla.models.policy import VLAPolicy
 from vla.models.tiny import TINY_PRESETS
 from vla.start.flag_files import ROOT, Layer, read_yaml
 from vla.start.resume import check_present
-from vla.text import one_line, without_machine
+from vla.text import counted, one_line, without_machine
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
 from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
@@ -564,7 +564,7 @@ def make_actors(
 
 def print_start(args: Args, name: str, num_settings: int, folder: Path) -> None:
     """Two lines: what runs, and in which world."""
-    print0(f"{name}: {num_settings} settings x {args.num_episodes} episodes -> {folder}")
+    print0(f"{name}: {counted(num_settings, 'setting')} x {counted(args.num_episodes, 'episode')} -> {folder}")
     of_model = f"{args.unnorm_key} statistics, {args.dtype}, " if args.policy == "checkpoint" else ""
     width, height = args.image_size
     print0(f"{of_model}{width} x {height} pixels, {args.sim_freq} Hz physics, {args.max_episode_steps} steps")

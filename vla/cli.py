@@ -25,6 +25,7 @@ from schemas import UserError
 from vla import ROOT
 from vla.start.flag_files import INPUTS, OUTPUTS, Layer, checked_values, resolved, saved_layer, yaml_layer
 from vla.start.help import help_text
+from vla.text import counted
 from vla.training.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")
@@ -211,9 +212,10 @@ class Sizes:
         """The sizes as one line for people. num_env_workers is the number that the user asked for."""
         fewer = f" ({num_env_workers} asked for)" if self.num_env_workers < num_env_workers else ""
         return (
-            f"{num_ranks} ranks of {self.local_num_envs} envs and {self.num_env_workers} workers{fewer}, "
-            f"{self.num_chunks} decisions of {chunk_size} actions, {self.env_steps} env steps an iteration, "
-            f"{self.minibatch_size} decisions an optimizer step, {self.num_iterations} iterations"
+            f"{counted(num_ranks, 'rank')} of {counted(self.local_num_envs, 'env')} and "
+            f"{counted(self.num_env_workers, 'worker')}{fewer}, {counted(self.num_chunks, 'decision')} an env of "
+            f"{counted(chunk_size, 'action')}, {self.env_steps} env steps an iteration, "
+            f"{counted(self.minibatch_size, 'decision')} an optimizer step, {counted(self.num_iterations, 'iteration')}"
         )
 
 
