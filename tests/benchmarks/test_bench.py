@@ -252,6 +252,7 @@ def test_what_can_not_be_done_is_said(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_bench_writes_a_table_and_its_numbers(tmp_path):
     command = ["benchmarks/bench.py", "--only", "limits", "--output", str(tmp_path), "--machine", "m"]
     run = python(*command)

@@ -89,7 +89,8 @@ def unbroken(cluster) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", [2, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full  # a minute; what each part of it does is tested beside it and in test_preemption.py
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster, nodes):
     """Two ranks, on one node or two. Both sbatch files start them by slurm/run.sh."""
     run_dir = cluster / f"run_{nodes}"
@@ -112,6 +113,7 @@ def test_a_slurm_job_needs_a_run_dir(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank_under_zero2(unbroken, tmp_path):
     run_dir = tmp_path / "run"
     launcher = deepspeed(2, "--run_dir", str(run_dir))

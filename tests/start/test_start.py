@@ -654,10 +654,15 @@ def test_a_script_says_so_before_it_waits(environment):
 
 
 STREAMS = """
-import os, sys
+import os, select, sys
 from vla.distributed import run_main
 
 def main(path):
+    if os.environ.get("READER_LEAVES"):  # what follows finds nobody
+        print("a line", flush=True)
+        readers = select.poll()
+        readers.register(1, 0)
+        readers.poll(300_000)
     for _ in range(3):
         print("a line", flush=True)
     os.write(1, b"of a library")
@@ -674,6 +679,7 @@ def test_a_run_outlasts_its_streams(tmp_path, redirected):
     (tmp_path / "program.py").write_text(STREAMS)
     command = f'set -o pipefail; "{sys.executable}" "{tmp_path}/program.py" "{tmp_path}/number" {redirected}'
     environment = one_rank_environment() | {"PYTHONPATH": str(ROOT)}
+    environment |= {"READER_LEAVES": "1"} if "|" in redirected else {}
     run = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "Traceback" not in run.stderr and "Broken" not in run.stderr, run.stderr
     assert int((tmp_path / "number").read_text()) > 2

@@ -184,7 +184,7 @@ def evaluations(run_dir: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "script, ranks, stops",
     [  # which evaluation of each start is broken off, and which rank gets the signal
-        ("train_ppo", 2, [(0, 1), (2, 0)]),  # before iteration 1; after the last one
+        pytest.param("train_ppo", 2, [(0, 1), (2, 0)], marks=pytest.mark.full),  # before iteration 1; after the last
         ("train_grpo", 1, [(1, 0), (1, 0)]),  # after iteration 1 and, on resuming, after that of iteration 1, the last
     ],
 )
