@@ -268,6 +268,7 @@ def test_bench_writes_a_table_and_its_numbers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_all_parts_of_a_small_iteration():
     flags = {"num_envs": 2, "num_steps": 24, "max_episode_steps": 8, "num_minibatches": 1, "micro_batch_size": 4}
     found = {one["part"]: one for one in bench.measure_parts(1, bench.STEPS, flags, 300)}

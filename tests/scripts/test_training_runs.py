@@ -138,6 +138,7 @@ def test_half_batches_change_nothing(four_iterations, tmp_path):
             assert ours[tag] == pytest.approx(theirs[tag], abs=1e-4), tag
 
 
+@FULL
 def test_lora_trains_on_two_sharded_ranks_and_its_adapter_loads(tmp_path):
     """With both regularisers: the adapter's own start is the reference, so that KL starts at 0. The rate falls."""
     from vla.models.loading import load_policy
@@ -261,6 +262,7 @@ def refused(*flags: str, sentence: str, ranks: int = 1, **options) -> None:
     assert "Traceback" not in run.stderr
 
 
+@FULL
 def test_num_envs_must_divide_by_ranks(tmp_path):
     refused("--num_envs", "5", "--run_dir", str(tmp_path / "x"), sentence="use 4 or 6", ranks=2, launcher=True)
     assert not (tmp_path / "x").exists()

@@ -124,7 +124,9 @@ def test_it_goes_on_from_a_checkpoint_with_this_runs_rate(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id, size", [("PutOnPlateInScene25Single-v1", 46), ("PickCube-v1", 88)])
+@pytest.mark.parametrize(
+    "env_id, size", [("PutOnPlateInScene25Single-v1", 46), pytest.param("PickCube-v1", 88, marks=pytest.mark.full)]
+)
 def test_states_come_with_observations(env_id, size):
     """Before each action, at the end of an episode, and at the beginning of the next."""
     kwargs = {} if env_id.startswith("PutOn") else {"instruction": "pick up the cube"}
