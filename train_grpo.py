@@ -381,7 +381,7 @@ def rollout(
     # all N envs have their turn, or one half of them while the other is simulated
     for t, half, rows, obs, outcome in envs.pipeline(decisions):
         if outcome is not None:  # of decision t - 1
-            no_values = torch.zeros_like(outcome.rewards)  # [n, C]; there is no critic
+            no_values = torch.zeros_like(outcome.rewards)  # [n, C], since there is no critic
             buffer.add_outcome(
                 t - 1,
                 rows,
@@ -550,7 +550,7 @@ def main(args: Args) -> None:
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> bool:
-        """Run the held-out episodes with whole weights; rank 0 records its first batch. False: asked to end."""
+        """Run the held-out episodes with whole weights. Rank 0 records its first batch. False: asked to end."""
         with logger.timer("eval"), rollout_stage(stages) as actor, logger.video(VideoWriter, iteration) as video:
             means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:

@@ -578,7 +578,7 @@ def main(args: Args) -> None:
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> bool:
-        """Run the held-out episodes with whole weights; rank 0 records its first batch. False: asked to end."""
+        """Run the held-out episodes with whole weights. Rank 0 records its first batch. False: asked to end."""
         with logger.timer("eval"), rollout_stage(stages) as actor, logger.video(VideoWriter, iteration) as video:
             means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
         if means is not None:
@@ -586,6 +586,7 @@ def main(args: Args) -> None:
         return means is not None
 
     def save(iteration: int) -> Path:
+        """Write the checkpoint after so many iterations."""
         return save_checkpoint(
             engine, run_dir, iteration, global_step, envs.state_dict(), args.keep_checkpoints, state_critic
         )

@@ -26,7 +26,7 @@ Envs = Annotated[int, Field(ge=1, le=2**16)]  # RLinf's largest runs have some h
 Episodes = Annotated[int, Field(ge=1, le=100_000)]
 Processes = Annotated[int, Field(ge=0, le=1024)]
 EpisodeSteps = Annotated[int, Field(ge=1, le=100_000)]
-Hertz = Annotated[int, Field(ge=5, le=10_000, multiple_of=5)]  # Hz; control is at 5 Hz
+Hertz = Annotated[int, Field(ge=5, le=10_000, multiple_of=5)]  # Hz, where control is at 5 Hz
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 GroupSize = Annotated[int, Field(ge=2, le=2**16)]  # a group of one has no other member to compare with
 

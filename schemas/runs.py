@@ -46,7 +46,7 @@ class Description(Schema):
     args: SavedFlags
     sizes: dict[str, Any]
     num_ranks: Annotated[int, Field(ge=1)]
-    version: str | None = None  # of the code; runs from before 0.3.0 have none
+    version: str | None = None  # of the code. Runs from before 0.3.0 have none
     commit: str
     uncommitted_changes: bool
     device: str
@@ -67,7 +67,7 @@ class State(Schema):
     global_step: Natural
     trained: dict[str, list[Natural]]  # shapes by parameter
     files: dict[FileName, Annotated[list[Natural], Pair]]  # size in bytes and CRC-32
-    version: str | None = None  # of the code that wrote it; checkpoints from before 0.3.0 have none
+    version: str | None = None  # of the code that wrote it. Checkpoints from before 0.3.0 have none
     base: dict[str, Any] | None = None  # digests of the model that training started from, see describe_base()
     adapter: dict[str, Any] | None = None  # adapter_config.json, without the path of its base
 

@@ -44,7 +44,7 @@ LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and t
 POLL_SECONDS = 1.0
 HEARD_SECONDS = 10.0  # a launcher checks every second whether a rank has ended
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in errors of gloo and of a store
-ORPHAN_SECONDS = 600.0  # time of an orphan to save itself; it may hang in a collective with a dead rank
+ORPHAN_SECONDS = 600.0  # time of an orphan to save itself, since it may hang in a collective with a dead rank
 
 
 def run_main(main: Callable, parse: Callable) -> None:

@@ -681,6 +681,8 @@ def test_a_run_outlasts_its_streams(tmp_path, redirected):
     command = f'set -o pipefail; "{sys.executable}" "{tmp_path}/program.py" "{tmp_path}/number" {redirected}'
     environment = one_rank_environment() | {"PYTHONPATH": str(ROOT)}
     environment |= {"READER_LEAVES": "1"} if "|" in redirected else {}
-    run = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0 and "Traceback" not in run.stderr and "Broken" not in run.stderr, run.stderr
     assert int((tmp_path / "number").read_text()) > 2

@@ -16,7 +16,7 @@ from vla.text import markdown_code, markdown_text
 
 BRACKETS = "Brackets are 95 % Wilson intervals. A mean gives every setting the same weight."
 OUTCOMES = ("success_once", "success_at_end", "return", "episode_len")
-# the title of every column of the means; the published "average of OOD" is the last one
+# the title of every column of the means. The published "average of OOD" is the last one
 COLUMNS = {
     "in_distribution": "in-distribution",
     "vision": "vision",

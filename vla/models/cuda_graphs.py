@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-MAX_KEPT = 4  # graphs per model; each keeps its inputs, outputs, activations and cache on the device
+MAX_KEPT = 4  # graphs per model. Each keeps its inputs, outputs, activations and cache on the device
 
 
 class GraphedCall:

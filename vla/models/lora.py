@@ -25,7 +25,7 @@ from vla.models.openvla import OpenVLA
 from vla.models.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, check_keys
 from vla.text import error_text
 
-# RLinf's targets; "proj" also hits the patch embedding's convolution
+# RLinf's targets. "proj" also hits the patch embedding's convolution
 LORA_TARGETS = [
     "proj",
     "qkv",
@@ -48,8 +48,8 @@ LORA_TARGETS = [
 LLM_TARGETS = r"language_model\.(lm_head|.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj))"
 
 MERGE = "merge the adapter with peft and load the result"
-MATCH_SECONDS = 5.0  # limit for the names of all modules; an ordinary expression needs milliseconds
-# fields of adapter_config.json that are passed to peft; others concern the optimizer or the initial weights
+MATCH_SECONDS = 5.0  # limit for the names of all modules. An ordinary expression needs milliseconds
+# fields of adapter_config.json that are passed to peft. Others concern the optimizer or the initial weights
 HONOURED = (
     "r",
     "lora_alpha",

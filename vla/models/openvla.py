@@ -119,7 +119,7 @@ class OpenVLA(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         dinov2, siglip = tower_specs(config)
-        # sizes that the file leaves out are LlamaConfig's defaults, as in the code that wrote the published files; the
+        # sizes that the file leaves out are LlamaConfig's defaults, as in the code that wrote the published files. The
         # file's attention kernel is ignored, because OFT's mask needs one that takes any mask
         ignored = ("model_type", "torch_dtype", "dtype", "attn_implementation", "_attn_implementation")
         text_config = {key: value for key, value in config["text_config"].items() if key not in ignored}
@@ -170,7 +170,7 @@ class OpenVLA(nn.Module):
         Returns:
             embeddings [B, S, H], mask bool [B, S].
         """
-        if prompt_mask.is_cpu:  # leave out columns that are padding in every row; on a GPU this would have to wait
+        if prompt_mask.is_cpu:  # leave out columns that are padding in every row. On a GPU this would have to wait
             longest = int(prompt_mask.sum(dim=1).max())
             keep = [0, *range(prompt_ids.shape[1] - longest + 1, prompt_ids.shape[1])]
             prompt_ids, prompt_mask = prompt_ids[:, keep], prompt_mask[:, keep]

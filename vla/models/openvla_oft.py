@@ -19,7 +19,7 @@ from vla.models.openvla import Choose, OpenVLA, positions
 
 STOP_ID = 2  # </s>
 
-PUBLISHED_CHUNK_SIZE = 8  # actions per decision of the discrete OpenVLA-OFT checkpoints; their config.json omits it
+PUBLISHED_CHUNK_SIZE = 8  # actions per decision of the discrete OpenVLA-OFT checkpoints. Their config.json omits it
 
 
 class OpenVLAOFT(OpenVLA):
@@ -59,7 +59,7 @@ class OpenVLAOFT(OpenVLA):
             tokens: not used, because a chunk's tokens are predicted without seeing each other.
 
         Returns:
-            logits [B, K, V] in the model's precision; hidden [B, H] at the last prompt token.
+            logits [B, K, V] in the model's precision, and hidden [B, H] at the last prompt token.
         """
         embeddings, mask = self.prefix(images, prompt_ids, prompt_mask, features)
         num_prompt = embeddings.shape[1]
@@ -70,7 +70,7 @@ class OpenVLAOFT(OpenVLA):
         embeddings = torch.cat([embeddings, *tail], dim=1)
         length = embeddings.shape[1]
         mask = torch.cat([mask, mask.new_ones(len(mask), length - num_prompt)], dim=1)
-        # transformers uses a mask of four dimensions unchanged, so every query sees every real key; moojink's fork of
+        # transformers uses a mask of four dimensions unchanged, so every query sees every real key. moojink's fork of
         # transformers copies the causal mask's last row to all rows, which is the same
         output = self.language_model.model(
             inputs_embeds=embeddings,

@@ -47,7 +47,7 @@ FOREIGN_PARTS = {
 }
 # weights in other formats than safetensors
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-# a tensor in files of old transformers versions; newer ones compute it from config.json
+# a tensor in files of old transformers versions. Newer ones compute it from config.json
 OLD_BUFFER = re.compile(r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 

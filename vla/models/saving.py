@@ -20,7 +20,7 @@ class PolicyFiles:
 
     config: dict  # config.json, without the statistics of dataset_statistics.json
     side_files: dict[str, bytes]  # name -> content
-    adapter_config: dict | None  # adapter_config.json; without base_model_name_or_path the base is saved, too
+    adapter_config: dict | None  # adapter_config.json. Without base_model_name_or_path the base is saved, too
     base: dict  # published.describe_base() of the loaded and merged weights, before any training
 
 

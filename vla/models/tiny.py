@@ -65,12 +65,12 @@ TINY_OPENVLA = {
     },
     "norm_stats": {"bridge_orig": BRIDGE_ORIG},
 }
-# of the builtin wooden table; without mean 0 and std 1, learning is three times slower
+# of the builtin wooden table. Without mean 0 and std 1, learning is three times slower
 TINY_MEAN, TINY_STD = [0.55, 0.45, 0.32], [0.1, 0.1, 0.1]
 TINY_PRESETS = {"openvla-tiny": TINY_OPENVLA, "openvla-oft-tiny": {**TINY_OPENVLA, "chunk_size": PUBLISHED_CHUNK_SIZE}}
 
 TINY_TEXT_IDS = 512
-# the words that the tiny tokenizer learns; it spells out other words in bytes
+# the words that the tiny tokenizer learns. It spells out other words in bytes
 TINY_WORDS = """
 carrot, kitchen shovel, bread, plastic bottle, 7up can, zuchinni, ketchup bottle, watering can, pipe, toy bear, fast
 food cup, plant, banana, hamburger, golf ball, bbq sauce, travel cup, pepper, nonstop can, potato, baguette,

@@ -50,7 +50,7 @@ def read_tokenizer(side_files: dict[str, bytes], path: str = "the checkpoint") -
     source = f"{path}/tokenizer.json"
     with tokenizer_errors(source):
         tokenizer = Tokenizer.from_str(side_files["tokenizer.json"].decode())
-        tokenizer.no_truncation()  # some files keep the setting of their last use; transformers ignores it, too
+        tokenizer.no_truncation()  # some files keep the setting of their last use. transformers ignores it, too
         tokenizer.no_padding()
         plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
     bos = check_added_tokens(tokenizer, side_files, path)

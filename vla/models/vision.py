@@ -157,7 +157,7 @@ class VisionTower(nn.Module):
 class VisionBackbone(nn.Module):
     """DINOv2 and SigLIP features of the same image, concatenated along the feature axis, DINOv2 first."""
 
-    # default (mean, std) of each tower's input, for pixels in [0, 1]; preprocessor_config.json overrides it
+    # default (mean, std) of each tower's input, for pixels in [0, 1]. preprocessor_config.json overrides it
     NORMALIZATION = (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
     def __init__(self, dinov2: TowerSpec, siglip: TowerSpec):

@@ -77,7 +77,7 @@ def flag_groups(args_class: type) -> dict[str, dict[str, str]]:
 
 
 def value_name(kind: Any) -> str:
-    """How the value of a flag is written: INT, {train,test,all}, INT INT, TEXT ...; None is not shown."""
+    """How the value of a flag is written: INT, {train,test,all}, INT INT, TEXT ... None is not shown."""
     parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
     if typing.get_origin(kind) is typing.Literal:
         return f"{{{','.join(map(str, parts))}}}"

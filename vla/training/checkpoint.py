@@ -46,7 +46,7 @@ from vla.training.optimizer_state import load_shards, local_shards, save_shards,
 from vla.training.stages import whole_state_dict
 
 FORMAT = 3  # of state.json and the files beside it
-OLD_FORMAT = 2  # without checksums; envs.pt and critic.pt are pickles, and are read without running code
+OLD_FORMAT = 2  # without checksums. envs.pt and critic.pt are pickles, and are read without running code
 FOLDER = re.compile(r"iteration_(\d{6,})")
 
 

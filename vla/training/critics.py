@@ -4,11 +4,11 @@ HiddenCritic is the published one: a value head on the language model's hidden s
 loss is a term of ppo_loss().
 
 StateCritic reads the simulator's state (`--critic state`). In simulation the critic can read what the policy has to
-infer from an image: poses, grasps, and how much time is left ("asymmetric actor critic", arXiv 1710.06542; time in the
-critic's input: arXiv 1712.00378). A baseline may depend on anything except the action that it judges. It then adds no
-bias to the policy gradient, and reduces its variance. (With lambda below 1 a wrong V biases the gradient, as any
-critic's does.) This critic also sees the state before each action of a chunk. The language model's hidden state is
-known only once per chunk.
+infer from an image: poses, grasps, and how much time is left. The idea is the "asymmetric actor critic" of arXiv
+1710.06542. Time in the critic's input is from arXiv 1712.00378. A baseline may depend on anything except the action
+that it judges. It then adds no bias to the policy gradient, and reduces its variance. (With lambda below 1 a wrong V
+biases the gradient, as any critic's does.) This critic also sees the state before each action of a chunk. The language
+model's hidden state is known only once per chunk.
 
 StateCritic is a small network outside the engine. Every rank has all of it and fits it to all ranks' experience in the
 same order. So the ranks' copies stay equal without a reduction, and the number of ranks does not matter. Only training

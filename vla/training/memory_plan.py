@@ -66,7 +66,7 @@ class Use(StrEnum):
     FORWARD = "forward pass, KV cache"
 
 
-# uses that come and go while a stage runs; those of a forward pass have ended when those of the step begin
+# uses that come and go while a stage runs. Those of a forward pass have ended when those of the step begin
 DURING_FORWARD = (Use.FORWARD, Use.ACTIVATIONS, Use.GATHERED)
 DURING_STEP = (Use.BACKWARD_GRADIENTS, Use.STEP)
 DURING_BOTH = (Use.BACKWARD_BUCKET,)

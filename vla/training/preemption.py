@@ -54,7 +54,7 @@ class StopRequest:
 
     def __init__(self, folder: Path):
         self.stop_file = folder / "stop"
-        self.signal: str | None = None  # the one that this rank got; it may come twice
+        self.signal: str | None = None  # the one that this rank got. It may come twice
         self.meeting = False  # True while ranks exchange requests, so that no file is needed
         if rank() == 0:
             self.stop_file.unlink(missing_ok=True)  # left by a process that was killed

@@ -17,7 +17,7 @@ from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, mas
 from vla.models.action_tokens import ACTION_DIM
 from vla.models.policy import PolicyInputs, VLAPolicy
 
-# fields that are known only after a decision was executed; a critic on the simulator's state then has all its states
+# fields that are known only after a decision was executed: a critic on the simulator's state then has all its states
 OUTCOME = {"rewards", "valid", "values", "dones", "final_values"}
 
 
@@ -98,7 +98,7 @@ class RolloutBuffer:
     def reference_of(
         self, actor: VLAPolicy, inputs: PolicyInputs, tokens: torch.Tensor, temperature: float
     ) -> torch.Tensor | None:
-        """Log-probabilities of the starting policy, [n, C, D]; None where this buffer does not keep them."""
+        """Log-probabilities of the starting policy, [n, C, D]. None where this buffer does not keep them."""
         return actor.reference_logprobs(inputs, tokens, temperature) if self.keeps_reference else None
 
     def add_decision(
@@ -307,7 +307,7 @@ def minibatches(
     """For every optimizer step: the number to divide by, and this rank's micro batches. All ranks together.
 
     Args:
-        weights: [T, N, C]; decisions without a weight are left out.
+        weights: [T, N, C]. Decisions without a weight are left out.
         num_envs, first_env, num_minibatches, generator: as for minibatch_indices().
 
     Returns:
