@@ -34,10 +34,11 @@ from envs import check_envs, eval_episode_ids, every_instruction, make_envs, tra
 from envs.vector import VectorEnv
 from envs.video import VideoWriter
 from schemas import flags
+from vla.backends import check_backends
 from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
-from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, row_dicts
+from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, VLAPolicy, rollout_noise
 from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies

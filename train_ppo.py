@@ -35,6 +35,7 @@ from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.vector import Outcome
 from envs.video import VideoWriter
 from schemas import flags
+from vla.backends import check_backends
 from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import (
     all_reduce_sum,
@@ -47,7 +48,7 @@ from vla.distributed import (
     world_size,
 )
 from vla.evaluation.episodes import evaluate
-from vla.logger import Averages, Logger, check_backends, describe_run, due, mean_over, row_dicts
+from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, rollout_noise
 from vla.models.value_head import value_errors

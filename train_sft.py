@@ -30,11 +30,12 @@ from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.demonstrations import Demos
 from envs.video import VideoWriter
 from schemas import UserError, flags
+from vla.backends import check_backends
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
 from vla.evaluation.model_card import export_folder, export_policy
-from vla.logger import Averages, Logger, check_backends, describe_run, due
+from vla.logger import Averages, Logger, describe_run, due
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
 from vla.start.checks import check_iterations_left, check_scene_memory, prompt_room, what_applies

@@ -1,4 +1,4 @@
-"""The log of a run: TensorBoard, metrics.jsonl, progress.log, a plot, and a description of the run.
+"""The log of a run: metrics.jsonl, progress.log, a plot, and a description of the run.
 
 metrics.jsonl has one JSON object per iteration. Its keys are the TensorBoard tags, `iteration` and `global_step` (env
 steps over all ranks). `eval/*` in a line belongs to the last evaluation since the line before, which was made after
@@ -8,18 +8,14 @@ has one line per iteration for people. Without a terminal it replaces the progre
 
 import contextlib
 import datetime
-import importlib
-import importlib.util
 import json
 import math
-import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -27,13 +23,14 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from schemas import UserError, check, parse_json, read_json, require_file
-from schemas.runs import Line, Tracking
+from schemas import UserError, check, parse_json, require_file
+from schemas.runs import Line
 from vla import ROOT, VERSION
+from vla.backends import open_backends, show_film
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
+from vla.files.whole import write_whole
 from vla.text import without_keys, without_machine
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
@@ -94,62 +91,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-class TensorBoard:
-    """TensorBoard with the two calls that wandb and swanlab have in common."""
-
-    def __init__(self, run_dir: Path, purge_step: int | None):
-        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        for tag, value in metrics.items():
-            self.writer.add_scalar(tag, value, step)
-        self.writer.flush()
-
-    def finish(self) -> None:
-        self.writer.close()
-
-
-def check_backends(names: tuple[str, ...]) -> None:
-    """Raise UserError if a backend is not installed."""
-    for name in names:
-        if name != "tensorboard" and importlib.util.find_spec(name) is None:
-            raise UserError(f"--logger_backends {name}: it is not installed, run `pip install {name}`")
-
-
-def open_backend(name: str, run_dir: Path, purge_step: int | None, project: str, experiment: str | None):
-    """An object with log(metrics, step) and finish(). wandb and swanlab are imported only if they are used.
-
-    They get only metrics. They do not collect the command line, paths or the host's name.
-    """
-    if name == "tensorboard":
-        return TensorBoard(run_dir, purge_step)
-    module = importlib.import_module(name)
-    run = {"project": project, "id": tracking_id(run_dir), "resume": "allow"}
-    title = experiment or run_dir.resolve().name
-    if name == "wandb":
-        settings = {"x_disable_meta": True, "disable_git": True, "disable_code": True, "console": "off"}
-        module.init(**run, name=title, dir=str(run_dir), settings=settings)
-    else:
-        settings = module.Settings(metadata_collect=False, requirements_collect=False)
-        module.init(**run, experiment_name=title, logdir=str(run_dir / "swanlab"), settings=settings)
-    return module
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a run that is killed meanwhile leaves either the old file or the complete new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def tracking_id(run_dir: Path) -> str:
-    """The run's id at wandb and swanlab. It is kept in the run folder, so that a resumed run continues there."""
-    path = run_dir / "tracking.json"
-    if not path.exists():
-        write_whole(path, json.dumps({"id": uuid.uuid4().hex[:21]}) + "\n")  # swanlab wants 21 characters
-    return read_json(path, Tracking, "remove it, and the run becomes a new one at wandb and swanlab").id
-
-
 class Averages:
     """Sums of scalar metrics over micro batches, averaged over ranks and minibatches."""
 
@@ -195,7 +136,7 @@ class Logger:
     ):
         self.step_name = step_name
         self.run_dir, self.enabled = run_dir, enabled
-        self.start_iteration, self.num_iterations = start_iteration, num_iterations
+        self.start_iteration, self.start_step, self.num_iterations = start_iteration, start_step, num_iterations
         self.seconds: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}  # not yet in a line of metrics.jsonl
         self.iteration_start = time.perf_counter()
@@ -205,7 +146,7 @@ class Logger:
         for name in ("metrics", "evaluations"):
             self._set_aside_lines_after(start_iteration, name)
         purge_step = start_step + 1 if start_iteration else None
-        self.backends = [open_backend(name, run_dir, purge_step, project_name, experiment_name) for name in backends]
+        self.backends = open_backends(backends, run_dir, purge_step, project_name, experiment_name)
         if start_iteration == 0:  # the first line has the evaluation of the starting policy
             for line in read_lines(run_dir / "evaluations.jsonl"):
                 self.evaluation = {tag: value for tag, value in line.items() if tag.startswith("eval/")}
@@ -230,6 +171,8 @@ class Logger:
             name = f"run_from_iteration_{self.start_iteration:06d}.json"
             write_whole(self.run_dir / name, json.dumps(description, indent=2) + "\n")
             write_whole(self.run_dir / "args.json", json.dumps(description["args"], indent=2) + "\n")
+            for backend in self.backends:
+                backend.describe(without_places(description), self.start_step)
             ranks = description["num_ranks"]
             tqdm.write(f"{self.run_dir}: {ranks} rank{'s' if ranks > 1 else ''} on {description['device']}")
             if self.start_iteration == 0 and not self.evaluation:
@@ -284,6 +227,9 @@ class Logger:
             self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
             tqdm.write(f"iteration {iteration}: success {means['success_once']:.3f} on held-out episodes")
             self._scalars(tagged, global_step)
+            videos = self.run_dir / "videos"
+            show_film(self.backends, "video/evaluation", videos / f"eval_{iteration:06d}.mp4", global_step)
+            show_film(self.backends, "video/before_after", videos / "before_after.mp4", global_step)
 
     def write(
         self,

@@ -9,9 +9,9 @@ import collect_demos
 import train_grpo
 import train_sft
 from train_ppo import Args
+from vla.backends import check_backends
 from vla.cli import check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import UserError
-from vla.logger import check_backends
 from vla.training.engine import read_deepspeed_config
 
 PRESETS = sorted(Path("yaml").glob("*.yaml"))

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from conftest import ROOT
@@ -94,53 +93,6 @@ def test_what_is_kept_of_runs_names_no_machine():
     for path in texts:
         found = re.search(r"(?<![\w.])/(?:home|root|tmp|work|mnt|scratch|users)/\w+|hf_\w{20}", path.read_text(), re.I)
         assert found is None, f"{path}: {found and found[0]}"
-
-
-# ---------------------------------------------------------------------- wandb and swanlab
-class Tracker(ModuleType):
-    """Stands in for wandb or swanlab: keeps what it is told."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__spec__ = True  # as far as find_spec looks
-        self.told, self.logged = [], []
-        self.Settings = lambda **settings: settings
-
-    def init(self, **settings) -> None:
-        self.told.append(settings)
-
-    def log(self, metrics, step) -> None:
-        self.logged.append(step)
-
-    def finish(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("name", ["wandb", "swanlab"])
-def test_a_resumed_run_goes_on_in_its_own_run(tmp_path, monkeypatch, name):
-    tracker = Tracker(name)
-    monkeypatch.setitem(sys.modules, name, tracker)
-    run_dir = tmp_path / "my_run"
-    for start in (0, 2):
-        Logger(run_dir, True, 4, start, 20, (name,), project_name="mine", experiment_name="first try")
-    other = Logger(tmp_path / "other", True, 4, 0, 0, (name,))
-    first, again, third = tracker.told
-    assert first["id"] == again["id"] != third["id"] and len(first["id"]) == 21 and first["resume"] == "allow"
-    titled = "name" if name == "wandb" else "experiment_name"
-    assert (first["project"], first[titled]) == ("mine", "first try")
-    assert (third["project"], third[titled]) == ("solovla", "other")
-    collected = {"wandb": ["x_disable_meta", "disable_git"], "swanlab": ["metadata_collect"]}[name]
-    assert all(first["settings"][key] is (name == "wandb") for key in collected)
-    other.write_evaluation(0, 7, {"success_once": 0.5})
-    assert tracker.logged == [7]
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"id": "../../x"}', '{"id": 3}', "[]"])
-def test_a_tracking_file_that_can_not_be_names_itself(tmp_path, monkeypatch, content):
-    monkeypatch.setitem(sys.modules, "wandb", Tracker("wandb"))
-    (tmp_path / "tracking.json").write_text(content)
-    with pytest.raises(UserError, match=r"tracking\.json .*: remove it"):
-        Logger(tmp_path, True, 4, 0, 0, ("wandb",))
 
 
 # ---------------------------------------------------------------------- lines that are cut
