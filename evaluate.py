@@ -15,7 +15,7 @@ A checkpoint is a run folder (its newest checkpoint), one checkpoint of a run, o
 flags of model and env come from the args.json of the run, and those on the command line override them. The setting and
 an index decide an episode, which is never trained on. So any number of ranks, workers and envs runs the same episodes.
 
---output gets results.json, results.md, results.png, results.html (all in one file), episode_ids.json and videos/. It
+--output gets results.json, results.md, results.png, report.html (all in one file), episode_ids.json and videos/. It
 also gets episodes.jsonl: every episode with its actions, which --resume reads. SIGTERM, SIGUSR1 or one Ctrl-C ends an
 evaluation between two steps with exit code 75.
 """
@@ -55,17 +55,18 @@ from vla.distributed import (
 )
 from vla.evaluation.episode_log import EpisodeLog, Progress
 from vla.evaluation.episodes import NEVER, Actor, PolicyActor, Stop, outcome, replay, run_episodes
-from vla.evaluation.report import plot_comparison, write_report
 from vla.evaluation.settings import FAMILY, Setting, parse_settings
 from vla.evaluation.statistics import assemble, compare, comparison_table, headline, markdown_table
 from vla.files.trees import checksum
-from vla.logger import describe_run, without_places
+from vla.logger import describe_run
 from vla.models.loading import load_policy
 from vla.models.policy import VLAPolicy
 from vla.models.tiny import TINY_PRESETS
+from vla.reports.evaluation_page import write_report
+from vla.reports.plots import plot_comparison
 from vla.start.flag_files import ROOT, Layer, read_yaml
 from vla.start.resume import check_present
-from vla.text import counted, one_line, without_machine
+from vla.text import counted, one_line, without_machine, without_places
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
 from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
@@ -607,7 +608,7 @@ def write_results(
             for path, episode in recorded.items()
         ]
     write_report(folder, results, published)
-    print(f"{headline(results)}\n{folder}/results.html, results.md, results.json, results.png", flush=True)
+    print(f"{headline(results)}\n{folder}/report.html, results.md, results.json, results.png", flush=True)
 
 
 def main(args: Args) -> None:

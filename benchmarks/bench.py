@@ -32,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import free_port
 from envs.workers import WORKER_CODE
-from vla.logger import cpu_name, describe_run, read_lines, without_places
+from vla.files.run_lines import read_lines
+from vla.logger import cpu_name, describe_run
+from vla.text import without_places
 from vla.training.stages import GIB
 
 ROOT = Path(__file__).resolve().parent.parent

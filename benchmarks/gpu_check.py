@@ -37,7 +37,8 @@ from benchmarks.bench import Row
 from benchmarks.model_speed import PRESETS, random_inputs, random_policy
 from envs.variants import train_episode_id
 from vla.distributed import rank, setup_distributed
-from vla.logger import describe_run, without_places
+from vla.logger import describe_run
+from vla.text import without_places
 from vla.training.engine import backward, build_engine, read_deepspeed_config
 from vla.training.memory_plan import Recipe, make_plan
 from vla.training.stages import GIB, StageSwitcher, make_rollout_copy, rollout_stage, update_stage

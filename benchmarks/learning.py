@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from vla.evaluation.settings import FAMILY  # noqa: E402
 from vla.evaluation.statistics import COLUMNS, by_temperature  # noqa: E402
-from vla.logger import read_lines, without_places  # noqa: E402
-from vla.text import drawn  # noqa: E402
+from vla.files.run_lines import read_lines  # noqa: E402
+from vla.text import drawn, without_places  # noqa: E402
 
 RESULTS = ROOT / "results"
 RANKS = 2

@@ -2,9 +2,9 @@
 
 import math
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from schemas import Schema
 
@@ -84,12 +84,74 @@ ShardIndex = dict[str, Annotated[list[Finite], Pair]]
 Line = dict[str, Finite]
 
 
+Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Action = tuple[(Finite,) * 7]  # metres, radians, gripper
+
+
+class Facts(Schema):
+    """What the env names about an episode."""
+
+    instruction: str | None = None
+    object: str | None = None
+    receptacle: str | None = None
+    table: str | None = None
+
+
+class HeldOutEpisode(Facts):
+    """A line of episodes/eval_*.jsonl: one held-out episode of an evaluation, with the actions that were executed."""
+
+    episode_id: Natural
+    success_once: Rate
+    success_at_end: Rate
+    return_: Finite = Field(alias="return")
+    episode_len: Annotated[int, Field(ge=1)]
+    reward: Finite
+    actions: list[Action]
+
+    @field_validator("actions")
+    @classmethod
+    def has_one_action_per_step(cls, value: list[Action], info: ValidationInfo) -> list[Action]:
+        if len(value) != info.data.get("episode_len"):
+            raise ValueError("one action for each of episode_len steps")
+        return value
+
+
+def plain_name(name: str) -> str:
+    """Name of a file in the folder of the list."""
+    if inside(name) != PurePosixPath(name).name:
+        raise ValueError("the name of a file beside clips.json")
+    return name
+
+
+class Clip(Facts):
+    """An item of clips.json: the video of one episode."""
+
+    episode_id: Natural
+    file: Annotated[str, AfterValidator(plain_name)]
+    poster: Annotated[str, AfterValidator(plain_name)]
+    outcome: Literal["success", "failed"]
+    return_: Finite = Field(alias="return")
+    episode_len: Annotated[int, Field(ge=1)]
+
+
+Clips = list[Clip]
+
+
 class Holder(Schema):
     """The lock of a run folder: the process that writes there."""
 
     host: str
     pid: Natural
     started: str
+
+
+class Session(Schema):
+    """A line of sessions.jsonl: a start of a run, or how it ended."""
+
+    event: Literal["started", "stopped", "failed", "finished"]
+    time: Finite  # seconds since 1970
+    iteration: Natural
+    reason: str = ""  # what asked it to stop, or the error
 
 
 class Tracking(Schema):

@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -20,35 +19,21 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from schemas import UserError, check, parse_json, require_file
-from schemas.runs import Line
+from schemas import UserError
 from vla import ROOT, VERSION
 from vla.backends import open_backends, show_film
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
+from vla.evaluation.statistics import wilson_interval
+from vla.files.run_lines import read_evaluations, read_line, read_lines, text_lines
 from vla.files.whole import write_whole
-from vla.text import without_keys, without_machine
+from vla.reports.plots import plot_progress
+from vla.reports.run_record import read_run
+from vla.text import without_keys, without_places
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
-
-
-def without_places(description: dict) -> dict:
-    """A run's description for publication: without paths of one machine, and without access keys.
-
-    The folder of a resumed run becomes runs/my_run, as in README.
-    """
-    place_flags, resumed = ("run_dir", "output", "local_rank"), "runs/my_run"
-    args = {name: value for name, value in description["args"].items() if name not in place_flags}
-    if isinstance(args.get("resume"), str):
-        args["resume"] = resumed
-    command = re.sub(rf" --(?:{'|'.join(place_flags)})(?:=| )(?:'[^']*'|\S+)", "", description["command"])
-    command = re.sub(r" --resume(=| )(?!-)(?:'[^']*'|\S+)", rf" --resume\1{resumed}", command)
-    args = {name: without_keys(value) if isinstance(value, str) else value for name, value in args.items()}
-    return without_machine(description | {"args": args, "command": without_keys(command)})
 
 
 def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
@@ -322,7 +307,7 @@ class Logger:
         evaluations = read_evaluations(self.run_dir)
         print(f"run folder  {self.run_dir}")
         print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'), default='none')}")
-        print(f"plot        {plot_progress(self.run_dir, self.step_name)}")
+        print(f"plot        {plot_progress(read_run(self.run_dir))}")
         for name, line in (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ():
             success, episodes = line["eval/success_once"], line["eval/num_episodes"]
             low, high = wilson_interval(success, episodes)
@@ -356,77 +341,3 @@ def row_dicts(columns: dict[str, torch.Tensor]) -> list[dict[str, float]]:
     [{'return': 1.0, 'episode_len': 80.0}, {'return': 0.5, 'episode_len': 12.0}]
     """
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
-
-
-def text_lines(path: Path) -> list[bytes]:
-    """The lines of a file that a run appends to, each with its line end. [] without the file."""
-    if not path.exists():
-        return []
-    require_file(path, "remove it")
-    return path.read_bytes().splitlines(keepends=True)
-
-
-def read_line(text: bytes) -> dict[str, float] | None:
-    """The content of a line of metrics.jsonl or evaluations.jsonl, or None if it is damaged."""
-    try:
-        found = check(Line, parse_json(text, "", ""), "")
-    except UserError:
-        return None
-    return json.loads(text) if text.endswith(b"\n") and "iteration" in found else None
-
-
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl or evaluations.jsonl. Lines that a killed run or a full disk cut off are left out."""
-    found = [read_line(line) for line in text_lines(path)]
-    if None in found[:-1]:
-        print(f"{path} has {found[:-1].count(None)} damaged lines, which are left out", file=sys.stderr)
-    return [line for line in found if line is not None]
-
-
-def read_evaluations(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of evaluations.jsonl that hold the result of an evaluation."""
-    wanted = {"global_step", "eval/success_once", "eval/num_episodes", "eval/return"}
-    return [line for line in read_lines(run_dir / "evaluations.jsonl") if wanted <= line.keys()]
-
-
-def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a success rate over n episodes (Wilson 1927).
-
-    >>> low, high = wilson_interval(0.5, 100)
-    >>> f"{low:.3f} {high:.3f}"
-    '0.404 0.596'
-    """
-    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def plot_progress(run_dir: Path, step_name: str = "env steps") -> Path:
-    """Draw progress.png from metrics.jsonl and evaluations.jsonl: success and return against global_step."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, name, label in zip(axes, ("success_once", "return"), ("success rate", "return")):
-        for source, prefix, style, legend in (
-            ("metrics", "env", "-", "training episodes"),
-            ("evaluations", "eval", "o--", "held-out evaluation"),
-        ):
-            lines = [
-                line
-                for line in read_lines(run_dir / f"{source}.jsonl")
-                if {f"{prefix}/{name}", "global_step"} <= line.keys()
-            ]
-            axis.plot(
-                [line["global_step"] for line in lines],
-                [line[f"{prefix}/{name}"] for line in lines],
-                style,
-                label=legend,
-            )
-        axis.set_xlabel(step_name)
-        axis.locator_params(axis="x", nbins=5)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(-0.02, 1.02)
-    axes[0].legend()
-    figure.savefig(run_dir / "progress.png", dpi=120)
-    plt.close(figure)
-    return run_dir / "progress.png"

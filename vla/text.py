@@ -97,6 +97,21 @@ def without_machine(value: Any) -> Any:
     return value
 
 
+def without_places(description: dict) -> dict:
+    """A run's description for publication: without paths of one machine, and without access keys.
+
+    The folder of a resumed run becomes runs/my_run, as in README.
+    """
+    place_flags, resumed = ("run_dir", "output", "local_rank"), "runs/my_run"
+    args = {name: value for name, value in description["args"].items() if name not in place_flags}
+    if isinstance(args.get("resume"), str):
+        args["resume"] = resumed
+    command = re.sub(rf" --(?:{'|'.join(place_flags)})(?:=| )(?:'[^']*'|\S+)", "", description["command"])
+    command = re.sub(r" --resume(=| )(?!-)(?:'[^']*'|\S+)", rf" --resume\1{resumed}", command)
+    args = {name: without_keys(value) if isinstance(value, str) else value for name, value in args.items()}
+    return without_machine(description | {"args": args, "command": without_keys(command)})
+
+
 def shortened(found: re.Match) -> str:
     """An absolute path, shortened as without_machine() says."""
     path = Path(found.group())

@@ -26,7 +26,6 @@ from envs import VARIANTS, eval_episode_ids, instructions, is_held_out, make_env
 from schemas import lock
 from vla.distributed import REQUEUE, UserError
 from vla.evaluation.episode_log import EpisodeLog
-from vla.evaluation.report import write_report
 from vla.evaluation.settings import FAMILY, GROUP_OF, GROUPS, parse_settings
 from vla.evaluation.statistics import (
     assemble,
@@ -38,10 +37,11 @@ from vla.evaluation.statistics import (
     mcnemar,
     means_table,
     published_means,
+    wilson_interval,
 )
-from vla.logger import wilson_interval
 from vla.models.loading import load_policy
 from vla.models.saving import save_policy
+from vla.reports.evaluation_page import write_report
 from vla.start.flag_files import read_yaml
 from vla.text import markdown_code, without_machine
 
@@ -258,7 +258,7 @@ def test_names_are_data_in_plots_tables_and_pages(tmp_path, name):
     published = {"row": PUBLISHED["rl4vla-ppo"] | {"name": name, "note": name, "source": name}}
     write_report(tmp_path, results, published)
     assert iio.imread(tmp_path / "results.png").std() > 5
-    html, text = ((tmp_path / f"results.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    html, text = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "results.md"))
     outside_code = text.replace(markdown_code(about["command"]), "")
     assert outside_code != text and "<script>alert" not in html + outside_code and "](http" not in outside_code
     rows = [line for line in text.splitlines() if line.startswith("| ") and "greedy | 1 |" in line]
@@ -591,8 +591,8 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, model, flags):
 
 def test_it_advises_no_flag_that_it_lacks():
     source = (ROOT / "evaluate.py").read_text().replace("doctor.py --download", "")
-    for name in ("settings", "statistics", "report"):
-        source += (ROOT / "vla" / "evaluation" / f"{name}.py").read_text()
+    for name in ("evaluation/settings", "evaluation/statistics", "reports/evaluation_page"):
+        source += (ROOT / "vla" / f"{name}.py").read_text()
     known = {field.name for field in dataclasses.fields(evaluate.Args)}
     assert set(re.findall(r"--([a-z]\w+)", source)) <= known
 
@@ -790,11 +790,11 @@ def test_expert_succeeds_and_nobody_does_not(tmp_path):
 # ---------------------------------------------------------------------- the page in a browser
 @pytest.fixture(scope="module")
 def browser_page(evaluated, tmp_path_factory):
-    """results.html alone, without the files beside it."""
+    """report.html alone, without the files beside it."""
     if find_chromium() is None:
         pytest.skip("no Chromium on PATH: apt-get install chromium")
     alone = tmp_path_factory.mktemp("page")
-    shutil.copy(evaluated / "results.html", alone / "page.html")
+    shutil.copy(evaluated / "report.html", alone / "page.html")
     with Page((alone / "page.html").as_uri(), alone / "profile") as page:
         yield page
 

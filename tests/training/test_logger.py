@@ -9,7 +9,11 @@ import pytest
 from conftest import ROOT
 
 from vla.distributed import UserError
-from vla.logger import Logger, describe_run, plot_progress, read_lines, without_places
+from vla.files.run_lines import read_lines
+from vla.logger import Logger, describe_run
+from vla.reports.plots import plot_progress
+from vla.reports.run_record import read_run
+from vla.text import without_places
 
 
 def test_a_full_disk_while_logging_ends_in_a_sentence(tmp_path):
@@ -116,7 +120,7 @@ def test_lines_that_are_cut_are_left_out(tmp_path, capsys, cut):
     for name in ("metrics", "evaluations"):
         (tmp_path / f"{name}.jsonl").write_bytes(LINES + cut)
         assert [line["iteration"] for line in read_lines(tmp_path / f"{name}.jsonl")] == [1]
-    assert plot_progress(tmp_path).stat().st_size > 0
+    assert plot_progress(read_run(tmp_path)).stat().st_size > 0
     assert capsys.readouterr().err == ""  # the last one: as a killed run leaves it
     (tmp_path / "metrics.jsonl").write_bytes(cut + (b"" if cut.endswith(b"\n") else b"\n") + LINES)
     found = read_lines(tmp_path / "metrics.jsonl")

@@ -18,10 +18,11 @@ from schemas import UserError, read_json
 from schemas.runs import Description
 from vla.distributed import agree, rank
 from vla.evaluation.settings import FAMILY
-from vla.logger import read_evaluations, read_lines, wilson_interval, without_places
+from vla.evaluation.statistics import wilson_interval
+from vla.files.run_lines import read_evaluations, read_lines
 from vla.models.policy import VLAPolicy
 from vla.models.saving import save_policy
-from vla.text import markdown_code, markdown_text
+from vla.text import markdown_code, markdown_text, without_places
 
 WEIGHTS = re.compile(r"(?:adapter_)?model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 BESIDE = re.compile(  # other files of published policies

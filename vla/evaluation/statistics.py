@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from schemas import UserError
 from vla.evaluation.settings import GROUP_OF, GROUPS
-from vla.logger import wilson_interval
 from vla.text import markdown_code, markdown_text
 
 BRACKETS = "Brackets are 95 % Wilson intervals. A mean gives every setting the same weight."
@@ -25,6 +24,18 @@ COLUMNS = {
     "mean_of_15_out_of_distribution": "mean of the 15 out-of-distribution settings",
     "mean_of_16_published_average": "mean of all 16 settings (what is published as average of OOD)",
 }
+
+
+def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % confidence interval of a success rate over n episodes (Wilson 1927).
+
+    >>> low, high = wilson_interval(0.5, 100)
+    >>> f"{low:.3f} {high:.3f}"
+    '0.404 0.596'
+    """
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def summarize(episodes: list[dict]) -> dict:
