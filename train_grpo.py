@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs, train_episode_id
 from envs.vector import VectorEnv
@@ -230,18 +231,15 @@ class Args:
 
 
 def surrogate_units(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, logprob_level: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From tokens to the units whose probability ratio is clipped.
+    log_ratio: Tensor, advantages: Tensor, weights: Tensor, logprob_level: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log ratios, advantages and weights of the units whose ratio is clipped, of one shape.
 
-    A unit is a token, an action (its 7 tokens) or a chunk (its executed actions). A chunk's advantage is that of its
-    first action, which holds the rewards of the others.
+    A unit is a token [B, C, D], an action [B, C] (its 7 tokens) or a chunk [B, 1] (its executed actions). A chunk's
+    advantage is that of its first action, which holds the rewards of the others.
 
     Args:
         log_ratio: [B, C, D], 0 where not executed. advantages, weights: [B, C].
-
-    Returns:
-        log ratios, advantages and weights of the units, of one shape: [B, C, D], [B, C] or [B, 1].
     """
     if logprob_level == "token":
         token_weights = weights / log_ratio.shape[-1]
@@ -253,15 +251,14 @@ def surrogate_units(
 
 
 def clipped_surrogate(
-    new_logprobs: torch.Tensor,
+    new_logprobs: Tensor,
     mb: MicroBatch,
-    total_weight: float,
     *,
     logprob_level: str,
     clip_ratio_low: float,
     clip_ratio_high: float,
     dual_clip: float | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with a two-sided clip (DAPO, arXiv 2503.14476) and a dual clip
     (arXiv 1912.09729).
 
@@ -269,18 +266,16 @@ def clipped_surrogate(
 
     Args:
         new_logprobs: [B, C, D].
-        total_weight: the weight of the whole minibatch over all ranks, divided by their number. DeepSpeed adds up
-            micro batches and averages ranks, so the results add up to the minibatch's weighted mean.
 
     Returns:
-        loss and metrics, scalars.
+        loss and metrics, scalars: this micro batch's part of the mean over units, see MicroBatch.mean().
     """
     executed = mb.weights[..., None] > 0  # an infinite ratio times a weight of 0 is NaN
     token_log_ratio = torch.where(executed, new_logprobs - mb.old_logprobs, 0.0)  # [B, C, D]
     unit_log_ratio, advantages, weights = surrogate_units(token_log_ratio, mb.advantages, mb.weights, logprob_level)
 
-    def mean(x: torch.Tensor) -> torch.Tensor:  # over units
-        return (x * weights).sum() / total_weight
+    def mean(x: Tensor) -> Tensor:  # over units
+        return (x * weights).sum() / mb.total_weight
 
     log_ratio = unit_log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
@@ -303,7 +298,7 @@ def clipped_surrogate(
     }
 
 
-def compare(grouped: torch.Tensor, baseline: str, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+def compare(grouped: Tensor, baseline: str, scale: str) -> tuple[Tensor, Tensor]:
     """Advantages of whole episodes within their group (GRPO, arXiv 2402.03300, section 4.1).
 
     Args:
@@ -331,8 +326,8 @@ def compare(grouped: torch.Tensor, baseline: str, scale: str) -> tuple[torch.Ten
 
 
 def compute_group_advantages(
-    returns: torch.Tensor, ended: torch.Tensor, group_size: int, baseline: str, scale: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    returns: Tensor, ended: Tensor, group_size: int, baseline: str, scale: str
+) -> tuple[Tensor, Tensor]:
     """compare() within groups of episodes that ended.
 
     An episode that did not end has no score: its worker was lost, and it began again too late. Its advantage is 0, and
@@ -362,7 +357,7 @@ def rollout(
     envs: VectorEnv,
     episode_ids: list[int],
     decisions: Iterable[int],
-    noise: torch.Tensor,
+    noise: Tensor,
     temperature: float,
     buffer: RolloutBuffer,
     device: torch.device,
@@ -404,7 +399,7 @@ def rollout(
     return episodes
 
 
-def episode_weights(valid: torch.Tensor, length_norm: bool) -> torch.Tensor:
+def episode_weights(valid: Tensor, length_norm: bool) -> Tensor:
     """Weights of executed actions in the loss, [T, N, C], for valid bool [T, N, C].
 
     With length_norm an action of an episode of L actions weighs 1 / L. The loss is then the mean over episodes of the
@@ -415,27 +410,24 @@ def episode_weights(valid: torch.Tensor, length_norm: bool) -> torch.Tensor:
 
 
 def grpo_loss(
-    new: PolicyOutput, mb: MicroBatch, total_weight: float, *, surrogate: dict, regularizers: dict
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """clipped_surrogate + regularization. There is no critic.
+    new: PolicyOutput, mb: MicroBatch, *, surrogate: dict, regularizers: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """clipped_surrogate + regularization, with the flags of each. There is no critic.
 
     Args:
         new: logprobs and entropy [B, C, D] of the current policy.
-        total_weight: as for clipped_surrogate.
-        surrogate, regularizers: the flags of clipped_surrogate and regularization.
 
     Returns:
-        loss and metrics, scalars. Summed over micro batches and averaged over ranks, they are weighted means over
-        executed actions.
+        loss and metrics, scalars: this micro batch's part of the mean over executed actions, see MicroBatch.mean().
     """
-    policy_loss, metrics = clipped_surrogate(new.logprobs, mb, total_weight, **surrogate)
-    penalty, penalties = regularization(new, mb, total_weight, **regularizers)
+    policy_loss, metrics = clipped_surrogate(new.logprobs, mb, **surrogate)
+    penalty, penalties = regularization(new, mb, **regularizers)
     loss = policy_loss + penalty
     metrics |= penalties | {"train/loss": loss}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def live_groups(buffer: RolloutBuffer, group_size: int) -> torch.Tensor:
+def live_groups(buffer: RolloutBuffer, group_size: int) -> Tensor:
     """Which groups have members that do not all score the same, bool [groups]."""
     returns, ended = buffer.rewards.sum(dim=(0, 2)), buffer.dones.any(dim=0)  # [N]
     return compute_group_advantages(returns, ended, group_size, "mean", "none")[1]
@@ -613,16 +605,14 @@ def main(args: Args) -> None:
         with logger.timer("update"), update_stage(stages):
             for _ in range(num_epochs):
                 averages = Averages()
-                steps = minibatches(
-                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, shuffling
-                )
-                for mb, total, last in buffer.micro_batches(steps, advantages, advantages, weights, device):
+                steps = minibatches(weights, first_env, shuffling, **pick(args, minibatches))
+                for mb in buffer.micro_batches(steps, advantages, advantages, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
                     guard.check_ratio(new.logprobs, mb.old_logprobs)
-                    loss, metrics = grpo_loss(new, mb, total, **loss_flags)
-                    guard.check_gradients(backward(engine, loss, last), mb, loss)
+                    loss, metrics = grpo_loss(new, mb, **loss_flags)
+                    guard.check_gradients(backward(engine, loss, mb.last), mb, loss)
                     averages.add(metrics)
-                    preemption.exit_if_requested(together=last)
+                    preemption.exit_if_requested(together=mb.last)
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs

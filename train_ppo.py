@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.vector import Outcome
@@ -252,7 +253,7 @@ class Args:
     """Number of this rank on its machine. The launcher sets it."""
 
 
-def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap: str) -> torch.Tensor:
+def has_future(terminations: Tensor, truncations: Tensor, bootstrap: str) -> Tensor:
     """Which ended episodes are followed by V(last frame), bool [N]: see Args.bootstrap."""
     if bootstrap == "never":
         return torch.zeros_like(truncations)
@@ -260,23 +261,16 @@ def has_future(terminations: torch.Tensor, truncations: torch.Tensor, bootstrap:
 
 
 def outcome_of_decision(
-    outcome: Outcome,
-    decision_values: torch.Tensor,
-    chunk_values: torch.Tensor,
-    value_of: Callable[[dict], torch.Tensor],
-    bootstrap: str,
-) -> dict[str, torch.Tensor]:
-    """What the buffer stores once a decision of n envs was executed.
+    outcome: Outcome, decision_values: Tensor, chunk_values: Tensor, value_of: Callable, bootstrap: str
+) -> dict[str, Tensor]:
+    """What the buffer stores once a decision of n envs was executed: [n, C], and [n] for dones and final_values.
+
+    An episode that was lost with its worker is cut before this decision, and the V of that moment follows it.
 
     Args:
         decision_values: [n], V of what the policy saw when it decided.
         chunk_values: [n, C], V of the states before each action of the chunk, as far as the critic sees them.
-        value_of: V of observations.
-        bootstrap: see Args.bootstrap.
-
-    Returns:
-        rewards, valid and values [n, C], dones and final_values [n]. An episode that was lost with its worker is cut
-        before this decision, and the V of that moment follows it.
+        value_of: V of observations. bootstrap: see Args.bootstrap.
     """
     dropped = outcome.infos["dropped"]  # bool [n]
     ended = outcome.infos["ended"]  # int64 [m], the envs that final_observation has rows for
@@ -284,56 +278,33 @@ def outcome_of_decision(
     final_values = torch.zeros(len(bootstrapped))
     if bootstrapped.any():
         final_values[ended] = value_of(outcome.infos["final_observation"])
-    final_values = final_values * bootstrapped
-    return {
-        "rewards": outcome.rewards,
-        "valid": outcome.infos["valid"],
-        "values": chunk_values,
-        "dones": outcome.terminations | outcome.truncations | dropped,
-        "final_values": torch.where(dropped, decision_values, final_values),
-    }
+    final_values = torch.where(dropped, decision_values, final_values * bootstrapped)
+    dones = outcome.terminations | outcome.truncations | dropped
+    executed = {"rewards": outcome.rewards, "valid": outcome.infos["valid"], "values": chunk_values}
+    return executed | {"dones": dones, "final_values": final_values}
 
 
-def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    valid: torch.Tensor,
-    dones: torch.Tensor,
-    final_values: torch.Tensor,
-    next_values: torch.Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_gae(buffer: RolloutBuffer, next_values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) at action resolution, across the actions of a chunk.
 
     delta_k = r_k + gamma * V_{k+1} - V_k and A_k = delta_k + gamma * lambda * A_{k+1}, with k over executed actions.
-    Where an episode ended, V_{k+1} is final_values and the sum stops. A cut episode is not a finished one. With V of
-    its last frame there, the time limit does not look like failure. RL4VLA treats it as the end.
+    Where an episode ended, V_{k+1} is final_values (V of the last frame where it is bootstrapped, else 0) and the sum
+    stops. With gamma = lambda = 1, values of 0.5 and 0.75, and a reward of 1 with the second and last action:
 
-    One env, two decisions of one action, gamma = lambda = 1, the reward comes at the end of the episode:
-
-    >>> column = lambda *numbers: torch.tensor(numbers).view(2, 1, 1)
-    >>> advantages, returns = compute_gae(
-    ...     rewards=column(0.0, 1.0), values=column(0.5, 0.75), valid=column(True, True),
-    ...     dones=torch.tensor([[False], [True]]), final_values=torch.zeros(2, 1), next_values=torch.zeros(1),
-    ...     gamma=1.0, gae_lambda=1.0)
-    >>> advantages.flatten(), returns.flatten()
-    (tensor([0.5000, 0.2500]), tensor([1., 1.]))
+    A_2 = 1 + 0 - 0.75 = 0.25 and A_1 = 0 + 0.75 - 0.5 + A_2 = 0.5
 
     Args:
-        rewards, values: [T, N, C]. valid: bool [T, N, C], actions that were executed.
-        dones: bool [T, N], the episode ended within the chunk.
-        final_values: [T, N], V(last frame) where an ended episode is bootstrapped, else 0.
         next_values: [N], V of the frame after the rollout.
 
     Returns:
         advantages and returns (= advantages + values), [T, N, C]. Both are 0 where not valid.
     """
+    rewards, values, valid, dones = buffer.rewards, buffer.values, buffer.valid, buffer.dones
     advantages = torch.zeros_like(rewards)
     following = next_values  # V_{k+1}, [N]
     trace = torch.zeros_like(next_values)  # A_{k+1}, [N]
     for t in reversed(range(len(rewards))):
-        following = torch.where(dones[t], final_values[t], following)
+        following = torch.where(dones[t], buffer.final_values[t], following)
         trace = torch.where(dones[t], 0.0, trace)
         for c in reversed(range(rewards.shape[2])):
             delta = rewards[t, :, c] + gamma * following - values[t, :, c]
@@ -343,7 +314,7 @@ def compute_gae(
     return advantages, torch.where(valid, advantages + values, 0.0)
 
 
-def used_advantages(valid: torch.Tensor, logprob_level: str) -> torch.Tensor:
+def used_advantages(valid: Tensor, logprob_level: str) -> Tensor:
     """Which advantages clipped_surrogate reads, bool [T, N, C]: all executed actions, or only the first of a chunk."""
     used = valid.clone()
     if logprob_level == "chunk":
@@ -352,18 +323,15 @@ def used_advantages(valid: torch.Tensor, logprob_level: str) -> torch.Tensor:
 
 
 def surrogate_units(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, logprob_level: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From tokens to the units whose probability ratio is clipped.
+    log_ratio: Tensor, advantages: Tensor, weights: Tensor, logprob_level: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log ratios, advantages and weights of the units whose ratio is clipped, of one shape.
 
-    A unit is a token, an action (its 7 tokens) or a chunk (its executed actions). A chunk's advantage is that of its
-    first action, which holds the rewards of the others.
+    A unit is a token [B, C, D], an action [B, C] (its 7 tokens) or a chunk [B, 1] (its executed actions). A chunk's
+    advantage is that of its first action, which holds the rewards of the others.
 
     Args:
         log_ratio: [B, C, D], 0 where not executed. advantages, weights: [B, C].
-
-    Returns:
-        log ratios, advantages and weights of the units, of one shape: [B, C, D], [B, C] or [B, 1].
     """
     if logprob_level == "token":
         token_weights = weights / log_ratio.shape[-1]
@@ -375,15 +343,14 @@ def surrogate_units(
 
 
 def clipped_surrogate(
-    new_logprobs: torch.Tensor,
+    new_logprobs: Tensor,
     mb: MicroBatch,
-    total_weight: float,
     *,
     logprob_level: str,
     clip_ratio_low: float,
     clip_ratio_high: float,
     dual_clip: float | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with a two-sided clip (DAPO, arXiv 2503.14476) and a dual clip
     (arXiv 1912.09729).
 
@@ -391,18 +358,16 @@ def clipped_surrogate(
 
     Args:
         new_logprobs: [B, C, D].
-        total_weight: the weight of the whole minibatch over all ranks, divided by their number. DeepSpeed adds up
-            micro batches and averages ranks, so the results add up to the minibatch's weighted mean.
 
     Returns:
-        loss and metrics, scalars.
+        loss and metrics, scalars: this micro batch's part of the mean over units, see MicroBatch.mean().
     """
     executed = mb.weights[..., None] > 0  # an infinite ratio times a weight of 0 is NaN
     token_log_ratio = torch.where(executed, new_logprobs - mb.old_logprobs, 0.0)  # [B, C, D]
     unit_log_ratio, advantages, weights = surrogate_units(token_log_ratio, mb.advantages, mb.weights, logprob_level)
 
-    def mean(x: torch.Tensor) -> torch.Tensor:  # over units
-        return (x * weights).sum() / total_weight
+    def mean(x: Tensor) -> Tensor:  # over units
+        return (x * weights).sum() / mb.total_weight
 
     log_ratio = unit_log_ratio.clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
@@ -426,45 +391,25 @@ def clipped_surrogate(
 
 
 def ppo_loss(
-    new: PolicyOutput,
-    mb: MicroBatch,
-    total_weight: float,
-    *,
-    surrogate: dict,
-    regularizers: dict,
-    value_clip: float | None,
-    huber_delta: float,
-    vf_coef: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """clipped_surrogate + regularization + vf_coef * clipped Huber value loss.
+    new: PolicyOutput, mb: MicroBatch, *, surrogate: dict, regularizers: dict, value_loss: dict, vf_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """clipped_surrogate + regularization + vf_coef * value_errors, with the flags of each.
 
     Args:
         new: logprobs, entropy [B, C, D] and values [B, C] of the current policy.
-        total_weight: as for clipped_surrogate.
-        surrogate, regularizers: the flags of clipped_surrogate and regularization.
 
     Returns:
-        loss and metrics, scalars. Summed over micro batches and averaged over ranks, they are means over executed
-        actions.
+        loss and metrics, scalars: this micro batch's part of the mean over executed actions, see MicroBatch.mean().
     """
-
-    def mean(x: torch.Tensor) -> torch.Tensor:  # [B, C]
-        return (x * mb.weights).sum() / total_weight
-
-    policy_loss, metrics = clipped_surrogate(new.logprobs, mb, total_weight, **surrogate)
-    penalty, penalties = regularization(new, mb, total_weight, **regularizers)
+    policy_loss, metrics = clipped_surrogate(new.logprobs, mb, **surrogate)
+    penalty, penalties = regularization(new, mb, **regularizers)
+    metrics |= penalties
     loss = policy_loss + penalty
-    metrics |= penalties | {"train/loss": loss}
-    if not vf_coef:
-        return loss, {name: value.detach() for name, value in metrics.items()}
-    errors, value_clipped = value_errors(new.values, mb.old_values, mb.returns, value_clip, huber_delta)  # [B, C]
-    value_loss = mean(errors)
-    loss = loss + vf_coef * value_loss
-    metrics |= {
-        "train/loss": loss,
-        "train/critic/value_loss": value_loss,
-        "train/critic/value_clip_ratio": mean(value_clipped.float()),
-    }
+    if vf_coef:
+        errors, moved = value_errors(new.values, mb.old_values, mb.returns, **value_loss)  # [B, C] each
+        metrics |= {"train/critic/value_loss": mb.mean(errors), "train/critic/value_clip_ratio": mb.mean(moved.float())}
+        loss = loss + vf_coef * metrics["train/critic/value_loss"]
+    metrics["train/loss"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -553,8 +498,8 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine))
     stages = StageSwitcher(engine, rollout_copy, args.offload)
     guard = NonFiniteGuard(run_dir, rank())
-    parts = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
-    loss_flags = pick(args, ppo_loss, **parts, vf_coef=0.0 if privileged else args.vf_coef)
+    loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
+    loss_flags |= dict(value_loss=pick(args, value_errors), vf_coef=0.0 if privileged else args.vf_coef)
     fan_sigma = args.fan_sigma if args.fan_coef else None
     buffer = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
     start_iteration, global_step = 0, 0
@@ -599,7 +544,7 @@ def main(args: Args) -> None:
         preemption.snapshot(iteration, global_step, envs.state_dict())
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
         episodes, next_values = [], torch.zeros(N)
-        decided: list[torch.Tensor] = [torch.empty(0)] * len(envs.halves)  # V of each half's last decision, [n, C]
+        decided: list[Tensor] = [torch.empty(0)] * len(envs.halves)  # V of each half's last decision, [n, C]
         # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
         noise = rollout_noise(T, args.num_envs, slice(first_env, first_env + N), args.chunk_size, generator)
@@ -630,16 +575,7 @@ def main(args: Args) -> None:
         global_step += env_steps
 
         # ------------------------------------------------------------------ advantage
-        advantages, returns = compute_gae(  # [T, N, C] each
-            buffer.rewards,
-            buffer.values,
-            buffer.valid,
-            buffer.dones,
-            buffer.final_values,
-            next_values,
-            args.gamma,
-            args.gae_lambda,
-        )
+        advantages, returns = compute_gae(buffer, next_values, args.gamma, args.gae_lambda)  # [T, N, C] each
         used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
         if args.norm_adv:
             advantages = normalize(advantages, used)  # over all ranks
@@ -653,16 +589,14 @@ def main(args: Args) -> None:
         with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):
                 averages = Averages()
-                steps = minibatches(
-                    weights, args.num_envs, first_env, args.num_minibatches, args.micro_batch_size, shuffling
-                )
-                for mb, total, last in buffer.micro_batches(steps, advantages, returns, weights, device):
+                steps = minibatches(weights, first_env, shuffling, **pick(args, minibatches))
+                for mb in buffer.micro_batches(steps, advantages, returns, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
                     guard.check_ratio(new.logprobs, mb.old_logprobs)
-                    loss, metrics = ppo_loss(new, mb, total, **loss_flags)
-                    guard.check_gradients(backward(engine, loss, last), mb, loss)
+                    loss, metrics = ppo_loss(new, mb, **loss_flags)
+                    guard.check_gradients(backward(engine, loss, mb.last), mb, loss)
                     averages.add(metrics)
-                    preemption.exit_if_requested(together=last)
+                    preemption.exit_if_requested(together=mb.last)
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs

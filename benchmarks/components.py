@@ -38,6 +38,7 @@ from vla.cli import derive_sizes, parse_args, pick
 from vla.distributed import UserError, all_reduce_max, barrier, rank, run_main, setup_distributed, world_size
 from vla.models.loading import load_policy
 from vla.models.policy import VLAPolicy, resize, uniform_noise
+from vla.models.value_head import value_errors
 from vla.training.engine import DTYPES, backward, build_engine, read_deepspeed_config, zero_stage
 from vla.training.optimizer_state import Snapshot
 from vla.training.regularization import regularization
@@ -228,7 +229,7 @@ def flags_of_model(args) -> dict:
 def measure_act(args, policy: VLAPolicy, buffer: RolloutBuffer, repeats: int, device: torch.device) -> dict:
     """Seconds of act() on all envs of a rank and on half of them."""
     N = buffer.rewards.shape[1]
-    inputs = micro_batch_of(buffer, N, device).inputs
+    inputs = micro_batch_of(buffer, N).inputs
 
     def acting(batch: int) -> Callable:
         some = type(inputs)(*(None if field is None else field[:batch] for field in inputs))
@@ -248,19 +249,20 @@ def measure_act(args, policy: VLAPolicy, buffer: RolloutBuffer, repeats: int, de
     }
 
 
-def micro_batch_of(buffer: RolloutBuffer, size: int, device: torch.device) -> MicroBatch:
+def micro_batch_of(buffer: RolloutBuffer, size: int) -> MicroBatch:
     """The buffer's first `size` decisions, with advantages made up."""
     advantages = torch.randn(buffer.rewards.shape, generator=torch.Generator().manual_seed(0))
     weights = buffer.valid.float()
-    return buffer.micro_batch(torch.arange(size), advantages, buffer.values + 0.1, weights, device)
+    mb = buffer.micro_batch(torch.arange(size), advantages, buffer.values + 0.1, weights, 1.0, True)
+    return mb._replace(total_weight=float(mb.weights.sum()))
 
 
 def loss_function(args, mb: MicroBatch) -> Callable:
     """The script's loss of one micro batch, as a function of what the policy makes of it."""
     script = importlib.import_module("train_ppo")
-    parts = dict(surrogate=pick(args, script.clipped_surrogate), regularizers=pick(args, regularization))
-    flags = pick(args, script.ppo_loss, **parts)
-    return lambda new: script.ppo_loss(new, mb, float(mb.weights.sum()), **flags)[0]
+    flags = dict(surrogate=pick(args, script.clipped_surrogate), regularizers=pick(args, regularization))
+    flags |= dict(value_loss=pick(args, value_errors), vf_coef=args.vf_coef)
+    return lambda new: script.ppo_loss(new, mb, **flags)[0]
 
 
 def measure_update(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device: torch.device) -> dict:
@@ -337,7 +339,7 @@ def measure(args, what: list[str], repeats: int) -> list[dict]:
     policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **here))
     buffer = RolloutBuffer.of(policy, sizes.num_chunks, N)
     found += measure_rollout(args, policy.eval(), buffer, sizes.first_env, device)  # what the others work on
-    mb = micro_batch_of(buffer, min(args.micro_batch_size, sizes.num_chunks * N), device)
+    mb = micro_batch_of(buffer, min(args.micro_batch_size, sizes.num_chunks * N))
     if "act" in what:
         found.append(measure_act(args, policy, buffer, repeats, device))
     policy.free_graphs()

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from envs import episodes
 from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
@@ -40,9 +41,9 @@ class Outcome(NamedTuple):
     """The outcome of a decision of n envs."""
 
     obs: dict  # after the chunk
-    rewards: torch.Tensor  # float32 [n, C]
-    terminations: torch.Tensor  # bool [n], events of this step
-    truncations: torch.Tensor  # bool [n]
+    rewards: Tensor  # float32 [n, C]
+    terminations: Tensor  # bool [n], events of this step
+    truncations: Tensor  # bool [n]
     infos: dict  # see VectorEnv.step
 
 
@@ -183,7 +184,7 @@ class VectorEnv:
         self._started = True
         return self._remembered(self._observation(range(len(self._groups)), seen))
 
-    def step(self, actions: torch.Tensor | np.ndarray) -> Outcome:
+    def step(self, actions: Tensor | np.ndarray) -> Outcome:
         """Execute a chunk of C actions in every env whose episode is running.
 
         Args:
@@ -231,7 +232,7 @@ class VectorEnv:
         self._latest = [{key: value[rows] for key, value in obs.items()} for rows in self.halves]
         return obs
 
-    def step_async(self, actions: torch.Tensor | np.ndarray, half: int = 0) -> None:
+    def step_async(self, actions: Tensor | np.ndarray, half: int = 0) -> None:
         """Begin a step of the n envs `halves[half]` with actions [n, C, 7], see step()."""
         if half not in range(len(self.halves)):
             raise ValueError(f"half {half} does not exist: these envs have {len(self.halves)} (pipeline_stages).")
@@ -267,7 +268,7 @@ class VectorEnv:
         """Join the results of the chosen groups."""
         results = [self._groups[k].finish() for k in chosen]
 
-        def joined(key: str) -> torch.Tensor:
+        def joined(key: str) -> Tensor:
             return torch.from_numpy(np.concatenate([result[key] for result in results]))
 
         infos = {"valid": joined("valid"), "dropped": joined("dropped")} | self._ended(chosen, results)
@@ -309,7 +310,7 @@ class VectorEnv:
             "episode": dict(zip(EPISODE_METRICS, columns)),
         }
 
-    def _checked(self, actions: torch.Tensor | np.ndarray, num_envs: int) -> np.ndarray:
+    def _checked(self, actions: Tensor | np.ndarray, num_envs: int) -> np.ndarray:
         """The actions as float32 [num_envs, C, 7]. Raises ValueError or UserError, see step()."""
         actions = torch.as_tensor(actions).detach().to("cpu", torch.float32).numpy()
         chunk_size = actions.shape[1] if actions.ndim == 3 else 0

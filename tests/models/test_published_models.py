@@ -395,7 +395,7 @@ def test_frozen_towers_run_once(path, model_type, lora_rank, monkeypatch):
         buffer = RolloutBuffer(1, 2, policy.chunk_size, policy.image_size, 30, feature_shape=policy.feature_shape())
         chunk = torch.zeros(2, policy.chunk_size)
         buffer.add_decision(0, slice(0, 2), cached, tokens, logprobs)
-        mb = buffer.micro_batch(torch.arange(2), *[chunk[None]] * 3, torch.device("cpu"))
+        mb = buffer.micro_batch(torch.arange(2), *[chunk[None]] * 3, 1.0, True)
         monkeypatch.setattr(policy.model.vision_backbone, "forward", None)  # from here on nothing may call it
         again, _, values_again = policy.logprobs_and_values(mb.inputs, mb.tokens, 1.0)
     assert torch.allclose(again, logprobs, atol=1e-4) and torch.allclose(values_again, values, atol=1e-4)

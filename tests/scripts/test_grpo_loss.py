@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses import grpo_loss_of, ppo_loss_of
+from losses import gae_of, grpo_loss_of, ppo_loss_of
 
 from envs.vector import Outcome, Turn
 from train_grpo import UPDATE_METRICS, compute_group_advantages, episode_weights, fill_dead_groups, live_groups, rollout
-from train_ppo import compute_gae
 from vla.models.policy import PolicyInputs
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer
 
@@ -26,6 +25,9 @@ def micro_batch(old_logprobs, advantages, weights, old_values=None, returns=None
         advantages,
         zeros if returns is None else returns,
         weights,
+        None,
+        1.0,
+        True,
     )
 
 
@@ -248,7 +250,7 @@ def test_both_learn_the_better_arm(algorithm, seed):
             mb = micro_batch(old, advantages[:, None], ones)
         else:
             values = world.value.detach().expand(1, n, 1)
-            advantages, returns = compute_gae(
+            advantages, returns = gae_of(
                 rewards.view(1, n, 1),
                 values,
                 torch.ones(1, n, 1) > 0,

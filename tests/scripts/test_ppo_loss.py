@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from losses import gae_of, split_flags
 from losses import ppo_loss_of as loss_of
-from losses import split_flags
 
 from envs.vector import Outcome
 from train_ppo import (
@@ -87,7 +87,7 @@ def test_gae_equals_brute_force(T, N, C, auto_reset, gamma, lam, seed):
         over = torch.cat([torch.zeros(1, N, dtype=torch.bool), dones.cumsum(0).bool()[:-1]])
         valid, dones = valid & ~over[..., None], dones & ~over
     rewards = rewards * valid
-    advantages, returns = compute_gae(rewards, values, valid, dones, final_values, next_values, gamma, lam)
+    advantages, returns = gae_of(rewards, values, valid, dones, final_values, next_values, gamma, lam)
     for n in range(N):
         expected = gae_brute_force(
             rewards[:, n], values[:, n], valid[:, n], dones[:, n], final_values[:, n], next_values[n], gamma, lam
@@ -110,7 +110,7 @@ def test_gae_by_hand():
     values = torch.tensor([[[1.0], [0.5]], [[2.0], [0.5]], [[1.0], [1.0]]])
     dones = torch.tensor([[False, False], [True, True], [False, False]])
     final_values = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
-    advantages, returns = compute_gae(
+    advantages, returns = gae_of(
         rewards, values, torch.ones(3, 2, 1, dtype=torch.bool), dones, final_values, torch.tensor([2.0, 2.0]), 0.5, 0.5
     )
     # env 0: A2 = 2 + .5*2 - 1 = 2 (new episode); A1 = 0 + .5*4 - 2 = 0; A0 = 1 + .5*2 - 1 + .25*0 = 1
@@ -119,13 +119,22 @@ def test_gae_by_hand():
     assert returns[..., 0].tolist() == [[2.0, 0.375], [2.0, 1.0], [3.0, 1.0]]
 
 
+def test_the_example_of_the_docstring():
+    """One env, two decisions of one action, gamma = lambda = 1, the reward comes with the last action."""
+    rewards, values = torch.tensor([0.0, 1.0]).view(2, 1, 1), torch.tensor([0.5, 0.75]).view(2, 1, 1)
+    valid, dones = torch.ones(2, 1, 1, dtype=torch.bool), torch.tensor([[False], [True]])
+    advantages, returns = gae_of(rewards, values, valid, dones, torch.zeros(2, 1), torch.zeros(1), 1.0, 1.0)
+    assert advantages.flatten().tolist() == [0.5, 0.25] and returns.flatten().tolist() == [1.0, 1.0]
+    assert "A_2 = 1 + 0 - 0.75 = 0.25 and A_1 = 0 + 0.75 - 0.5 + A_2 = 0.5" in compute_gae.__doc__
+
+
 def test_gae_inside_a_chunk_by_hand():
     """One env, C = 3, gamma = lambda = 1: success at the second action of the first chunk; the third was never
     executed."""
     rewards = torch.tensor([[[0.1, 1.0, 0.0]], [[0.0, 0.0, 0.3]]])
     values = torch.tensor([[[0.5, 0.6, 9.0]], [[0.1, 0.2, 0.3]]])
     valid = torch.tensor([[[True, True, False]], [[True, True, True]]])
-    advantages, returns = compute_gae(
+    advantages, returns = gae_of(
         rewards, values, valid, torch.tensor([[True], [False]]), torch.zeros(2, 1), torch.tensor([0.7]), 1.0, 1.0
     )
     # with gamma = lambda = 1 a return is the sum of rewards to the end, plus 0.7 where the rollout stops mid-episode
@@ -138,7 +147,7 @@ def test_an_episode_lost_with_its_worker_is_cut_at_the_frame_it_was_lost_on():
     rewards, values = torch.tensor([0.2, 0.0, 0.4]).view(3, 1, 1), torch.tensor([0.1, 0.5, 0.3]).view(3, 1, 1)
     valid, dones = torch.tensor([True, False, True]).view(3, 1, 1), torch.tensor([[False], [True], [False]])
     final_values = torch.tensor([[0.0], [0.5], [0.0]])
-    _, returns = compute_gae(rewards, values, valid, dones, final_values, torch.tensor([0.6]), 1.0, 1.0)
+    _, returns = gae_of(rewards, values, valid, dones, final_values, torch.tensor([0.6]), 1.0, 1.0)
     assert torch.allclose(returns[:, 0, 0], torch.tensor([0.7, 0.0, 1.0]))
 
 
@@ -169,7 +178,7 @@ def test_the_advantages_that_the_loss_reads_are_those_that_are_normalised(level)
 # ------------------------------------------------------------------ loss
 def micro_batch(old_logprobs, old_values, advantages, returns, mask) -> MicroBatch:
     inputs = PolicyInputs(None, None, None)
-    return MicroBatch(inputs, None, old_logprobs, old_values, advantages, returns, mask.float())
+    return MicroBatch(inputs, None, old_logprobs, old_values, advantages, returns, mask.float(), None, 1.0, True)
 
 
 def spread_over_tokens(ratios: list[float], D: int = 7) -> torch.Tensor:
@@ -377,10 +386,8 @@ def test_fan_enters_the_loss_of_the_policy():
     zeros, tokens = torch.zeros(2, 1), torch.zeros(2, 1, 7)
     mb = micro_batch(tokens, zeros, zeros, zeros, mask)
     fan = torch.tensor([0.7, 99.0])[:, None, None].expand(2, 1, 7)
-    flags = split_flags(FLAGS | {"fan_coef": 2.0})
-    loss, metrics = ppo_loss(
-        PolicyOutput(tokens, tokens, zeros, fan), mb, 1.0, **flags, value_clip=None, huber_delta=1.0, vf_coef=1.0
-    )
+    flags = split_flags(FLAGS | {"fan_coef": 2.0}) | {"value_loss": {"value_clip": None, "huber_delta": 1.0}}
+    loss, metrics = ppo_loss(PolicyOutput(tokens, tokens, zeros, fan), mb, **flags, vf_coef=1.0)
     assert loss.item() == pytest.approx(1.4) and metrics["train/actor/fan_kl"].item() == pytest.approx(0.7)
 
 

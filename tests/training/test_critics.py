@@ -28,9 +28,13 @@ def rollout(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return states, returns, torch.rand(T, N, C, generator=generator) < 0.8
 
 
+def stored(critic: StateCritic, t: int, envs: slice, states: torch.Tensor) -> torch.Tensor:
+    return critic.chunk_values(t, envs, {"states": states}, torch.empty(0))
+
+
 def fit(critic: StateCritic, seed: int, envs: slice = slice(None)) -> dict:
     states, returns, valid = (x[:, envs] for x in rollout(seed))
-    values = torch.stack([critic.store(t, slice(0, states.shape[1]), states[t]) for t in range(T)])
+    values = torch.stack([stored(critic, t, slice(0, states.shape[1]), states[t]) for t in range(T)])
     return critic.fit(returns, values, valid, torch.Generator().manual_seed(seed))
 
 
@@ -49,7 +53,7 @@ def test_values_that_moved_further_than_the_clip_teach_no_more_and_are_counted()
     for clip, share, loss in ((1e-4, 1.0, (1 - 1e-4) ** 2 / 2), (100.0, 0.0, None), (None, 0.0, None)):
         critic = critic_of(value_clip=clip, critic_epochs=2)
         states, _, valid = rollout(0)
-        values = torch.stack([critic.store(t, slice(0, N), states[t]) for t in range(T)])
+        values = torch.stack([stored(critic, t, slice(0, N), states[t]) for t in range(T)])
         metrics = critic.fit(values + 1.0, values, valid, torch.Generator().manual_seed(0))
         assert metrics["train/critic/value_clip_ratio"] == share, clip
         if loss is None:
@@ -59,20 +63,20 @@ def test_values_that_moved_further_than_the_clip_teach_no_more_and_are_counted()
     reached = []
     for clip in (0.01, None):
         critic = critic_of(value_clip=clip)
-        values = torch.stack([critic.store(t, slice(0, N), states[t]) for t in range(T)])
+        values = torch.stack([stored(critic, t, slice(0, N), states[t]) for t in range(T)])
         critic.fit(values + 1.0, values, valid, torch.Generator().manual_seed(0))
         reached.append(float((critic(states) - values)[valid].mean()))
     assert reached[0] < 0.7 * reached[1]  # Adam's momentum goes on for a while
 
 
-def test_store_gives_values_and_refuses_another_shape():
+def test_storing_gives_values_and_refuses_another_shape():
     critic = critic_of()
     fit(critic, 0)
     states = rollout(1)[0]
-    assert torch.equal(critic.store(2, slice(1, 3), states[2, 1:3]), critic(states[2, 1:3]))
+    assert torch.equal(stored(critic, 2, slice(1, 3), states[2, 1:3]), critic(states[2, 1:3]))
     assert torch.equal(critic.states[2, 1:3], states[2, 1:3])
     with pytest.raises(ValueError, match=r"holds \(2, 2, 5\), got \(2, 2, 4\)"):
-        critic.store(2, slice(1, 3), states[2, 1:3, :, :4])
+        stored(critic, 2, slice(1, 3), states[2, 1:3, :, :4])
 
 
 def test_what_it_normalises_by_is_the_mean_and_variance_of_all_that_was_executed():

@@ -41,19 +41,17 @@ def test_nothing_is_broadcast_into_the_buffer():
     with pytest.raises(ValueError, match="stores"):
         buffer.add_outcome(1, ALL, **{k: v for k, v in outcome().items() if k != "rewards"})
     with pytest.raises(ValueError, match="stores"):  # nobody asked for a reference
-        buffer.add_decision(1, ALL, inputs(), **decision(), reference_logprobs=torch.zeros(2, 1, 7))
+        buffer.add_decision(1, ALL, inputs(), **decision(), reference=torch.zeros(2, 1, 7))
 
 
 def test_halves_are_stored_where_they_belong():
     buffer = RolloutBuffer(1, 3, 1, (8, 8), 5, keeps_reference=True)
     for here, size in ((slice(0, 1), 1), (slice(1, 3), 2)):
         values = torch.arange(here.start, here.stop).float()[:, None]
-        buffer.add_decision(
-            0, here, inputs(size), **decision(size), reference_logprobs=torch.full((size, 1, 7), float(size))
-        )
+        buffer.add_decision(0, here, inputs(size), **decision(size), reference=torch.full((size, 1, 7), float(size)))
         buffer.add_outcome(0, here, **outcome(size) | {"values": values, "rewards": values + 10})
     assert buffer.values[0, :, 0].tolist() == [0, 1, 2] and buffer.rewards[0, :, 0].tolist() == [10, 11, 12]
-    mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, torch.device("cpu"))
+    mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, 1.0, True)
     assert mb.reference_logprobs[:, 0, 0].tolist() == [1, 2, 2]
 
 
@@ -62,7 +60,7 @@ def test_micro_batch_picks_decision_t_n():
     for t in range(3):
         buffer.add_decision(t, ALL, inputs(), **decision())
         buffer.add_outcome(t, ALL, **outcome() | {"values": torch.tensor([[10.0 * t], [10.0 * t + 1]])})
-    mb = buffer.micro_batch(torch.tensor([0, 3, 4]), *[buffer.values] * 3, torch.device("cpu"))
+    mb = buffer.micro_batch(torch.tensor([0, 3, 4]), *[buffer.values] * 3, 1.0, True)
     assert mb.old_values[:, 0].tolist() == [0.0, 11.0, 20.0]
     assert mb.tokens.shape == (3, 1, 7) and mb.inputs.images.shape == (3, 8, 8, 3)
 
@@ -80,7 +78,7 @@ def test_a_rank_without_decisions_takes_part_with_weight_0():
     buffer = RolloutBuffer(3, 2, 1, (8, 8), 5)
     parts = split_padded(torch.arange(5), 2, longest=9)
     assert [len(part) for part in parts] == [2, 2, 1, 0, 0]
-    mb = buffer.micro_batch(parts[3], *[torch.ones(3, 2, 1)] * 3, torch.device("cpu"))
+    mb = buffer.micro_batch(parts[3], *[torch.ones(3, 2, 1)] * 3, 1.0, True)
     assert mb.weights.tolist() == [[0.0]] and mb.tokens.shape == (1, 1, 7)
     assert [len(part) for part in split_padded(torch.arange(0), 4, longest=0)] == [0]
 
@@ -134,11 +132,12 @@ def test_micro_batches_end_with_their_optimizer_step():
     buffer = RolloutBuffer(4, 2, 1, (8, 8), 5)
     buffer.tokens[...] = torch.arange(8).view(4, 2, 1, 1).expand(4, 2, 1, 7)
     weights = torch.ones(4, 2, 1)
-    steps = minibatches(weights, 2, 0, 2, 3, torch.Generator().manual_seed(0))
+    sizes = dict(num_envs=2, num_minibatches=2, micro_batch_size=3)
+    steps = minibatches(weights, 0, torch.Generator().manual_seed(0), **sizes)
     zeros = torch.zeros(4, 2, 1)
-    found = list(buffer.micro_batches(steps, zeros, zeros, weights, torch.device("cpu")))
-    assert [(len(mb.tokens), total, last) for mb, total, last in found] == [(3, 4.0, False), (1, 4.0, True)] * 2
-    assert sorted(token for mb, _, _ in found for token in mb.tokens[:, 0, 0].tolist()) == list(range(8))
+    found = list(buffer.micro_batches(steps, zeros, zeros, weights))
+    assert [(len(mb.tokens), mb.total_weight, mb.last) for mb in found] == [(3, 4.0, False), (1, 4.0, True)] * 2
+    assert sorted(token for mb in found for token in mb.tokens[:, 0, 0].tolist()) == list(range(8))
 
 
 def test_a_reference_is_asked_for_only_where_it_is_kept():

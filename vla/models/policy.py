@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from schemas import UserError
 from vla.models.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
@@ -32,10 +32,10 @@ from vla.models.tokenizer import PROMPT, check_no_action_ids, encode_prompt
 class PolicyInputs(NamedTuple):
     """What the model reads: pixels at its own resolution, still uint8, and padded prompts."""
 
-    images: torch.Tensor  # uint8 [N, H, W, 3]
-    prompt_ids: torch.Tensor  # int64 [N, L]: BOS, padding, rest of the prompt
-    prompt_mask: torch.Tensor  # bool [N, L]
-    features: torch.Tensor | None = None  # [N, P, E] of frozen vision towers, in the model's precision
+    images: Tensor  # uint8 [N, H, W, 3]
+    prompt_ids: Tensor  # int64 [N, L]: BOS, padding, rest of the prompt
+    prompt_mask: Tensor  # bool [N, L]
+    features: Tensor | None = None  # [N, P, E] of frozen vision towers, in the model's precision
 
     def to(self, device: torch.device) -> "PolicyInputs":
         return PolicyInputs(*(None if field is None else field.to(device) for field in self))
@@ -44,10 +44,10 @@ class PolicyInputs(NamedTuple):
 class PolicyOutput(NamedTuple):
     """What mode "evaluate" returns for given tokens."""
 
-    logprobs: torch.Tensor  # [B, C, D]
-    entropy: torch.Tensor  # [B, C, D], nats
-    values: torch.Tensor  # [B, C]
-    fan_kl: torch.Tensor | None = None  # [B, C, D], nats, where asked for
+    logprobs: Tensor  # [B, C, D]
+    entropy: Tensor  # [B, C, D], nats
+    values: Tensor  # [B, C]
+    fan_kl: Tensor | None = None  # [B, C, D], nats, where asked for
 
 
 class VLAPolicy(nn.Module):
@@ -117,7 +117,7 @@ class VLAPolicy(nn.Module):
             self._prompt_cache[task_description] = ids
         return self._prompt_cache[task_description]
 
-    def collate(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """N prompts with BOS -> ids int64 and mask bool, [N, L]: padding goes behind BOS.
 
         L is max_prompt_length, or the longest prompt where a caller's own ids are longer.
@@ -178,8 +178,8 @@ class VLAPolicy(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, obs: dict | PolicyInputs, temperature: float, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, obs: dict | PolicyInputs, temperature: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Sample a chunk of actions.
 
         Args:
@@ -196,13 +196,13 @@ class VLAPolicy(nn.Module):
         return self("act", inputs, temperature=temperature, noise=noise.to(self.device))
 
     def logprobs_and_values(
-        self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, obs: dict | PolicyInputs, tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropy [N, C, D] of given tokens int64 [N, C, D], and values [N, C]."""
         inputs = self.preprocess(obs).to(self.device)
         return self("evaluate", inputs, tokens=tokens.to(self.device), temperature=temperature)[:3]
 
-    def reference_logprobs(self, obs: dict | PolicyInputs, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    def reference_logprobs(self, obs: dict | PolicyInputs, tokens: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [N, C, D] of given tokens under the base model: the adapter is scaled by 0 meanwhile.
 
         Call it in the rollout, where weights are whole. It costs one more forward and no second copy of the weights.
@@ -217,17 +217,13 @@ class VLAPolicy(nn.Module):
             for module, scaling in zip(adapters, kept):
                 module.scaling.update(scaling)
 
-    def value(self, obs: dict | PolicyInputs) -> torch.Tensor:
+    def value(self, obs: dict | PolicyInputs) -> Tensor:
         """V(obs), fp32 [N, C]: one pass over the prompt, nothing is generated."""
         return self("value", self.preprocess(obs).to(self.device))
 
     def clone(
-        self,
-        obs: dict | PolicyInputs,
-        tokens: torch.Tensor,
-        label_sigma: float = 0.0,
-        context_tokens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, obs: dict | PolicyInputs, tokens: Tensor, label_sigma: float = 0.0, context_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Behaviour cloning of given tokens: cross entropy fp32 and the likeliest tokens int64, [N, C, D] each.
 
         The cross entropy is over the whole vocabulary, as OpenVLA is trained. Code that samples from all of it then
@@ -247,7 +243,7 @@ class VLAPolicy(nn.Module):
             context_tokens=context.to(self.device),
         )
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """tokens int64 [N, C, D] -> actions float32 [N, C, D] in robot units, on the CPU."""
         return self.action_tokens.unnormalize(self.action_tokens.decode(tokens)).float()
 
@@ -274,15 +270,13 @@ class VLAPolicy(nn.Module):
         modes = {"act": self._act, "evaluate": self._evaluate, "value": self._value, "clone": self._clone}
         return modes[mode](inputs, *arguments, **named_arguments)
 
-    def _act(
-        self, inputs: PolicyInputs, temperature: float, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _act(self, inputs: PolicyInputs, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once. Each log-probability is kept as it is
         sampled."""
         flat_noise = noise.flatten(1)  # [B, C * D]
         tokens, logprobs = [], []
 
-        def choose(logits: torch.Tensor, start: int) -> torch.Tensor:  # [B, K, V] -> [B, K]
+        def choose(logits: Tensor, start: int) -> Tensor:  # [B, K, V] -> [B, K]
             candidates = self._action_logprobs(logits, temperature)  # [B, K, 256]
             bins = sample_bins(candidates, flat_noise[:, start : start + logits.shape[1]], greedy=temperature == 0)
             logprobs.append(candidates.gather(-1, bins[..., None])[..., 0])
@@ -293,7 +287,7 @@ class VLAPolicy(nn.Module):
         return torch.cat(tokens, 1).view(noise.shape), torch.cat(logprobs, 1).view(noise.shape), self._values(hidden)
 
     def _evaluate(
-        self, inputs: PolicyInputs, tokens: torch.Tensor, temperature: float = 1.0, fan_sigma: float | None = None
+        self, inputs: PolicyInputs, tokens: Tensor, temperature: float = 1.0, fan_sigma: float | None = None
     ) -> PolicyOutput:
         """fan_sigma: also compute fan_kl, with a Gaussian this wide."""
         logits, hidden = self.model(*inputs, tokens=tokens.flatten(1))  # [B, C * D, V], [B, H]
@@ -303,12 +297,12 @@ class VLAPolicy(nn.Module):
         fan = None if fan_sigma is None else fan_kl(logprobs, self.action_tokens.values.to(logprobs), fan_sigma)
         return PolicyOutput(logprobs.gather(-1, bins)[..., 0], entropy, self._values(hidden), fan)
 
-    def _value(self, inputs: PolicyInputs) -> torch.Tensor:
+    def _value(self, inputs: PolicyInputs) -> Tensor:
         return self._values(self.model(*inputs)[1])
 
     def _clone(
-        self, inputs: PolicyInputs, tokens: torch.Tensor, label_sigma: float, context_tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, inputs: PolicyInputs, tokens: Tensor, label_sigma: float, context_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         logits, _ = self.model(*inputs, tokens=context_tokens.flatten(1))  # [B, C * D, V]
         first, end = self.action_tokens.first_id, self.action_tokens.vocab_end
         logprobs = F.log_softmax(logits.view(*tokens.shape, -1).float(), dim=-1)[..., first:end]  # [B, C, D, 256]
@@ -316,26 +310,26 @@ class VLAPolicy(nn.Module):
         return -(targets * logprobs).sum(dim=-1), logprobs.argmax(dim=-1) + first
 
     # ------------------------------------------------------------------ inside
-    def _action_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    def _action_logprobs(self, logits: Tensor, temperature: float) -> Tensor:
         """logits [..., V] -> log-probabilities over the 256 action ids, fp32 [..., 256]."""
         action_logits = logits[..., self.action_tokens.first_id : self.action_tokens.vocab_end].float()
         return F.log_softmax(action_logits / (temperature or 1.0), dim=-1)
 
-    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _values(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> values fp32 [B, C], zeros for an actor without critic."""
         if self.value_head is None:
             return hidden.new_zeros(len(hidden), self.chunk_size, dtype=torch.float32)
         return self.value_head(hidden).float()
 
 
-def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) -> torch.Tensor:
+def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) -> Tensor:
     """float64 [num_envs, chunk_size, 7] in [0, 1): what act() turns into a sample."""
     return torch.rand(num_envs, chunk_size, ACTION_DIM, dtype=torch.float64, generator=generator)
 
 
 def rollout_noise(
     num_decisions: int, num_envs: int, rows: slice, chunk_size: int, generator: torch.Generator
-) -> torch.Tensor:
+) -> Tensor:
     """The noise of a rollout for some of num_envs envs: float64 [num_decisions, n, chunk_size, 7].
 
     It is drawn for all envs and then cut, so an env's noise does not depend on how many ranks share the envs.
@@ -343,7 +337,7 @@ def rollout_noise(
     return torch.stack([uniform_noise(num_envs, chunk_size, generator)[rows] for _ in range(num_decisions)])
 
 
-def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> torch.Tensor:
+def sample_bins(logprobs: Tensor, noise: Tensor, greedy: bool) -> Tensor:
     """logprobs [..., 256], noise [...] in [0, 1) -> bins int64 [...], by inverting the cumulative distribution.
 
     A function of its arguments: one env's action does not depend on which other envs share its batch or rank.
@@ -355,7 +349,7 @@ def sample_bins(logprobs: torch.Tensor, noise: torch.Tensor, greedy: bool) -> to
     return bins.clamp(max=NUM_BINS - 1)
 
 
-def resize(images: torch.Tensor, size: tuple[int, int], how: str = "tensor") -> torch.Tensor:
+def resize(images: Tensor, size: tuple[int, int], how: str = "tensor") -> Tensor:
     """uint8 [N, H, W, 3] -> uint8 [N, h, w, 3], bicubic with antialias, aspect not kept ("resize-naive").
 
     Args:
@@ -374,7 +368,7 @@ def resize(images: torch.Tensor, size: tuple[int, int], how: str = "tensor") -> 
     return pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def fan_kl(logprobs: torch.Tensor, centers: torch.Tensor, sigma: float) -> torch.Tensor:
+def fan_kl(logprobs: Tensor, centers: Tensor, sigma: float) -> Tensor:
     """KL(policy, G) per token: G is the Gaussian around the policy's own mode, over the same bins.
 
     FAN (arXiv 2604.01570): near the best action lie others that do as well, so a policy over bins should fall off

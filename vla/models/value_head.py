@@ -16,7 +16,7 @@ makes exceptions only for buffers), and trains the optimizer's fp32 weights.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 PUBLISHED_HIDDEN_SIZE = 4096
 
@@ -24,7 +24,7 @@ PUBLISHED_HIDDEN_SIZE = 4096
 class Float32Linear(nn.Linear):
     """A linear layer that computes in fp32, whatever the dtype of its weights."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
@@ -47,21 +47,18 @@ class ValueHead(nn.Module):
         for layer in (self.mlp[0], self.mlp[2]):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(hidden)
 
 
 def value_errors(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None, huber_delta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped Huber loss: the larger of two losses, one of the value and one of the value after clipping.
-
-    Clipping limits a value to old_value +- value_clip.
+    values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: float | None, huber_delta: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped Huber loss: the larger of two losses, of the value and of the value within old_value +- value_clip.
 
     Args:
         values, old_values, returns: [...], the values now and in the rollout, and the targets.
-        value_clip: None for no limit.
-        huber_delta: errors above it count linearly.
+        value_clip: None for no limit. huber_delta: errors above it count linearly.
 
     Returns:
         losses [...], and bool [...], True for values that are further than value_clip from the rollout's.

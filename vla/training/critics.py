@@ -19,7 +19,7 @@ needs it, and a saved policy does not contain it.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla.distributed import all_gather_lists
 from vla.models.policy import VLAPolicy
@@ -33,19 +33,19 @@ LIMIT = 5.0  # inputs are clipped to so many standard deviations
 class HiddenCritic:
     """V from the language model's hidden state, which the policy computes when it acts."""
 
-    def value(self, actor: VLAPolicy, obs: dict) -> torch.Tensor:
+    def value(self, actor: VLAPolicy, obs: dict) -> Tensor:
         """V of observations, fp32 [n], on the CPU. One pass over the prompt."""
         return actor.value(actor.prepare(obs, actor.device))[:, 0].float().cpu()
 
-    def decision_values(self, obs: dict, values: torch.Tensor) -> torch.Tensor:
+    def decision_values(self, obs: dict, values: Tensor) -> Tensor:
         """V of the observations of a decision, on the CPU. values: [n, C], the policy's own."""
         return values.cpu()
 
-    def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: torch.Tensor) -> torch.Tensor:
+    def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: Tensor) -> Tensor:
         """V before each action of decision t, [n, C], which is known since the decision."""
         return decision_values
 
-    def fit(self, *rollout: torch.Tensor | torch.Generator) -> dict[str, float]:
+    def fit(self, *rollout: Tensor | torch.Generator) -> dict[str, float]:
         """Do nothing, because the engine trains this critic together with the policy."""
         return {}
 
@@ -77,7 +77,7 @@ class StateCritic:
     ):
         self.states = torch.zeros(num_chunks, num_envs, chunk_size, state_size)  # before each executed action
         self.device, self.critic_epochs = device, critic_epochs
-        self.huber_delta, self.value_clip = huber_delta, value_clip
+        self.value_loss = dict(huber_delta=huber_delta, value_clip=value_clip)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = nn.Sequential(
@@ -90,20 +90,17 @@ class StateCritic:
         self.squares = torch.zeros(state_size, dtype=torch.float64)  # sum of squared differences from the mean
 
     # ------------------------------------------------------------------ rollout
-    def value(self, actor: VLAPolicy, obs: dict) -> torch.Tensor:
+    def value(self, actor: VLAPolicy, obs: dict) -> Tensor:
         """V of observations, fp32 [n], on the CPU."""
         return self(obs["state"])
 
-    def decision_values(self, obs: dict, values: torch.Tensor) -> torch.Tensor:
+    def decision_values(self, obs: dict, values: Tensor) -> Tensor:
         """V of the state at a decision, [n, 1]. values: unused, because the policy has no critic."""
         return self(obs["state"])[:, None]
 
-    def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: torch.Tensor) -> torch.Tensor:
+    def chunk_values(self, t: int, envs: slice, infos: dict, decision_values: Tensor) -> Tensor:
         """V of the states before each action of decision t, [n, C], which are stored for fit()."""
-        return self.store(t, envs, infos["states"])
-
-    def store(self, t: int, envs: slice, states: torch.Tensor) -> torch.Tensor:
-        """Store the states [n, C, S] before the actions of decision t of some envs. Returns their values [n, C]."""
+        states = infos["states"]  # [n, C, S]
         slot = self.states[t, envs]
         if states.shape != slot.shape:
             raise ValueError(f"states: the critic holds {tuple(slot.shape)}, got {tuple(states.shape)}")
@@ -111,24 +108,22 @@ class StateCritic:
         return self(states)
 
     @torch.no_grad()
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, states: Tensor) -> Tensor:
         """The values of states: float32 [..., S] -> float32 [...], on the CPU."""
         return self.net(self._normalized(states))[..., 0].cpu()
 
-    def _normalized(self, states: torch.Tensor) -> torch.Tensor:
+    def _normalized(self, states: Tensor) -> Tensor:
         """States [..., S] with mean 0 and variance 1 over all states so far. Constant inputs are only centred."""
         deviation = (self.squares / max(self.count, 1)).sqrt()
         deviation = torch.where(deviation > 1e-4, deviation, 1.0)
         return ((states.double() - self.mean) / deviation).clamp(-LIMIT, LIMIT).float().to(self.device)
 
     # ------------------------------------------------------------------ update
-    def fit(
-        self, returns: torch.Tensor, old_values: torch.Tensor, valid: torch.Tensor, generator: torch.Generator
-    ) -> dict[str, float]:
+    def fit(self, returns: Tensor, old_values: Tensor, valid: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Regress on the returns of the stored rollout. All ranks together.
 
         Args:
-            returns, old_values: [T, N, C], old_values as store() returned them.
+            returns, old_values: [T, N, C], old_values as chunk_values() returned them.
             valid: bool [T, N, C], True for actions that were executed.
             generator: in the same state on every rank. It decides the order.
 
@@ -143,9 +138,7 @@ class StateCritic:
             losses, moved = [], []
             for index in torch.randperm(len(inputs), generator=generator).to(self.device).split(BATCH):
                 values = self.net(inputs[index])[:, 0]
-                errors, clipped = value_errors(
-                    values, old_values[index], returns[index], self.value_clip, self.huber_delta
-                )
+                errors, clipped = value_errors(values, old_values[index], returns[index], **self.value_loss)
                 loss = errors.mean()
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -157,9 +150,7 @@ class StateCritic:
             "train/critic/value_clip_ratio": float(sum(moved)) / max(len(inputs), 1),
         }
 
-    def _gathered(
-        self, returns: torch.Tensor, old_values: torch.Tensor, valid: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _gathered(self, returns: Tensor, old_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States [K, S], returns [K] and old values [K] of the actions that any rank executed. All ranks together."""
         own = (self.states, returns, old_values, valid)
         by_rank = all_gather_lists([tuple(field.numpy() for field in own)])
@@ -168,7 +159,7 @@ class StateCritic:
         )
         return states[valid], returns[valid].to(self.device), old_values[valid].to(self.device)
 
-    def _update_statistics(self, states: torch.Tensor) -> None:
+    def _update_statistics(self, states: Tensor) -> None:
         """Add states [K, S] to the running mean and variance (Chan et al. 1979, pairwise)."""
         num_states = len(states)
         if num_states == 0:

@@ -12,11 +12,15 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, masked_min_max, world_size
 from vla.models.action_tokens import ACTION_DIM
 from vla.models.policy import PolicyInputs, VLAPolicy
 
+# an optimizer step: the weight of its minibatch over all ranks, divided by their number because DeepSpeed averages over
+# ranks, and the indices of this rank's micro batches, equally many on every rank
+Step = tuple[float, list[Tensor]]
 # fields that are known only after a decision was executed: a critic on the simulator's state then has all its states
 OUTCOME = {"rewards", "valid", "values", "dones", "final_values"}
 
@@ -25,13 +29,22 @@ class MicroBatch(NamedTuple):
     """The input of one forward of the update, on the model's device."""
 
     inputs: PolicyInputs  # [B, ...]
-    tokens: torch.Tensor  # int64 [B, C, D]
-    old_logprobs: torch.Tensor  # [B, C, D]
-    old_values: torch.Tensor  # [B, C]
-    advantages: torch.Tensor  # [B, C]
-    returns: torch.Tensor  # [B, C]
-    weights: torch.Tensor  # [B, C]: an action's weight in every mean of the loss, 0 if it was not executed
-    reference_logprobs: torch.Tensor | None = None  # [B, C, D] of the starting policy
+    tokens: Tensor  # int64 [B, C, D]
+    old_logprobs: Tensor  # [B, C, D]
+    old_values: Tensor  # [B, C]
+    advantages: Tensor  # [B, C]
+    returns: Tensor  # [B, C]
+    weights: Tensor  # [B, C]: an action's weight in every mean of the loss, 0 if it was not executed
+    reference_logprobs: Tensor | None  # [B, C, D] of the starting policy
+    total_weight: float  # of the whole minibatch over all ranks, divided by their number
+    last: bool  # whether it is the last one of its optimizer step
+
+    def mean(self, x: Tensor) -> Tensor:
+        """This micro batch's part of the minibatch's weighted mean of x [B, C].
+
+        DeepSpeed adds up the parts of a minibatch and averages over ranks, which gives the mean.
+        """
+        return (x * self.weights).sum() / self.total_weight
 
 
 class RolloutBuffer:
@@ -40,6 +53,7 @@ class RolloutBuffer:
     Args:
         feature_shape: (P, E) of PolicyInputs.features, or None if the towers are trained and no features are kept.
         keeps_reference: whether log-probabilities of the starting policy are stored too.
+        device: where micro batches go.
     """
 
     def __init__(
@@ -52,10 +66,12 @@ class RolloutBuffer:
         feature_shape: tuple[int, int] | None = None,
         feature_dtype: torch.dtype = torch.float32,
         keeps_reference: bool = False,
+        device: torch.device | str = "cpu",
     ):
         self.num_chunks, self.num_envs, self.keeps_reference = num_chunks, num_envs, keeps_reference
+        self.device = device
 
-        def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(num_chunks, num_envs, *shape, dtype=dtype)
 
         self.fields = {
@@ -87,17 +103,16 @@ class RolloutBuffer:
             feature_shape=policy.feature_shape() if policy.caches_features else None,
             feature_dtype=next(policy.model.parameters()).dtype,
             keeps_reference=keeps_reference,
+            device=policy.device,
         )
 
-    def __getattr__(self, name: str) -> torch.Tensor:  # [T, N, ...]
+    def __getattr__(self, name: str) -> Tensor:  # [T, N, ...]
         try:
             return self.__dict__["fields"][name]
         except KeyError:
             raise AttributeError(name) from None
 
-    def reference_of(
-        self, actor: VLAPolicy, inputs: PolicyInputs, tokens: torch.Tensor, temperature: float
-    ) -> torch.Tensor | None:
+    def reference_of(self, actor: VLAPolicy, inputs: PolicyInputs, tokens: Tensor, temperature: float) -> Tensor | None:
         """Log-probabilities of the starting policy, [n, C, D]. None where this buffer does not keep them."""
         return actor.reference_logprobs(inputs, tokens, temperature) if self.keeps_reference else None
 
@@ -106,21 +121,20 @@ class RolloutBuffer:
         t: int,
         envs: slice,
         inputs: PolicyInputs,
-        tokens: torch.Tensor,
-        logprobs: torch.Tensor,
-        reference_logprobs: torch.Tensor | None = None,
+        tokens: Tensor,
+        logprobs: Tensor,
+        reference: Tensor | None = None,
     ) -> None:
         """Store decision t of some envs: the policy's inputs and outputs. Shapes and dtypes must be exact."""
-        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs}
-        fields["reference_logprobs"] = reference_logprobs
+        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs, "reference_logprobs": reference}
         fields = {name: field for name, field in fields.items() if field is not None}
         self._store(t, envs, fields, self.fields.keys() - OUTCOME)
 
-    def add_outcome(self, t: int, envs: slice, **outcome: torch.Tensor) -> None:
+    def add_outcome(self, t: int, envs: slice, **outcome: Tensor) -> None:
         """Store the outcome of decision t: all fields of OUTCOME. Shapes and dtypes must be exact."""
         self._store(t, envs, outcome, OUTCOME)
 
-    def _store(self, t: int, envs: slice, values: dict[str, torch.Tensor], expected: set[str]) -> None:
+    def _store(self, t: int, envs: slice, values: dict[str, Tensor], expected: set[str]) -> None:
         if values.keys() != expected:
             raise ValueError(f"the buffer stores {sorted(expected)}, got {sorted(values)}")
         for name, value in values.items():
@@ -137,71 +151,48 @@ class RolloutBuffer:
         self.dones.zero_()
         self.rewards.zero_()
 
-    def forget(self, envs: slice, lost: torch.Tensor, before: int) -> None:
+    def forget(self, envs: slice, lost: Tensor, before: int) -> None:
         """Mark decisions 0 .. before as not executed, for those of the envs that are `lost` (bool, one per env)."""
         for name in ("valid", "dones", "rewards"):
             self.fields[name][: before + 1, envs][:, lost] = 0
 
-    def replace(self, envs: torch.Tensor, other: "RolloutBuffer", other_envs: torch.Tensor) -> None:
+    def replace(self, envs: Tensor, other: "RolloutBuffer", other_envs: Tensor) -> None:
         """Overwrite the columns `envs` with the columns `other_envs` (int64 [K]) of another buffer."""
         for name, field in self.fields.items():
             field[:, envs] = other.fields[name][:, other_envs]
 
     def micro_batch(
-        self,
-        index: torch.Tensor,
-        advantages: torch.Tensor,
-        returns: torch.Tensor,
-        weights: torch.Tensor,
-        device: torch.device,
+        self, index: Tensor, advantages: Tensor, returns: Tensor, weights: Tensor, total_weight: float, last: bool
     ) -> MicroBatch:
-        """The decisions `index` (int64 [B], t * N + n) with their advantages, returns and weights, [T, N, C] each.
+        """The decisions `index` (int64 [B], t * N + n), with their advantages, returns and weights [T, N, C].
 
         An empty index means that this rank has run out of decisions. It then gets decision 0 with weight 0, because
         the other ranks wait for its forward and backward.
         """
-        empty = len(index) == 0
-        if empty:
-            index = torch.zeros(1, dtype=torch.int64)
+        if len(index) == 0:
+            index, weights = torch.zeros(1, dtype=torch.int64), torch.zeros_like(weights)
 
-        def pick(field: torch.Tensor) -> torch.Tensor:
-            return field.flatten(0, 1)[index].to(device)
+        def pick(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field.flatten(0, 1)[index].to(self.device)
 
-        return MicroBatch(
-            PolicyInputs(*(pick(self.fields[name]) if name in self.fields else None for name in PolicyInputs._fields)),
-            pick(self.tokens),
-            pick(self.logprobs),
-            pick(self.values),
-            pick(advantages),
-            pick(returns),
-            pick(weights) * (0.0 if empty else 1.0),
-            pick(self.reference_logprobs) if self.keeps_reference else None,
-        )
+        inputs = PolicyInputs(*(pick(self.fields.get(name)) for name in PolicyInputs._fields))
+        reference = self.fields.get("reference_logprobs")
+        fields = (self.tokens, self.logprobs, self.values, advantages, returns, weights, reference)
+        return MicroBatch(inputs, *(pick(field) for field in fields), total_weight, last)
 
     def micro_batches(
-        self,
-        steps: Iterable[tuple[float, list[torch.Tensor]]],
-        advantages: torch.Tensor,
-        returns: torch.Tensor,
-        weights: torch.Tensor,
-        device: torch.device,
-    ) -> Iterator[tuple[MicroBatch, float, bool]]:
-        """The micro batches of all optimizer steps, in order.
+        self, steps: Iterable[Step], advantages: Tensor, returns: Tensor, weights: Tensor
+    ) -> Iterator[MicroBatch]:
+        """The micro batches of all optimizer steps, in order. All ranks reach the last one of a step together.
 
         Args:
-            steps: from minibatches().
-            advantages, returns, weights: [T, N, C].
-
-        Yields:
-            the micro batch, the weight of its whole minibatch, and whether it is the last one of its optimizer step.
-            All ranks reach the last one together.
+            steps: from minibatches(). advantages, returns, weights: [T, N, C].
         """
         for total_weight, parts in steps:
             for number, index in enumerate(parts, 1):
-                mb = self.micro_batch(index, advantages, returns, weights, device)
-                yield mb, total_weight, number == len(parts)
+                yield self.micro_batch(index, advantages, returns, weights, total_weight, number == len(parts))
 
-    def statistics(self, advantages: torch.Tensor, used: torch.Tensor) -> dict[str, float]:
+    def statistics(self, advantages: Tensor, used: Tensor) -> dict[str, float]:
         """Metrics of a rollout, over all ranks.
 
         Args:
@@ -216,7 +207,7 @@ class RolloutBuffer:
             "rollout/rewards": masked_mean_var(self.rewards, self.valid)[0],
         }
 
-    def explained_variance(self, returns: torch.Tensor) -> float:
+    def explained_variance(self, returns: Tensor) -> float:
         """1 - Var(returns - values) / Var(returns), over executed actions and all ranks. returns: [T, N, C]."""
         residual, total = (masked_mean_var(x, self.valid)[1] for x in (returns - self.values, returns))
         return 1.0 - residual / total if total > 0 else 0.0
@@ -225,47 +216,32 @@ class RolloutBuffer:
 def minibatch_block(num_chunks: int, num_minibatches: int) -> int:
     """The smallest number of envs whose decisions together divide evenly by the number of minibatches.
 
-    Five decisions of one env do not divide by 4, those of four envs do: every minibatch gets 5 of the 20.
-
-    >>> minibatch_block(num_chunks=5, num_minibatches=4)
+    >>> minibatch_block(num_chunks=5, num_minibatches=4)  # 4 envs have 20 decisions: every minibatch gets 5
     4
-    >>> minibatch_block(num_chunks=8, num_minibatches=4)
-    1
     """
     return num_minibatches // math.gcd(num_chunks, num_minibatches)
 
 
 def minibatch_indices(
-    keep: torch.Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: torch.Generator
-) -> list[torch.Tensor]:
-    """Assign a rollout's decisions to minibatches. These are the same minibatches whatever the number of ranks.
+    keep: Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Assign a rollout's decisions to minibatches, which hold the same decisions on any number of ranks.
 
-    Envs are taken in blocks of minibatch_block() envs. The decisions of a block are shuffled among themselves, and
-    every minibatch gets an equal share of those that are kept, to within one decision. A rank holds whole blocks, so a
-    minibatch holds the same decisions on 1, 2 or 8 ranks. If all decisions are kept, each rank has equally many.
+    Every block of minibatch_block() envs is shuffled by itself, and gives every minibatch an equal share of its kept
+    decisions, to within one. A rank holds whole blocks. If all decisions are kept, ranks have equally many.
 
     Args:
         keep: bool [T, N], True for decisions of this rank's envs that are trained on.
-        num_envs: number of envs over all ranks, a multiple of the block.
-        first_env: global index of this rank's first env.
+        num_envs, first_env: number of envs over all ranks, a multiple of the block, and index of this rank's first one.
         generator: in the same state on every rank.
 
     Returns:
-        num_minibatches tensors, int64 [K], with entries t * N + n. K differs by at most one per block.
+        num_minibatches tensors, int64 [K], with entries t * N + n.
 
-    Two decisions of 3 envs, in 2 minibatches: a block is one env. Entries n and 3 + n are the decisions of env n, and
-    each minibatch gets one of the two.
+    Two decisions of 3 envs in 2 minibatches: each gets one of n and 3 + n, the decisions of env n. Entry 1 is not kept.
 
-    >>> keep = torch.ones(2, 3, dtype=torch.bool)
-    >>> parts = minibatch_indices(keep, 3, 0, num_minibatches=2, generator=torch.Generator().manual_seed(1))
-    >>> [part.tolist() for part in parts]
-    [[3, 1, 2], [0, 4, 5]]
-
-    If decision 0 of env 1 is not trained on, entry 1 is left out.
-
-    >>> keep[0, 1] = False
-    >>> parts = minibatch_indices(keep, 3, 0, num_minibatches=2, generator=torch.Generator().manual_seed(1))
-    >>> [part.tolist() for part in parts]
+    >>> keep, generator = torch.tensor([[True, False, True], [True, True, True]]), torch.Generator().manual_seed(1)
+    >>> [part.tolist() for part in minibatch_indices(keep, 3, 0, num_minibatches=2, generator=generator)]
     [[3, 2], [0, 4, 5]]
     """
     T, N = keep.shape
@@ -273,47 +249,41 @@ def minibatch_indices(
     num_blocks = num_envs // block_size  # over all ranks
     sort_keys = torch.rand(num_blocks, T * block_size, generator=generator)
     offsets = torch.rand(num_blocks, generator=generator).double()  # decide which minibatch gets an odd decision
-    shares: list[list[torch.Tensor]] = [[] for _ in range(num_minibatches)]
+    indices, assigned = [], []  # of each block of this rank
     for first in range(0, N, block_size):
         block = (first_env + first) // block_size
         kept = keep[:, first : first + block_size].flatten().nonzero()[:, 0]  # [K], t * block_size + n - first
         shuffled = kept[sort_keys[block][kept].argsort()]  # [K]
-        place = torch.arange(len(kept)) + offsets[block]  # [K], 0 <= place < K
-        minibatch = (place * num_minibatches / max(len(kept), 1)).long()  # [K], 0 .. num_minibatches - 1
         t, n = shuffled // block_size, first + shuffled % block_size  # [K] each
-        index = t * N + n  # [K]
-        for m in range(num_minibatches):
-            shares[m].append(index[minibatch == m])
-    return [torch.cat(share) for share in shares]
+        indices.append(t * N + n)
+        place = torch.arange(len(kept)) + offsets[block]  # [K], 0 <= place < K
+        assigned.append((place * num_minibatches / max(len(kept), 1)).long())  # [K], 0 .. num_minibatches - 1
+    index, minibatch = torch.cat(indices), torch.cat(assigned)
+    return [index[minibatch == m] for m in range(num_minibatches)]
 
 
 def shuffle_generator(seed: int, iteration: int) -> torch.Generator:
     """The generator that shuffles decisions into minibatches. It is the same on every rank, whatever else was drawn.
 
-    Noise is seeded with seed * 1_000_003 + iteration. Adding half of 2**32 gives another stream, because torch's
-    generator keeps 32 bits of its seed.
+    Noise is seeded with seed * 1_000_003 + iteration. Half of 2**32 more is another stream: 32 bits of a seed count.
     """
     return torch.Generator().manual_seed(2**31 + seed * 1_000_003 + iteration)
 
 
 def minibatches(
-    weights: torch.Tensor,
-    num_envs: int,
+    weights: Tensor,
     first_env: int,
+    generator: torch.Generator,
+    *,
+    num_envs: int,
     num_minibatches: int,
     micro_batch_size: int,
-    generator: torch.Generator,
-) -> list[tuple[float, list[torch.Tensor]]]:
-    """For every optimizer step: the number to divide by, and this rank's micro batches. All ranks together.
+) -> list[Step]:
+    """The optimizer steps of one pass. All ranks together.
 
     Args:
         weights: [T, N, C]. Decisions without a weight are left out.
         num_envs, first_env, num_minibatches, generator: as for minibatch_indices().
-
-    Returns:
-        One pair per minibatch. The number is the minibatch's weight over all ranks, divided by the number of ranks
-        because DeepSpeed averages over ranks. The list has the indices of each micro batch, and is equally long on
-        every rank.
     """
     keep = (weights > 0).any(dim=-1)  # [T, N]
     indices = minibatch_indices(keep, num_envs, first_env, num_minibatches, generator)
@@ -326,10 +296,8 @@ def minibatches(
     ]
 
 
-def split_padded(index: torch.Tensor, size: int, longest: int) -> list[torch.Tensor]:
-    """Cut index [K] into parts of `size`, and add empty parts until there are as many as for `longest` decisions.
-
-    `longest` is the largest K of any rank, so all ranks get equally many parts.
+def split_padded(index: Tensor, size: int, longest: int) -> list[Tensor]:
+    """Cut index [K] into parts of `size`, with as many empty ones as any rank's `longest` index needs more.
 
     >>> [part.tolist() for part in split_padded(torch.tensor([7, 8, 9]), size=2, longest=6)]
     [[7, 8], [9], []]
