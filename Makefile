@@ -6,6 +6,8 @@ RANKS ?=
 ARGS ?=
 # The launcher's default port is the same for all runs on a machine, so each run gets a free one.
 FREE_PORT := python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+# The launcher says nothing as long as all is well.
+QUIET := $(if $(filter 1,$(SOLOVLA_DEBUG)),,--quiet)
 # DeepSpeed uses the GPUs of this machine, or its CPU. You can choose: make train DS_ACCELERATOR=cpu
 export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -36,11 +38,12 @@ endef
 train: setup
 	@$(READ_PRESET); \
 	echo "deepspeed --num_gpus $$ranks $$script --config $$PRESET $$ARGS"; \
-	deepspeed --master_port $$($(FREE_PORT)) --num_gpus "$$ranks" "$$script" --config "$$PRESET" $(ARGS)
+	echo "the launcher starts: it loads DeepSpeed, which takes a few seconds"; \
+	deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus "$$ranks" "$$script" --config "$$PRESET" $(ARGS)
 
 # Makes the tiny policies of the quickstarts and RESULTS.md again: demonstrations, fine-tuning, and a model card each.
 # The policy for 16 objects is trained twice more from its result, the last time on more demonstrations.
-CLONE = deepspeed --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml \
+CLONE = deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml \
 	--export_dir checkpoints/$(2)
 AGAIN := --model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates
 warmup: setup

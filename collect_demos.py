@@ -22,6 +22,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
+    print("collect_demos.py starts: loading packages takes about 10 s", file=sys.stderr, flush=True)
+
 from envs import make_envs
 from envs.demonstrations import PART_SIZE, DemoFolder, Demonstration, Recipe, attempts, check_expert_knows
 from envs.registration import CONTROL_MODE

@@ -8,8 +8,8 @@
     python doctor.py
     # published meshes and photographs for --asset_pack bridge. An interrupted download continues
     python doctor.py --download
-    # memory that a run needs on 8 GPUs of 80 GiB, and the first flag to change if it does not fit
-    python doctor.py --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 --gpu_memory 80
+    # memory that a run needs on 8 GPUs of 80 GiB in a node of 512 GiB, and the first flag to change if it does not fit
+    python doctor.py --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 --gpu_memory 80 --host_memory 512
 
 Flags of a script may follow the last one, such as --offload stage.
 """
@@ -493,17 +493,27 @@ def download(asset_dir: str | None, mirror: str | None) -> int:
     return 0
 
 
-def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags: list[str]) -> int:
+def memory_plan(
+    configs: list[str], num_gpus: int, gpu_memory: float, host_memory: float | None, more_flags: list[str]
+) -> int:
+    """Print the memory that a run needs, and whether it fits. The exit code is 0 if both memories are large enough.
+
+    Args:
+        gpu_memory: of one GPU, in GiB. host_memory: of one node, in GiB. None means that of this machine.
+    """
     from schemas import UserError, check_flags
     from schemas.flags import Count, Positive
     from vla.cli import parse_args
+    from vla.start import checks
     from vla.training.engine import read_deepspeed_config, zero_stage
-    from vla.training.memory_plan import Recipe, advice, make_plan, table
+    from vla.training.memory_plan import Recipe, advice, host_advice, make_plan, table
 
     script = "train_grpo" if "grpo" in Path(configs[0]).name else "train_ppo"  # the script whose defaults apply
-    ranges = dataclasses.make_dataclass("Ranges", [("num_gpus", Count), ("gpu_memory", Positive)])
+    own = round(checks.host_memory() / GIB, 1)
+    fields = [("num_gpus", Count), ("gpu_memory", Positive), ("host_memory", Positive)]
     try:
-        check_flags(ranges(num_gpus, gpu_memory))
+        of_node = own if host_memory is None else host_memory
+        check_flags(dataclasses.make_dataclass("Ranges", fields)(num_gpus, gpu_memory, of_node))
         flags = vars(parse_args(importlib.import_module(script).Args, ["--config", *configs, *more_flags], ""))
         settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
         known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
@@ -513,13 +523,15 @@ def memory_plan(configs: list[str], num_gpus: int, gpu_memory: float, more_flags
             zero_stage=zero_stage(settings),
             cpu_adam="offload_optimizer" in settings.get("zero_optimization", {}),
         )
-        print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory)))
-        fits, sentence = advice(recipe, num_gpus, gpu_memory)
+        print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory, of_node)))
+        verdicts = (advice(recipe, num_gpus, gpu_memory), host_advice(recipe, num_gpus, gpu_memory, of_node))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{sentence}")
-    return 0 if fits else 1
+    print("", *(sentence for _, sentence in verdicts), sep="\n")
+    if host_memory is None:
+        print(f"this machine has {own:g} GiB of host memory: give --host_memory for another one")
+    return 0 if all(fits for fits, _ in verdicts) else 1
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -540,6 +552,9 @@ def make_parser() -> argparse.ArgumentParser:
     memory.add_argument("--config", action="append", metavar="FILE", help="Yaml file of flags. It may be repeated.")
     memory.add_argument("--num_gpus", type=int, metavar="INT", help="Number of GPUs, one rank each. (default: 8)")
     memory.add_argument("--gpu_memory", type=float, metavar="FLOAT", help="Memory per GPU in GiB. (default: 80)")
+    memory.add_argument(
+        "--host_memory", type=float, metavar="FLOAT", help="Memory per node in GiB, by default that of this machine."
+    )
     return parser
 
 
@@ -560,9 +575,9 @@ def main(argv: list[str]) -> int:
     if flags.config is not None:
         num_gpus = 8 if flags.num_gpus is None else flags.num_gpus
         gpu_memory = 80.0 if flags.gpu_memory is None else flags.gpu_memory
-        return memory_plan(flags.config, num_gpus, gpu_memory, more_flags)
-    if flags.num_gpus is not None or flags.gpu_memory is not None:
-        parser.error("--num_gpus and --gpu_memory need --config: give a yaml file of flags")
+        return memory_plan(flags.config, num_gpus, gpu_memory, flags.host_memory, more_flags)
+    if (flags.num_gpus, flags.gpu_memory, flags.host_memory) != (None, None, None):
+        parser.error("--num_gpus, --gpu_memory and --host_memory need --config: give a yaml file of flags")
     if more_flags:
         parser.error(f"unknown: {' '.join(more_flags)}")
     if flags.download:

@@ -31,6 +31,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
+    print("evaluate.py starts: loading packages takes about 10 s", file=sys.stderr, flush=True)
+
 import numpy as np
 import torch
 

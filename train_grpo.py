@@ -21,12 +21,16 @@ It differs from RLinf in four points. An env that has succeeded is not simulated
 episode never reach the update. A group stays on one rank, which is checked. Metrics are defined as for PPO.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
+    print("train_grpo.py starts: loading packages takes about 10 s", file=sys.stderr, flush=True)
 
 import torch
 from torch import Tensor
@@ -539,7 +543,7 @@ def main(args: Args) -> None:
             args.logger_backends,
             **pick(args, Logger),
         )
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints)
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> bool:

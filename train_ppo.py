@@ -21,6 +21,7 @@ asserts by shapes. Advantages are normalised over all ranks. Clip and KL metrics
 gives one run.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
+    print("train_ppo.py starts: loading packages takes about 10 s", file=sys.stderr, flush=True)
 
 import torch
 from torch import Tensor
@@ -520,7 +524,7 @@ def main(args: Args) -> None:
             args.logger_backends,
             **pick(args, Logger),
         )
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints, state_critic)
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints, state_critic, logger.close)
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
 
     def run_evaluation(iteration: int) -> bool:

@@ -17,12 +17,16 @@ are augmented. So any number of ranks trains on the same batches.
     B decisions in a micro batch   C = chunk_size actions per decision   D = 7 tokens per action
 """
 
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
+    print("train_sft.py starts: loading packages takes about 10 s", file=sys.stderr, flush=True)
 
 import torch
 
@@ -35,11 +39,12 @@ from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
 from vla.evaluation.model_card import export_folder, export_policy
-from vla.logger import Averages, Logger, describe_run, due
+from vla.logger import OF_LABELS, Averages, Logger, describe_run, due
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
 from vla.start.checks import check_iterations_left, check_scene_memory, prompt_room, what_applies
 from vla.start.launch import launched
+from vla.text import counted
 from vla.training import augmentation
 from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
 from vla.training.engine import (
@@ -332,8 +337,9 @@ def main(args: Args) -> None:
         num_iterations = args.num_updates // args.updates_per_iteration
         check_iterations_left(checkpoint, num_iterations, "--num_updates")
         in_words = (
-            f"{launch.world_size} ranks, {args.batch_size} of {len(demos)} demonstrated decisions per optimizer step, "
-            f"{args.num_updates} steps, evaluation in {num_eval_envs} envs and {workers} workers per rank"
+            f"{counted(launch.world_size, 'rank')}, {args.batch_size} of {len(demos)} demonstrated decisions per "
+            f"optimizer step, {counted(args.num_updates, 'step')}, evaluation in {counted(num_eval_envs, 'env')} and "
+            f"{counted(workers, 'worker')} per rank"
         )
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(norm_stats=demos.statistics, value_head=False, dtype=DTYPES[args.dtype], device=device)
@@ -362,10 +368,11 @@ def main(args: Args) -> None:
             num_seen,
             args.logger_backends,
             "decisions",
+            OF_LABELS,
             **pick(args, Logger),
         )
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints)
+        preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
         logger.describe(describe_run(asdict(args), sizes, world_size()))
 
     def run_evaluation(iteration: int) -> bool:
@@ -411,7 +418,8 @@ def main(args: Args) -> None:
         stopped = due(iteration, args.eval_freq, num_iterations) and not run_evaluation(iteration + 1)
         metrics = averages.reduce(count=args.updates_per_iteration) | guard.pop_metrics() | stages.pop_metrics()
         metrics["train/actor/lr"] = rate
-        logger.write(iteration + 1, num_seen, metrics, [], 0)
+        note = f"update {(iteration + 1) * args.updates_per_iteration} of {args.num_updates}"
+        logger.write(iteration + 1, num_seen, metrics, [], 0, note)
         if stopped or due(iteration, args.save_freq, num_iterations):
             saved = save_checkpoint(engine, run_dir, iteration + 1, num_seen, [], args.keep_checkpoints)
             if stopped:  # --resume repeats the evaluation

@@ -31,28 +31,29 @@ from deepspeed.accelerator import get_accelerator
 
 from schemas import UserError
 from vla import ROOT
-from vla.start.extensions import command_of, keep_ops, parent_of
-from vla.start.launch import Launch, launched
+from vla.start.extensions import keep_ops
+from vla.start.launch import LAUNCHER, Launch, command_of, launched, parent_of
+from vla.start.terminal import DEBUG, debugging, say_last
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 Engine = deepspeed.DeepSpeedEngine  # other modules use this name
-DEBUG = "SOLOVLA_DEBUG"  # environment variable: 1 also prints the traceback of errors that are one sentence
 REQUEUE = 75  # exit code of a run that was asked to end and saved itself (EX_TEMPFAIL of sysexits.h)
-LAUNCHER = b"deepspeed.launcher.launch"  # the process between `deepspeed` and the ranks
 POLL_SECONDS = 1.0
 HEARD_SECONDS = 10.0  # a launcher checks every second whether a rank has ended
+TURN_SECONDS = 3.0  # for the first rank, which says what other ranks would repeat
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in errors of gloo and of a store
 ORPHAN_SECONDS = 600.0  # time of an orphan to save itself, since it may hang in a collective with a dead rank
 
 
 def run_main(main: Callable, parse: Callable) -> None:
-    """Run main(parse()). Wrong input ends with one sentence and exit code 2, any other error with its traceback.
+    """Run main(parse()). Wrong input ends with one sentence and exit code 2, any other error with its traceback and 1.
 
-    Errors that all ranks have in common (flags) are printed once per node. Errors that one rank may have alone (files,
-    devices) are printed by that rank. A launcher ends all ranks when the first one ends with an error, and exits with
-    its code. So a rank whose error is only a consequence waits, so that another rank can print the cause.
+    An error is the last thing on the screen. Errors that all ranks have in common (flags) are printed once per node.
+    Errors that one rank may have alone (files, devices) are printed by that rank. A launcher ends all ranks when the
+    first one ends with an error, and exits with its code. So a rank whose error is only a consequence waits, so that
+    another rank can print the cause.
     """
     steady_streams()
     try:
@@ -78,7 +79,10 @@ def run_main(main: Callable, parse: Callable) -> None:
     except Exception as error:
         if lost_rank(error):
             let_others_speak()
-        raise
+        elif launch.local_rank > 0:
+            let_others_speak(TURN_SECONDS)
+        say_last(traceback.format_exc().rstrip(), stream=2)
+        raise SystemExit(1) from error
     if dist.is_initialized():  # not after an exception, because it would wait for other ranks
         dist.destroy_process_group()
 
@@ -88,10 +92,10 @@ def print_user_error(error: UserError, launch: Launch) -> None:
     is_first = launch.local_rank == 0
     if lost_rank(error) or (not is_first and error.__cause__ is None):
         let_others_speak()
-    if os.environ.get(DEBUG) == "1":
+    if debugging():
         traceback.print_exception(error)
     who = "error" if is_first else f"error (rank {launch.rank})"
-    print(f"{who}: {error}", file=sys.stderr, flush=True)
+    say_last(f"{who}: {error}", stream=2)
 
 
 class SteadyStream(io.TextIOWrapper):
@@ -103,6 +107,8 @@ class SteadyStream(io.TextIOWrapper):
     def write(self, text: str) -> int:
         with self.until_the_reader_goes():
             super().write(text)
+        if self.write_through:  # the launcher starts `python -u`
+            self.flush()
         return len(text)
 
     def flush(self) -> None:
@@ -151,10 +157,10 @@ def lost_rank(error: BaseException | None) -> bool:
     return False
 
 
-def let_others_speak() -> None:
+def let_others_speak(seconds: float = HEARD_SECONDS) -> None:
     """Wait for the rank that knows the cause. The launcher then ends this rank, and exits with the other one's code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(HEARD_SECONDS)
+    time.sleep(seconds)
 
 
 @contextlib.contextmanager
@@ -228,7 +234,8 @@ def setup_distributed(seed: int) -> torch.device:
             os.environ["MASTER_PORT"] = str(sock.getsockname()[1])
     # DeepSpeed calls `ninja`, which is in python's folder and would not be found if .venv/bin is not on PATH
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not debugging():
+        silence_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
     keep_ops()
@@ -259,6 +266,13 @@ def setup_distributed(seed: int) -> torch.device:
         )
     get_accelerator().set_device(local_rank)
     return torch.device(get_accelerator().current_device_name())
+
+
+def silence_libraries() -> None:
+    """Switch off what libraries say at every start and no user can act on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    sys.modules["deepspeed.comm.torch"].print = lambda *words: None  # every rank says that it has built its operation
 
 
 def where_ranks_meet() -> str | None:

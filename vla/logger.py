@@ -25,13 +25,14 @@ from tqdm import tqdm
 from schemas import UserError
 from vla import ROOT, VERSION
 from vla.backends import open_backends, show_film
+from vla.closing import closing_lines, success_in_words
 from vla.distributed import all_gather_lists, all_reduce_sum, world_size
-from vla.evaluation.statistics import wilson_interval
 from vla.files.run_lines import read_evaluations, read_line, read_lines, text_lines
 from vla.files.whole import write_whole
 from vla.reports.plots import plot_progress
 from vla.reports.run_record import read_run
-from vla.text import without_keys, without_places
+from vla.start.terminal import say_last
+from vla.text import counted, without_keys, without_places
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
@@ -96,6 +97,20 @@ class Averages:
         return dict(zip(self.sums, means.tolist()))
 
 
+# what people see of an iteration: a name, a metric and how its value is written
+OF_EPISODES = (
+    ("success", "env/success_once", "{:.3f}"),
+    ("return", "env/return", "{:.3f}"),
+    ("steps/s", "time/env_steps_per_second", "{:.0f}"),
+)
+OF_LABELS = (
+    ("loss", "train/loss", "{:.4f}"),
+    ("token accuracy", "train/token_accuracy", "{:.3f}"),
+    ("action L1", "train/action_l1", "{:.4f}"),
+)
+STAGES = {"eval": "evaluation"}  # timer -> word of the bar
+
+
 class Logger:
     """The log of a run. It writes on rank 0 (`enabled`) and does nothing elsewhere. It creates the run folder.
 
@@ -103,6 +118,7 @@ class Logger:
         start_iteration, start_step: 0 for a new run. For a resumed run, lines of later iterations are moved to
             *.lost.jsonl.
         step_name: the unit of global_step.
+        progress: what people see of an iteration: OF_EPISODES, or OF_LABELS in cloning.
         project_name, experiment_name: names of the run at wandb and swanlab.
     """
 
@@ -115,15 +131,17 @@ class Logger:
         start_step: int = 0,
         backends: tuple[str, ...] = ("tensorboard",),
         step_name: str = "env steps",
+        progress: tuple[tuple[str, str, str], ...] = OF_EPISODES,
         *,
         project_name: str = "solovla",
         experiment_name: str | None = None,
     ):
-        self.step_name = step_name
+        self.step_name, self.progress = step_name, progress
         self.run_dir, self.enabled = run_dir, enabled
         self.start_iteration, self.start_step, self.num_iterations = start_iteration, start_step, num_iterations
         self.seconds: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}  # not yet in a line of metrics.jsonl
+        self.description: dict = {}
         self.iteration_start = time.perf_counter()
         if not enabled:
             return
@@ -137,7 +155,7 @@ class Logger:
                 self.evaluation = {tag: value for tag, value in line.items() if tag.startswith("eval/")}
                 self.evaluation["eval/global_step"] = line["global_step"]
         self.bar = tqdm(
-            total=num_iterations, initial=start_iteration, desc="training", unit="it", dynamic_ncols=True, disable=None
+            total=num_iterations, initial=start_iteration, desc="start", unit="it", dynamic_ncols=True, disable=None
         )
 
     def _set_aside_lines_after(self, iteration: int, name: str) -> None:
@@ -153,20 +171,22 @@ class Logger:
     def describe(self, description: dict) -> None:
         """Write the run's description before it starts. --resume reads its args.json."""
         if self.enabled:
+            self.description = description
             name = f"run_from_iteration_{self.start_iteration:06d}.json"
             write_whole(self.run_dir / name, json.dumps(description, indent=2) + "\n")
             write_whole(self.run_dir / "args.json", json.dumps(description["args"], indent=2) + "\n")
             for backend in self.backends:
                 backend.describe(without_places(description), self.start_step)
-            ranks = description["num_ranks"]
-            tqdm.write(f"{self.run_dir}: {ranks} rank{'s' if ranks > 1 else ''} on {description['device']}")
+            say(f"{self.run_dir}: {counted(description['num_ranks'], 'rank')} on {description['device']}")
             if self.start_iteration == 0 and not self.evaluation:
-                tqdm.write(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
+                say(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Add the block's seconds to time/<name> of the current iteration."""
         start = time.perf_counter()
+        if self.enabled:
+            self.bar.set_description(STAGES.get(name, name))
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -210,7 +230,7 @@ class Logger:
         if self.enabled:
             self._complete_last_line(iteration)
             self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
-            tqdm.write(f"iteration {iteration}: success {means['success_once']:.3f} on held-out episodes")
+            say(f"iteration {iteration}: {success_in_words(means['success_once'], means['num_episodes'])}")
             self._scalars(tagged, global_step)
             videos = self.run_dir / "videos"
             show_film(self.backends, "video/evaluation", videos / f"eval_{iteration:06d}.mp4", global_step)
@@ -258,9 +278,7 @@ class Logger:
         self._scalars(metrics, global_step)
         self._append("metrics", {"iteration": iteration, "global_step": global_step, **metrics, **self.evaluation})
         self.evaluation = {}
-        shown = {"success": env_means.get("env/success_once"), "return": env_means.get("env/return")}
-        shown = {name: "-" if value is None else f"{value:.3f}" for name, value in shown.items()}
-        shown["steps/s"] = f"{times['time/env_steps_per_second']:.0f}"
+        shown = {name: text.format(metrics[tag]) if tag in metrics else "-" for name, tag, text in self.progress}
         with_note = shown | {"note": note} if note else shown
         self.bar.set_postfix(with_note, refresh=False)
         self.bar.update()
@@ -297,25 +315,31 @@ class Logger:
         for backend in self.backends:
             backend.log(metrics, global_step)
 
-    def close(self) -> None:
-        """Draw the plot, and print the results and where the files are."""
+    def close(self, last: str | None = None) -> None:
+        """Draw the plot, and print the results, every file of the run and the next commands.
+
+        Args:
+            last: the last line, of a run that was asked to end and exits now.
+        """
         if not self.enabled:
             return
         self.bar.close()
         for backend in self.backends:
             backend.finish()
-        evaluations = read_evaluations(self.run_dir)
-        print(f"run folder  {self.run_dir}")
-        print(f"video       {max((self.run_dir / 'videos').glob('eval_*.mp4'), default='none')}")
-        print(f"plot        {plot_progress(read_run(self.run_dir))}")
-        for name, line in (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ():
-            success, episodes = line["eval/success_once"], line["eval/num_episodes"]
-            low, high = wilson_interval(success, episodes)
-            print(
-                f"{name:11} success {success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f} held-out episodes, "
-                f"return {line['eval/return']:.3f}, after {line['global_step']} {self.step_name}",
-                flush=True,
-            )
+        plot_progress(read_run(self.run_dir))
+        evaluations, ranks = read_evaluations(self.run_dir), self.description.get("num_ranks", 1)
+        flags = self.description.get("args", {})
+        lines = closing_lines(self.run_dir, sys.argv[0], ranks, flags, evaluations, self.step_name)
+        if last is None:
+            print("\n".join(lines), flush=True)
+        else:
+            say_last("\n".join([*lines, last]), stream=1)
+
+
+def say(text: str) -> None:
+    """Print a line above the bar, at once also where the output is a pipe."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def mean_over(epochs: list[dict[str, float]]) -> dict[str, float]:

@@ -184,6 +184,7 @@ def test_ranks_end_with_doctor_however_that_ends(tmp_path, ends):
         ("--num_gpus 0", "--num_gpus 0 must be at least 1"),
         ("--gpu_memory nan", "--gpu_memory nan must be a finite number"),
         ("--gpu_memory -80", "--gpu_memory -80.0 must be above 0"),
+        ("--host_memory 0", "--host_memory 0.0 must be above 0"),
     ],
 )
 def test_sizes_of_a_memory_plan_that_are_none(capsys, words, sentence):
@@ -191,7 +192,7 @@ def test_sizes_of_a_memory_plan_that_are_none(capsys, words, sentence):
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
 
 
-@pytest.mark.parametrize("words", [["--config", ""], ["--num_gpus", "4"]])
+@pytest.mark.parametrize("words", [["--config", ""], ["--num_gpus", "4"], ["--host_memory", "64"]])
 def test_words_that_ask_for_no_memory_plan(words):
     """An unset variable of a shell, and sizes without a config, are not taken for "examine the machine"."""
     run = python("doctor.py", *words)

@@ -103,7 +103,7 @@ def test_help_shows_the_values_of_a_preset(capsys):
 def test_help_of_doctor():
     """Its own few flags have the same form as those of the scripts."""
     parser = doctor.make_parser()
-    assert len(parser._actions) == 8 and parser.format_help().startswith("usage: ")
+    assert len(parser._actions) == 9 and parser.format_help().startswith("usage: ")
     for action in parser._actions:
         assert action.help[0].isupper() and re.search(r"\.( \(default: \d+\))?$", action.help), action.option_strings
         assert parser.format_help().count(action.option_strings[-1]) >= 1

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ from vla.distributed import UserError
 from vla.files.trees import load_tree
 from vla.training.checkpoint import OLD_FORMAT, damage
 from vla.training.engine import read_deepspeed_config, use_gathered_layers
-from vla.training.memory_plan import Recipe, advice, make_plan
+from vla.training.memory_plan import GIB, Recipe, advice, host_advice, host_need, largest, make_plan
 
 
 def on_ranks(world: int, scenarios: list[tuple[str, dict]], accelerator: str = "cpu") -> list[dict]:
@@ -304,7 +305,7 @@ def test_the_memory_plan_knows_what_each_knob_does():
 def test_the_memory_plan_names_the_flag_to_turn():
     need = recipe("zero2", micro_batch_size=64)
     fits, sentence = advice(need, 2, 1000.0)
-    assert fits and "fits" in sentence
+    assert fits and sentence.startswith("GPU memory fits")
     plan = make_plan(need, 2)
     just_too_small = (max(plan.peak("rollout"), plan.peak("update")) - 1) / 2**30
     fits, sentence = advice(need, 2, just_too_small)
@@ -312,10 +313,38 @@ def test_the_memory_plan_names_the_flag_to_turn():
     assert "more or larger GPUs" in advice(need, 2, 0.1)[1]
 
 
+def test_the_memory_plan_compares_host_memory_too():
+    """Two ranks with 8 and 4 workers, since only 4 envs evaluate, cannot do without their own 3 GiB each."""
+    need = recipe("zero3_cpu_adam", num_envs=16, num_env_workers=16, num_eval_envs=8)
+    plan = make_plan(need, 2)
+    assert plan.host["processes (assumed)"] == 2 * (3 * GIB + 12 * int(1.2 * GIB))
+    fits, sentence = host_advice(need, 2, 1000.0, host_need(plan))
+    assert fits and sentence.startswith("host memory fits: ")
+    fits, sentence = host_advice(need, 2, 1000.0, 20.0)
+    assert not fits and ": --num_env_workers 2 needs " in sentence, sentence
+    without_workers = make_plan(replace(need, num_env_workers=0), 2)
+    fits, sentence = host_advice(need, 2, 1000.0, host_need(without_workers) - 1e-6)
+    assert not fits and "--num_env_workers 0 and --deepspeed_config ds_configs/zero3.json needs" in sentence
+    on_gpu = largest(make_plan(replace(need, num_env_workers=0, cpu_adam=False), 2))
+    assert "use fewer --num_envs" in host_advice(need, 2, on_gpu - 1e-6, host_need(without_workers) - 1e-6)[1]
+
+
+def test_evaluation_envs_are_counted_as_the_scripts_make_them():
+    """3 held-out envs on 2 ranks are one each, and the rank that simulates itself is one process that renders."""
+    one, three = (make_plan(recipe("zero3", num_envs=2, num_eval_envs=number), 2) for number in (2, 3))
+    assert one == three and one.update["renderers (assumed)"] == int(0.3 * GIB)
+    workers = make_plan(recipe("zero3", num_envs=4, num_eval_envs=2, num_env_workers=2), 2)
+    assert workers.update["renderers (assumed)"] == 3 * int(0.3 * GIB)
+
+
 def test_doctor_prints_the_plan_of_a_preset():
-    command = ["doctor.py", "--config", PRESET, "--num_gpus", "2", "--gpu_memory", "8"]
+    command = ["doctor.py", "--config", PRESET, "--num_gpus", "2", "--gpu_memory", "8", "--host_memory", "16"]
     run = python(*command)
-    assert run.returncode == 0 and "fits" in run.stdout and "activations" in run.stdout, run.stderr
+    assert run.returncode == 0 and "activations" in run.stdout and "of 16" in run.stdout, run.stderr
+    assert run.stdout.splitlines()[-2].startswith("GPU memory fits: ")
+    assert run.stdout.splitlines()[-1].startswith("host memory fits: ")
+    run = python(*command, "--host_memory", "2")
+    assert run.returncode == 1 and run.stdout.splitlines()[-1].startswith("host memory does not fit (")
     run = python(*command, "--offload", "stage", "--deepspeed_config", "ds_configs/zero2.json")
     assert run.returncode == 2 and run.stderr.startswith("error: --offload stage needs ZeRO-3")
 

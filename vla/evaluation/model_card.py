@@ -22,7 +22,7 @@ from vla.evaluation.statistics import wilson_interval
 from vla.files.run_lines import read_evaluations, read_lines
 from vla.models.policy import VLAPolicy
 from vla.models.saving import save_policy
-from vla.text import markdown_code, markdown_text, without_places
+from vla.text import counted, markdown_code, markdown_text, without_places
 
 WEIGHTS = re.compile(r"(?:adapter_)?model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 BESIDE = re.compile(  # other files of published policies
@@ -163,7 +163,7 @@ def card(run_dir: Path, folder: Path) -> str:
         "demonstrations": f"{markdown_text(flags['demos'])}, {description['sizes'].get('num_samples', '?')} steps",
         "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
         "minutes": f"{minutes['update']:.1f} of updates, {minutes['eval']:.1f} of evaluation, "
-        f"{description['num_ranks']} ranks on {description['device']}, {descriptions[0]['started']}",
+        f"{counted(description['num_ranks'], 'rank')} on {description['device']}, {descriptions[0]['started']}",
         "token accuracy, L1 in training": f"{last.get('train/token_accuracy', math.nan):.3f}, "
         f"{last.get('train/action_l1', math.nan):.4f}",
         "success": f"{measured(run_dir)} held-out episodes of {flags['env_id']}, "

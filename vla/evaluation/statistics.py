@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from schemas import UserError
 from vla.evaluation.settings import GROUP_OF, GROUPS
-from vla.text import markdown_code, markdown_text
+from vla.text import counted, markdown_code, markdown_text
 
 BRACKETS = "Brackets are 95 % Wilson intervals. A mean gives every setting the same weight."
 OUTCOMES = ("success_once", "success_at_end", "return", "episode_len")
@@ -202,8 +202,8 @@ def markdown(results: dict, published: dict[str, dict]) -> str:
         "- " + markdown_text(f"{row['name']}: {row['note']} Source: {row['source']}") for row in published.values()
     )
     origin = (
-        f"{markdown_code(results['command'])} on {results['num_ranks']} ranks of {results['device']}, commit "
-        f"{results['commit']}, {results['started']}"
+        f"{markdown_code(results['command'])} on {counted(results['num_ranks'], 'rank')} of {results['device']}, "
+        f"commit {results['commit']}, {results['started']}"
     )
     paragraphs = (
         f"# {markdown_text(results['name'])}",

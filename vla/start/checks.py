@@ -136,7 +136,7 @@ def what_applies(
     max_episode_steps: int,
     sizes: str,
 ) -> str:
-    """Presets, model, env and sizes of a run, in five lines for people.
+    """Presets, model, env and sizes of a run, and what comes next, in six lines for people.
 
     Args:
         sizes: how much is collected and learned from, in the words of the script.
@@ -160,5 +160,6 @@ def what_applies(
             f"env     {env_id}, {task}, {image_size[0]} x {image_size[1]} pixels{rate}, "
             f"{max_episode_steps} steps an episode",
             f"sizes   {sizes}",
+            "next    model, simulator and optimizer: seconds for a tiny model, minutes for one of 7B",
         )
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from schemas import UserError
+from vla.start.launch import command_of, parent_of
 
 POLL_SECONDS = 0.1
 SECOND_LOOK_SECONDS = 1.0  # torch closes its lock shortly before it removes it, and meanwhile nobody seems to hold it
@@ -34,22 +35,6 @@ OF_THIS_MACHINE = "ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay fuse.fu
 
 
 # ---------------------------------------------------------------------- processes
-def parent_of(process: int) -> int | None:
-    """Id of the parent of a process, or None if the process has ended."""
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def command_of(process: int) -> bytes:
-    """Command line of a process, with a null byte after each word. Empty if it has ended or there is no /proc."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
 def links_of(process: int, kind: str) -> Iterator[str]:
     """Targets of symbolic links in /proc. kind is "cwd", "exe" or "fd/*". Nothing for processes of other users."""
     with contextlib.suppress(OSError):

@@ -6,10 +6,12 @@ started.
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from schemas import UserError
 
+LAUNCHER = b"deepspeed.launcher.launch"  # in the command of the process between `deepspeed` and the ranks
 # command that starts processes -> variable with their number. These processes have no ranks
 TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 LARGEST = {"MASTER_PORT": 2**16 - 1}
@@ -67,3 +69,19 @@ def check_no_tasks(environment: Mapping[str, str]) -> None:
                 f"{command} started {environment[name]} processes without ranks ({name}): start one of them per "
                 "machine, with `deepspeed` in front of the script"
             )
+
+
+def parent_of(process: int) -> int | None:
+    """Id of the parent of a process, or None if the process has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def command_of(process: int) -> bytes:
+    """Command line of a process, with a null byte after each word. Empty if it has ended or there is no /proc."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -319,7 +319,7 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     weights = {Use.TRAINED: width * numel(trained, shards), Use.FROZEN: frozen_bytes}
     copy = {Use.COPY: width * numel(everything)} if sharded else {}
     optimizer, gradients, step = optimizer_bytes(recipe, own, width * min(BUCKET_ELEMENTS, numel(trained)))
-    renderers = sum(max(1, number) for number in workers)
+    renderers = sum(workers) + (0 in workers)  # the rank itself renders the envs that have no workers
     system = {Use.CONTEXT: ASSUMED_CONTEXT, Use.RENDERERS: renderers * ASSUMED_RENDERER}
     activations = recipe.micro_batch_size * update_bytes(policy, recipe.gradient_checkpointing)
     update = weights | optimizer | gradients | {Use.ACTIVATIONS: activations} | step | system
@@ -331,8 +331,7 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     else:
         rollout |= optimizer | (gradients if sharded else {})
         update |= copy
-    envs_at_once = max(train_envs, math.ceil(recipe.num_eval_envs / num_gpus))
-    rollout[Use.FORWARD] = envs_at_once * rollout_bytes(policy)
+    rollout[Use.FORWARD] = max(train_envs, eval_envs) * rollout_bytes(policy)
 
     host = {"Adam on the CPU": (16 + 4) * own} if recipe.cpu_adam else {}  # fp32 weights and moments, and gradients
     if moves_memory:
@@ -404,8 +403,8 @@ def remedies(recipe: Recipe) -> list[tuple[str, Recipe]]:
     return turned
 
 
-def table(plan: Plan, gpu_memory: float) -> list[str]:
-    """The plan in GiB, one line per use."""
+def table(plan: Plan, gpu_memory: float, host_memory: float) -> list[str]:
+    """The plan in GiB, one line per use, beside the memory of a GPU and of a node."""
     lines = [f"{'GiB on one GPU':28} {'rollout':>9} {'update':>9}"]
     for name in [*plan.rollout, *(name for name in plan.update if name not in plan.rollout)]:
         sizes = [stage[name] / GIB if name in stage else None for stage in (plan.rollout, plan.update)]
@@ -414,7 +413,7 @@ def table(plan: Plan, gpu_memory: float) -> list[str]:
         sizes = [getattr(plan, name)(stage) / GIB for stage in ("rollout", "update")]
         lines.append(f"{name:28} " + " ".join(f"{size:9.2f}" for size in sizes) + f"  of {gpu_memory:g}")
     lines += ["", "GiB of host memory on one node", *(f"  {n:36} {s / GIB:9.2f}" for n, s in plan.host.items())]
-    return [*lines, f"{'sum':38} {sum(plan.host.values()) / GIB:9.2f}"]
+    return [*lines, f"{'sum':38} {host_need(plan):9.2f}  of {host_memory:g}"]
 
 
 def largest(plan: Plan) -> float:
@@ -422,11 +421,55 @@ def largest(plan: Plan) -> float:
     return max(plan.peak("rollout"), plan.peak("update")) / GIB
 
 
+def host_need(plan: Plan) -> float:
+    """GiB of host memory that the ranks of one node need."""
+    return sum(plan.host.values()) / GIB
+
+
+def host_remedies(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Changes of flags that save host memory, each in addition to those before it."""
+    turned, changed = [], recipe
+    while (workers := changed.num_env_workers // 2) or changed.num_env_workers:
+        changed = replace(changed, num_env_workers=workers)
+        turned.append((f"--num_env_workers {workers}", changed))
+    if changed.cpu_adam:
+        changed = replace(changed, cpu_adam=False)
+        turned.append(("--deepspeed_config ds_configs/zero3.json", changed))
+    if changed.offload == "stage":
+        turned.append(("--offload none", replace(changed, offload="none")))
+    return turned
+
+
+def host_advice(recipe: Recipe, num_gpus: int, gpu_memory: float, host_memory: float) -> tuple[bool, str]:
+    """Whether a run fits into the host memory of a node, and a sentence with flags that make it fit.
+
+    Flags that move memory to the GPU are named only if it fits there.
+    """
+    need = host_need(make_plan(recipe, num_gpus))
+    if need <= host_memory:
+        return True, f"host memory fits: {need:.1f} of {host_memory:g} GiB on a node"
+    tried: list[str] = []
+    for sentence, changed in host_remedies(recipe):
+        if sentence.startswith("--num_env_workers"):
+            tried.clear()  # a smaller number replaces the last one
+        tried.append(sentence)
+        plan = make_plan(changed, num_gpus)
+        if host_need(plan) <= host_memory and largest(plan) <= gpu_memory:
+            turned = " and ".join(tried)
+            return False, (
+                f"host memory does not fit ({need:.1f} of {host_memory:g} GiB on a node): {turned} needs "
+                f"{host_need(plan):.1f} GiB"
+            )
+    return False, (
+        f"host memory does not fit ({need:.1f} of {host_memory:g} GiB on a node): use fewer --num_envs, or more nodes"
+    )
+
+
 def advice(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[bool, str]:
     """Whether a run fits into memory, and a sentence that names the flags that make it fit, in their order."""
     need = largest(make_plan(recipe, num_gpus))
     if need <= gpu_memory:
-        return True, f"fits: {need:.1f} of {gpu_memory:g} GiB at the peak"
+        return True, f"GPU memory fits: {need:.1f} of {gpu_memory:g} GiB at the peak"
     tried: list[str] = []
     for sentence, changed in remedies(recipe):
         if tried and sentence.startswith("--micro_batch_size") and "--micro_batch_size" in tried[-1]:
@@ -436,5 +479,11 @@ def advice(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[bool, str]
         need_then = largest(make_plan(changed, num_gpus))
         if need_then <= gpu_memory:
             turned = ", then ".join(tried)
-            return False, f"does not fit ({need:.1f} of {gpu_memory:g} GiB): {turned} needs {need_then:.1f} GiB"
-    return (False, f"does not fit ({need:.1f} of {gpu_memory:g} GiB): use fewer --num_envs, or more or larger GPUs")
+            return (
+                False,
+                f"GPU memory does not fit ({need:.1f} of {gpu_memory:g} GiB): {turned} needs {need_then:.1f} GiB",
+            )
+    return (
+        False,
+        f"GPU memory does not fit ({need:.1f} of {gpu_memory:g} GiB): use fewer --num_envs, or more or larger GPUs",
+    )

@@ -31,18 +31,25 @@ evaluate.py watches its output folder in the same way.
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
 
-from vla.distributed import REQUEUE, Engine, agree, all_reduce_max, barrier, print0, rank
+from vla.distributed import REQUEUE, Engine, agree, all_reduce_max, barrier, rank
+from vla.start.terminal import say_last
 from vla.training.checkpoint import checkpoint_dir, damage, save_checkpoint
 from vla.training.critics import StateCritic
 from vla.training.optimizer_state import Snapshot
 
 Item = TypeVar("Item")
+
+
+def say_last0(text: str) -> None:
+    """say_last() on rank 0."""
+    if rank() == 0:
+        say_last(text, stream=1)
 
 
 class StopRequest:
@@ -91,12 +98,16 @@ class StopRequest:
         self.meeting = any_requested
         return any_requested
 
-    def end(self, message: str) -> NoReturn:
-        """Raise SystemExit with REQUEUE, and print the message on rank 0. All ranks have stopped and saved."""
+    def end(self, message: str, say: Callable[[str], None] = say_last0) -> NoReturn:
+        """Raise SystemExit with REQUEUE, and say on rank 0 why. All ranks have stopped and saved, and call it together.
+
+        Args:
+            say: is called on all ranks with the message.
+        """
         self.meeting = True
         if rank() == 0:
             self.stop_file.unlink(missing_ok=True)
-        print0(f"{self.signal or self.stop_file}: {message}")
+        say(f"{self.signal or self.stop_file}: {message}")
         raise SystemExit(REQUEUE)
 
 
@@ -109,10 +120,18 @@ class Preemption(StopRequest):
         keep: as for save_checkpoint().
         critic: the critic outside the engine. Fit it after the last call of exit_if_requested() in an iteration,
             because it is never undone.
+        say: prints the last words of the run, such as Logger.close(). All ranks call it.
     """
 
-    def __init__(self, engine: Engine, run_dir: Path, keep: int, critic: StateCritic | None = None):
-        self.engine, self.run_dir, self.keep, self.critic = engine, run_dir, keep, critic
+    def __init__(
+        self,
+        engine: Engine,
+        run_dir: Path,
+        keep: int,
+        critic: StateCritic | None = None,
+        say: Callable[[str], None] = say_last0,
+    ):
+        self.engine, self.run_dir, self.keep, self.critic, self.say = engine, run_dir, keep, critic, say
         self.start = Snapshot()
         super().__init__(run_dir)
 
@@ -139,4 +158,4 @@ class Preemption(StopRequest):
 
     def exit(self, checkpoint: Path) -> NoReturn:
         """Raise SystemExit with REQUEUE after this checkpoint was written. All ranks together."""
-        self.end(f"{checkpoint} is complete. Continue with --resume {self.run_dir}")
+        self.end(f"{checkpoint} is complete. Continue with --resume {self.run_dir}", self.say)
