@@ -32,6 +32,7 @@ import torch
 
 from envs import check_envs, eval_episode_ids, every_instruction, make_envs
 from envs.demonstrations import Demos
+from envs.lerobot import open_demos
 from envs.video import VideoWriter
 from schemas import UserError, flags
 from vla.backends import check_backends
@@ -79,7 +80,10 @@ class Args:
     num_updates: flags.Count = 2000
     """Optimizer steps of the run."""
     demos: flags.Text = "demos"
-    """Folder that collect_demos.py made. Its action statistics have the name of its env_id."""
+    """Folder that collect_demos.py made, or a data set in LeRobot's format (version 3). Its action statistics have the
+    name of its env_id, or of the folder if the set was made elsewhere."""
+    demos_camera: flags.Text | None = None
+    """Camera of a LeRobot set, such as observation.images.top. Without it, the set's only camera is used."""
     model_path: flags.Text = "openvla-tiny"
     """Model folder in the published layout, or a small model with random weights: openvla-tiny or openvla-oft-tiny."""
     batch_size: flags.Count = 32
@@ -313,7 +317,7 @@ def main(args: Args) -> None:
         check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
         check_backends(args.logger_backends)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
-        demos = Demos(Path(args.demos))
+        demos = open_demos(Path(args.demos), args.demos_camera)
         demos.check_world(**pick(args, demos.check_world))
         if len(demos) < args.batch_size:
             raise UserError(f"--demos {args.demos} has only {len(demos)} steps: lower --batch_size {args.batch_size}")

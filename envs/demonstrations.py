@@ -462,7 +462,7 @@ class EpisodeReader:
         described = {key: {"dtype": dtype_name(each), "shape": list(each.shape)} for key, each in found.items()}
         check(arrays_of(steps, *self.image_size), described, f"{self.path} {name}", self.remedy)
         for key, dataset in found.items():
-            self._check_storage(f"{name}/{key}", dataset)
+            self.check_storage(f"{name}/{key}", dataset)
         actions, keep = self.array(found["expert_actions"], ...), self.array(found["keep"], ...)
         if not np.isfinite(actions).all():
             raise self._wrong(f"has {name}/expert_actions that are not finite (NaN or infinite)")
@@ -499,6 +499,23 @@ class EpisodeReader:
             raise self._wrong(f"has a group at {path}, it must be a dataset")
         return node
 
+    def datasets(self, name: str) -> Iterator[tuple[str, h5py.Dataset]]:
+        """All datasets of an episode with their paths below it. Links are left out.
+
+        Raises:
+            UserError: one of them is not all in this file.
+        """
+        found: list[tuple[str, h5py.Dataset]] = []
+
+        def note(path: str, item: h5py.Group | h5py.Dataset) -> None:
+            if isinstance(item, h5py.Dataset):
+                found.append((path, item))
+
+        self.file[name].visititems(note)
+        for path, dataset in found:
+            self.check_storage(f"{name}/{path}", dataset)
+            yield path, dataset
+
     def _holds(self, group: h5py.Group, name: str) -> bool:
         """Whether the group has a member of this name. Raises UserError where it is a soft or external link."""
         if not group.id.links.exists(name.encode()):
@@ -507,7 +524,7 @@ class EpisodeReader:
             raise self._wrong(f"has a link at {group.name.strip('/')}/{name}, where the data itself must be")
         return True
 
-    def _check_storage(self, at: str, dataset: h5py.Dataset) -> None:
+    def check_storage(self, at: str, dataset: h5py.Dataset) -> None:
         """Raise UserError where the numbers are not all in this file, or one chunk does not fit into memory."""
         if dataset.is_virtual or dataset.external:
             raise self._wrong(f"keeps {at} in another file, it must be in this one")
@@ -535,7 +552,8 @@ class Demos:
     """A finished set for training: M kept steps in order. Images stay in the file until they are needed.
 
     Attributes:
-        recipe: dict, the settings that the set was made with.
+        recipe: dict, the settings that the set was made with. A set that was made elsewhere has None for most.
+        reader: its trajectory.h5. episodes: the entries of trajectory.json.
         statistics: dict, the content of dataset_statistics.json.
         labels: float32 [M, 7], robot units.
         instructions: M strings.
@@ -554,8 +572,9 @@ class Demos:
         self.recipe = content.recipe.model_dump(mode="json")
         statistics = read_json(folder / "dataset_statistics.json", Statistics, remedy)
         self.statistics = {key: entry.model_dump(mode="json") for key, entry in statistics.items()}
-        self._reader = EpisodeReader(folder / "trajectory.h5", tuple(self.recipe["image_size"]), remedy)
-        self._reader.check_episodes(content.episodes)
+        self.reader = EpisodeReader(folder / "trajectory.h5", tuple(self.recipe["image_size"]), remedy)
+        self.reader.check_episodes(content.episodes)
+        self.episodes = content.episodes
         self.num_episodes = len(content.episodes)
         self.instructions: list[str] = []
         self._images: list[h5py.Dataset] = []  # of each episode, uint8 [T + 1, H, W, 3]
@@ -563,7 +582,7 @@ class Demos:
         labels: list[np.ndarray] = []
         ends: list[int] = []  # of each kept step: the index after the last kept step of its episode
         for entry in content.episodes:
-            actions, keep, images = self._reader.read(f"traj_{entry.episode_id}", entry.elapsed_steps)
+            actions, keep, images = self.reader.read(f"traj_{entry.episode_id}", entry.elapsed_steps)
             kept = np.flatnonzero(keep)
             labels.append(actions[kept])
             self._rows += [(len(self._images), int(step)) for step in kept]
@@ -584,7 +603,7 @@ class Demos:
         )
         for key, value in given.items():
             made = self.recipe[key]
-            if made != value:
+            if made is not None and made != value:
                 raise UserError(
                     f"--demos {self.folder} was made with {key}={made!r}, this run has {value!r}: give the same "
                     f"--{key}, or collect demonstrations for it"
@@ -596,7 +615,7 @@ class Demos:
     def images(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
         """The camera's images before the steps `index` [B], uint8 [B, H, W, 3]."""
         wanted = [self._rows[i] for i in index]
-        return np.stack([self._reader.array(self._images[episode], step) for episode, step in wanted])
+        return np.stack([self.reader.array(self._images[episode], step) for episode, step in wanted])
 
     def chunks(self, index: Sequence[int] | np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the steps `index` [B] and of the kept steps after each.

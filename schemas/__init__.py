@@ -6,6 +6,7 @@
     schemas/policies.py        model and adapter folders
     schemas/evaluations.py     what evaluate.py writes and reads again
     schemas/demonstrations.py  recorded demonstrations
+    schemas/lerobot.py         data sets in LeRobot's format
     schemas/assets.py          published assets and their listings
     schemas/lock.py            one writer per folder
 

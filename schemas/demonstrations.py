@@ -47,15 +47,15 @@ Whole = Annotated[int, Field(ge=0)]
 
 
 class Recipe(Schema):
-    """Settings of a set that training compares with its own flags."""
+    """Settings of a set that training compares with its own flags. None is not known: the set was made elsewhere."""
 
-    env_id: str
-    obj_set: str
-    asset_pack: str
-    protocol: str
+    env_id: str | None
+    obj_set: str | None
+    asset_pack: str | None
+    protocol: str | None
     image_size: tuple[flags.Pixels, flags.Pixels]  # width, height
-    sim_freq: flags.Hertz
-    max_episode_steps: flags.EpisodeSteps
+    sim_freq: flags.Hertz | None
+    max_episode_steps: flags.EpisodeSteps | None
 
 
 class Entry(Schema):

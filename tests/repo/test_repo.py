@@ -26,6 +26,7 @@ CONFINED = {
     "transformers": {"vla/models/layers.py", "vla/models/openvla.py"},
     "peft": {"vla/models/layers.py", "vla/models/lora.py"},
     "tyro": {"vla/cli.py"},
+    "pyarrow": {"envs/lerobot/read.py", "envs/lerobot/write.py"},
     "yaml": {"vla/start/flag_files.py"},
     "pydantic": {f"schemas/{path.name}" for path in ROOT.glob("schemas/*.py")},
 }

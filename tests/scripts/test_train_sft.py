@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train_sft
 from envs.demonstrations import Demos, Recipe
+from envs.lerobot.write import write_set
 from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
 from vla import VERSION
 from vla.distributed import UserError
@@ -376,6 +377,19 @@ def test_two_ranks_under_zero3_make_the_same_updates(demos, one_rank, tmp_path):
         for tag in ("train/loss", "train/actor/grad_norm", "train/token_accuracy", "train/action_l1"):
             assert one[tag] == pytest.approx(two[tag], rel=1e-5), tag
     assert logged(tmp_path / "run")[0]["train/actor/lr"] == logged(one_rank / "run")[0]["train/actor/lr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", ["lossless", pytest.param("png", marks=pytest.mark.full)])
+def test_a_set_in_lerobots_format_trains_to_the_same_bits(demos, one_rank, tmp_path, monkeypatch, images):
+    """Written to LeRobot's format without loss and read from there: the metrics and the policy are identical."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_set(demos, tmp_path / "lerobot", images)
+    train(tmp_path / "lerobot", "--run_dir", str(tmp_path / "run"))
+    assert logged(tmp_path / "run") == logged(one_rank / "run")
+    ours, theirs = (load_file(folder / "warm" / "model.safetensors") for folder in (tmp_path, one_rank))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert len(list((tmp_path / "cache").rglob("trajectory.h5"))) == 1
 
 
 @pytest.mark.slow
