@@ -82,8 +82,6 @@ class Args:
     demos: flags.Text = "demos"
     """Folder that collect_demos.py made, or a data set in LeRobot's format (version 3). Its action statistics have the
     name of its env_id, or of the folder if the set was made elsewhere."""
-    demos_camera: flags.Text | None = None
-    """Camera of a LeRobot set, such as observation.images.top. Without it, the set's only camera is used."""
     model_path: flags.Text = "openvla-tiny"
     """Model folder in the published layout, or a small model with random weights: openvla-tiny or openvla-oft-tiny."""
     batch_size: flags.Count = 32
@@ -108,6 +106,8 @@ class Args:
     """Project at wandb and swanlab."""
     experiment_name: flags.Name | None = None
     """Name of the run at wandb and swanlab. Without it, the run folder's name is used."""
+    demos_camera: flags.Text | None = None
+    """Camera of a LeRobot set, such as observation.images.top. Without it, the set's only camera is used."""
     export_dir: flags.Text | None = None
     """Folder for the final policy and its model card, with an adapter merged in. Without it, export/ in the run folder
     is used. A folder that you name on the command line may hold an older policy, which is replaced."""

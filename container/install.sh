@@ -19,7 +19,8 @@ system() {
   fi
   apt-get update -qq
   install ca-certificates
-  if ! apt-cache show python3.11 2>/dev/null | grep -q '^Version: 3.11.[0-9]*[-+]'; then # Ubuntu has none, or 3.11.0~rc1
+  # Ubuntu has no Python 3.11, or only 3.11.0~rc1
+  if ! apt-cache show python3.11 2>/dev/null | grep '^Version: 3.11.[0-9]*[-+]' >/dev/null; then
     say "Python 3.11 from the deadsnakes archive"
     install software-properties-common
     add-apt-repository -y ppa:deadsnakes/ppa >/dev/null
@@ -37,7 +38,6 @@ system() {
     >/usr/share/glvnd/egl_vendor.d/10_nvidia.json
 
   useradd --create-home --shell /bin/bash solovla
-  chmod a+rwX /home/solovla # docker run --user gives any number
 }
 
 packages() {
@@ -57,7 +57,7 @@ from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 PYTHON
   mkdir -p runs demos assets
-  chmod -R a+rwX .venv/share/torch_extensions runs demos assets
+  chmod -R a+rwX .venv/share/torch_extensions runs demos assets /home/solovla # docker run --user takes any number
   touch .venv/.ready # `make` then does not set up again
 }
 
