@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import warm
-from compare import as_saved, same
 from conftest import ROOT
 from launching import python
 from made_up import busy_actions
+from sameness import as_saved, same
 
 import envs as world
 from envs import variants, workers

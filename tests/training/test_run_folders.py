@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import same
 from conftest import ROOT
+from sameness import same
 
 import train_grpo
 import train_ppo
