@@ -237,13 +237,10 @@ class Args:
 def surrogate_units(
     log_ratio: Tensor, advantages: Tensor, weights: Tensor, logprob_level: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log ratios, advantages and weights of the units whose ratio is clipped, of one shape.
+    """log_ratio [B, C, D] of tokens, advantages and weights [B, C] -> those of the units whose ratio is clipped.
 
     A unit is a token [B, C, D], an action [B, C] (its 7 tokens) or a chunk [B, 1] (its executed actions). A chunk's
     advantage is that of its first action, which holds the rewards of the others.
-
-    Args:
-        log_ratio: [B, C, D], 0 where not executed. advantages, weights: [B, C].
     """
     if logprob_level == "token":
         token_weights = weights / log_ratio.shape[-1]
@@ -255,7 +252,7 @@ def surrogate_units(
 
 
 def clipped_surrogate(
-    new_logprobs: Tensor,
+    new_logprobs: Tensor,  # [B, C, D]
     mb: MicroBatch,
     *,
     logprob_level: str,
@@ -267,9 +264,6 @@ def clipped_surrogate(
     (arXiv 1912.09729).
 
     Log ratios count up to +-20 and have no gradient beyond. exp overflows at 88, and its gradient is NaN there.
-
-    Args:
-        new_logprobs: [B, C, D].
 
     Returns:
         loss and metrics, scalars: this micro batch's part of the mean over units, see MicroBatch.mean().
@@ -287,12 +281,10 @@ def clipped_surrogate(
     unclipped_loss = -advantages * ratio
     clipped_loss = -advantages * clipped_ratio
     losses = torch.maximum(unclipped_loss, clipped_loss)
-    dual_clipped = torch.zeros_like(losses, dtype=torch.bool)
-    if dual_clip is not None:  # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
-        limit = -dual_clip * advantages
-        dual_clipped = (advantages < 0) & (losses > limit)
-        losses = torch.where(dual_clipped, limit, losses)
-    policy_loss = mean(losses)
+    # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
+    limit = torch.inf if dual_clip is None else -dual_clip * advantages
+    dual_clipped = (advantages < 0) & (losses > limit)
+    policy_loss = mean(torch.where(dual_clipped, limit, losses))
     return policy_loss, {
         "train/actor/policy_loss": policy_loss,
         "train/actor/approx_kl": mean(ratio - 1.0 - log_ratio),  # k3, http://joschu.net/blog/kl-approx.html
@@ -399,7 +391,7 @@ def rollout(
             tokens, logprobs, _ = actor.act(inputs, temperature, noise[t, rows])  # [n, C, D] each
             envs.step_async(actor.decode(tokens), half)
             reference = buffer.reference_of(actor, inputs, tokens, temperature)
-            buffer.add_decision(t, rows, inputs, tokens, logprobs, reference)
+            buffer.add_decision(t, rows, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
     return episodes
 
 
@@ -416,10 +408,7 @@ def episode_weights(valid: Tensor, length_norm: bool) -> Tensor:
 def grpo_loss(
     new: PolicyOutput, mb: MicroBatch, *, surrogate: dict, regularizers: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """clipped_surrogate + regularization, with the flags of each. There is no critic.
-
-    Args:
-        new: logprobs and entropy [B, C, D] of the current policy.
+    """clipped_surrogate + regularization of the current policy, with the flags of each. There is no critic.
 
     Returns:
         loss and metrics, scalars: this micro batch's part of the mean over executed actions, see MicroBatch.mean().

@@ -272,9 +272,8 @@ def outcome_of_decision(
     An episode that was lost with its worker is cut before this decision, and the V of that moment follows it.
 
     Args:
-        decision_values: [n], V of what the policy saw when it decided.
-        chunk_values: [n, C], V of the states before each action of the chunk, as far as the critic sees them.
-        value_of: V of observations. bootstrap: see Args.bootstrap.
+        decision_values, chunk_values: V of what the policy saw [n], and before each action of the chunk [n, C].
+        value_of: V of observations.
     """
     dropped = outcome.infos["dropped"]  # bool [n]
     ended = outcome.infos["ended"]  # int64 [m], the envs that final_observation has rows for
@@ -297,15 +296,12 @@ def compute_gae(buffer: RolloutBuffer, next_values: Tensor, gamma: float, gae_la
 
     A_2 = 1 + 0 - 0.75 = 0.25 and A_1 = 0 + 0.75 - 0.5 + A_2 = 0.5
 
-    Args:
-        next_values: [N], V of the frame after the rollout.
-
     Returns:
         advantages and returns (= advantages + values), [T, N, C]. Both are 0 where not valid.
     """
     rewards, values, valid, dones = buffer.rewards, buffer.values, buffer.valid, buffer.dones
     advantages = torch.zeros_like(rewards)
-    following = next_values  # V_{k+1}, [N]
+    following = next_values  # V_{k+1}, [N]: at first that of the frame after the rollout
     trace = torch.zeros_like(next_values)  # A_{k+1}, [N]
     for t in reversed(range(len(rewards))):
         following = torch.where(dones[t], buffer.final_values[t], following)
@@ -329,13 +325,10 @@ def used_advantages(valid: Tensor, logprob_level: str) -> Tensor:
 def surrogate_units(
     log_ratio: Tensor, advantages: Tensor, weights: Tensor, logprob_level: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log ratios, advantages and weights of the units whose ratio is clipped, of one shape.
+    """log_ratio [B, C, D] of tokens, advantages and weights [B, C] -> those of the units whose ratio is clipped.
 
     A unit is a token [B, C, D], an action [B, C] (its 7 tokens) or a chunk [B, 1] (its executed actions). A chunk's
     advantage is that of its first action, which holds the rewards of the others.
-
-    Args:
-        log_ratio: [B, C, D], 0 where not executed. advantages, weights: [B, C].
     """
     if logprob_level == "token":
         token_weights = weights / log_ratio.shape[-1]
@@ -347,7 +340,7 @@ def surrogate_units(
 
 
 def clipped_surrogate(
-    new_logprobs: Tensor,
+    new_logprobs: Tensor,  # [B, C, D]
     mb: MicroBatch,
     *,
     logprob_level: str,
@@ -359,9 +352,6 @@ def clipped_surrogate(
     (arXiv 1912.09729).
 
     Log ratios count up to +-20 and have no gradient beyond. exp overflows at 88, and its gradient is NaN there.
-
-    Args:
-        new_logprobs: [B, C, D].
 
     Returns:
         loss and metrics, scalars: this micro batch's part of the mean over units, see MicroBatch.mean().
@@ -379,12 +369,10 @@ def clipped_surrogate(
     unclipped_loss = -advantages * ratio
     clipped_loss = -advantages * clipped_ratio
     losses = torch.maximum(unclipped_loss, clipped_loss)
-    dual_clipped = torch.zeros_like(losses, dtype=torch.bool)
-    if dual_clip is not None:  # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
-        limit = -dual_clip * advantages
-        dual_clipped = (advantages < 0) & (losses > limit)
-        losses = torch.where(dual_clipped, limit, losses)
-    policy_loss = mean(losses)
+    # a bad action whose ratio has exploded pushes with at most dual_clip * |A|
+    limit = torch.inf if dual_clip is None else -dual_clip * advantages
+    dual_clipped = (advantages < 0) & (losses > limit)
+    policy_loss = mean(torch.where(dual_clipped, limit, losses))
     return policy_loss, {
         "train/actor/policy_loss": policy_loss,
         "train/actor/approx_kl": mean(ratio - 1.0 - log_ratio),  # k3, http://joschu.net/blog/kl-approx.html
@@ -397,10 +385,7 @@ def clipped_surrogate(
 def ppo_loss(
     new: PolicyOutput, mb: MicroBatch, *, surrogate: dict, regularizers: dict, value_loss: dict, vf_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """clipped_surrogate + regularization + vf_coef * value_errors, with the flags of each.
-
-    Args:
-        new: logprobs, entropy [B, C, D] and values [B, C] of the current policy.
+    """clipped_surrogate + regularization + vf_coef * value_errors of the current policy, with the flags of each.
 
     Returns:
         loss and metrics, scalars: this micro batch's part of the mean over executed actions, see MicroBatch.mean().
@@ -422,8 +407,7 @@ def policy_rate(
 ) -> float:
     """The policy's learning rate in one iteration: 0 while only the critic learns, then what the schedule says.
 
-    In those first iterations Adam's moments still learn the scale of the policy's gradient. From the value loss alone
-    they would not, and the policy's first steps would be too long.
+    At rate 0 Adam's moments learn the scale of the policy's gradient. Otherwise its first steps would be too long.
     """
     if iteration < critic_warmup_iterations:
         return 0.0
@@ -573,7 +557,7 @@ def main(args: Args) -> None:
                 envs.step_async(actor.decode(tokens), half)
                 decided[half] = critic.decision_values(obs, own_values)
                 reference = buffer.reference_of(actor, inputs, tokens, args.temperature)
-                buffer.add_decision(t, rows, inputs, tokens, logprobs, reference)
+                buffer.add_decision(t, rows, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
         preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps

@@ -198,7 +198,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
             with watch("act"):
                 tokens, logprobs, values = policy.act(inputs, args.temperature, noise)
             with watch("rest"):
-                buffer.add_decision(t, everything, inputs, tokens, logprobs)
+                buffer.add_decision(t, everything, inputs, tokens=tokens, logprobs=logprobs)
                 actions = policy.decode(tokens)
             with watch("step"):
                 obs, rewards, terminations, truncations, infos = envs.step(actions)

@@ -2,44 +2,90 @@
 
     python benchmarks/reading.py            # lines of code, and with docstrings, of each
     python benchmarks/reading.py --total    # only their sum
+    python benchmarks/reading.py --check    # run an iteration of the preset, and compare PATH with what it called
 
-The networks are left out, and so is what runs once per run: constructors, flags, checkpoints, logging.
+The preset is yaml/quickstart_ppo_openvlaoft.yaml. LEFT_OUT names what is not counted: the networks with the formats
+that they read and write, the simulated task, and what writes checkpoints and logs. Nor is what runs once per run.
 """
 
 import ast
+import runpy
 import sys
+import tempfile
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 # file -> functions and methods in the order in which an iteration meets them
 PATH = {
     "train_ppo.py": "main has_future outcome_of_decision compute_gae used_advantages surrogate_units clipped_surrogate "
     "ppo_loss policy_rate",
-    "envs/vector.py": "Outcome Turn VectorEnv.pipeline VectorEnv.step_async VectorEnv.step_wait VectorEnv._start_step "
-    "VectorEnv._finish_step VectorEnv._observation VectorEnv._ended VectorEnv._checked",
-    "envs/local.py": "LocalGroup.start LocalGroup.finish",
-    "envs/group.py": "EnvGroup.step EnvGroup._run_chunk EnvSlot.begin EnvSlot.execute EnvSlot.state EnvSlot.metrics",
-    "vla/models/policy.py": "PolicyInputs PolicyOutput VLAPolicy.preprocess VLAPolicy.prepare VLAPolicy.with_features "
-    "VLAPolicy.act VLAPolicy.value VLAPolicy.decode VLAPolicy.forward VLAPolicy._act VLAPolicy._evaluate "
-    "VLAPolicy._value VLAPolicy._action_logprobs VLAPolicy._values uniform_noise rollout_noise sample_bins",
+    "envs/vector.py": "Outcome Turn VectorEnv.pipeline VectorEnv._check_usable VectorEnv.step_async "
+    "VectorEnv.step_wait VectorEnv._guarded VectorEnv._start_step VectorEnv._finish_step VectorEnv._observation "
+    "VectorEnv._ended VectorEnv._checked",
+    "envs/local.py": "LocalGroup.start LocalGroup.finish watched",
+    "envs/group.py": "EnvGroup.step EnvGroup.seen EnvGroup._run_chunk EnvGroup._end_episode empty_result EnvSlot.begin "
+    "EnvSlot.execute EnvSlot.state EnvSlot.metrics",
+    "vla/models/policy.py": "PolicyInputs PolicyOutput VLAPolicy.preprocess VLAPolicy.prepare VLAPolicy.device "
+    "VLAPolicy.act VLAPolicy.decode VLAPolicy.forward VLAPolicy._act VLAPolicy._evaluate VLAPolicy._action_logprobs "
+    "VLAPolicy._values VLAPolicy.free_graphs uniform_noise rollout_noise sample_bins",
     "vla/models/value_head.py": "value_errors",
-    "vla/training/critics.py": "HiddenCritic StateCritic.value StateCritic.decision_values "
-    "StateCritic.chunk_values StateCritic.store StateCritic.__call__ StateCritic._normalized StateCritic.fit "
-    "StateCritic._gathered StateCritic._update_statistics",
+    "vla/training/critics.py": "StateCritic.value StateCritic.decision_values StateCritic.chunk_values "
+    "StateCritic.__call__ StateCritic._normalized StateCritic.fit StateCritic._gathered "
+    "StateCritic._update_statistics",
     "vla/training/stages.py": "StageSwitcher.to_rollout StageSwitcher.to_update rollout_stage update_stage "
     "copy_trainable",
-    "vla/training/rollout_buffer.py": "MicroBatch RolloutBuffer.reference_of "
+    "vla/training/rollout_buffer.py": "MicroBatch RolloutBuffer.__getattr__ RolloutBuffer.reference_of "
     "RolloutBuffer.add_decision RolloutBuffer.add_outcome RolloutBuffer._store RolloutBuffer.micro_batch "
     "RolloutBuffer.micro_batches RolloutBuffer.statistics RolloutBuffer.explained_variance minibatch_block "
     "minibatch_indices minibatches split_padded shuffle_generator",
-    "vla/training/engine.py": "backward NonFiniteGuard.check_ratio NonFiniteGuard.check_gradients "
+    "vla/training/engine.py": "decay_at backward NonFiniteGuard.check_ratio NonFiniteGuard.check_gradients "
     "NonFiniteGuard.pop_metrics",
     "vla/training/regularization.py": "regularization",
     "vla/training/preemption.py": "StopRequest.requested StopRequest.until_requested StopRequest.agreed "
     "Preemption.snapshot Preemption.exit_if_requested",
-    "vla/distributed.py": "normalize masked_mean_var all_reduce_sum",
+    "vla/distributed.py": "normalize masked_mean_var masked_min_max all_reduce_sum all_reduce_max all_gather_lists "
+    "to_group_device world_size rank",
     "vla/logger.py": "Averages",
 }
+DATA = {"Outcome", "Turn", "PolicyOutput"}  # classes without methods: nothing of them is called
+# what an iteration calls and this does not count: a file, a folder, or functions of a file
+LEFT_OUT = {
+    "the networks, and prompts, pixels and action tokens as they read and write them": (
+        "vla/models/openvla.py",
+        "vla/models/openvla_oft.py",
+        "vla/models/vision.py",
+        "vla/models/layers.py",
+        "vla/models/cuda_graphs.py",
+        "vla/models/action_tokens.py",
+        "vla/models/policy.py VLAPolicy.prompt_ids VLAPolicy.collate resize",
+        "vla/training/engine.py GatheredLinear.forward TorchLinear.forward",
+    ),
+    "the simulated task: scene, physics, reward, and which episode comes next": (
+        "envs/put_on_plate.py",
+        "envs/variants.py",
+        "envs/episodes.py",
+        "envs/group.py EnvSpec",
+        "envs/kinematics.py",
+        "envs/rotations.py",
+        "envs/assets",
+    ),
+    "checkpoints": (
+        "vla/training/optimizer_state.py",
+        "envs/vector.py VectorEnv.state_dict VectorEnv._call",
+        "envs/group.py EnvGroup.state_dict",
+    ),
+    "logs: metrics.jsonl, the terminal, seconds and memory": (
+        "vla/logger.py",
+        "vla/distributed.py SteadyStream",
+        "vla/training/stages.py StageSwitcher.measured StageSwitcher.pop_metrics device_memory host_memory "
+        "forget_host_peak",
+    ),
+    "flags": ("vla/cli.py",),
+}
+# a small iteration of the preset, in which episodes end; the second one only ends the first
+FLAGS = """--config yaml/quickstart_ppo_openvlaoft.yaml --num_iterations 2 --save_freq 0 --num_envs 4 --num_steps 16
+--max_episode_steps 8 --num_eval_episodes 2 --num_eval_envs 2 --critic_warmup_iterations 0""".split()
 
 
 def definitions(path: Path) -> dict[str, tuple[int, int]]:
@@ -68,7 +114,58 @@ def lines_of(node: ast.stmt) -> tuple[int, int]:
     return code, everything
 
 
+class Trace:
+    """Our functions that one iteration calls, from its snapshot to that of the next one."""
+
+    def __init__(self):
+        self.called: set[tuple[str, str]] = set()  # file and function
+        self.snapshots = 0
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        """For sys.setprofile()."""
+        code = frame.f_code
+        self.snapshots += event == "call" and code.co_qualname == "Preemption.snapshot"
+        file = Path(code.co_filename)
+        if event == "call" and self.snapshots == 1 and file.is_relative_to(ROOT):
+            self.called.add((str(file.relative_to(ROOT)), code.co_qualname.partition(".<locals>")[0]))
+
+
+def listed_in(called: tuple[str, str], entries: list[str]) -> bool:
+    """Whether a function stands in one of the entries: itself, its class, its file or its folder."""
+    file, name = called
+    for entry in entries:
+        place, *names = entry.split()
+        known = not names or name in names or name.partition(".")[0] in names
+        if known and (file == place or file.startswith(place + "/")):
+            return True
+    return False
+
+
+def check(flags: list[str]) -> None:
+    """Run an iteration with these flags. Exit with an error if PATH lacks a function or has one that is not called."""
+    trace = Trace()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ["train_ppo.py", *FLAGS, "--run_dir", f"{folder}/run", *flags]
+        sys.path.insert(0, str(ROOT))
+        sys.setprofile(trace)
+        runpy.run_path(str(ROOT / "train_ppo.py"), run_name="__main__")
+        sys.setprofile(None)
+    counted = [f"{file} {names}" for file, names in PATH.items()]
+    left_out = [entry for entries in LEFT_OUT.values() for entry in entries]
+    missing = sorted(called for called in trace.called if not listed_in(called, counted + left_out))
+    met = {file: {name for other, name in trace.called if other == file} for file in PATH}
+    unused = []
+    for file, names in PATH.items():
+        classes = {name.partition(".")[0] for name in met[file]}
+        unused += [(file, name) for name in names.split() if name not in met[file] | classes | DATA | {"main"}]
+    print(f"{len(trace.called)} functions were called. PATH lacks: {missing or 'none'}. Not called: {unused or 'none'}")
+    if missing or unused:
+        sys.exit(1)
+
+
 def main() -> None:
+    if "--check" in sys.argv:
+        return check([argument for argument in sys.argv[1:] if argument != "--check"])
     total_code, total, count = 0, 0, 0
     for file, names in PATH.items():
         known = definitions(ROOT / file)

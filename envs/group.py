@@ -222,9 +222,8 @@ class EnvSlot:
         if episode_id is None:
             episode_id = self.spec.next_episode_id(self.env_index, self.counter)
             self.counter += 1
-        self.env.start_episode(
-            episodes.start_state(self.spec.env_id, self.spec.obj_set, episode_id, self.spec.protocol)
-        )
+        spec = self.spec
+        self.env.start_episode(episodes.start_state(spec.env_id, spec.obj_set, episode_id, spec.protocol))
         self.episode_id, self.actions, self.running = episode_id, [], True
         self.episode_return, self.success_once, self.success = 0.0, False, False
 
@@ -251,14 +250,8 @@ class EnvSlot:
 
     def metrics(self) -> tuple[float, ...]:
         """Values in the order of EPISODE_METRICS."""
-        length = len(self.actions)
-        return (
-            float(self.success_once),
-            float(self.success),
-            self.episode_return,
-            float(length),
-            self.episode_return / length,
-        )
+        total, length = self.episode_return, float(len(self.actions))
+        return float(self.success_once), float(self.success), total, length, total / length
 
 
 class EnvGroup:

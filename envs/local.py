@@ -3,12 +3,27 @@
 A simulator that hangs here cannot be replaced. The process writes all stacks to stderr and ends with exit code 1.
 """
 
+import contextlib
+import faulthandler
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from envs.group import EnvGroup, EnvSpec
-from envs.processes import START_SECONDS, image_arrays, watched
+from envs.processes import START_SECONDS, image_arrays
+
+
+@contextlib.contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """End the process with all stacks and exit code 1 if the block takes longer."""
+    # this timer does not need the interpreter's lock, so it also works while the simulator holds it
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class LocalGroup:

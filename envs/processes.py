@@ -1,11 +1,7 @@
 """Shared by all processes that simulate: environment variables, image memory, limits on time and losses."""
 
-import contextlib
-import faulthandler
 import mmap
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +16,6 @@ def image_arrays(buffer: bytearray | mmap.mmap, count: int, spec: EnvSpec) -> tu
     """Two uint8 [count, H, W, 3] views of one buffer: observations and final observations."""
     both = np.frombuffer(buffer, np.uint8).reshape(2, count, *spec.image_shape)
     return both[0], both[1]
-
-
-@contextlib.contextmanager
-def watched(seconds: float) -> Iterator[None]:
-    """End the process with all stacks and exit code 1 if the block takes longer.
-
-    faulthandler's timer does not need the interpreter's lock, so it also works while the simulator holds it.
-    """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def worker_environment() -> dict[str, str]:

@@ -35,6 +35,8 @@ from schemas import UserError
 # Largest action per dimension. These are the bounds of the family's controller, and no sensible action is beyond them.
 # Any gripper value has a meaning (above 0.5 opens).
 ACTION_LIMITS = np.array([1.0] * 3 + [np.pi / 2] * 3 + [np.inf])  # m, rad, -
+NOT_FINITE = "actions must be finite, so check the policy's outputs"
+BEYOND = "one action moves by at most 1 m and turns by at most pi/2 rad per axis, so check the units (unnorm_key)"
 
 
 class Outcome(NamedTuple):
@@ -215,11 +217,8 @@ class VectorEnv:
     def pipeline(self, decisions: Iterable[int]) -> Iterator[Turn]:
         """Turns to decide, in the order of decisions and halves, beginning with the latest observations.
 
-        In a turn you may give the half its actions with step_async(). It is then simulated until its next turn, which
-        brings the outcome. A half without actions rests.
-
-        Args:
-            decisions: t = 0, 1, ..., and one more than you decide, which brings the outcomes of the last decision.
+        In a turn you may give the half its actions with step_async(). Its next turn then brings the outcome. So there
+        is one decision (t = 0, 1, ...) more than you make. A half without actions rests.
         """
         self._check_usable("pipeline", needs_reset=True)
         for t in decisions:
@@ -246,10 +245,7 @@ class VectorEnv:
         self._in_flight.add(half)
 
     def step_wait(self, half: int = 0) -> Outcome:
-        """Wait for the step that `step_async` began. The outcome is that of step() for this half only.
-
-        Indices in `ended` count within the half.
-        """
+        """Wait for the step that `step_async` began: step()'s outcome for this half, `ended` counts within it."""
         if half not in self._in_flight:
             raise RuntimeError(f"step_wait({half}) without a step_async() of half {half}.")
         self._in_flight.remove(half)
@@ -288,26 +284,22 @@ class VectorEnv:
 
     def _ended(self, chosen: range, results: list[dict]) -> dict:
         """The infos of the M envs whose episode ended in this call."""
-        indices, metrics, texts, states, images = [], [], [], [], []
+        ended = [(k, *one) for k, result in zip(chosen, results) for one in result["ended"]]
+        groups, rows, metrics, texts, states = zip(*ended) if ended else [()] * 5  # M entries each
         first = self._bounds[chosen[0]][0]
-        for k, result in zip(chosen, results):
-            for i, values, text, state in result["ended"]:
-                images.append(self._groups[k].final_images[i])
-                indices.append(self._bounds[k][0] - first + i)
-                metrics.append(values)
-                texts.append(text)
-                states.append(state)
-        num_ended = len(indices)
-        stacked = np.stack(images) if images else np.empty((0, *self._spec.image_shape), np.uint8)
-        columns = torch.tensor(metrics, dtype=torch.float32).reshape(num_ended, len(EPISODE_METRICS)).unbind(dim=1)
-        final_observation = {"image": torch.from_numpy(stacked), "task_description": texts}
+        indices = [self._bounds[k][0] - first + i for k, i in zip(groups, rows)]
+        images = [self._groups[k].final_images[i] for k, i in zip(groups, rows)]
+        images = np.array(images, np.uint8).reshape(len(ended), *self._spec.image_shape)
+        columns = torch.tensor(metrics, dtype=torch.float32).reshape(len(ended), len(EPISODE_METRICS)).unbind(dim=1)
+        final_observation = {"image": torch.from_numpy(images), "task_description": list(texts)}
         if self._spec.privileged:
-            final_states = np.stack(states) if states else results[0]["state"][:0]
-            final_observation["state"] = torch.from_numpy(final_states)
+            states = np.stack(states) if states else results[0]["state"][:0]
+            final_observation["state"] = torch.from_numpy(states)
+        episode = dict(zip(EPISODE_METRICS, columns))
         return {
             "ended": torch.tensor(indices, dtype=torch.int64),
             "final_observation": final_observation,
-            "episode": dict(zip(EPISODE_METRICS, columns)),
+            "episode": episode,
         }
 
     def _checked(self, actions: Tensor | np.ndarray, num_envs: int) -> np.ndarray:
@@ -318,18 +310,11 @@ class VectorEnv:
             raise ValueError(
                 f"actions have shape {tuple(actions.shape)}: give [num_envs={num_envs}, chunk_size, {ACTION_DIM}]."
             )
-        if not np.isfinite(actions).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
-            raise UserError(
-                f"actions{list(index)} is {actions[index]}: actions must be finite, so check the policy's outputs."
-            )
-        beyond = np.abs(actions) > ACTION_LIMITS + 1e-6
-        if beyond.any():
-            index = tuple(int(i) for i in np.argwhere(beyond)[0])
-            raise UserError(
-                f"actions{list(index)} is {actions[index]:g}: one action moves by at most 1 m and turns by at most "
-                "pi/2 rad per axis, so check the units (unnorm_key)."
-            )
+        not_finite, beyond = ~np.isfinite(actions), np.abs(actions) > ACTION_LIMITS + 1e-6
+        for wrong, remedy in ((not_finite, NOT_FINITE), (beyond, BEYOND)):
+            if wrong.any():
+                index = tuple(int(i) for i in np.argwhere(wrong)[0])
+                raise UserError(f"actions{list(index)} is {actions[index]:g}: {remedy}.")
         return actions
 
     # -----------------------------------------------------------------------------------------------------------------

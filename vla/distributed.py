@@ -410,9 +410,7 @@ def normalize(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def masked_min_max(values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
     """The smallest and the largest entry under a bool mask of the same shape, over all ranks."""
     picked = values[mask].double()
-    if not picked.numel():  # this rank has no entries
-        extremes = picked.new_full((2,), -torch.inf)
-    else:
-        extremes = torch.stack([-picked.min(), picked.max()])
+    lowest = picked.new_tensor([-torch.inf])  # this rank may have no entries
+    extremes = torch.stack([torch.cat([-picked, lowest]).max(), torch.cat([picked, lowest]).max()])
     low, high = all_reduce_max(extremes).tolist()
     return -low, high

@@ -88,11 +88,7 @@ class Averages:
             self.sums[tag] = self.sums[tag] + value if tag in self.sums else value
 
     def reduce(self, count: int) -> dict[str, float]:
-        """{tag: mean}. All ranks together.
-
-        Args:
-            count: number of minibatches. The values that were added during one minibatch sum up to its mean.
-        """
+        """{tag: mean} over `count` minibatches, whose values add up to a minibatch's mean. All ranks together."""
         means = all_reduce_sum(torch.stack(list(self.sums.values()))) / (count * world_size())
         return dict(zip(self.sums, means.tolist()))
 

@@ -277,7 +277,7 @@ def memory(micro_batch_size: int = 2, **settings) -> dict:
             actor.act(actor.prepare(inputs, DEVICE), 0.0)
         measured["rollout_peak"] = measured["rollout_resident"] + count.peak
     mb = PolicyInputs(*(None if field is None else field[:micro_batch_size] for field in inputs))
-    mb = stages.engine.module.with_features(mb) if zero_stage_of(engine) < 3 else mb
+    mb = stages.engine.module.prepare(mb, DEVICE) if zero_stage_of(engine) < 3 else mb
     with update_stage(stages):
         measured["update_resident"] = bytes_alive(stages.host.values()) - before
         peaks = []  # when ZeRO-3 lets go of gathered layers is a matter of timing: the largest of several is the peak

@@ -390,11 +390,11 @@ def test_frozen_towers_run_once(path, model_type, lora_rank, monkeypatch):
     inputs = policy.preprocess(observation(2))
     with torch.no_grad():
         tokens, logprobs, values = policy.act(inputs, 1.0)
-        cached = policy.with_features(inputs)
+        cached = policy.prepare(inputs, policy.device)
         assert cached.features.shape[1:] == policy.feature_shape()
         buffer = RolloutBuffer(1, 2, policy.chunk_size, policy.image_size, 30, feature_shape=policy.feature_shape())
         chunk = torch.zeros(2, policy.chunk_size)
-        buffer.add_decision(0, slice(0, 2), cached, tokens, logprobs)
+        buffer.add_decision(0, slice(0, 2), cached, tokens=tokens, logprobs=logprobs)
         mb = buffer.micro_batch(torch.arange(2), *[chunk[None]] * 3, 1.0, True)
         monkeypatch.setattr(policy.model.vision_backbone, "forward", None)  # from here on nothing may call it
         again, _, values_again = policy.logprobs_and_values(mb.inputs, mb.tokens, 1.0)
@@ -405,7 +405,7 @@ def test_trained_towers_are_not_cached():
     for lora_rank in (0, 4):
         policy = load_policy("openvla-tiny", lora_rank=lora_rank)
         inputs = policy.preprocess(observation(1))
-        assert policy.with_features(inputs) is inputs and inputs.features is None
+        assert policy.prepare(inputs, policy.device).features is None
 
 
 # ------------------------------------------------------------------ refusals

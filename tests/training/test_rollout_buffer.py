@@ -41,14 +41,16 @@ def test_nothing_is_broadcast_into_the_buffer():
     with pytest.raises(ValueError, match="stores"):
         buffer.add_outcome(1, ALL, **{k: v for k, v in outcome().items() if k != "rewards"})
     with pytest.raises(ValueError, match="stores"):  # nobody asked for a reference
-        buffer.add_decision(1, ALL, inputs(), **decision(), reference=torch.zeros(2, 1, 7))
+        buffer.add_decision(1, ALL, inputs(), **decision(), reference_logprobs=torch.zeros(2, 1, 7))
 
 
 def test_halves_are_stored_where_they_belong():
     buffer = RolloutBuffer(1, 3, 1, (8, 8), 5, keeps_reference=True)
     for here, size in ((slice(0, 1), 1), (slice(1, 3), 2)):
         values = torch.arange(here.start, here.stop).float()[:, None]
-        buffer.add_decision(0, here, inputs(size), **decision(size), reference=torch.full((size, 1, 7), float(size)))
+        buffer.add_decision(
+            0, here, inputs(size), **decision(size), reference_logprobs=torch.full((size, 1, 7), float(size))
+        )
         buffer.add_outcome(0, here, **outcome(size) | {"values": values, "rewards": values + 10})
     assert buffer.values[0, :, 0].tolist() == [0, 1, 2] and buffer.rewards[0, :, 0].tolist() == [10, 11, 12]
     mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, 1.0, True)

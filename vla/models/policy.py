@@ -158,14 +158,8 @@ class VLAPolicy(nn.Module):
         return towers[0].num_patches, sum(tower.embed_dim for tower in towers)
 
     def prepare(self, obs: dict | PolicyInputs, device: torch.device) -> PolicyInputs:
-        """preprocess(), moved to the model's device, with_features(): what the rollout acts on and keeps."""
-        return self.with_features(self.preprocess(obs).to(device))
-
-    def with_features(self, inputs: PolicyInputs) -> PolicyInputs:
-        """For the rollout, where weights are whole: run frozen towers now, so that nothing runs them again.
-
-        Towers that are being trained are left to every forward: the inputs come back as they are.
-        """
+        """What the rollout acts on and keeps: also the features of frozen towers, so that nothing runs these again."""
+        inputs = self.preprocess(obs).to(device)
         if not self.caches_features or inputs.features is not None:
             return inputs
         with torch.no_grad():
@@ -180,15 +174,11 @@ class VLAPolicy(nn.Module):
     def act(
         self, obs: dict | PolicyInputs, temperature: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample a chunk of actions.
+        """Sample a chunk of actions: tokens int64 and logprobs fp32 [N, C, D], and values fp32 [N, C].
 
         Args:
             temperature: 0 takes the likeliest tokens. Their log-probabilities are then those of temperature 1.
-            noise: float64 [N, C, D], uniform in [0, 1). The sample is a function of it. None: drawn from torch's
-                generator.
-
-        Returns:
-            tokens int64 and logprobs fp32, [N, C, D] each, and values fp32 [N, C].
+            noise: float64 [N, C, D], uniform in [0, 1), which decides the sample. None: from torch's generator.
         """
         inputs = self.preprocess(obs).to(self.device)
         if noise is None:
@@ -255,7 +245,7 @@ class VLAPolicy(nn.Module):
     def forward(
         self, mode: Literal["act", "evaluate", "value", "clone"], inputs: PolicyInputs, *arguments, **named_arguments
     ):
-        """The one entry of the module. ZeRO-3 gathers weights in __call__, so all four modes pass through it.
+        """The one entry: ZeRO-3 gathers weights in __call__. The other arguments are those of the method `_<mode>`.
 
         | mode     | what it does                         | it returns                                     |
         |----------|--------------------------------------|------------------------------------------------|
@@ -263,16 +253,12 @@ class VLAPolicy(nn.Module):
         | evaluate | log-probabilities of given tokens    | PolicyOutput                                   |
         | value    | V of the observation                 | values [B, C]                                  |
         | clone    | cross entropy of given tokens        | losses, likeliest tokens [B, C, D]             |
-
-        Args:
-            arguments, named_arguments: those of the method `_<mode>`.
         """
         modes = {"act": self._act, "evaluate": self._evaluate, "value": self._value, "clone": self._clone}
         return modes[mode](inputs, *arguments, **named_arguments)
 
     def _act(self, inputs: PolicyInputs, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once. Each log-probability is kept as it is
-        sampled."""
+        """OpenVLA writes its tokens one by one, OpenVLA-OFT all at once. Log-probabilities are kept meanwhile."""
         flat_noise = noise.flatten(1)  # [B, C * D]
         tokens, logprobs = [], []
 
@@ -330,18 +316,12 @@ def uniform_noise(num_envs: int, chunk_size: int, generator: torch.Generator) ->
 def rollout_noise(
     num_decisions: int, num_envs: int, rows: slice, chunk_size: int, generator: torch.Generator
 ) -> Tensor:
-    """The noise of a rollout for some of num_envs envs: float64 [num_decisions, n, chunk_size, 7].
-
-    It is drawn for all envs and then cut, so an env's noise does not depend on how many ranks share the envs.
-    """
+    """Noise for `rows` of num_envs envs, float64 [num_decisions, n, chunk_size, 7], the same on any number of ranks."""
     return torch.stack([uniform_noise(num_envs, chunk_size, generator)[rows] for _ in range(num_decisions)])
 
 
 def sample_bins(logprobs: Tensor, noise: Tensor, greedy: bool) -> Tensor:
-    """logprobs [..., 256], noise [...] in [0, 1) -> bins int64 [...], by inverting the cumulative distribution.
-
-    A function of its arguments: one env's action does not depend on which other envs share its batch or rank.
-    """
+    """logprobs [..., 256], noise [...] in [0, 1) -> bins int64 [...], by inverting the cumulative distribution."""
     if greedy:
         return logprobs.argmax(dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)

@@ -56,12 +56,8 @@ def value_errors(
 ) -> tuple[Tensor, Tensor]:
     """Clipped Huber loss: the larger of two losses, of the value and of the value within old_value +- value_clip.
 
-    Args:
-        values, old_values, returns: [...], the values now and in the rollout, and the targets.
-        value_clip: None for no limit. huber_delta: errors above it count linearly.
-
     Returns:
-        losses [...], and bool [...], True for values that are further than value_clip from the rollout's.
+        losses, and bool, True for values that are further than value_clip from the rollout's. All shapes are [...].
     """
     change = values - old_values
     errors = F.huber_loss(values, returns, reduction="none", delta=huber_delta)

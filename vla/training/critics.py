@@ -120,20 +120,15 @@ class StateCritic:
 
     # ------------------------------------------------------------------ update
     def fit(self, returns: Tensor, old_values: Tensor, valid: Tensor, generator: torch.Generator) -> dict[str, float]:
-        """Regress on the returns of the stored rollout. All ranks together.
+        """Regress on the returns of the stored rollout, and return metrics of the last pass. All ranks together.
 
         Args:
-            returns, old_values: [T, N, C], old_values as chunk_values() returned them.
-            valid: bool [T, N, C], True for actions that were executed.
+            returns, old_values, valid: [T, N, C], with old_values as chunk_values() returned them.
             generator: in the same state on every rank. It decides the order.
-
-        Returns:
-            of the last pass: the mean loss, and the share of values that moved further than value_clip.
         """
         states, returns, old_values = self._gathered(returns, old_values, valid)  # [K, S], [K], [K]
         self._update_statistics(states)
         inputs = self._normalized(states)  # [K, S]
-        losses, moved = [], []
         for _ in range(self.critic_epochs):
             losses, moved = [], []
             for index in torch.randperm(len(inputs), generator=generator).to(self.device).split(BATCH):

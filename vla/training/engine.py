@@ -211,8 +211,7 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> float | None:
 
     Returns:
         the norm of all gradients before clipping if there was a step, else None. It is the same on every rank. If it is
-        not finite, the step was skipped and the gradients were dropped. DeepSpeed (0.19.8) does so under ZeRO. Without
-        ZeRO and in fp32 it neither checks nor returns the norm, so this function does both after the all-reduce.
+        not finite, the step was skipped. DeepSpeed (0.19.8) neither checks nor returns it without ZeRO and in fp32.
     """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss)
@@ -244,11 +243,7 @@ class NonFiniteGuard:
             self.first_ratio_error = float((new_logprobs.detach() - old_logprobs).expm1().abs().max())
 
     def check_gradients(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
-        """Check what backward() returned. Norms are the same on every rank, so all ranks end together.
-
-        Raises:
-            RuntimeError: `limit` steps in a row were skipped.
-        """
+        """Check what backward() returned. RuntimeError, on all ranks together: `limit` steps in a row were skipped."""
         if norm is None:
             return
         if math.isfinite(norm):

@@ -137,23 +137,20 @@ class Preemption(StopRequest):
 
     def snapshot(self, iteration: int, global_step: int, env_states: list[dict]) -> None:
         """Copy trained weights and moments at the start of an iteration. An interrupted iteration restores them."""
-        self.iteration, self.global_step, self.env_states = iteration, global_step, env_states
+        self.began = (iteration, global_step, env_states)
         self.start.take(self.engine)
 
     def exit_if_requested(self, together: bool = True) -> None:
         """If any rank was asked to end: undo the iteration, save, and raise SystemExit with REQUEUE.
 
-        Args:
-            together: whether all ranks make this call together. If False, nothing happens.
+        All ranks make this call together, or it does nothing (together=False).
         """
         if not together or not self.agreed():
             return
-        folder = checkpoint_dir(self.run_dir, self.iteration)
+        folder = checkpoint_dir(self.run_dir, self.began[0])
         if agree(damage(folder) if rank() == 0 else None):  # it is missing or incomplete
             self.start.restore(self.engine)
-            save_checkpoint(
-                self.engine, self.run_dir, self.iteration, self.global_step, self.env_states, self.keep, self.critic
-            )
+            save_checkpoint(self.engine, self.run_dir, *self.began, self.keep, self.critic)
         self.exit(folder)
 
     def exit(self, checkpoint: Path) -> NoReturn:

@@ -6,18 +6,17 @@ B samples   C actions per decision   D = 7 tokens per action   256 bins per toke
 import torch
 from torch import Tensor
 
+from vla.models.policy import PolicyOutput
+from vla.training.rollout_buffer import MicroBatch
 
-def regularization(new, mb, *, ent_coef: float, kl_coef: float, fan_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+
+def regularization(
+    new: PolicyOutput, mb: MicroBatch, *, ent_coef: float, kl_coef: float, fan_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """kl_coef * KL(policy, starting policy) + fan_coef * FAN - ent_coef * entropy, each a mean over tokens.
 
     The KL is GRPO's published estimate k3 (arXiv 2402.03300, eq. 4) of the sampled tokens. Log ratios are limited to
-    20, because exp overflows at 88. Terms with coefficient 0 are skipped. Entropy is always logged.
-
-    Args:
-        new: policy.PolicyOutput, of the current policy. mb: rollout_buffer.MicroBatch.
-
-    Returns:
-        the sum of the terms, and metrics by tag.
+    20, because exp overflows at 88.
     """
     metrics = {"train/entropy_loss": mb.mean(new.entropy.mean(dim=-1))}
     loss = -ent_coef * metrics["train/entropy_loss"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, masked_min_max, world_size
 from vla.models.action_tokens import ACTION_DIM
@@ -40,10 +40,7 @@ class MicroBatch(NamedTuple):
     last: bool  # whether it is the last one of its optimizer step
 
     def mean(self, x: Tensor) -> Tensor:
-        """This micro batch's part of the minibatch's weighted mean of x [B, C].
-
-        DeepSpeed adds up the parts of a minibatch and averages over ranks, which gives the mean.
-        """
+        """Part of the minibatch's weighted mean of x [B, C]: DeepSpeed adds up the parts, and averages over ranks."""
         return (x * self.weights).sum() / self.total_weight
 
 
@@ -116,22 +113,13 @@ class RolloutBuffer:
         """Log-probabilities of the starting policy, [n, C, D]. None where this buffer does not keep them."""
         return actor.reference_logprobs(inputs, tokens, temperature) if self.keeps_reference else None
 
-    def add_decision(
-        self,
-        t: int,
-        envs: slice,
-        inputs: PolicyInputs,
-        tokens: Tensor,
-        logprobs: Tensor,
-        reference: Tensor | None = None,
-    ) -> None:
-        """Store decision t of some envs: the policy's inputs and outputs. Shapes and dtypes must be exact."""
-        fields = inputs._asdict() | {"tokens": tokens, "logprobs": logprobs, "reference_logprobs": reference}
-        fields = {name: field for name, field in fields.items() if field is not None}
+    def add_decision(self, t: int, envs: slice, inputs: PolicyInputs, **outputs: Tensor | None) -> None:
+        """Store decision t of some envs: the policy's inputs, tokens, logprobs and reference_logprobs, or None."""
+        fields = {name: field for name, field in (inputs._asdict() | outputs).items() if field is not None}
         self._store(t, envs, fields, self.fields.keys() - OUTCOME)
 
     def add_outcome(self, t: int, envs: slice, **outcome: Tensor) -> None:
-        """Store the outcome of decision t: all fields of OUTCOME. Shapes and dtypes must be exact."""
+        """Store the outcome of decision t: all fields of OUTCOME."""
         self._store(t, envs, outcome, OUTCOME)
 
     def _store(self, t: int, envs: slice, values: dict[str, Tensor], expected: set[str]) -> None:
@@ -183,22 +171,13 @@ class RolloutBuffer:
     def micro_batches(
         self, steps: Iterable[Step], advantages: Tensor, returns: Tensor, weights: Tensor
     ) -> Iterator[MicroBatch]:
-        """The micro batches of all optimizer steps, in order. All ranks reach the last one of a step together.
-
-        Args:
-            steps: from minibatches(). advantages, returns, weights: [T, N, C].
-        """
+        """The micro batches of all optimizer steps, in order. All ranks reach the last one of a step together."""
         for total_weight, parts in steps:
             for number, index in enumerate(parts, 1):
                 yield self.micro_batch(index, advantages, returns, weights, total_weight, number == len(parts))
 
     def statistics(self, advantages: Tensor, used: Tensor) -> dict[str, float]:
-        """Metrics of a rollout, over all ranks.
-
-        Args:
-            advantages: [T, N, C].
-            used: bool [T, N, C], True for the advantages that the loss reads.
-        """
+        """Metrics of a rollout, over all ranks. used: bool [T, N, C], the advantages [T, N, C] that the loss reads."""
         lowest, highest = masked_min_max(advantages, used)
         return {
             "rollout/advantages_min": lowest,
@@ -223,7 +202,7 @@ def minibatch_block(num_chunks: int, num_minibatches: int) -> int:
 
 
 def minibatch_indices(
-    keep: Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: torch.Generator
+    keep: Tensor, num_envs: int, first_env: int, num_minibatches: int, generator: Generator
 ) -> list[Tensor]:
     """Assign a rollout's decisions to minibatches, which hold the same decisions on any number of ranks.
 
@@ -262,7 +241,7 @@ def minibatch_indices(
     return [index[minibatch == m] for m in range(num_minibatches)]
 
 
-def shuffle_generator(seed: int, iteration: int) -> torch.Generator:
+def shuffle_generator(seed: int, iteration: int) -> Generator:
     """The generator that shuffles decisions into minibatches. It is the same on every rank, whatever else was drawn.
 
     Noise is seeded with seed * 1_000_003 + iteration. Half of 2**32 more is another stream: 32 bits of a seed count.
@@ -271,20 +250,9 @@ def shuffle_generator(seed: int, iteration: int) -> torch.Generator:
 
 
 def minibatches(
-    weights: Tensor,
-    first_env: int,
-    generator: torch.Generator,
-    *,
-    num_envs: int,
-    num_minibatches: int,
-    micro_batch_size: int,
+    weights: Tensor, first_env: int, generator: Generator, *, num_envs: int, num_minibatches: int, micro_batch_size: int
 ) -> list[Step]:
-    """The optimizer steps of one pass. All ranks together.
-
-    Args:
-        weights: [T, N, C]. Decisions without a weight are left out.
-        num_envs, first_env, num_minibatches, generator: as for minibatch_indices().
-    """
+    """The optimizer steps of a pass. Decisions without a weight [T, N, C] are left out. All ranks together."""
     keep = (weights > 0).any(dim=-1)  # [T, N]
     indices = minibatch_indices(keep, num_envs, first_env, num_minibatches, generator)
     own_totals = torch.stack([weights.flatten(0, 1)[index].sum() for index in indices])  # [num_minibatches]

@@ -75,9 +75,19 @@ class StageSwitcher:
         """The policy with whole, current weights. All ranks together."""
         if self.rollout_copy is None:
             return self.engine.module
-        if not self.offload:
+        if self.offload:
+            self._fill_copy()
+        else:
             copy_trainable(self.engine.module, self.rollout_copy)
-            return self.rollout_copy
+        return self.rollout_copy
+
+    def to_update(self) -> None:
+        """Make room for an update."""
+        if self.offload:
+            self._free_copy()
+
+    def _fill_copy(self) -> None:
+        """Move the optimizer's state and gradients to host memory. Gather every weight into the whole copy."""
         for tensor in local_buffers(self.engine):
             self._to_host(tensor)
         self.engine.offload_states(include=GRADIENTS, pin_memory=self.device.type == "cuda")
@@ -89,12 +99,9 @@ class StageSwitcher:
                 if not sharded.requires_grad:
                     self._to_host(sharded.ds_tensor, frozen=True)
         get_accelerator().empty_cache()
-        return self.rollout_copy
 
-    def to_update(self) -> None:
+    def _free_copy(self) -> None:
         """Free the whole copy, and move shards and the optimizer's state back to the GPU."""
-        if not self.offload:
-            return
         for whole, sharded in zip(self.rollout_copy.parameters(), self.engine.module.parameters()):
             whole.data = whole.new_empty(0)
             if not sharded.requires_grad:
@@ -173,10 +180,7 @@ def rollout_stage(stages: StageSwitcher) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def update_stage(stages: StageSwitcher) -> Iterator[None]:
-    """Put the engine into training mode for an update, which must end on an optimizer step.
-
-    Otherwise a half-accumulated gradient would reach the next iteration.
-    """
+    """Training mode for an update. It must end on an optimizer step, or half a gradient reaches the next iteration."""
     stages.engine.train()
     with stages.measured("update"):
         yield
