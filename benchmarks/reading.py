@@ -14,8 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 # file -> functions and methods in the order in which an iteration meets them
 PATH = {
     "train_ppo.py": "main has_future outcome_of_decision compute_gae used_advantages surrogate_units clipped_surrogate "
@@ -48,7 +50,8 @@ PATH = {
     "to_group_device world_size rank",
     "vla/logger.py": "Averages",
 }
-DATA = {"Outcome", "Turn", "PolicyOutput"}  # classes without methods: nothing of them is called
+# classes without methods, of which nothing is called, and the loop itself, which has been called before
+DATA = {"Outcome", "Turn", "PolicyOutput", "main"}
 # what an iteration calls and this does not count: a file, a folder, or functions of a file
 LEFT_OUT = {
     "the networks, and prompts, pixels and action tokens as they read and write them": (
@@ -77,6 +80,7 @@ LEFT_OUT = {
     ),
     "logs: metrics.jsonl, the terminal, seconds and memory": (
         "vla/logger.py",
+        "vla/backends.py",
         "vla/distributed.py SteadyStream",
         "vla/training/stages.py StageSwitcher.measured StageSwitcher.pop_metrics device_memory host_memory "
         "forget_host_peak",
@@ -114,20 +118,26 @@ def lines_of(node: ast.stmt) -> tuple[int, int]:
     return code, everything
 
 
-class Trace:
-    """Our functions that one iteration calls, from its snapshot to that of the next one."""
+def functions_called(flags: list[str]) -> set[tuple[str, str]]:
+    """(file, function) of all of ours that an iteration calls, from its snapshot to that of the next one."""
+    from vla.training.preemption import Preemption
 
-    def __init__(self):
-        self.called: set[tuple[str, str]] = set()  # file and function
-        self.snapshots = 0
+    called = set()
+    take_snapshot = Preemption.snapshot
 
-    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        """For sys.setprofile()."""
+    def see(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
-        self.snapshots += event == "call" and code.co_qualname == "Preemption.snapshot"
-        file = Path(code.co_filename)
-        if event == "call" and self.snapshots == 1 and file.is_relative_to(ROOT):
-            self.called.add((str(file.relative_to(ROOT)), code.co_qualname.partition(".<locals>")[0]))
+        if event == "call" and code.co_filename.startswith(f"{ROOT}/") and code.co_filename != __file__:
+            called.add((code.co_filename.removeprefix(f"{ROOT}/"), code.co_qualname.partition(".<locals>")[0]))
+
+    def snapshot(*arguments) -> None:
+        sys.setprofile(None if called else see)
+        take_snapshot(*arguments)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Preemption, "snapshot", snapshot):
+        sys.argv = ["train_ppo.py", *FLAGS, "--run_dir", f"{folder}/run", *flags]
+        runpy.run_path(str(ROOT / "train_ppo.py"), run_name="__main__")
+    return called
 
 
 def listed_in(called: tuple[str, str], entries: list[str]) -> bool:
@@ -143,22 +153,14 @@ def listed_in(called: tuple[str, str], entries: list[str]) -> bool:
 
 def check(flags: list[str]) -> None:
     """Run an iteration with these flags. Exit with an error if PATH lacks a function or has one that is not called."""
-    trace = Trace()
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["train_ppo.py", *FLAGS, "--run_dir", f"{folder}/run", *flags]
-        sys.path.insert(0, str(ROOT))
-        sys.setprofile(trace)
-        runpy.run_path(str(ROOT / "train_ppo.py"), run_name="__main__")
-        sys.setprofile(None)
+    called = functions_called(flags)
     counted = [f"{file} {names}" for file, names in PATH.items()]
     left_out = [entry for entries in LEFT_OUT.values() for entry in entries]
-    missing = sorted(called for called in trace.called if not listed_in(called, counted + left_out))
-    met = {file: {name for other, name in trace.called if other == file} for file in PATH}
-    unused = []
-    for file, names in PATH.items():
-        classes = {name.partition(".")[0] for name in met[file]}
-        unused += [(file, name) for name in names.split() if name not in met[file] | classes | DATA | {"main"}]
-    print(f"{len(trace.called)} functions were called. PATH lacks: {missing or 'none'}. Not called: {unused or 'none'}")
+    missing = sorted(one for one in called if not listed_in(one, counted + left_out))
+    met = called | {(file, name.partition(".")[0]) for file, name in called}  # a class is met in its methods
+    path = [(file, name) for file, names in PATH.items() for name in names.split()]
+    unused = [one for one in path if one not in met and one[1] not in DATA]
+    print(f"{len(called)} functions were called. PATH lacks: {missing or 'none'}. Not called: {unused or 'none'}")
     if missing or unused:
         sys.exit(1)
 

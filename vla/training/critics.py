@@ -140,10 +140,8 @@ class StateCritic:
                 self.optimizer.step()
                 losses.append(loss.detach() * len(index))
                 moved.append(clipped.sum())
-        return {
-            "train/critic/value_loss": float(sum(losses)) / max(len(inputs), 1),
-            "train/critic/value_clip_ratio": float(sum(moved)) / max(len(inputs), 1),
-        }
+        mean_loss, share_moved = (float(sum(parts)) / max(len(inputs), 1) for parts in (losses, moved))
+        return {"train/critic/value_loss": mean_loss, "train/critic/value_clip_ratio": share_moved}
 
     def _gathered(self, returns: Tensor, old_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States [K, S], returns [K] and old values [K] of the actions that any rank executed. All ranks together."""
