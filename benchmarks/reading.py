@@ -92,6 +92,11 @@ FLAGS = """--config yaml/quickstart_ppo_openvlaoft.yaml --num_iterations 2 --sav
 --max_episode_steps 8 --num_eval_episodes 2 --num_eval_envs 2 --critic_warmup_iterations 0""".split()
 
 
+def path() -> list[tuple[str, str]]:
+    """(file, function or class) of everything in PATH, in its order."""
+    return [(file, name) for file, names in PATH.items() for name in names.split()]
+
+
 def definitions(path: Path) -> dict[str, tuple[int, int]]:
     """{name: lines} of all functions, classes and methods of a file; of `main` only the loop over iterations."""
     found = {}
@@ -158,8 +163,7 @@ def check(flags: list[str]) -> None:
     left_out = [entry for entries in LEFT_OUT.values() for entry in entries]
     missing = sorted(one for one in called if not listed_in(one, counted + left_out))
     met = called | {(file, name.partition(".")[0]) for file, name in called}  # a class is met in its methods
-    path = [(file, name) for file, names in PATH.items() for name in names.split()]
-    unused = [one for one in path if one not in met and one[1] not in DATA]
+    unused = [one for one in path() if one not in met and one[1] not in DATA]
     print(f"{len(called)} functions were called. PATH lacks: {missing or 'none'}. Not called: {unused or 'none'}")
     if missing or unused:
         sys.exit(1)
