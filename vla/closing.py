@@ -24,8 +24,9 @@ def closing_lines(
     lines = [f"{name:11} {in_words(line, step_name)}" for name, line in first_and_last]
     lines.append(f"run folder  {run_dir}")
     lines += [f"{name:11} {run_dir / path}" for name, path in FILES.items() if (run_dir / path).is_file()]
-    if film := max((run_dir / "videos").glob("eval_*.mp4"), default=None):
-        lines.append(f"{'video':11} {film}")
+    newest = max((run_dir / "videos").glob("eval_*.mp4"), default=None)
+    if newest is not None and not (run_dir / FILES["film"]).is_file():
+        lines.append(f"{'video':11} {newest}")
     policy = newest_policy(run_dir, flags)
     if policy is not None and policy.parent.parent.name == "checkpoints":
         lines.append(f"checkpoint  {policy.parent}")

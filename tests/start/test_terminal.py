@@ -108,7 +108,7 @@ def test_the_last_lines_name_every_file_that_a_user_wants_to_open(tmp_path, caps
     monkeypatch.setattr(sys, "argv", ["/somewhere/train_ppo.py"])
     run = tmp_path / "my run"
     finished_run(run, FILES).close()
-    lines = capsys.readouterr().out.splitlines()[-13:]
+    lines = capsys.readouterr().out.splitlines()[-12:]
     assert lines == [
         "before      success 0.500 [0.28, 0.72] on 16 held-out episodes, return 1.000, after 0 env steps",
         "after       success 0.750 [0.51, 0.90] on 16 held-out episodes, return 1.000, after 8192 env steps",
@@ -117,7 +117,6 @@ def test_the_last_lines_name_every_file_that_a_user_wants_to_open(tmp_path, caps
         f"plot        {run}/progress.png",
         f"film        {run}/videos/before_after.mp4",
         f"metrics     {run}/metrics.jsonl",
-        f"video       {run}/videos/eval_000002.mp4",
         f"checkpoint  {run}/checkpoints/iteration_000002",
         f"policy      {run}/checkpoints/iteration_000002/policy",
         f"evaluate    python evaluate.py --checkpoint '{run}' --settings PutOnPlateInScene25Single-v1:train "
@@ -125,6 +124,13 @@ def test_the_last_lines_name_every_file_that_a_user_wants_to_open(tmp_path, caps
         f"curves      tensorboard --logdir {tmp_path}",
         f"resume      deepspeed --num_gpus 2 train_ppo.py --resume '{run}'",
     ]
+
+
+def test_a_run_with_one_evaluation_names_its_video(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "eval_000000.mp4").touch()
+    lines = closing_lines(tmp_path, "train_ppo.py", 1, {}, [], "env steps")
+    assert lines == [f"run folder  {tmp_path}", f"video       {tmp_path}/videos/eval_000000.mp4"]
 
 
 def test_a_stopped_run_says_the_same_and_how_to_continue(tmp_path, capsys):
