@@ -10,7 +10,13 @@ FILES = {"page": "report.html", "plot": "progress.png", "film": "videos/before_a
 
 
 def closing_lines(
-    run_dir: Path, script: str, num_ranks: int, flags: dict, evaluations: list[dict], step_name: str
+    run_dir: Path,
+    script: str,
+    num_ranks: int,
+    flags: dict,
+    evaluations: list[dict],
+    step_name: str,
+    finished: bool = False,
 ) -> list[str]:
     """The lines, each a word and what it stands for.
 
@@ -19,6 +25,7 @@ def closing_lines(
         flags: of the run, {} if it has not begun.
         evaluations: lines of evaluations.jsonl, oldest first.
         step_name: the unit of their global_step.
+        finished: whether the run has made all its iterations, so that it continues only for more of them.
     """
     first_and_last = (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ()
     lines = [f"{name:11} {in_words(line, step_name)}" for name, line in first_and_last]
@@ -38,7 +45,8 @@ def closing_lines(
         lines.append(f"curves      tensorboard --logdir {whole}")
     launcher = f"deepspeed --num_gpus {num_ranks}" if num_ranks > 1 else "python"
     if any((run_dir / "checkpoints").glob("iteration_*")):
-        lines.append(f"resume      {launcher} {Path(script).name} --resume {folder}")
+        more = f" {more_flags(flags)}" if finished else ""
+        lines.append(f"resume      {launcher} {Path(script).name} --resume {folder}{more}".rstrip())
     return lines
 
 
@@ -64,6 +72,16 @@ def newest_policy(run_dir: Path, flags: dict) -> Path | None:
     if "export_dir" in flags and (exported / "config.json").is_file():
         return exported
     return max((run_dir / "checkpoints").glob("iteration_*[0-9]/policy"), default=None)
+
+
+def more_flags(flags: dict) -> str:
+    """The flag that makes a finished run twice as long.
+
+    >>> more_flags({"num_iterations": 16, "total_timesteps": None})
+    '--num_iterations 32'
+    """
+    wanted = next((name for name in ("total_timesteps", "num_updates", "num_iterations") if flags.get(name)), None)
+    return f"--{wanted} {2 * flags[wanted]}" if wanted else ""
 
 
 def evaluation_flags(flags: dict) -> str:

@@ -325,7 +325,7 @@ class Logger:
         plot_progress(read_run(self.run_dir))
         evaluations, ranks = read_evaluations(self.run_dir), self.description.get("num_ranks", 1)
         flags = self.description.get("args", {})
-        lines = closing_lines(self.run_dir, sys.argv[0], ranks, flags, evaluations, self.step_name)
+        lines = closing_lines(self.run_dir, sys.argv[0], ranks, flags, evaluations, self.step_name, last is None)
         if last is None:
             print("\n".join(lines), flush=True)
         else:

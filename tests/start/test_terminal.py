@@ -90,7 +90,7 @@ def finished_run(folder: Path, files: tuple[str, ...] = ()) -> Logger:
     """A logger that has described a run and evaluated it twice. `files` are in its folder."""
     logger = Logger(folder, True, 2)
     flags = {"seed": 0, "num_eval_episodes": 16, "env_id": "PutOnPlateInScene25Single-v1", "obj_set": "train"}
-    flags |= {"eval_temperature": 1.0, "instruction": None, "logger_backends": ("tensorboard",)}
+    flags |= {"eval_temperature": 1.0, "num_iterations": 2, "instruction": None, "logger_backends": ("tensorboard",)}
     logger.describe(describe_run(flags, {}, 2))
     for iteration, success in ((0, 0.5), (2, 0.75)):
         logger.write_evaluation(iteration, 4096 * iteration, {"success_once": success, "num_episodes": 16, "return": 1})
@@ -122,7 +122,7 @@ def test_the_last_lines_name_every_file_that_a_user_wants_to_open(tmp_path, caps
         f"evaluate    python evaluate.py --checkpoint '{run}' --settings PutOnPlateInScene25Single-v1:train "
         "--temperature 1",
         f"curves      tensorboard --logdir {tmp_path}",
-        f"resume      deepspeed --num_gpus 2 train_ppo.py --resume '{run}'",
+        f"resume      deepspeed --num_gpus 2 train_ppo.py --resume '{run}' --num_iterations 4",
     ]
 
 
@@ -139,7 +139,7 @@ def test_a_stopped_run_says_the_same_and_how_to_continue(tmp_path, capsys):
         StopRequest(tmp_path).end("it is complete", logger.close)
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 75 and lines[-1] == f"{tmp_path}/stop: it is complete"
-    assert lines[-2].startswith("resume      ") and f"page        {tmp_path}/report.html" in lines
+    assert lines[-2].endswith(f"--resume {tmp_path}") and f"page        {tmp_path}/report.html" in lines
 
 
 def test_a_cloning_run_names_the_folder_of_its_policy(tmp_path):
