@@ -533,7 +533,7 @@ def main(args: Args) -> None:
             **pick(args, Logger),
         )
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
-        logger.describe(describe_run(asdict(args), asdict(sizes), world_size()))
+        logger.describe(describe_run(asdict(args), asdict(sizes), world_size(), asdict(Args())))
 
     def run_evaluation(iteration: int) -> bool:
         """Run the held-out episodes with whole weights. Rank 0 records its first batch. False: asked to end."""

@@ -377,7 +377,7 @@ def main(args: Args) -> None:
         )
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
-        logger.describe(describe_run(asdict(args), sizes, world_size()))
+        logger.describe(describe_run(asdict(args), sizes, world_size(), asdict(Args())))
 
     def run_evaluation(iteration: int) -> bool:
         """Run the held-out episodes. Rank 0 records its first batch. False if the run was asked to end."""

@@ -47,6 +47,24 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe") 
 ORPHAN_SECONDS = 600.0  # time of an orphan to save itself, since it may hang in a collective with a dead rank
 
 
+_watchers: list[Callable[[BaseException], None]] = []
+
+
+def at_end(watcher: Callable[[BaseException], None]) -> None:
+    """Call watcher(cause) when an error or Ctrl-C ends main(), before anything else is done."""
+    _watchers.append(watcher)
+
+
+def run_watched(main: Callable, parse: Callable) -> None:
+    """Run main(parse()), and tell those that asked with at_end() how it ended if it did not end by itself."""
+    try:
+        main(parse())
+    except BaseException as cause:
+        for watcher in _watchers:
+            watcher(cause)
+        raise
+
+
 def run_main(main: Callable, parse: Callable) -> None:
     """Run main(parse()). Wrong input ends with one sentence and exit code 2, any other error with its traceback and 1.
 
@@ -62,7 +80,7 @@ def run_main(main: Callable, parse: Callable) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     try:
-        main(parse())
+        run_watched(main, parse)
     except SystemExit as stop:
         if stop.code == REQUEUE:  # everything is saved, so the grace period is not spent on drivers' clean-up
             sys.stdout.flush()

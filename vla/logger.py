@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -26,19 +27,22 @@ from schemas import UserError
 from vla import ROOT, VERSION
 from vla.backends import open_backends, show_film
 from vla.closing import closing_lines, success_in_words
-from vla.distributed import all_gather_lists, all_reduce_sum, world_size
+from vla.distributed import all_gather_lists, all_reduce_sum, at_end, world_size
 from vla.files.run_lines import read_evaluations, read_line, read_lines, text_lines
 from vla.files.whole import write_whole
-from vla.reports.plots import plot_progress
-from vla.reports.run_record import read_run
+from vla.reports.writer import ReportWriter
+from vla.start.flag_files import preset_values
 from vla.start.terminal import say_last
 from vla.text import counted, without_keys, without_places
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
 
-def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
+def describe_run(flags: dict, sizes: dict, num_ranks: int, defaults: dict | None = None) -> dict:
     """Resolved flags, derived sizes, versions, commit, machine.
+
+    The defaults are those of the script. Of these, the result keeps those that the run does not use, so that its page
+    can say what differs from them and from the files of --config.
 
     What a run writes into the repository itself is no uncommitted change: results/, and a cloning run's policies.
     """
@@ -54,6 +58,8 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int) -> dict:
     return {
         "command": without_keys(shlex.join(sys.argv)),
         "args": flags,
+        "defaults": {name: value for name, value in (defaults or flags).items() if value != flags[name]},
+        "preset": preset_values(flags.get("config") or ()),
         "sizes": sizes,
         "seed": flags["seed"],
         "num_ranks": num_ranks,
@@ -150,6 +156,7 @@ class Logger:
             for line in read_lines(run_dir / "evaluations.jsonl"):
                 self.evaluation = {tag: value for tag, value in line.items() if tag.startswith("eval/")}
                 self.evaluation["eval/global_step"] = line["global_step"]
+        self.reports = ReportWriter(run_dir, start_iteration)
         self.bar = tqdm(
             total=num_iterations, initial=start_iteration, desc="start", unit="it", dynamic_ncols=True, disable=None
         )
@@ -173,6 +180,8 @@ class Logger:
             write_whole(self.run_dir / "args.json", json.dumps(description["args"], indent=2) + "\n")
             for backend in self.backends:
                 backend.describe(without_places(description), self.start_step)
+            self.reports.begin()
+            at_end(self.reports.broken_off)
             say(f"{self.run_dir}: {counted(description['num_ranks'], 'rank')} on {description['device']}")
             if self.start_iteration == 0 and not self.evaluation:
                 say(f"first, {description['args']['num_eval_episodes']} held-out episodes ...")
@@ -228,6 +237,7 @@ class Logger:
             self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
             say(f"iteration {iteration}: {success_in_words(means['success_once'], means['num_episodes'])}")
             self._scalars(tagged, global_step)
+            self.reports.update(iteration)
             videos = self.run_dir / "videos"
             show_film(self.backends, "video/evaluation", videos / f"eval_{iteration:06d}.mp4", global_step)
             show_film(self.backends, "video/before_after", videos / "before_after.mp4", global_step)
@@ -265,11 +275,14 @@ class Logger:
             raise UserError(
                 f"{self.run_dir} could not be written ({failure}): fix that, then continue with --resume"
             ) from failure
+        self.reports.update(iteration)
 
     def _write(
         self, iteration: int, global_step: int, metrics: dict, episodes: list[dict], times: dict, note: str
     ) -> None:
         env_means = {f"env/{name}": mean for name, mean in mean_over(episodes).items()} if episodes else {}
+        if len(episodes) > 1:
+            env_means["env/return_std"] = statistics.stdev(episode["return"] for episode in episodes)
         metrics = metrics | env_means | {"env/num_episodes": len(episodes)} | times
         self._scalars(metrics, global_step)
         self._append("metrics", {"iteration": iteration, "global_step": global_step, **metrics, **self.evaluation})
@@ -322,7 +335,10 @@ class Logger:
         self.bar.close()
         for backend in self.backends:
             backend.finish()
-        plot_progress(read_run(self.run_dir))
+        if last is None:
+            self.reports.finish()
+        else:
+            self.reports.stop(last.partition(": ")[0])
         evaluations, ranks = read_evaluations(self.run_dir), self.description.get("num_ranks", 1)
         flags = self.description.get("args", {})
         lines = closing_lines(self.run_dir, sys.argv[0], ranks, flags, evaluations, self.step_name, last is None)

@@ -109,7 +109,8 @@ def without_places(description: dict) -> dict:
     command = re.sub(rf" --(?:{'|'.join(place_flags)})(?:=| )(?:'[^']*'|\S+)", "", description["command"])
     command = re.sub(r" --resume(=| )(?!-)(?:'[^']*'|\S+)", rf" --resume\1{resumed}", command)
     args = {name: without_keys(value) if isinstance(value, str) else value for name, value in args.items()}
-    return without_machine(description | {"args": args, "command": without_keys(command)})
+    kept = {name: value for name, value in description.items() if name not in ("defaults", "preset")}
+    return without_machine(kept | {"args": args, "command": without_keys(command)})
 
 
 def shortened(found: re.Match) -> str:

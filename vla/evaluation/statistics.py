@@ -38,6 +38,24 @@ def wilson_interval(rate: float, n: float, z: float = 1.96) -> tuple[float, floa
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def difference_interval(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """The 95 % interval of second rate minus first rate (Newcombe 1998, method 10), as if episodes were not paired.
+
+    Args:
+        first, second: success rate and number of episodes.
+
+    >>> low, high = difference_interval((0.5, 100), (0.7, 100))
+    >>> f"{low:.3f} {high:.3f}"
+    '0.064 0.325'
+    """
+    (rate_1, low_1, high_1), (rate_2, low_2, high_2) = (
+        (rate, *wilson_interval(rate, n)) for rate, n in (first, second)
+    )
+    change = rate_2 - rate_1
+    below, above = math.hypot(rate_2 - low_2, high_1 - rate_1), math.hypot(high_2 - rate_2, rate_1 - low_1)
+    return change - below, change + above
+
+
 def summarize(episodes: list[dict]) -> dict:
     """The entry of results.json for one setting at one temperature."""
     count = len(episodes)

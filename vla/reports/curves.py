@@ -40,7 +40,8 @@ def thinned(curve: Curve) -> Curve:
 def steady_range(curves: Sequence[Curve], least: float = 0.1) -> tuple[float, float] | None:
     """Ends of a y axis that does not magnify noise. None without values.
 
-    The axis spans at least half of the largest magnitude, and at least `least`.
+    The axis spans at least half of the largest magnitude, and at least `least`. It has negative numbers only for
+    negative values.
 
     >>> steady_range([Curve("return", [1, 2], [10.0, 10.5])])
     (7.625, 12.875)
@@ -50,9 +51,10 @@ def steady_range(curves: Sequence[Curve], least: float = 0.1) -> tuple[float, fl
     if not values:
         return None
     low, high = min(values), max(values)
-    span = max(1.1 * (high - low), 0.5 * max(abs(low), abs(high)), least)
-    middle = (low + high) / 2
-    return round(middle - span / 2, 6), round(middle + span / 2, 6)
+    span = max(1.1 * (high - low), 0.5 * max(abs(low), abs(high)), least) or 1.0
+    start = (low + high - span) / 2
+    start = 0.0 if start < 0 <= low else start
+    return round(start, 6), round(start + span, 6)
 
 
 def normal_interval(mean: float, deviation: float | None, count: float) -> tuple[float | None, float | None]:

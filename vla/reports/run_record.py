@@ -62,6 +62,17 @@ class RunRecord:
         return self.description.get("args", {})
 
     @property
+    def preset(self) -> dict:
+        """The flags in the files of --config. A resumed run has those of its first start."""
+        return next((one["preset"] for one in reversed(self.descriptions) if one.get("preset")), {})
+
+    @property
+    def preset_files(self) -> str:
+        """The files of --config. "" without any."""
+        names = next((one["args"]["config"] for one in reversed(self.descriptions) if one["args"].get("config")), ())
+        return names if isinstance(names, str) else " ".join(map(str, names))
+
+    @property
     def is_cloning(self) -> bool:
         return "updates_per_iteration" in self.flags
 
@@ -88,6 +99,11 @@ class RunRecord:
             event = self.sessions[-1]["event"]
             return "running" if event == "started" else event
         return "finished" if 0 < self.num_iterations <= self.iteration else "unknown"
+
+    @property
+    def reason(self) -> str:
+        """What asked the run to stop, or the error that ended it. "" if it runs or is finished."""
+        return self.sessions[-1]["reason"] if self.sessions else ""
 
     @property
     def progress_in_words(self) -> str:

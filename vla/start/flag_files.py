@@ -132,6 +132,16 @@ def yaml_layer(name: str) -> Layer:
     return Layer(name, read_yaml(path), (ROOT,))
 
 
+def preset_values(names: Iterable[str]) -> dict[str, Any]:
+    """{flag: value} of the files that --config names, with resolved paths. The later file wins."""
+    values: dict[str, Any] = {}
+    for name in names:
+        layer = yaml_layer(name)
+        flags = {str(key).replace("-", "_"): value for key, value in layer.values.items()}
+        values |= {key: resolved(key, value, layer.folders) for key, value in flags.items()}
+    return values
+
+
 def saved_layer(run_dir: Path) -> Layer:
     """The flags of a run, without those that name a run."""
     path = run_dir / "args.json"

@@ -5,14 +5,14 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 function drawChart(place) {
   const spec = JSON.parse(document.getElementById(place.id + "-spec").textContent);
   const layout = spec.layout;
-  layout.font = { family: "system-ui, sans-serif", size: 12, color: color("--soft") };
+  layout.font = { family: "system-ui, sans-serif", size: 11, color: color("--soft") };
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
   layout.margin = { l: 44, r: 18, t: 8, b: 36 };
-  layout.legend = { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" };
+  layout.legend = { orientation: "h", xref: "container", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", traceorder: "normal" };
   layout.hoverlabel = { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--ink") } };
   layout.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
   for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key)))
-    Object.assign(layout[name], { gridcolor: color("--grid"), zerolinecolor: color("--grid"), linecolor: color("--line") });
+    Object.assign(layout[name], { title: { ...layout[name].title, font: { size: 11 } }, gridcolor: color("--grid"), zerolinecolor: color("--grid"), linecolor: color("--line") });
   return Plotly.react(place, spec.data, layout, { displayModeBar: false, responsive: true });
 }
 const drawCharts = () => Promise.all([...document.querySelectorAll(".chart")].map(drawChart));
