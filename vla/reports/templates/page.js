@@ -50,20 +50,18 @@ for (const link of document.querySelectorAll("a[data-video]"))
 // ---- while the run goes on: a new version now and then, at the same place, and never while a video plays
 const wait = Number(document.body.dataset.reload || 0);
 const key = "solovla-scroll " + location.pathname;
-const store = { get: () => { try { return sessionStorage.getItem(key); } catch { return null; } },
-                set: (value) => { try { sessionStorage.setItem(key, value); } catch { /* not allowed here */ } } };
 function restorePlace() {
-  const place = store.get();
-  if (wait && place !== null) scrollTo(0, Number(place));
+  try {
+    const place = sessionStorage.getItem(key);
+    sessionStorage.removeItem(key);
+    if (place !== null) scrollTo(0, Number(place));
+  } catch { /* the browser keeps nothing for files */ }
 }
 function reloadUnlessBusy() {
   const playing = [...document.querySelectorAll("video")].some((video) => !video.paused);
   if (playing || document.hidden) return;
-  store.set(String(scrollY));
+  try { sessionStorage.setItem(key, String(scrollY)); } catch { /* the same */ }
   location.reload();
 }
-if (wait) {
-  history.scrollRestoration = "manual";
-  setInterval(reloadUnlessBusy, wait * 1000);
-}
+if (wait) setInterval(reloadUnlessBusy, wait * 1000);
 drawCharts().then(() => { restorePlace(); document.body.dataset.drawn = "yes"; });

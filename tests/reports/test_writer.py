@@ -1,0 +1,161 @@
+"""When a run writes its page: below 1 % of its time, at every kind of end, and never at the run's expense."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+from run_folders import ppo_folder
+
+from vla.distributed import Requeue, UserError
+from vla.reports import writer as writer_module
+from vla.reports.run_record import read_run
+from vla.reports.writer import PATIENCE, ReportWriter
+
+
+class Clock:
+    """A clock that stands still unless it is told."""
+
+    def __init__(self, monkeypatch, cost: float):
+        self.now, self.cost, self.writings = 1000.0, cost, []
+        monkeypatch.setattr(writer_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(writer_module, "plot_progress", lambda record: None)
+        monkeypatch.setattr(writer_module, "write_run_page", self.write)
+
+    def write(self, record, now: float, silent_after: float) -> None:
+        self.writings.append(self.now)
+        self.now += self.cost
+
+
+@pytest.mark.parametrize("iteration_seconds", [0.1, 3.0, 1000.0])
+def test_all_writings_together_take_below_one_percent(tmp_path, monkeypatch, iteration_seconds):
+    """Whatever an iteration and a writing take. The first and the last page come on top."""
+    clock = Clock(monkeypatch, cost=2.0)
+    writer = ReportWriter(ppo_folder(tmp_path / "run"), 0)
+    writer.begin()
+    for iteration in range(1, 3000):
+        clock.now += iteration_seconds
+        writer.update(iteration)
+    first, *while_it_runs = clock.writings
+    assert first == 1000.0 and while_it_runs
+    assert 2.0 * (len(while_it_runs) - 1) < (clock.now - while_it_runs[0]) / 100
+    if iteration_seconds > 2.0 * PATIENCE:  # after every iteration, since that costs nothing
+        assert len(while_it_runs) == 2999
+
+
+def test_the_first_result_is_shown_at_once(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, cost=2.0)
+    writer = ReportWriter(ppo_folder(tmp_path / "run"), 0)
+    writer.begin()
+    writer.update(0)
+    writer.update(1)
+    assert len(clock.writings) == 2
+
+
+@pytest.mark.parametrize(
+    "end, event, reason",
+    [
+        (lambda writer: writer.finish(), "finished", ""),
+        (lambda writer: writer.broken_off(Requeue("SIGTERM")), "stopped", "SIGTERM"),
+        (lambda writer: writer.broken_off(KeyboardInterrupt()), "failed", "Ctrl-C ended the run at once"),
+        (lambda writer: writer.broken_off(UserError("too\nbig hf_abcdefgh1234")), "failed", "UserError: too big ***"),
+        (
+            lambda writer: writer.broken_off(RuntimeError("gloo: Connection closed by peer")),
+            "failed",
+            "another rank ended. The terminal's output says why",
+        ),
+    ],
+)
+def test_however_a_run_ends_its_page_says_so(tmp_path, end, event, reason):
+    folder = ppo_folder(tmp_path / "run")
+    writer = ReportWriter(folder, 4)
+    writer.begin()
+    end(writer)
+    assert writer.ended and (folder / "progress.png").stat().st_size > 0
+    writer.broken_off(RuntimeError("while it ends"))  # the first end counts
+    lines = [json.loads(line) for line in (folder / "sessions.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["iteration"]) for line in lines] == [("started", 4), (event, 4)]
+    assert lines[-1]["reason"] == reason and read_run(folder).phase == event
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert f'class="pill {event}"' in text and "data-reload" not in text
+
+
+@pytest.mark.parametrize("name", ["report.html.partial", "partial_progress.png", "sessions.jsonl"])
+def test_a_full_disk_ends_no_run_and_warns_once(tmp_path, capfd, name):
+    folder = ppo_folder(tmp_path / "run")
+    (folder / name).symlink_to("/dev/full")
+    writer = ReportWriter(folder, 0)
+    writer.begin()
+    writer.update(1)
+    writer.finish()
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {folder}/report.html is not up to date (") and "No space left" in said
+
+
+def test_a_fault_in_the_page_ends_no_run(tmp_path, monkeypatch, capfd):
+    def broken(*values) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(writer_module, "write_run_page", broken)
+    writer = ReportWriter(ppo_folder(tmp_path / "run"), 0)
+    writer.begin()
+    writer.finish()
+    assert capfd.readouterr().err.count("a fault") == 1
+
+
+def test_a_page_is_whole_or_the_one_before(tmp_path):
+    folder = ppo_folder(tmp_path / "run")
+    writer = ReportWriter(folder, 0)
+    writer.begin()
+    before = (folder / "report.html").read_text()
+    (folder / "report.html.partial").symlink_to("/dev/full")
+    writer.update(1)
+    assert (folder / "report.html").read_text() == before
+
+
+# ---------------------------------------------------------------------- through run_main
+PROGRAM = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from vla.distributed import run_main
+    from vla.logger import Logger, describe_run
+    from vla.training.preemption import StopRequest
+
+    def main(how):
+        logger = Logger(Path(sys.argv[1]), True, 3)
+        stop = StopRequest(Path(sys.argv[1]))
+        logger.describe(describe_run({"seed": 0, "num_eval_episodes": 2}, {"num_iterations": 3}, 1))
+        logger.write(1, 10, {"train/loss": 1.0}, [{"success_once": 0.0, "return": 0.5}] * 2, 10)
+        if how == "error":
+            raise ValueError("a fault in the run")
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            list(stop.until_requested(range(3)))
+            stop.end("saved")
+        logger.close()
+
+    run_main(main, lambda: sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, code, event, reason",
+    [
+        ("signal", 75, "stopped", "SIGTERM"),
+        ("error", 1, "failed", "ValueError: a fault in the run"),
+        ("", 0, "finished", ""),
+    ],
+)
+def test_a_run_tells_its_page_how_it_ended(tmp_path, how, code, event, reason):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), how]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    record = read_run(folder)
+    assert (record.phase, record.reason, record.iteration) == (event, reason, 1)
+    assert f'class="pill {event}"' in (folder / "report.html").read_text() and (folder / "progress.png").exists()
+    assert ("a fault in the run" in run.stderr) == (how == "error")
