@@ -816,7 +816,9 @@ def test_page_shows_the_table(browser_page, evaluated):
     )
     (published,) = [row for row in means if row[0] == "PPO-OpenVLA (RLinf)"]
     assert [cell.split(" [")[0] for cell in published[1:]] == ["96.1", "82.0", "78.3", "85.4", "81.0", "81.9"]
-    assert browser_page.script("document.querySelector('img').naturalWidth") > 400
+    browser_page.wait_for("document.body.dataset.drawn === 'yes'")
+    series = browser_page.script("document.querySelectorAll('#settings-chart .trace').length")
+    assert series == 4  # two temperatures and two published rows
 
 
 @pytest.mark.slow

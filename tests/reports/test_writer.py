@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from run_folders import ppo_folder
 
-from vla.distributed import Requeue, UserError
+from vla.distributed import UserError
 from vla.reports import writer as writer_module
 from vla.reports.run_record import read_run
 from vla.reports.writer import PATIENCE, ReportWriter
@@ -59,7 +59,7 @@ def test_the_first_result_is_shown_at_once(tmp_path, monkeypatch):
     "end, event, reason",
     [
         (lambda writer: writer.finish(), "finished", ""),
-        (lambda writer: writer.broken_off(Requeue("SIGTERM")), "stopped", "SIGTERM"),
+        (lambda writer: writer.stop("SIGTERM"), "stopped", "SIGTERM"),
         (lambda writer: writer.broken_off(KeyboardInterrupt()), "failed", "Ctrl-C ended the run at once"),
         (lambda writer: writer.broken_off(UserError("too\nbig hf_abcdefgh1234")), "failed", "UserError: too big ***"),
         (
@@ -134,7 +134,7 @@ PROGRAM = """
         if how == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
             list(stop.until_requested(range(3)))
-            stop.end("saved")
+            stop.end("saved", logger.close)
         logger.close()
 
     run_main(main, lambda: sys.argv[2])

@@ -46,7 +46,7 @@ def difference_interval(first: tuple[float, float], second: tuple[float, float])
 
     >>> low, high = difference_interval((0.5, 100), (0.7, 100))
     >>> f"{low:.3f} {high:.3f}"
-    '0.064 0.325'
+    '0.064 0.326'
     """
     (rate_1, low_1, high_1), (rate_2, low_2, high_2) = (
         (rate, *wilson_interval(rate, n)) for rate, n in (first, second)
