@@ -80,7 +80,7 @@ class ReportWriter:
         start = time.perf_counter()
         try:
             record = read_run(self.run_dir)
-            if record.lines or record.evaluations:
+            if record.lines or record.evaluations or self.ended:
                 plot_progress(record)
             write_run_page(record, time.time(), self._silence())
         except Exception as failure:  # a disk that is full, or a fault in the page: the run is worth more
