@@ -6,7 +6,7 @@
 
     # every row. The first time, DeepSpeed compiles an operation for CPUs (a minute or two)
     python doctor.py
-    # published meshes and photographs for --asset_pack bridge. An interrupted download continues
+    # published meshes and photographs for --asset_pack bridge. What is there already is kept
     python doctor.py --download
     # memory that a run needs on 8 GPUs of 80 GiB in a node of 512 GiB, and the first flag to change if it does not fit
     python doctor.py --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 --gpu_memory 80 --host_memory 512
@@ -426,7 +426,9 @@ def check_assets() -> Finding:
     if not missing:
         return ok(f"builtin is made by code, bridge is in {layout.carrot.parent}")
     found = f"builtin is made by code, bridge lacks {len(missing)} files ({missing[0]}, ...)"
-    return note(found, "for --asset_pack bridge run `python doctor.py --download`")
+    others = " and ".join(f"`{command}`" for command in layout.commands(missing))
+    remedy = f"for --asset_pack bridge run `python doctor.py --download`, or {others}"
+    return note(found, f"{remedy}, or give --asset_dir RLinf/maniskill_assets")
 
 
 def check_checkpoints() -> Finding:
@@ -514,7 +516,8 @@ def memory_plan(
     try:
         of_node = own if host_memory is None else host_memory
         check_flags(dataclasses.make_dataclass("Ranges", fields)(num_gpus, gpu_memory, of_node))
-        flags = vars(parse_args(importlib.import_module(script).Args, ["--config", *configs, *more_flags], ""))
+        words = ["--config", *configs, *more_flags]
+        flags = vars(parse_args(importlib.import_module(script).Args, words, "", offline=True))
         settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
         known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
         recipe = Recipe(

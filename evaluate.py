@@ -42,6 +42,8 @@ from envs.expert import Expert
 from envs.video import VideoWriter
 from schemas import check, flags, read_json
 from schemas.evaluations import Identity, Published, Results, RunFlags
+from schemas.hub import name_of as model_name
+from schemas.hub import repo_of, small_folder
 from schemas.lock import check_free, hold_folder
 from vla.cli import flag_value, parse_layers, resolved_input, typed_flags
 from vla.distributed import (
@@ -62,12 +64,16 @@ from vla.evaluation.settings import FAMILY, Setting, parse_settings
 from vla.evaluation.statistics import assemble, compare, comparison_table, headline, markdown_table
 from vla.files.trees import checksum
 from vla.logger import describe_run
+from vla.models.about import ABOUT, Known, check_known, differences, known_flags
 from vla.models.loading import load_policy
 from vla.models.policy import VLAPolicy
+from vla.models.published import check_on_hub
 from vla.models.tiny import TINY_PRESETS
 from vla.reports.evaluation_page import write_report
 from vla.reports.plots import plot_comparison
+from vla.start.checks import fetch_weights
 from vla.start.flag_files import ROOT, Layer, read_yaml
+from vla.start.launch import launched
 from vla.start.resume import check_present
 from vla.text import counted, one_line, without_machine, without_places
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
@@ -207,11 +213,15 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
     Raises:
         UserError: it is not a checkpoint, or a part of it is missing.
     """
-    folder = Path(path)
     if path in TINY_PRESETS:
-        return folder, {}
+        return Path(path), {}
+    folder = small_folder(path, "--checkpoint")
+    check_on_hub(path)
     if not folder.is_dir():
-        raise UserError(f"--checkpoint {path} is not a folder: give a run folder, a checkpoint or a published model")
+        raise UserError(
+            f"--checkpoint {path} is not a folder: give a run folder, a checkpoint, a published model, or the name of "
+            "one on the Hub"
+        )
     if (folder / "args.json").exists():
         found = complete_checkpoints(folder)
         if not found:
@@ -228,6 +238,11 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
     saved = read_json(run_args, dict[str, Any], REMEDY) if run_args else {}
     check_complete(folder, check(RunFlags, saved, str(run_args), REMEDY))
     return folder, saved
+
+
+def known_of(checkpoint: str, folder: Path) -> Known | None:
+    """What the folder of a checkpoint knows about itself. The checkpoint may be a name on the Hub."""
+    return known_flags(checkpoint if repo_of(checkpoint) else str(folder))
 
 
 def args_of(policy: Path) -> Path | None:
@@ -279,7 +294,9 @@ def check_actor(policy: str, checkpoint: str | None, lora_path: str | None, sett
     if checkpoint is None:
         raise UserError("--checkpoint is missing: give a run folder, a checkpoint or a published model")
     folder, run_flags = find_checkpoint(checkpoint)
-    check_task(run_flags.get("env_id"), settings)
+    known = known_of(checkpoint, folder)
+    check_task(run_flags.get("env_id") or (known and known.flags.get("env_id")), settings)
+    fetch_weights("--checkpoint", checkpoint if repo_of(checkpoint) else str(folder), lora_path)
     return folder
 
 
@@ -332,24 +349,33 @@ def fingerprint(folder: Path, lora_folder: Path | None = None) -> dict[str, str]
             continue
         if not place.is_dir():
             found[place.name] = "random weights from the seed"
-        for path in sorted([*place.glob("*.safetensors"), *place.glob("*.json")]):
+        files = [*place.glob("*.safetensors"), *place.glob("*.json")]
+        for path in sorted(path for path in files if path.name != ABOUT):  # its flags are compared
             crc = verified[path.name] if path.name in verified else checksum(path)
             found[f"{prefix}{path.name}"] = f"{path.stat().st_size} bytes, {crc:08x}"
     return found
 
 
 def parse(argv: list[str]) -> Args:
-    """Flags of model and env from the run of the checkpoint, overridden by argv."""
-    layers, checkpoint = [], resolved_input("checkpoint", flag_value(argv, "checkpoint"))
-    if checkpoint and not flag_value(argv, "compare"):
-        saved = find_checkpoint(checkpoint)[1]
-        source, wanted = f"{checkpoint}: its run's args.json", (*MODEL_FLAGS, *WORLD_FLAGS)
-        values = {name: saved[name] for name in wanted if name in saved}
-        layers.append(Layer(source, values, (ROOT, *Path(checkpoint).resolve().parents)))
+    """Flags of model and env from the run of the checkpoint, or from its folder, overridden by argv."""
+    checkpoint = resolved_input("checkpoint", flag_value(argv, "checkpoint"))
+    if not checkpoint or flag_value(argv, "compare") or {"-h", "--help"} & set(argv):
+        return parse_layers(Args, [], argv, __doc__)
+    folder, saved = find_checkpoint(checkpoint)
+    known = Known(f"{checkpoint}: its run's args.json", saved, True) if saved else known_of(checkpoint, folder)
+    if lora_path := resolved_input("lora_path", flag_value(argv, "lora_path")):
+        known = known_flags(lora_path, "--lora_path") or known
+    if known is None:
+        return parse_layers(Args, [], argv, __doc__)
+    wanted, typed = (*MODEL_FLAGS, *WORLD_FLAGS), typed_flags(argv)
+    values = {name: known.flags[name] for name in wanted if name in known.flags}
+    layers = [Layer(known.source, values, (ROOT, *Path(checkpoint).resolve().parents))]
     args = parse_layers(Args, layers, argv, __doc__)
-    if layers and saved:
-        typed = typed_flags(argv)
-        check_present(saved, [name for name in wanted if name not in typed], source)
+    if saved:
+        check_present(saved, [name for name in wanted if name not in typed], known.source)
+    check_known(known, {name: getattr(args, name) for name in ("model_type", *typed) if hasattr(args, name)})
+    if launched().rank == 0 and (line := differences(known, vars(args))):
+        print(line, flush=True)
     return args
 
 
@@ -507,6 +533,8 @@ def name_of(policy: str, checkpoint: Path | None) -> str:
     if policy != "checkpoint":
         return {"expert": "scripted expert", "idle": "doing nothing"}[policy]
     place = checkpoint.resolve()
+    if found := model_name(place):
+        return one_line(found[0])
     if place.name == "policy" and len(place.parents) > 2:
         return one_line(f"{place.parents[2].name}/{place.parent.name}")
     return one_line(place.name)

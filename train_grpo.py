@@ -35,7 +35,7 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 import torch
 from torch import Tensor
 
-from envs import check_envs, eval_episode_ids, every_instruction, make_envs, train_episode_id
+from envs import check_envs, control_mode, eval_episode_ids, every_instruction, make_envs, train_episode_id
 from envs.vector import VectorEnv
 from envs.video import VideoWriter
 from schemas import flags
@@ -44,9 +44,17 @@ from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_size
 from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
+from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, VLAPolicy, rollout_noise
-from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
+from vla.start.checks import (
+    check_iterations_left,
+    check_rollout_memory,
+    check_scene_memory,
+    fetch_weights,
+    prompt_room,
+    what_applies,
+)
 from vla.start.launch import launched
 from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
 from vla.training.engine import (
@@ -494,6 +502,7 @@ def main(args: Args) -> None:
     with user_errors():
         sizes, ds_config, world, eval_world, eval_ids = check_start(args, args.group_size, privileged=False, **rests)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
+        fetch_weights("--model_path", args.model_path, args.lora_path)
         device = setup_distributed(args.seed)
         default_dir = f"runs/grpo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
@@ -502,7 +511,8 @@ def main(args: Args) -> None:
         in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False)
-        model_flags |= dict(norm_stats=None, cuda_graphs=True)
+        world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
+        model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
         envs = make_envs(args.env_id, N, **world)
         eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)

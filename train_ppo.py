@@ -36,7 +36,7 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 import torch
 from torch import Tensor
 
-from envs import check_envs, eval_episode_ids, every_instruction, make_envs
+from envs import check_envs, control_mode, eval_episode_ids, every_instruction, make_envs
 from envs.vector import Outcome
 from envs.video import VideoWriter
 from schemas import flags
@@ -54,10 +54,18 @@ from vla.distributed import (
 )
 from vla.evaluation.episodes import evaluate
 from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
+from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, rollout_noise
 from vla.models.value_head import value_errors
-from vla.start.checks import check_iterations_left, check_rollout_memory, check_scene_memory, prompt_room, what_applies
+from vla.start.checks import (
+    check_iterations_left,
+    check_rollout_memory,
+    check_scene_memory,
+    fetch_weights,
+    prompt_room,
+    what_applies,
+)
 from vla.start.launch import launched
 from vla.training.checkpoint import begin_run, load_checkpoint, load_critic, open_run, save_checkpoint
 from vla.training.critics import HiddenCritic, StateCritic
@@ -469,6 +477,7 @@ def main(args: Args) -> None:
     with user_errors():
         sizes, ds_config, world, eval_world, eval_ids = check_start(args, group_size=1, privileged=privileged)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
+        fetch_weights("--model_path", args.model_path, args.lora_path)
         device = setup_distributed(args.seed)
         default_dir = f"runs/ppo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
@@ -477,7 +486,8 @@ def main(args: Args) -> None:
         in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
-        model_flags |= dict(norm_stats=None, cuda_graphs=True)
+        world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
+        model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
         envs = make_envs(args.env_id, N, **world)
         eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)

@@ -30,7 +30,7 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 
 import torch
 
-from envs import check_envs, eval_episode_ids, every_instruction, make_envs
+from envs import check_envs, control_mode, eval_episode_ids, every_instruction, make_envs
 from envs.demonstrations import Demos
 from envs.lerobot import open_demos
 from envs.video import VideoWriter
@@ -41,9 +41,10 @@ from vla.distributed import print0, rank, run_main, setup_distributed, user_erro
 from vla.evaluation.episodes import evaluate
 from vla.evaluation.model_card import export_folder, export_policy
 from vla.logger import OF_LABELS, Averages, Logger, describe_run, due
+from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
-from vla.start.checks import check_iterations_left, check_scene_memory, prompt_room, what_applies
+from vla.start.checks import check_iterations_left, check_scene_memory, fetch_weights, prompt_room, what_applies
 from vla.start.launch import launched
 from vla.text import counted
 from vla.training import augmentation
@@ -334,6 +335,7 @@ def main(args: Args) -> None:
             args.image_size,
             "--num_eval_envs, --num_env_workers and --image_size",
         )
+        fetch_weights("--model_path", args.model_path, args.lora_path)
         device = setup_distributed(args.seed)
         default_dir = f"runs/sft_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
@@ -347,7 +349,8 @@ def main(args: Args) -> None:
         )
         print0(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(norm_stats=demos.statistics, value_head=False, dtype=DTYPES[args.dtype], device=device)
-        model_flags |= dict(cuda_graphs=True)
+        world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
+        model_flags |= dict(cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
         check_labels(policy, demos, args.unnorm_key)
         eval_envs = make_envs(args.env_id, num_eval_envs, **eval_world)

@@ -336,6 +336,7 @@ def measure(args, what: list[str], repeats: int) -> list[dict]:
     if not {"rollout", "act", "update", "engine"} & set(what):
         return found
     here = dict(dtype=DTYPES[args.dtype], device=device, norm_stats=None, value_head=None, cuda_graphs=True)
+    here |= dict(world=None)
     policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **here))
     buffer = RolloutBuffer.of(policy, sizes.num_chunks, N)
     found += measure_rollout(args, policy.eval(), buffer, sizes.first_env, device)  # what the others work on

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from envs import registration  # noqa: F401  registers all ids with gymnasium
+from envs import registration  # registers all ids with gymnasium
 from envs.episodes import eval_episode_ids, every_instruction, instructions, num_start_states
 from envs.variants import VARIANTS, is_held_out, train_episode_id
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VARIANTS",
     "check_envs",
+    "control_mode",
     "eval_episode_ids",
     "every_instruction",
     "instructions",
@@ -65,7 +66,8 @@ def make_envs(
     Args:
         obj_set: "train" | "test" | "all", the set of objects, receptacles and tables that episodes use.
         asset_pack: "builtin" (made by code, no download) or "bridge" (the published meshes and photographs).
-        asset_dir: the first folder to search for the files of "bridge". ManiSkill's own folder is searched after it.
+        asset_dir: the first folder to search for the files of "bridge", or a data set on the Hub, which is fetched.
+            ManiSkill's own folder is searched after it.
         image_size: (width, height) of the camera's image. The published size is (640, 480).
         sim_freq: physics steps per second, a multiple of 5. The published value is 500. 100 is faster, but it is
             another physical system, so do not mix the two.
@@ -94,6 +96,10 @@ def make_envs(
     """
     from envs import group, vector
 
+    if asset_pack == "bridge" and asset_dir is not None:  # once, since worker processes would ask the Hub again
+        from envs.assets.download import assets_at
+
+        asset_dir = assets_at(asset_dir)
     simulator = group.resolve_backend(sim_backend, env_id, pipeline_stages)
     renderer = group.resolve_render_backend(render_backend, simulator)
     spec = group.EnvSpec(
@@ -116,6 +122,11 @@ def make_envs(
         privileged,
     )
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
+
+
+def control_mode(env_id: str) -> str:
+    """What an action of this env means: the name of ManiSkill's controller."""
+    return registration.CONTROL_MODE if env_id in VARIANTS else "pd_ee_delta_pose"
 
 
 def check_envs(env_id: str, num_envs: int, **settings) -> None:

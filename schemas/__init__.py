@@ -7,7 +7,7 @@
     schemas/evaluations.py     what evaluate.py writes and reads again
     schemas/demonstrations.py  recorded demonstrations
     schemas/lerobot.py         data sets in LeRobot's format
-    schemas/assets.py          published assets and their listings
+    schemas/assets.py          published assets
     schemas/lock.py            one writer per folder
 
 A schema is a pydantic model or an annotated type. `vla` and `envs` may import this package, which imports neither.

@@ -1,4 +1,4 @@
-"""Published assets: the listing of a data set, the three model_db.json files, and the header of a .glb file."""
+"""Published assets: the three model_db.json files, and the header of a .glb file."""
 
 from typing import Annotated, Literal
 
@@ -8,26 +8,6 @@ from schemas import Schema, flags
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Place = Annotated[int, Field(ge=0, le=2**40)]  # a number of bytes, or an offset
-
-
-# ---------------------------------------------------------------------- Hugging Face's tree API
-class Lfs(Schema):
-    oid: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # sha256
-
-
-class ListedFile(Schema):
-    type: Literal["file"]
-    path: str
-    size: Place
-    oid: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]  # git's blob
-    lfs: Lfs | None = None
-
-
-class ListedFolder(Schema):
-    type: Literal["directory"]
-
-
-Page = list[Annotated[ListedFile | ListedFolder, Field(discriminator="type")]]
 
 
 # ---------------------------------------------------------------------- model_db.json

@@ -1,4 +1,4 @@
-"""Model and adapter folders: config.json, adapter_config.json, dataset_statistics.json, preprocessor_config.json.
+"""Model and adapter folders: config.json, adapter_config.json, dataset_statistics.json, solovla.json and others.
 
 The keys named here change what a policy computes, so a value that this code does not support is refused. Other keys
 change nothing here, and published files hold many of them.
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from schemas import Schema
+from schemas import Schema, flags
 
 NUM_BINS = 256
 ACTION_DIM = 7
@@ -271,3 +271,31 @@ class AdapterBase(Schema):
     pictures: str
     tokenizer: str | None
     statistics: dict[str, str]
+
+
+# ---------------------------------------------------------------------- solovla.json
+class World(Schema):
+    """The world that a policy was made in. The names are those of flags, but for `control`."""
+
+    env_id: flags.EnvId
+    instruction: flags.Text | None = None
+    image_size: tuple[flags.Pixels, flags.Pixels]  # width, height
+    sim_freq: flags.Hertz
+    asset_pack: Literal["builtin", "bridge"]
+    protocol: Literal["rl4vla", "rlinf"]
+    max_episode_steps: flags.EpisodeSteps
+    control: str  # what an action means: ManiSkill's control mode
+
+
+class About(Schema):
+    """solovla.json: what a policy's folder knows about itself. The names are those of flags."""
+
+    version: str  # of SoloVLA
+    model_type: Literal["openvla", "openvla_oft"]
+    unnorm_key: flags.Text
+    chunk_size: flags.Chunk
+    max_prompt_length: flags.PromptLength
+    image_resize: Literal["tensor", "pil"]
+    oft_stop_token: bool
+    dtype: Literal["float32", "bfloat16"]
+    world: World | None = None  # None if it is not known

@@ -1,4 +1,4 @@
-"""Flags of a script: from the run that --resume names, then from the files of --config, then from the command line.
+"""Flags of a script: what the policy's folder knows, then the run of --resume, then the files of --config, then argv.
 
     deepspeed train_ppo.py --config yaml/quickstart_ppo_openvla.yaml --config mine.yaml --num_envs 8
 
@@ -23,8 +23,11 @@ import tyro
 import schemas
 from schemas import UserError
 from vla import ROOT
+from vla.evaluation.settings import FAMILY
+from vla.models.about import Known, check_known, differences, known_flags, without_foreign_world
 from vla.start.flag_files import INPUTS, OUTPUTS, Layer, checked_values, resolved, saved_layer, yaml_layer
 from vla.start.help import help_text
+from vla.start.launch import launched
 from vla.text import counted
 from vla.training.rollout_buffer import minibatch_block
 
@@ -32,21 +35,54 @@ ArgsType = TypeVar("ArgsType")
 
 
 # ---------------------------------------------------------------------- parsing
-def parse_args(args_class: type[ArgsType], argv: list[str], description: str) -> ArgsType:
-    """Flags from the run that --resume names, from the files of --config and from argv. The later one wins.
+def parse_args(args_class: type[ArgsType], argv: list[str], description: str, *, offline: bool = False) -> ArgsType:
+    """Flags from the policy's folder, the run that --resume names, the files of --config, and argv. The later one wins.
+
+    Of a policy on the Hub, its small files are fetched once all other flags are known to be good.
 
     Args:
         description: the docstring of the script, for --help.
+        offline: whether the Hub is not asked. Its cache is looked at.
 
     Raises:
-        UserError: a file is missing, a key or flag is unknown, or a value does not fit its flag.
+        UserError: a file is missing, a key or flag is unknown, a value does not fit its flag, or a flag contradicts
+            the policy.
     """
     argv = with_underscores(argv)
     layers = []
     if resume := flag_value(argv, "resume"):
         layers.append(saved_layer(Path(resolved_input("resume", resume))))
     layers += [yaml_layer(name) for name in flag_values(argv, "config")]
-    return parse_layers(args_class, layers, argv, description)
+    args = parse_layers(args_class, layers, argv, description)
+    places = {f"--{name}": getattr(args, name, None) for name in ("model_path", "lora_path")}
+    found = [known_flags(path, flag, offline=offline) for flag, path in places.items() if path]
+    if resume:  # the run has all flags
+        return args
+    return with_known(args, list(filter(None, found)), layers, argv, description)
+
+
+def with_known(args: ArgsType, found: list[Known], layers: list[Layer], argv: list[str], description: str) -> ArgsType:
+    """The flags again, with what the policy's folders know below all others. Rank 0 says where the worlds differ.
+
+    Args:
+        args: the flags without that knowledge. layers, argv: where they come from.
+
+    Raises:
+        UserError: a flag contradicts what the weights were trained for.
+    """
+    given = typed_flags(argv).union(*(layer.values for layer in layers))
+    names = {field.name for field in dataclasses.fields(args)}
+    below = []
+    for known in found:
+        flags = without_foreign_world(known.flags, args.env_id, FAMILY) if "env_id" in given else known.flags
+        below.append(Layer(known.source, {name: value for name, value in flags.items() if name in names}, ()))
+    if below:
+        args = parse_layers(type(args), [*below, *layers], argv, description)
+    for known in found[-1:]:  # an adapter was trained after its base
+        check_known(known, vars(args))
+        if launched().rank == 0 and (line := differences(known, vars(args))):
+            print(line, flush=True)
+    return args
 
 
 def parse_layers(args_class: type[ArgsType], layers: list[Layer], argv: list[str], description: str) -> ArgsType:

@@ -6,6 +6,7 @@ The scripts run under `deepspeed`, under torchrun, and as plain `python` (one ra
 import contextlib
 import errno
 import faulthandler
+import functools
 import io
 import ipaddress
 import linecache
@@ -208,8 +209,9 @@ def raised_here(error: Exception) -> bool:
     return is_ours and linecache.getline(str(path), line_number).lstrip().startswith("raise ")
 
 
+@functools.cache
 def end_with_launcher() -> None:
-    """Start a thread that sends this rank SIGTERM when its launcher ends.
+    """Start one thread that sends this rank SIGTERM when its launcher ends.
 
     `deepspeed` (0.19.8) ends at once on SIGTERM and leaves its ranks running. Its helper does so after kill -9. Ranks
     under torchrun are watched, too. Ranks without a launcher are not, and srun ends its ranks itself.

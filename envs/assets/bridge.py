@@ -5,7 +5,8 @@
     tasks/bridge_v2_real2sim_dataset/stages        ManiSkill's asset bridge_v2_real2sim
 
 Each of these three is searched in `asset_dir`, in `asset_dir/data`, and in ManiSkill's own folder (`$MS_ASSET_DIR`, or
-`~/.maniskill`, and its `data`). This file downloads nothing and asks no questions. An error names missing files.
+`~/.maniskill`, and its `data`). download.py fetches an `asset_dir` on the Hub. Nothing asks a question. An error names
+missing files and the commands that fetch them.
 
 Every file is checked before SAPIEN gets it, because SAPIEN's loaders print a message and continue, or end the process.
 """
@@ -27,6 +28,7 @@ from PIL import Image
 from sapien.physx import PhysxMaterial
 
 from envs.assets.catalog import OBJECTS, RECEPTACLES, TABLES, Model, Table, resized
+from envs.assets.download import assets_at, command_for, search_folders
 from schemas import UserError, check, parse_json
 from schemas.assets import Accessor, BodyEntry, Gltf, TableEntry, View
 
@@ -45,13 +47,6 @@ ARM_SHINE = dict(specular=0.9, roughness=0.3)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def search_folders(asset_dir: str | None) -> list[Path]:
-    """The folders that may hold the three parts, in the order of the search."""
-    own = Path(os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill")
-    roots = [own] if asset_dir is None else [Path(asset_dir).expanduser(), own]
-    return [folder for root in roots for folder in (root, root / "data")]
-
-
 def find_part(part: str, folders: list[Path]) -> Path:
     """The place of `part` in the first folder that has it, or in the first folder of all."""
     for folder in folders:
@@ -64,9 +59,13 @@ class Layout:
     """The paths of all files of the pack, whether they exist or not."""
 
     def __init__(self, asset_dir: str | None):
-        """Raises ValueError where asset_dir is not a folder."""
+        """Raises ValueError where asset_dir is not a folder, and cannot be fetched from the Hub."""
+        asset_dir = asset_dir and assets_at(asset_dir)
         if asset_dir is not None and not Path(asset_dir).expanduser().is_dir():
-            raise ValueError(f"asset_dir {asset_dir!r} is not a folder: give the one that holds carrot/ and robots/.")
+            raise ValueError(
+                f"asset_dir {asset_dir!r} is not a folder: give the one that holds carrot/ and robots/, or "
+                "RLinf/maniskill_assets, a data set on the Hub, which is fetched."
+            )
         folders = search_folders(asset_dir)
         self.carrot = find_part("carrot", folders)
         self.robot = find_part("robots/widowx", folders)
@@ -90,6 +89,16 @@ class Layout:
             needed.append(self.carrot / "more_table/imgs" / table.key)
             needed.append(self.carrot / "more_table/textures" / table.texture)
         return [str(path) for path in needed if not path.is_file()]
+
+    def commands(self, missing: list[str]) -> list[str]:
+        """The commands of others that fetch the parts to which these files belong."""
+        parts = {"carrot": self.carrot, "robots/widowx": self.robot}
+        parts["tasks/bridge_v2_real2sim_dataset"] = self.stage.parents[1]
+        return [
+            command_for(part, place.parent)
+            for part, place in parts.items()
+            if any(Path(path).is_relative_to(place) for path in missing)
+        ]
 
     def _model_files(self, kind: str, model: Model, default_visual: str) -> list[Path]:
         folder = self.carrot / f"more_{kind}" / model.key
@@ -340,7 +349,8 @@ class BridgeAssets:
             if len(missing) > MAX_NAMED:
                 named += f" and {len(missing) - MAX_NAMED} more"
             files = "1 file" if len(missing) == 1 else f"{len(missing)} files"
-            raise RuntimeError(f"asset pack 'bridge' lacks {files} ({named}): {REMEDY}.")
+            others = " and ".join(f"`{command}`" for command in self.layout.commands(missing))
+            raise RuntimeError(f"asset pack 'bridge' lacks {files} ({named}): {REMEDY}, or with {others}.")
         self.objects = self._models("carrot", OBJECTS)
         self.receptacles = self._models("plate", RECEPTACLES)
         self.tables = self._tables()

@@ -26,7 +26,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from schemas import UserError, parse_json
+from schemas.hub import whole_folder
 from vla.files.tensors import COPY_AGAIN, first_not_finite, open_shard
+from vla.models.about import OF_MODEL, check_known, known_flags
 from vla.models.action_tokens import ACTION_DIM, ActionTokens
 from vla.models.lora import digest_of, find_adapter, read_adapter, with_adapter
 from vla.models.openvla import OpenVLA
@@ -37,6 +39,7 @@ from vla.models.published import (
     action_vocab_end,
     check_base,
     check_keys,
+    check_on_hub,
     check_sizes,
     describe_base,
     find_base,
@@ -54,39 +57,47 @@ from vla.models.value_head import ValueHead
 from vla.text import error_text
 
 MODEL_TYPES = ("openvla", "openvla_oft")
+DEFAULTS = dict(
+    model_type="openvla", unnorm_key="bridge_orig", image_resize="tensor", oft_stop_token=False, max_prompt_length=30
+)
 
 
 def load_policy(
     path: str,
-    model_type: str = "openvla",
+    model_type: str | None = None,
     *,
-    unnorm_key: str = "bridge_orig",
+    unnorm_key: str | None = None,
     norm_stats: dict | None = None,
     lora_path: str | None = None,
     value_head: bool | str | None = None,
     dtype: torch.dtype = torch.float32,
-    image_resize: str = "tensor",
+    image_resize: str | None = None,
     chunk_size: int | None = None,
-    oft_stop_token: bool = False,
+    oft_stop_token: bool | None = None,
     lora_rank: int = 0,
     lora_alpha: int = 32,
     lora_scope: str = "all",
     merge_lora: bool = False,
-    max_prompt_length: int = 30,
+    max_prompt_length: int | None = None,
     gradient_checkpointing: bool = False,
     cuda_graphs: bool = True,
+    world: dict | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> VLAPolicy:
-    """Load a policy for training from a checkpoint folder or a tiny preset.
+    """Load a policy for training from a checkpoint folder, from the Hub, or from a tiny preset.
+
+    model_type, unnorm_key, image_resize, oft_stop_token and max_prompt_length can be None. The folder's own value is
+    then used if it knows it (about.py), or else the default: openvla, bridge_orig, tensor, False and 30.
 
     Args:
-        path: a checkpoint folder, or the name of a tiny preset, which has random weights from `seed`.
-        model_type: openvla or openvla_oft. Published folders do not say which they are.
+        path: a checkpoint folder, a model on the Hub (schemas/hub.py), or the name of a tiny preset, which has random
+            weights from `seed`.
+        model_type: openvla or openvla_oft.
         unnorm_key: the key of the statistics that turn tokens into robot units.
         norm_stats: statistics that the folder lacks, as in dataset_statistics.json: {key: {"action": ...}}. They become
             part of the policy, and are saved with it.
-        lora_path: folder of a published adapter. It keeps its own rank, alpha and targets.
+        lora_path: folder of a published adapter, or its name on the Hub. It keeps its own rank, alpha and targets.
         value_head: None or True uses the critic in lora_path or path, or a fresh one (from `seed`). False makes no
             critic. A file or folder names the critic to use. The critic stays fp32 whatever dtype is.
         image_resize: "tensor" (RLinf) or "pil" (upstream's evaluation).
@@ -96,14 +107,19 @@ def load_policy(
         lora_scope: "all" (RLinf's targets), or "llm", which freezes vision towers and projector, also without adapter.
         merge_lora: merge the loaded adapter into the weights. lora_rank then puts a fresh one on top.
         cuda_graphs: whether act() uses recorded graphs on a GPU (cuda_graphs.py).
+        world: about.world_of() of the world that the policy acts in from now on, to be saved with it.
         device: where the weights are read to, tensor by tensor.
 
     Raises:
         UserError: one sentence that names the file, key or flag, and the remedy.
     """
-    check_choices(model_type, lora_path, image_resize, lora_scope)
-    folder = Path(path)
-    tiny = path in TINY_PRESETS
+    given = dict(model_type=model_type, unnorm_key=unnorm_key, chunk_size=chunk_size)
+    given |= dict(image_resize=image_resize, oft_stop_token=oft_stop_token, max_prompt_length=max_prompt_length)
+    about = with_defaults(given, path, lora_path)
+    model_type, unnorm_key, oft_stop_token = about["model_type"], about["unnorm_key"], about["oft_stop_token"]
+    check_choices(model_type, lora_path, about["image_resize"], lora_scope)
+    check_on_hub(path)
+    tiny, folder = path in TINY_PRESETS, whole_folder(path)
     adapter_folder = find_adapter(folder, lora_path)
     config, side_files = tiny_folder(path) if tiny else read_folder(folder, sorted(TINY_PRESETS))
     side_files = with_statistics(side_files, norm_stats)
@@ -139,14 +155,29 @@ def load_policy(
         tokenizer,
         image_size=(config["image_sizes"][0],) * 2,
         pad_token_id=action_tokens.vocab_end,
-        max_prompt_length=max_prompt_length,
+        max_prompt_length=about["max_prompt_length"],
         chunk_size=chunk_size,
-        image_resize=image_resize,
+        image_resize=about["image_resize"],
         cuda_graphs=cuda_graphs,
         caches_features=not any(parameter.requires_grad for parameter in model.vision_backbone.parameters()),
     )
-    policy.files = PolicyFiles(config, side_files, adapter_config, base)
+    about |= {"chunk_size": chunk_size, "oft_stop_token": oft_stop_token, "dtype": str(dtype).removeprefix("torch.")}
+    policy.files = PolicyFiles(config, side_files, adapter_config, base, about, world)
     return policy.to(device)
+
+
+def with_defaults(given: dict, path: str, lora_path: str | None) -> dict:
+    """The flags of a model: those given, else those that its adapter's or its own folder knows, else the defaults.
+
+    Raises:
+        UserError: a given one contradicts what the weights were trained for.
+    """
+    known = (lora_path and known_flags(lora_path, "--lora_path")) or known_flags(path)
+    given = {name: value for name, value in given.items() if value is not None}
+    if known is not None:
+        check_known(known, given)
+        given = {name: value for name, value in known.flags.items() if name in OF_MODEL} | given
+    return DEFAULTS | given
 
 
 def read_meaning(

@@ -18,11 +18,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from schemas import UserError, check, parse_json, quoted
+from schemas.hub import whole_folder
 from schemas.policies import WITHOUT_EFFECT, AdapterConfig
 from vla.files.tensors import COPY_AGAIN, digest, entry, first_not_finite, open_shard, read_small
 from vla.models.layers import LoraLinear
 from vla.models.openvla import OpenVLA
-from vla.models.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, check_keys
+from vla.models.published import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FLOATS, check_keys, check_on_hub, named
 from vla.text import error_text
 
 # RLinf's targets. "proj" also hits the patch embedding's convolution
@@ -77,12 +78,13 @@ def find_adapter(folder: Path, lora_path: str | None) -> Path | None:
     """The folder that holds the adapter, or None.
 
     Raises:
-        UserError: lora_path holds no adapter, or there are two adapters.
+        UserError: lora_path holds no adapter or cannot be fetched, or there are two adapters.
     """
     beside = (folder / ADAPTER_CONFIG).exists()
     if lora_path is None:
         return folder if beside else None
-    adapter = Path(lora_path)
+    check_on_hub(lora_path)
+    adapter = whole_folder(lora_path, "--lora_path")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter / name).exists():
             if (adapter / "adapter_model.bin").exists():
@@ -179,13 +181,13 @@ def with_adapter(
         if not merge:
             # a base in the adapter's own folder is saved together with the adapter, so no path is needed
             apart = base_folder is not None and base_folder != adapter.folder
-            return model, {**adapter.config, "base_model_name_or_path": str(base_folder.resolve()) if apart else None}
+            return model, {**adapter.config, **(named(base_folder) if apart else {"base_model_name_or_path": None})}
         merge_adapter(model)
     if not rank:
         return model, None
     adapter_config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": None if merge or base_folder is None else str(base_folder.resolve()),
+        **({"base_model_name_or_path": None} if merge or base_folder is None else named(base_folder)),
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": LLM_TARGETS if scope == "llm" else LORA_TARGETS,

@@ -4,10 +4,12 @@ A setting in a folder has the effect that it has in transformers, or it is refus
 base, missing keys or wrong statistics would silently cost tens of points of success. Nothing is ever unpickled.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from schemas import UserError, check, parse_json
+from schemas.hub import name_of, repo_of, top_files, whole_folder
 from schemas.policies import ActionBounds, AdapterBase, PolicyConfig, Preprocessor, Statistics, WeightIndex
 from vla.files.tensors import COPY_AGAIN, digest, entry, is_finite, open_shard, read_small
 from vla.models.action_tokens import NUM_BINS
@@ -47,6 +50,7 @@ FOREIGN_PARTS = {
 }
 # weights in other formats than safetensors
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+IS_A_PICKLE = "a pickle, which could run code and is never read: convert it with transformers' save_pretrained"
 # a tensor in files of old transformers versions. Newer ones compute it from config.json
 OLD_BUFFER = re.compile(r"language_model\.model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -60,22 +64,36 @@ def read_folder(folder: Path, presets: list[str]) -> tuple[dict, dict[str, bytes
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is not a folder: give a checkpoint folder, or a name for random weights ({', '.join(presets)})"
+            f"{folder} is not a folder: give a checkpoint folder, the name of a model on the Hub such as "
+            f"gen-robot/openvla-7b-rlvla-warmup, or a name for random weights ({', '.join(presets)})"
         )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json: it is not an OpenVLA checkpoint folder")
-    for file in sorted(folder.iterdir()):
-        for start, what in FOREIGN_PARTS.items():
-            if file.name.startswith(start):
-                raise UserError(
-                    f"{folder} holds {file.name}, {what}: use a discrete-token checkpoint, such as RLinf's for "
-                    "ManiSkill"
-                )
+    check_files([file.name for file in folder.iterdir()], str(folder))
     source = str(folder / "config.json")
     config = parse_json(read_small(folder / "config.json"), source, COPY_AGAIN)
     check(PolicyConfig, config, source, "use an OpenVLA or OpenVLA-OFT checkpoint, or fix the key")
     side_files = {name: read_small(folder / name) for name in SIDE_FILES if (folder / name).exists()}
     return config, side_files
+
+
+def check_files(names: Collection[str], place: str) -> None:
+    """Raise UserError if a folder of these files has a part of another model."""
+    for name in sorted(names):
+        for start, what in FOREIGN_PARTS.items():
+            if name.startswith(start):
+                raise UserError(
+                    f"{place} holds {name}, {what}: use a discrete-token checkpoint, such as RLinf's for ManiSkill"
+                )
+
+
+def check_on_hub(path: str) -> None:
+    """Raise UserError if a model on the Hub cannot be used, by the names of its files, before weights are fetched."""
+    names = top_files(path)
+    check_files(names, path)
+    pickles = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLES))
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{path} holds no .safetensors but {pickles[0]}, {IS_A_PICKLE}")
 
 
 def action_vocab_end(config: dict, tokenizer: Tokenizer | None, path: str) -> int:
@@ -198,10 +216,7 @@ def no_weights(folder: Path) -> str:
         return f"{problem} and {INDEX}, it holds {shards[0].name}: copy the index, which lists the files' tensors"
     for pattern in PICKLES:
         if pickles := sorted(folder.glob(pattern)):
-            return (
-                f"{problem}, it holds {pickles[0].name}, a pickle, which could run code and is never read: convert it "
-                "with transformers' save_pretrained"
-            )
+            return f"{problem}, it holds {pickles[0].name}, {IS_A_PICKLE}"
     return f"{problem}: {COPY_AGAIN}"
 
 
@@ -344,8 +359,8 @@ def find_base(folder: Path) -> Path:
             raise UserError(no_weights(folder))
         return folder
     source = folder / ADAPTER_CONFIG
-    content = parse_json(read_small(source), str(source), COPY_AGAIN)
-    base = check(dict[str, Any], content, str(source), COPY_AGAIN).get("base_model_name_or_path")
+    content = check(dict[str, Any], parse_json(read_small(source), str(source), COPY_AGAIN), str(source), COPY_AGAIN)
+    base = content.get("base_model_name_or_path")
     if has_weights(folder):
         names_another = base and (not isinstance(base, str) or Path(base).resolve() != folder.resolve())
         if names_another:
@@ -354,20 +369,29 @@ def find_base(folder: Path) -> Path:
                 "null if these weights are the base, else move the adapter into a folder of its own"
             )
         return folder
-    if not isinstance(base, str) or not base or not Path(base).is_dir():
+    if not isinstance(base, str) or not base or not (os.path.isdir(base) or repo_of(base)):
         raise UserError(
             f"{source} has base_model_name_or_path {base!r}, which is not a folder here: load the base model and give "
             f"{folder} as --lora_path"
         )
-    if (Path(base) / ADAPTER_CONFIG).exists():
-        itself = "itself" if Path(base).resolve() == folder.resolve() else f"{base}, which holds an adapter too"
+    pinned = f"{base}@{content['revision']}" if repo_of(base) and content.get("revision") else base
+    place = whole_folder(pinned, f"{source}: base_model_name_or_path")
+    if (place / ADAPTER_CONFIG).exists():
+        itself = "itself" if place.resolve() == folder.resolve() else f"{base}, which holds an adapter too"
         raise UserError(
             f"{source} has base_model_name_or_path {itself}: name a folder with whole weights, with any other adapter "
             "merged into them"
         )
-    if not has_weights(Path(base)):
-        raise UserError(no_weights(Path(base)))
-    return Path(base)
+    if not has_weights(place):
+        raise UserError(no_weights(place))
+    return place
+
+
+def named(folder: Path) -> dict:
+    """How adapter_config.json names the base in a folder: a model of the Hub with its commit, or the path."""
+    if found := name_of(folder):
+        return {"base_model_name_or_path": found[0], "revision": found[1]}
+    return {"base_model_name_or_path": str(folder.resolve())}
 
 
 def describe_base(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vla.files.tensors import digest, entry, save_tensors
+from vla.models.about import ABOUT, about_bytes
 from vla.models.lora import merge_state, published_name
 from vla.models.policy import VLAPolicy
 from vla.models.published import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
@@ -22,6 +23,8 @@ class PolicyFiles:
     side_files: dict[str, bytes]  # name -> content
     adapter_config: dict | None  # adapter_config.json. Without base_model_name_or_path the base is saved, too
     base: dict  # published.describe_base() of the loaded and merged weights, before any training
+    about: dict  # the flags of about.OF_MODEL
+    world: dict | None  # the world that the policy acts in, from about.world_of()
 
 
 def saves_adapter_alone(policy: VLAPolicy) -> bool:
@@ -62,6 +65,7 @@ def save_policy(
     if critic:
         save_tensors(critic, folder / "value_head.safetensors")
     (folder / "config.json").write_text(json.dumps(policy.files.config, indent=2))
+    (folder / ABOUT).write_bytes(about_bytes(policy.files.about, policy.files.world))
     for name, content in policy.files.side_files.items():
         (folder / name).write_bytes(content)
 

@@ -8,8 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from schemas import UserError
+from schemas.hub import small_folder, whole_folder
+from vla.distributed import end_with_launcher
 from vla.models.policy import PROMPT
-from vla.models.published import read_folder
+from vla.models.published import ADAPTER_CONFIG, check_on_hub, find_base, read_folder
 from vla.models.tiny import TINY_PRESETS, tiny_side_files
 from vla.models.tokenizer import read_tokenizer
 from vla.start.launch import launched
@@ -21,10 +23,31 @@ PROCESS_BYTES = 100 * 2**20  # least per process that simulates (measured: 520 M
 
 
 def small_files(model_path: str) -> tuple[dict, dict[str, bytes]]:
-    """config.json of a checkpoint folder or a tiny preset, and the other small files."""
+    """config.json of a checkpoint folder, a model on the Hub or a tiny preset, and the other small files."""
     if model_path in TINY_PRESETS:
         return TINY_PRESETS[model_path], tiny_side_files()
-    return read_folder(Path(model_path), sorted(TINY_PRESETS))
+    folder = small_folder(model_path, "--model_path")
+    check_on_hub(model_path)
+    return read_folder(folder, sorted(TINY_PRESETS))
+
+
+def fetch_weights(source: str, model_path: str, lora_path: str | None) -> None:
+    """Fetch what a policy lacks here from the Hub, before the ranks join a group in which waiting could time out.
+
+    Args:
+        source: the flag that names model_path.
+
+    Raises:
+        UserError: something cannot be fetched.
+    """
+    if model_path in TINY_PRESETS and not lora_path:
+        return
+    end_with_launcher()  # a download may take an hour
+    folder = whole_folder(model_path, source)
+    if (folder / ADAPTER_CONFIG).exists():
+        find_base(folder)
+    if lora_path:
+        whole_folder(lora_path, "--lora_path")
 
 
 # ---------------------------------------------------------------------- the prompt

@@ -258,11 +258,11 @@ def trained_shapes(engine: Engine) -> dict[str, list[int]]:
 
 
 def adapter_settings(engine: Engine) -> dict | None:
-    """The adapter_config.json without the path of the base, or None without an adapter."""
+    """The adapter_config.json without the place of the base, or None without an adapter."""
     config = engine.module.files.adapter_config
     if config is None:
         return None
-    settings = {key: value for key, value in config.items() if key != "base_model_name_or_path"}
+    settings = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
     return json.loads(json.dumps(settings))  # as it is read back: lists instead of tuples
 
 
@@ -274,7 +274,8 @@ def check_same_model(engine: Engine, state: State, folder: Path) -> None:
             "--lora_scope and --critic"
         )
     check_base(state.base, engine.module.files.base, str(folder), "the one in --model_path")
-    if state.adapter is not None and state.adapter != (adapter_settings(engine) or {}):
+    saved = state.adapter and {key: value for key, value in state.adapter.items() if key != "revision"}
+    if saved is not None and saved != (adapter_settings(engine) or {}):
         raise UserError(f"{folder} was written with another adapter_config.json: restore the one that --lora_path had")
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from schemas import UserError
+from schemas.hub import small_folder
 from vla.models.action_tokens import ACTION_DIM, ActionTokens
 from vla.models.loading import build_model, cast_parameters, freeze, with_adapter
 from vla.models.policy import PolicyInputs, VLAPolicy
@@ -197,8 +197,9 @@ def meta_policy(
 ) -> VLAPolicy:
     """The policy on the meta device. If model_path is not on this machine, it has the size of the published OpenVLA."""
     config = TINY_PRESETS.get(model_path, OPENVLA_7B)
-    if (Path(model_path) / "config.json").is_file():
-        config = json.loads((Path(model_path) / "config.json").read_text())
+    folder = small_folder(model_path, offline=True)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
     with init_empty_weights(include_buffers=False):
         model = build_model(model_type, config, chunk_size, False, on_meta=True)
         model, adapter_config = with_adapter(model, None, lora_rank, 32, lora_scope, False, None)
