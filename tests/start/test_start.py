@@ -493,8 +493,16 @@ def test_a_preset_is_a_file_name_and_nothing_else(clone, name, by):
     run = make(clone, f"PRESET={name}") if by == "command line" else make(clone, PRESET=name)
     assert run.returncode == 0, run.stderr
     words = json.loads((clone / "words.json").read_text())
-    assert words[2:] == ["--num_gpus", "3", "train_ppo.py", "--config", name]
+    assert words[0] == "--quiet" and words[3:] == ["--num_gpus", "3", "train_ppo.py", "--config", name]
     assert set(clone.iterdir()) == before | {clone / "words.json"}
+
+
+def test_make_starts_a_launcher_that_speaks_only_of_errors(clone):
+    (clone / "a.yaml").write_text("# ranks: 2\n")
+    run = make(clone, "PRESET=a.yaml")
+    assert json.loads((clone / "words.json").read_text())[0] == "--quiet" and "the launcher starts" in run.stdout
+    make(clone, "PRESET=a.yaml", SOLOVLA_DEBUG="1")
+    assert json.loads((clone / "words.json").read_text())[0] == "--master_port"
 
 
 def test_the_presets_own_name_says_which_script(clone):
@@ -503,7 +511,7 @@ def test_the_presets_own_name_says_which_script(clone):
         (clone / name).write_text("# ranks: 2\n")
         assert make(clone, f"PRESET={name}", "ARGS=--seed 3").returncode == 0
         script = f"train_{Path(name).stem}.py"
-        assert json.loads((clone / "words.json").read_text())[4:] == [script, "--config", name, "--seed", "3"]
+        assert json.loads((clone / "words.json").read_text())[5:] == [script, "--config", name, "--seed", "3"]
 
 
 @pytest.mark.parametrize(
@@ -523,7 +531,7 @@ def test_a_preset_that_make_can_not_use(clone, content, sentence):
     assert run.stderr.splitlines()[0] == sentence and not (clone / "words.json").exists()
     if content is not None:
         assert make(clone, "PRESET=a.yaml", "RANKS=5").returncode == 0
-        assert json.loads((clone / "words.json").read_text())[3] == "5"
+        assert json.loads((clone / "words.json").read_text())[4] == "5"
 
 
 # ---------------------------------------------------------------------- Slurm
