@@ -45,7 +45,7 @@ from schemas.evaluations import Identity, Published, Results, RunFlags
 from schemas.hub import name_of as model_name
 from schemas.hub import repo_of, small_folder
 from schemas.lock import check_free, hold_folder
-from vla.cli import flag_value, parse_layers, resolved_input, typed_flags
+from vla.cli import compare_worlds, flag_value, parse_layers, resolved_input, typed_flags
 from vla.distributed import (
     UserError,
     agree,
@@ -64,7 +64,7 @@ from vla.evaluation.settings import FAMILY, Setting, parse_settings
 from vla.evaluation.statistics import assemble, compare, comparison_table, headline, markdown_table
 from vla.files.trees import checksum
 from vla.logger import describe_run
-from vla.models.about import ABOUT, Known, check_known, differences, known_flags
+from vla.models.about import ABOUT, Known, known_flags
 from vla.models.loading import load_policy
 from vla.models.policy import VLAPolicy
 from vla.models.published import check_on_hub
@@ -73,7 +73,6 @@ from vla.reports.evaluation_page import write_report
 from vla.reports.plots import plot_comparison
 from vla.start.checks import fetch_weights
 from vla.start.flag_files import ROOT, Layer, read_yaml
-from vla.start.launch import launched
 from vla.start.resume import check_present
 from vla.text import counted, one_line, without_machine, without_places
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
@@ -373,9 +372,7 @@ def parse(argv: list[str]) -> Args:
     args = parse_layers(Args, layers, argv, __doc__)
     if saved:
         check_present(saved, [name for name in wanted if name not in typed], known.source)
-    check_known(known, {name: getattr(args, name) for name in ("model_type", *typed) if hasattr(args, name)})
-    if launched().rank == 0 and (line := differences(known, vars(args))):
-        print(line, flush=True)
+    compare_worlds(known, vars(args))
     return args
 
 

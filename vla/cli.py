@@ -32,6 +32,7 @@ from vla.text import counted
 from vla.training.rollout_buffer import minibatch_block
 
 ArgsType = TypeVar("ArgsType")
+HELP = ("-h", "--help")
 
 
 # ---------------------------------------------------------------------- parsing
@@ -53,36 +54,48 @@ def parse_args(args_class: type[ArgsType], argv: list[str], description: str, *,
     if resume := flag_value(argv, "resume"):
         layers.append(saved_layer(Path(resolved_input("resume", resume))))
     layers += [yaml_layer(name) for name in flag_values(argv, "config")]
-    args = parse_layers(args_class, layers, argv, description)
-    places = {f"--{name}": getattr(args, name, None) for name in ("model_path", "lora_path")}
-    found = [known_flags(path, flag, offline=offline) for flag, path in places.items() if path]
-    if resume:  # the run has all flags
-        return args
-    return with_known(args, list(filter(None, found)), layers, argv, description)
+    words = [word for word in argv if word not in HELP]
+    if words != argv:
+        with contextlib.suppress(UserError):  # help is for those who have a wrong flag, too
+            chosen = parse_layers(args_class, layers, words, description)
+            layers = [*known_layers(chosen, known_of(chosen, offline=True), layers, words), *layers]
+        return parse_layers(args_class, layers, argv, description)  # prints the help, and exits
+    chosen = parse_layers(args_class, layers, argv, description)
+    found = [] if resume else known_of(chosen, offline)  # a run has all flags
+    if not found:
+        return chosen
+    chosen = parse_layers(args_class, [*known_layers(chosen, found, layers, argv), *layers], argv, description)
+    compare_worlds(found[-1], vars(chosen))  # an adapter was trained after its base
+    return chosen
 
 
-def with_known(args: ArgsType, found: list[Known], layers: list[Layer], argv: list[str], description: str) -> ArgsType:
-    """The flags again, with what the policy's folders know below all others. Rank 0 says where the worlds differ.
+def known_of(flags: Any, offline: bool) -> list[Known]:
+    """What the folders of the policy know: the base's, then the adapter's. Raises UserError if one cannot be read."""
+    places = {name: getattr(flags, name, None) for name in ("model_path", "lora_path")}
+    found = [known_flags(path, f"--{name}", offline=offline) for name, path in places.items() if path]
+    return [known for known in found if known is not None]
 
-    Args:
-        args: the flags without that knowledge. layers, argv: where they come from.
+
+def known_layers(flags: Any, found: list[Known], layers: list[Layer], argv: list[str]) -> list[Layer]:
+    """What folders know, as layers below all others. An env that was given decides whether their world applies."""
+    names = {field.name for field in dataclasses.fields(flags)}
+    own_env = "env_id" in typed_flags(argv).union(*(layer.values for layer in layers))
+    below = []
+    for known in found:
+        values = without_foreign_world(known.flags, flags.env_id, FAMILY) if own_env else known.flags
+        below.append(Layer(known.source, {name: value for name, value in values.items() if name in names}, ()))
+    return below
+
+
+def compare_worlds(known: Known, used: dict[str, Any]) -> None:
+    """Print, on rank 0, where a policy is used in another world than its own.
 
     Raises:
         UserError: a flag contradicts what the weights were trained for.
     """
-    given = typed_flags(argv).union(*(layer.values for layer in layers))
-    names = {field.name for field in dataclasses.fields(args)}
-    below = []
-    for known in found:
-        flags = without_foreign_world(known.flags, args.env_id, FAMILY) if "env_id" in given else known.flags
-        below.append(Layer(known.source, {name: value for name, value in flags.items() if name in names}, ()))
-    if below:
-        args = parse_layers(type(args), [*below, *layers], argv, description)
-    for known in found[-1:]:  # an adapter was trained after its base
-        check_known(known, vars(args))
-        if launched().rank == 0 and (line := differences(known, vars(args))):
-            print(line, flush=True)
-    return args
+    check_known(known, used)
+    if launched().rank == 0 and (line := differences(known, used)):
+        print(line, flush=True)
 
 
 def parse_layers(args_class: type[ArgsType], layers: list[Layer], argv: list[str], description: str) -> ArgsType:
@@ -113,7 +126,7 @@ def parse_flags(args_class: type[ArgsType], argv: list[str], description: str, d
     Raises:
         UserError: a flag or value is wrong. One sentence replaces tyro's boxed report.
     """
-    if {"-h", "--help"} & set(argv):
+    if {*HELP} & {*argv}:
         print(help_text(args_class, default, description), end="")
         raise SystemExit(0)
     check_switches(args_class, argv)

@@ -81,6 +81,7 @@ def run_main(main: Callable, parse: Callable) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     try:
+        end_with_launcher()  # flags may name a model that takes an hour to fetch
         run_watched(main, parse)
     except SystemExit as stop:
         if stop.code == REQUEUE:  # everything is saved, so the grace period is not spent on drivers' clean-up

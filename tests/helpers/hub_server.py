@@ -30,6 +30,7 @@ class Hub:
         self.refs: dict[tuple[str, str], dict[str, str]] = {}  # (kind, id) -> {branch or tag: commit}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.pages: dict[str, bytes] = {}  # other paths, such as GitHub's
         self.cuts: dict[str, list[int]] = {}  # end of a path -> bytes after which its next connections break
         self.answers: dict[str, int] = {}  # beginning of a path -> status of every answer below it
         self.private: set[str] = set()  # ids that need the token
@@ -114,7 +115,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send(status=status)
                 return
         words = path.strip("/").split("/")
-        if words[0] == "lfs":
+        if path in self.hub.pages:
+            self.content(path, self.hub.pages[path])
+        elif words[0] == "lfs":
             self.content(words[1], self.hub.objects[words[1]])
         elif words[0] == "api":
             self.api(words[1:])

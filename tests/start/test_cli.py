@@ -25,7 +25,7 @@ def parse(*argv: str) -> Args:
 def test_every_preset_parses(preset):
     of_script = {"sft": train_sft.Args, "demos": collect_demos.Args}
     args_class = train_grpo.Args if "_grpo_" in preset.name else of_script.get(preset.name.split("_")[0], Args)
-    args = parse_args(args_class, ["--config", str(preset)], "test")
+    args = parse_args(args_class, ["--config", str(preset)], "test", offline=True)
     for key, value in yaml.safe_load(preset.read_text()).items():
         assert getattr(args, key) == (tuple(value) if isinstance(value, list) else value), key
 

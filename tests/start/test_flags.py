@@ -374,7 +374,8 @@ def test_what_nobody_gives_is_an_error():
 
 # ---------------------------------------------------------------------- presets on many ranks
 def args_of(preset: Path):
-    return parse_args((train_grpo if "_grpo_" in preset.name else train_ppo).Args, ["--config", str(preset)], "")
+    script = train_grpo if "_grpo_" in preset.name else train_ppo
+    return parse_args(script.Args, ["--config", str(preset)], "", offline=True)
 
 
 @pytest.mark.parametrize("ranks", [8, 16, 32])
@@ -389,7 +390,7 @@ def test_every_preset_starts_on_many_ranks(preset, ranks):
             derive_sizes(**pick(args, derive_sizes, **given))
         return
     sizes = derive_sizes(**pick(args, derive_sizes, **given))
-    own = dict(auto_reset=True, ignore_terminations=False, asset_pack="builtin")  # the published pack is not here
+    own = dict(auto_reset=True, ignore_terminations=False, asset_pack="builtin", asset_dir=None)  # no network here
     own |= dict(num_env_workers=sizes.num_env_workers, first_env=sizes.first_env, privileged=False)
     check_envs(args.env_id, sizes.local_num_envs, **pick(args, make_envs, **own))
     own["num_env_workers"] = sizes.num_eval_env_workers

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from schemas import UserError
 from schemas.hub import small_folder, whole_folder
-from vla.distributed import end_with_launcher
 from vla.models.policy import PROMPT
 from vla.models.published import ADAPTER_CONFIG, check_on_hub, find_base, read_folder
 from vla.models.tiny import TINY_PRESETS, tiny_side_files
@@ -42,7 +41,6 @@ def fetch_weights(source: str, model_path: str, lora_path: str | None) -> None:
     """
     if model_path in TINY_PRESETS and not lora_path:
         return
-    end_with_launcher()  # a download may take an hour
     folder = whole_folder(model_path, source)
     if (folder / ADAPTER_CONFIG).exists():
         find_base(folder)
