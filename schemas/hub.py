@@ -350,7 +350,7 @@ def download(repo: Repo, patterns: tuple[str, ...], ignored: tuple[str, ...]) ->
         allow_patterns=list(patterns),
         ignore_patterns=list(ignored),
         library_name="solovla",
-        tqdm_class=None if sys.stderr.isatty() else lines_class(),
+        tqdm_class=progress_class(),
     )
 
 
@@ -409,9 +409,12 @@ def check_content(api, repo: Repo, folder: Path) -> None:
         )
 
 
-def lines_class() -> type:
-    """A progress bar that prints a line from time to time, for logs."""
+def progress_class() -> type | None:
+    """For a terminal the bars of huggingface_hub, for a log a line from time to time."""
     from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return None
 
     class Lines(tqdm):
         def __init__(self, *args, **kwargs) -> None:

@@ -36,7 +36,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from schemas import UserError
-from schemas.hub import amount, data_folder, once, one_line, patiently, repo_of
+from schemas.hub import amount, data_folder, once, one_line, patiently, progress_class, repo_of
 
 HUGGING_FACE = "https://huggingface.co"
 DATA_SET, FOLDER = "RLinf/maniskill_assets", "carrot"
@@ -192,7 +192,12 @@ def fetch_data_set(root: Path, mirror: str | None) -> str:
 
     def fetch() -> str:
         return snapshot_download(
-            DATA_SET, repo_type="dataset", local_dir=root, allow_patterns=[f"{FOLDER}/*"], endpoint=mirror
+            DATA_SET,
+            repo_type="dataset",
+            local_dir=root,
+            allow_patterns=[f"{FOLDER}/*"],
+            endpoint=mirror,
+            tqdm_class=progress_class(),
         )
 
     try:

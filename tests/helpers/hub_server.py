@@ -187,7 +187,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if commit is None:
             return
         if what == "tree":
-            self.send_object([self.entry(*file) for file in sorted(self.hub.repos[kind, repo][commit].items())])
+            below = revision.partition("/")[2]
+            files = sorted(self.hub.repos[kind, repo][commit].items())
+            self.send_object([self.entry(*file) for file in files if not below or file[0].startswith(f"{below}/")])
         else:
             names = [{"rfilename": name} for name in self.hub.repos[kind, repo][commit]]
             self.send_object({"id": repo, "sha": commit, "siblings": names, "private": repo in self.hub.private})
