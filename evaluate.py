@@ -45,7 +45,7 @@ from schemas.evaluations import Identity, Published, Results, RunFlags
 from schemas.hub import name_of as model_name
 from schemas.hub import repo_of, small_folder
 from schemas.lock import check_free, hold_folder
-from vla.cli import compare_worlds, flag_value, parse_layers, resolved_input, typed_flags
+from vla.cli import HELP, compare_worlds, flag_value, parse_layers, resolved_input, typed_flags
 from vla.distributed import (
     UserError,
     agree,
@@ -358,7 +358,7 @@ def fingerprint(folder: Path, lora_folder: Path | None = None) -> dict[str, str]
 def parse(argv: list[str]) -> Args:
     """Flags of model and env from the run of the checkpoint, or from its folder, overridden by argv."""
     checkpoint = resolved_input("checkpoint", flag_value(argv, "checkpoint"))
-    if not checkpoint or flag_value(argv, "compare") or {"-h", "--help"} & set(argv):
+    if not checkpoint or flag_value(argv, "compare") or {*HELP} & {*argv}:
         return parse_layers(Args, [], argv, __doc__)
     folder, saved = find_checkpoint(checkpoint)
     known = Known(f"{checkpoint}: its run's args.json", saved, True) if saved else known_of(checkpoint, folder)

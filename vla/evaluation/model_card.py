@@ -27,7 +27,7 @@ from vla.text import counted, markdown_code, markdown_text, without_places
 WEIGHTS = re.compile(r"(?:adapter_)?model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 BESIDE = re.compile(  # other files of published policies
     r"(?:config|generation_config|preprocessor_config|processor_config|dataset_statistics|tokenizer|tokenizer_config"
-    r"|special_tokens_map|added_tokens|adapter_config|adapter_base)\.json"
+    r"|special_tokens_map|added_tokens|adapter_config|adapter_base|solovla)\.json"
     r"|tokenizer\.model|value_head\.safetensors|README\.md|LICENSE(?:\.\w+)?|\.gitattributes"
 )
 
@@ -118,13 +118,10 @@ def replace_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir:
 
 
 def evaluate_command(flags: dict, folder: str) -> str:
-    """The evaluate.py command that measures the card's success. The folder itself does not hold these settings."""
+    """The evaluate.py command that measures the card's success. The folder knows the model and its world."""
     setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
     words = ["--checkpoint", folder, "--settings", setting, "--no-ignore_terminations"]
     words += ["--num_episodes", flags["num_eval_episodes"], "--temperature", flags["eval_temperature"]]
-    words += ["--image_size", *flags["image_size"]]
-    for flag in ("model_type", "unnorm_key", "dtype", "sim_freq", "max_episode_steps"):
-        words += [f"--{flag}", flags[flag]]
     return f"python evaluate.py {shlex.join(map(str, words))}"
 
 

@@ -24,7 +24,7 @@ SHOWN = {
     "unnorm_key": "statistics of {}",
     "image_resize": "image_resize {}",
     "oft_stop_token": "oft_stop_token {}",
-    "env_id": "{}",
+    "env_id": "env {}",
     "image_size": "{0[0]} x {0[1]} pixels",
     "sim_freq": "{} Hz physics",
     "asset_pack": "{} assets",
