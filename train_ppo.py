@@ -613,13 +613,13 @@ def main(args: Args) -> None:
         if stopped:  # --resume makes the evaluation again
             preemption.exit(saved)
 
-    for opened in (logger, envs, eval_envs):
-        opened.close()
     if sizes.num_iterations <= args.critic_warmup_iterations:
-        print0(
+        logger.say(
             "policy      is still the one that it started as: only the critic learns in the first "
             f"{args.critic_warmup_iterations} iterations (--critic_warmup_iterations)"
         )
+    for opened in (logger, envs, eval_envs):
+        opened.close()
 
 
 if __name__ == "__main__":

@@ -324,6 +324,11 @@ class Logger:
         for backend in self.backends:
             backend.log(metrics, global_step)
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar on rank 0."""
+        if self.enabled:
+            say(text)
+
     def close(self, last: str | None = None) -> None:
         """Draw the plot, and print the results, every file of the run and the next commands.
 
