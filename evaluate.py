@@ -20,7 +20,6 @@ also gets episodes.jsonl: every episode with its actions, which --resume reads. 
 evaluation between two steps with exit code 75.
 """
 
-import contextlib
 import difflib
 import json
 import os
@@ -28,6 +27,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,6 @@ import torch
 
 from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
-from envs.video import VideoWriter
 from schemas import check, flags, read_json
 from schemas.evaluations import Identity, Published, Results, RunFlags
 from schemas.hub import name_of as model_name
@@ -59,9 +58,11 @@ from vla.distributed import (
     world_size,
 )
 from vla.evaluation.episode_log import EpisodeLog, Progress
-from vla.evaluation.episodes import NEVER, Actor, PolicyActor, Stop, outcome, replay, run_episodes
+from vla.evaluation.episodes import NEVER, Actor, PolicyActor, Stop, Watch, outcome, run_episodes
+from vla.evaluation.recording import Look, OpenEnvs, Seen, record_share, warn
 from vla.evaluation.settings import FAMILY, Setting, parse_settings
 from vla.evaluation.statistics import assemble, compare, comparison_table, headline, markdown_table
+from vla.evaluation.video import frame_size
 from vla.files.trees import checksum
 from vla.logger import describe_run
 from vla.models.about import ABOUT, Known, known_flags
@@ -79,6 +80,8 @@ from vla.training.checkpoint import check_policy_contents, complete_checkpoints
 from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
 
+RENAMED = {"film_episodes": "video_episodes", "film_failures": "video_failures"}  # old name -> new name
+WATCHED = 8  # episodes of a setting that are kept in case they fail, where the simulation does not repeat
 PUBLISHED = Path(__file__).resolve().parent / "benchmarks" / "published.yaml"
 MODEL_FLAGS = ("model_type", "unnorm_key", "image_resize", "oft_stop_token", "max_prompt_length", "dtype")
 REMEDY = "copy the run folder again, or give its policy folder alone as --checkpoint"
@@ -123,10 +126,12 @@ class Args:
     # ---- results
     base: tuple[flags.Text, ...] = ()
     """Published rows from benchmarks/published.yaml to show next to yours, such as rlinf-ppo-openvla, or all."""
-    film_episodes: tuple[flags.CountOrNone, ...] = (0,)
+    video_episodes: tuple[flags.CountOrNone, ...] = (0,)
     """Indices, counted from 0, of each setting's episodes that become videos (at the first temperature)."""
-    film_failures: flags.CountOrNone = 1
+    video_failures: flags.CountOrNone = 1
     """Number of failed episodes per setting that become videos in addition."""
+    video_size: tuple[flags.Pixels, flags.Pixels] = (480, 360)
+    """Width and height of the videos' images. What the policy saw is inset, unless it is at least that large."""
 
     # ---- model
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
@@ -180,6 +185,8 @@ class Args:
 class ExpertActor:
     """The scripted expert with the interface of vla.evaluation.episodes.Actor."""
 
+    chunk_size = 1
+
     def begin(self, episode_ids) -> None:
         self.experts = [Expert() for _ in episode_ids]
 
@@ -192,6 +199,8 @@ class ExpertActor:
 
 class IdleActor:
     """An actor that does not move and keeps the gripper open."""
+
+    chunk_size = 1
 
     def begin(self, episode_ids) -> None:
         pass
@@ -357,6 +366,8 @@ def fingerprint(folder: Path, lora_folder: Path | None = None) -> dict[str, str]
 
 def parse(argv: list[str]) -> Args:
     """Flags of model and env from the run of the checkpoint, or from its folder, overridden by argv."""
+    for old in sorted(typed_flags(argv) & RENAMED.keys()):
+        raise UserError(f"Unrecognized options: --{old}, did you mean --{RENAMED[old]}? (see --help)")
     checkpoint = resolved_input("checkpoint", flag_value(argv, "checkpoint"))
     if not checkpoint or flag_value(argv, "compare") or {*HELP} & {*argv}:
         return parse_layers(Args, [], argv, __doc__)
@@ -478,26 +489,35 @@ def run_setting(
     log: EpisodeLog,
     progress: Progress,
     stop: Stop = NEVER,
+    watch: Watch | None = None,
 ) -> bool:
-    """Run the episodes that the log lacks, for each temperature. False on all ranks if one was asked to stop."""
+    """Run the episodes that the log lacks, for each temperature. False on all ranks if one was asked to stop.
+
+    watch: gets what the policy sees at the first temperature.
+    """
     for temperature, actor in actors.items():
         missing = log.missing(name, temperature, episode_ids)
         done = [episode_id for episode_id in episode_ids if episode_id not in missing]
         progress.begin(f"{name} T={temperature:g}", log.episodes(name, temperature, done))
-        for batch in run_episodes(actor, envs, missing, stop=stop):
+        for batch in run_episodes(actor, envs, missing, watch, stop):
             log.add(name, temperature, batch)
             progress.add(batch)
+        watch = None
         if log.missing(name, temperature, episode_ids):
             return False
     return True
 
 
 def choose_videos(
-    episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, ...], failures: int
+    episodes: list[dict], folder: Path, setting: str, chosen: tuple[int, ...], failures: int, seen: set[int] | None
 ) -> dict[Path, dict]:
-    """{video file: episode} of one setting: the chosen places, then the first `failures` failed episodes."""
-    places = [place for place in chosen if place < len(episodes)]
-    failed = [place for place, episode in enumerate(episodes) if not episode["success_once"] and place not in places]
+    """{video file: episode} of one setting: the chosen places, then the first `failures` failed episodes.
+
+    seen: the ids of the episodes that can be shown, or None for all.
+    """
+    shown = [place for place, one in enumerate(episodes) if seen is None or one["episode_id"] in seen]
+    places = [place for place in chosen if place in shown]
+    failed = [place for place in shown if not episodes[place]["success_once"] and place not in places]
     stem = re.sub(r"[^\w.-]", "_", setting)
     return {
         folder / f"{stem}_{place:04d}_id{episodes[place]['episode_id']}_{outcome(episodes[place])}.mp4": episodes[place]
@@ -505,24 +525,24 @@ def choose_videos(
     }
 
 
-def record_videos(envs, wanted: dict[Path, dict], stop: Stop = NEVER) -> None:
-    """Replay episodes from their actions into videos. The ranks share the work, and end early if asked to stop."""
+def watch_few(episode_ids: list[int], chosen: tuple[int, ...], failures: int) -> Seen:
+    """Keeps what the policy sees in the chosen episodes, and in the first WATCHED ones if failures are wanted."""
+    places = [*chosen, *(range(WATCHED) if failures else ())]
+    return Seen([episode_ids[place] for place in dict.fromkeys(places) if place < len(episode_ids)])
+
+
+def record_videos(
+    wanted: dict[Path, dict], setting: str, open_envs: OpenEnvs, look: Look, stop: Stop, watch: Seen | None
+) -> None:
+    """Record videos and posters. The ranks share the work, and end early if asked to stop. A failure is a warning."""
     left = [path for path in wanted if not path.exists()]
     barrier()  # all ranks have seen the same files
     mine = left[rank() :: world_size()]
-    for start in range(0, len(mine), envs.num_envs):
-        batch = mine[start : start + envs.num_envs]
-        videos = [VideoWriter(path.with_name(f"partial_{path.name}")) for path in batch]
-        with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(video) for video in videos]
-            whole = replay(envs, [wanted[path] for path in batch], opened, stop)
-        for path, video in zip(batch, videos):
-            if whole:
-                os.replace(video.path, path)  # a file with its final name is whole
-            else:
-                Path(video.path).unlink(missing_ok=True)
-        if not whole:
-            return
+    if watch is not None:  # the images are where the episode ran
+        mine = [path for path in left if wanted[path]["episode_id"] in watch.whole()]
+    problem = agree(record_share({path: wanted[path] for path in mine}, open_envs, look, stop, watch))
+    if problem is not None and rank() == 0:
+        warn(f"of {setting}", problem)
 
 
 def name_of(policy: str, checkpoint: Path | None) -> str:
@@ -599,21 +619,41 @@ def print_start(args: Args, name: str, num_settings: int, folder: Path) -> None:
     print0(f"{of_model}{width} x {height} pixels, {args.sim_freq} Hz physics, {args.max_episode_steps} steps")
 
 
-def open_envs(args: Args, setting: Setting):
-    """The envs of this rank for one setting. Ends with one sentence for missing assets and the like."""
-    num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
+def envs_of(args: Args, setting: Setting) -> OpenEnvs:
+    """make_envs() for one setting. It still takes num_envs, image_size and num_env_workers."""
     world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
     world["instruction"] = None if setting.env_id in VARIANTS else args.instruction
+    return partial(
+        make_envs,
+        setting.env_id,
+        obj_set=setting.obj_set,
+        worker_timeout=args.worker_timeout,
+        render_backend=args.render_backend,
+        **world,
+    )
+
+
+def evaluate_setting(
+    args: Args,
+    one: Setting,
+    ids: list[int],
+    actors: dict[float, Actor],
+    log: EpisodeLog,
+    progress: Progress,
+    stop: Stop,
+) -> Seen | None:
+    """Run the episodes of one setting that the log lacks. Ends with one sentence for missing assets and the like.
+
+    Returns:
+        what the policy saw in a few episodes. None where episodes can be replayed.
+    """
+    num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
     with user_errors():
-        return make_envs(
-            setting.env_id,
-            num_envs,
-            obj_set=setting.obj_set,
-            num_env_workers=min(args.num_env_workers, num_envs),
-            worker_timeout=args.worker_timeout,
-            render_backend=args.render_backend,
-            **world,
-        )
+        opened = envs_of(args, one)(num_envs=num_envs, num_env_workers=min(args.num_env_workers, num_envs))
+    with opened as envs:
+        watch = None if envs.repeats else watch_few(ids, args.video_episodes, args.video_failures)
+        run_setting(envs, one.name, ids, actors, log, progress, stop, watch)
+    return watch
 
 
 def write_results(
@@ -632,8 +672,14 @@ def write_results(
     results = assemble(episodes, about)
     for name, recorded in videos.items():
         results["settings"][name]["videos"] = [
-            {"file": f"videos/{path.name}", "episode_id": episode["episode_id"], "outcome": outcome(episode)}
+            {
+                "file": f"videos/{path.name}",
+                "poster": f"videos/{path.with_suffix('.jpg').name}",
+                "episode_id": episode["episode_id"],
+                "outcome": outcome(episode),
+            }
             for path, episode in recorded.items()
+            if path.exists()
         ]
     write_report(folder, results, published)
     print(f"{headline(results)}\n{folder}/report.html, results.md, results.json, results.png", flush=True)
@@ -667,17 +713,17 @@ def main(args: Args) -> None:
     print_start(args, about["name"], len(settings), folder)
     first = next(iter(actors))  # the temperature of the videos
     videos: dict[str, dict[Path, dict]] = {}
+    size = frame_size(args.video_size, args.image_size)
+    look = Look(size, args.image_size, actors[first].chunk_size, args.num_env_workers)
     for one in settings:
-        own_ids = ids[one.name]
-        places = (folder / "videos", one.name, args.film_episodes, args.film_failures)
-        if not any(log.missing(one.name, temperature, own_ids) for temperature in actors):  # done before --resume
+        own_ids, watch = ids[one.name], None
+        if any(log.missing(one.name, temperature, own_ids) for temperature in actors):  # else done before --resume
+            watch = evaluate_setting(args, one, own_ids, actors, log, progress, stop)
+        if not any(log.missing(one.name, temperature, own_ids) for temperature in actors):
+            seen = None if watch is None else set(all_gather_lists(watch.whole()))
+            places = (folder / "videos", one.name, args.video_episodes, args.video_failures, seen)
             videos[one.name] = choose_videos(log.episodes(one.name, first, own_ids), *places)
-            if all(path.exists() for path in videos[one.name]):
-                continue
-        with open_envs(args, one) as envs:
-            if run_setting(envs, one.name, own_ids, actors, log, progress, stop):
-                videos[one.name] = choose_videos(log.episodes(one.name, first, own_ids), *places)
-                record_videos(envs, videos[one.name], stop)
+            record_videos(videos[one.name], one.name, envs_of(args, one), look, stop, watch)
         if stop.agreed():
             progress.close()
             kept = f"{progress.done} of {progress.total} episodes are in {folder}/episodes.jsonl"

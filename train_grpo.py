@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,14 +36,22 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 import torch
 from torch import Tensor
 
-from envs import check_envs, control_mode, eval_episode_ids, every_instruction, make_envs, train_episode_id
+from envs import (
+    check_envs,
+    control_mode,
+    episode_facts,
+    eval_episode_ids,
+    every_instruction,
+    make_envs,
+    train_episode_id,
+)
 from envs.vector import VectorEnv
-from envs.video import VideoWriter
 from schemas import flags
 from vla.backends import check_backends
 from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
-from vla.evaluation.episodes import evaluate
+from vla.evaluation.episodes import evaluate, mean_statistics
+from vla.evaluation.recording import Recorder
 from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.about import world_of
 from vla.models.loading import load_policy
@@ -188,6 +197,10 @@ class Args:
     """Held-out episodes per evaluation, the same ones every time."""
     num_eval_envs: flags.Envs = 16
     """Envs that evaluation runs at once, over all ranks."""
+    video_episodes: flags.CountOrNone = 8
+    """Held-out episodes of every evaluation that become videos, the same ones every time. 0 records nothing."""
+    video_size: tuple[flags.Pixels, flags.Pixels] = (480, 360)
+    """Width and height of the videos' images. What the policy saw is inset, unless it is at least that large."""
 
     # ---- algorithm
     group_size: flags.GroupSize = 8
@@ -543,20 +556,30 @@ def main(args: Args) -> None:
             **pick(args, Logger),
         )
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
+        open_envs = partial(make_envs, args.env_id, **eval_world)
+        facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
+        recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size(), asdict(Args())))
 
     def run_evaluation(iteration: int) -> bool:
-        """Run the held-out episodes with whole weights. Rank 0 records its first batch. False: asked to end."""
-        with logger.timer("eval"), rollout_stage(stages) as actor, logger.video(VideoWriter, iteration) as video:
-            means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
-        if means is not None:
-            logger.write_evaluation(iteration, global_step, means)
-        return means is not None
+        """Run the held-out episodes with whole weights, and record a few of them. False: the run was asked to end."""
+        with logger.timer("eval"):
+            watch = recorder.watch()
+            with rollout_stage(stages) as actor:
+                episodes = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, watch, preemption)
+            if episodes is not None:
+                recorder.keep(iteration, episodes)
+                logger.write_evaluation(iteration, global_step, mean_statistics(episodes))
+                recorder.record(iteration, episodes, watch)
+                logger.show_films(iteration, global_step)
+        return episodes is not None
 
     def save(iteration: int) -> Path:
         """Every iteration starts with a reset, so no env has a state to continue from."""
         return save_checkpoint(engine, run_dir, iteration, global_step, [{}] * N, args.keep_checkpoints)
 
+    with logger.timer("eval"):
+        recorder.catch_up(start_iteration)  # the videos that a stopped run still owes
     if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
         preemption.exit(checkpoint or save(0))
 

@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,16 +30,16 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 
 import torch
 
-from envs import check_envs, control_mode, eval_episode_ids, every_instruction, make_envs
+from envs import check_envs, control_mode, episode_facts, eval_episode_ids, every_instruction, make_envs
 from envs.demonstrations import Demos
 from envs.lerobot import open_demos
-from envs.video import VideoWriter
 from schemas import UserError, flags
 from vla.backends import check_backends
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
-from vla.evaluation.episodes import evaluate
+from vla.evaluation.episodes import evaluate, mean_statistics
 from vla.evaluation.model_card import export_folder, export_policy
+from vla.evaluation.recording import Recorder
 from vla.logger import OF_LABELS, Averages, Logger, describe_run, due
 from vla.models.about import world_of
 from vla.models.loading import load_policy
@@ -175,6 +175,10 @@ class Args:
     """Held-out episodes per evaluation, the same ones every time."""
     num_eval_envs: flags.Envs = 16
     """Envs that evaluation runs at once, over all ranks."""
+    video_episodes: flags.CountOrNone = 8
+    """Held-out episodes of every evaluation that become videos, the same ones every time. 0 records nothing."""
+    video_size: tuple[flags.Pixels, flags.Pixels] = (480, 360)
+    """Width and height of the videos' images. What the policy saw is inset, unless it is at least that large."""
 
     # ---- algorithm
     label_sigma: flags.NonNegative = 0.0
@@ -380,17 +384,26 @@ def main(args: Args) -> None:
         )
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
+        open_envs = partial(make_envs, args.env_id, **eval_world)
+        facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
+        recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), sizes, world_size(), asdict(Args())))
 
     def run_evaluation(iteration: int) -> bool:
-        """Run the held-out episodes. Rank 0 records its first batch. False if the run was asked to end."""
-        with logger.timer("eval"), rollout_stage(stages) as actor:
-            with logger.video(VideoWriter, iteration) as video:
-                means = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, video, preemption)
-        if means is not None:
-            logger.write_evaluation(iteration, num_seen, means)
-        return means is not None
+        """Run the held-out episodes, and record a few of them. False if the run was asked to end."""
+        with logger.timer("eval"):
+            watch = recorder.watch()
+            with rollout_stage(stages) as actor:
+                episodes = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, watch, preemption)
+            if episodes is not None:
+                recorder.keep(iteration, episodes)
+                logger.write_evaluation(iteration, num_seen, mean_statistics(episodes))
+                recorder.record(iteration, episodes, watch)
+                logger.show_films(iteration, num_seen)
+        return episodes is not None
 
+    with logger.timer("eval"):
+        recorder.catch_up(start_iteration)  # the videos that a stopped run still owes
     if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
         preemption.exit(checkpoint or save_checkpoint(engine, run_dir, 0, 0, [], args.keep_checkpoints))
 

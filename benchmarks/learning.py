@@ -73,7 +73,7 @@ def evaluated(
 ) -> dict:
     """results.json of a policy on held-out episodes, in the world that it was trained in."""
     command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", settings]
-    command += ["--num_episodes", str(num_episodes), "--temperature", *map(str, temperatures), "--film_failures", "0"]
+    command += ["--num_episodes", str(num_episodes), "--temperature", *map(str, temperatures), "--video_failures", "0"]
     command += ["--no-ignore_terminations", "--output", str(output), "--image_size", *map(str, flags["image_size"])]
     command += words_of({name: flags[name] for name in EVAL_FLAGS})
     execute(command)

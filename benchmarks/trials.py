@@ -57,6 +57,7 @@ TRAIN = {
     "num_eval_envs": ["2"],
     "num_iterations": ["1"],
     "eval_freq": ["0"],
+    "video_episodes": ["0"],
     "deepspeed_config": ["ds_configs/zero0.json"],
     **WORLD,
 }
@@ -72,8 +73,8 @@ EVALUATE = {
     "num_episodes": ["2"],
     "num_envs": ["2"],
     "temperature": ["0"],
-    "film_episodes": [],
-    "film_failures": ["0"],
+    "video_episodes": [],
+    "video_failures": ["0"],
 }
 DEMOS = {"env_id": [ENV_ID], "num_demos": ["2"], "num_env_workers": ["0"], "max_translation": ["0.05"], **WORLD}
 DEMOS |= {"max_rotation": ["0.4"], "max_episode_steps": ["40"]}

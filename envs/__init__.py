@@ -1,4 +1,4 @@
-"""The simulated envs: ManiSkill tasks, many at once, a scripted expert and videos. No model and no DeepSpeed is here.
+"""The simulated envs: ManiSkill tasks, many at once, and a scripted expert. No model and no DeepSpeed is here.
 
     from envs import make_envs
     with make_envs("PutOnPlateInScene25Main-v3", num_envs=8, image_size=(96, 96), sim_freq=100) as envs:
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from envs import registration  # registers all ids with gymnasium
-from envs.episodes import eval_episode_ids, every_instruction, instructions, num_start_states
+from envs.episodes import episode_facts, eval_episode_ids, every_instruction, instructions, num_start_states
 from envs.variants import VARIANTS, is_held_out, train_episode_id
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "VARIANTS",
     "check_envs",
     "control_mode",
+    "episode_facts",
     "eval_episode_ids",
     "every_instruction",
     "instructions",

@@ -12,7 +12,7 @@ import itertools
 import zlib
 
 from envs import variants
-from envs.assets.catalog import OBJECTS, RECEPTACLES
+from envs.assets.catalog import OBJECTS, RECEPTACLES, TABLES
 from schemas.flags import ENV_ID
 
 NUM_SEEDS = 2**31 - 1  # ManiSkill's seeds are 0 .. 2^31 - 2
@@ -108,3 +108,27 @@ def instructions(env_id: str, obj_set: str, episode_ids: list[int]) -> list[str]
         )
         for start in starts
     ]
+
+
+def episode_facts(env_id: str, obj_set: str, episode_ids: list[int], instruction: str | None) -> dict[int, dict]:
+    """What the env names about these episodes: {episode id: {fact: text}}, without simulating them.
+
+    The facts are instruction, and in the family also object, receptacle and table. A table has its number in front,
+    because several are called "table".
+
+    >>> episode_facts("PutOnPlateInScene25Single-v1", "train", [7], None)[7]
+    {'instruction': 'put carrot on plate', 'object': 'carrot', 'receptacle': 'plate', 'table': '001 table'}
+    """
+    if not in_family(env_id):
+        return {episode_id: {"instruction": instruction} for episode_id in episode_ids}
+    found = {}
+    for episode_id, text in zip(episode_ids, instructions(env_id, obj_set, episode_ids)):
+        start = variants.decode(env_id, obj_set, episode_id)
+        table = TABLES[start.table_index]
+        found[episode_id] = {
+            "instruction": text,
+            "object": OBJECTS[start.object_index].name,
+            "receptacle": RECEPTACLES[start.receptacle_index].name,
+            "table": f"{table.key[:3]} {table.name}",
+        }
+    return found

@@ -84,6 +84,7 @@ class VectorEnv:
         self.env_id, self.obj_set = spec.env_id, spec.obj_set
         self.num_envs, self.image_size, self.max_episode_steps = spec.num_envs, spec.image_size, spec.max_episode_steps
         self.num_start_states = episodes.num_start_states(spec.env_id, spec.obj_set)
+        self.repeats = spec.sim_backend == "physx_cpu"  # the same actions give the same episode, to the last bit
         in_workers = num_env_workers > 0 and spec.sim_backend == "physx_cpu"
         self._cut_into_groups(num_env_workers if in_workers else 0, pipeline_stages)
         self._groups: list[WorkerGroup | LocalGroup] = []

@@ -1,4 +1,8 @@
-"""Run folders and checkpoints: args.json, run_from_iteration_*.json, state.json, metrics.jsonl, evaluations.jsonl."""
+"""Run folders and checkpoints.
+
+The files are args.json, run_from_iteration_*.json, state.json, metrics.jsonl, evaluations.jsonl, episodes/*.jsonl and
+videos/*/clips.json.
+"""
 
 import math
 from pathlib import PurePosixPath

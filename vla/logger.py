@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -195,22 +195,6 @@ class Logger:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    @contextlib.contextmanager
-    def video(self, writer: Callable, iteration: int) -> Iterator:
-        """Yield an open writer(path) for an evaluation's video on rank 0, and None elsewhere."""
-        if not self.enabled:
-            yield None
-            return
-        folder = self.run_dir / "videos"
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:  # it is a file, or a link to a disk that is gone
-            raise UserError(
-                f"{folder} cannot be the folder of videos ({error.strerror}): move it away, then continue with --resume"
-            ) from error
-        with writer(folder / f"eval_{iteration:06d}.mp4") as video:
-            yield video
-
     def owes_evaluation(self, eval_freq: int) -> bool:
         """Whether this run begins with an evaluation: of the starting policy, or one that was interrupted.
 
@@ -237,6 +221,10 @@ class Logger:
             self._append("evaluations", {"iteration": iteration, "global_step": global_step, **tagged})
             say(f"iteration {iteration}: {success_in_words(means['success_once'], means['num_episodes'])}")
             self._scalars(tagged, global_step)
+
+    def show_films(self, iteration: int, global_step: int) -> None:
+        """Show the films of an evaluation in the backends, as far as they were recorded."""
+        if self.enabled:
             self.reports.update(iteration)
             videos = self.run_dir / "videos"
             show_film(self.backends, "video/evaluation", videos / f"eval_{iteration:06d}.mp4", global_step)

@@ -39,6 +39,7 @@ from vla.evaluation.statistics import (
     published_means,
     wilson_interval,
 )
+from vla.evaluation.video import BORDER, BORDER_COLORS, FPS
 from vla.models.loading import load_policy
 from vla.models.saving import save_policy
 from vla.reports.evaluation_page import write_report
@@ -520,6 +521,30 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path):
     assert evaluate.fingerprint(Path("openvla-tiny")) != evaluate.fingerprint(Path("openvla-oft-tiny"))
 
 
+@pytest.mark.parametrize("old, new", [("film_episodes", "video_episodes"), ("film-failures", "video_failures")])
+def test_flags_of_older_versions_lead_to_the_new_ones(old, new):
+    with pytest.raises(UserError, match=f"--{old.replace('-', '_')}, did you mean --{new}"):
+        evaluate.parse(["--policy", "idle", f"--{old}", "1"])
+
+
+def test_failures_are_chosen_among_those_that_can_be_shown(tmp_path):
+    episodes = [{"episode_id": 10 + place, "success_once": float(place == 1)} for place in range(6)]
+
+    def chosen(*arguments) -> list[str]:
+        return [path.name for path in evaluate.choose_videos(episodes, tmp_path, "Carrot-v1:test", *arguments)]
+
+    first = "Carrot-v1_test_0000_id10_failed.mp4"
+    assert chosen((1, 0), 1, None) == [
+        "Carrot-v1_test_0001_id11_success.mp4",
+        first,
+        "Carrot-v1_test_0002_id12_failed.mp4",
+    ]
+    assert chosen((0,), 1, {10, 14}) == [first, "Carrot-v1_test_0004_id14_failed.mp4"]
+    assert chosen((0, 9), 0, set()) == []
+    assert list(evaluate.watch_few([7, 8, 9], (2,), 1).moments) == [9, 7, 8]
+    assert list(evaluate.watch_few([7, 8, 9], (2,), 0).moments) == [9]
+
+
 def test_older_results_are_kept(tmp_path):
     identity = {"policy": "idle", "weights": {}, "model": {}, "seed": 0}
     identity |= {"world": {"sim_freq": 100, "image_size": (96, 96)}}
@@ -699,7 +724,12 @@ def test_results_are_whole(evaluated, run_folder):
             assert one["wilson_95"] == list(wilson_interval(one["success_once"], 6))
         for video in results["settings"][name]["videos"]:
             frames = iio.imread(evaluated / video["file"])
-            assert len(frames) == 13 and frames.std() > 5 and frames[0].std() != frames[-1].std()
+            assert len(frames) == 13 + FPS and frames.std() > 5 and frames[0].std() != frames[-1].std()
+            assert frames.shape[1:] == (360 + 2 * BORDER, 480 + 2 * BORDER, 3)
+            edge = frames[-1][1:3, 8:-8].reshape(-1, 3).mean(0)
+            assert np.abs(edge - BORDER_COLORS[video["outcome"]]).max() < 20
+            poster = iio.imread(evaluated / video["poster"])
+            assert np.abs(poster.astype(int) - frames[-1]).mean() < 8
         assert len(results["settings"][name]["videos"]) == 2
     assert results["means"]["semantic"] is None
     text = (evaluated / "results.md").read_text()
@@ -710,7 +740,7 @@ def test_results_are_whole(evaluated, run_folder):
 @pytest.mark.slow
 def test_ranks_and_envs_change_no_episode(evaluated, run_folder, tmp_path):
     """1 rank x 4 envs and 2 ranks x 8 envs: the same actions and outcomes by episode id."""
-    run(*common(run_folder, tmp_path / "out"), "--num_envs", "16", "--film_failures", "0", ranks=2)
+    run(*common(run_folder, tmp_path / "out"), "--num_envs", "16", "--video_failures", "0", ranks=2)
     assert episodes_of(tmp_path / "out") == episodes_of(evaluated)
 
 
@@ -749,7 +779,7 @@ def test_killed_stopped_and_resumed(evaluated, run_folder, tmp_path):
 
 @pytest.mark.slow
 def test_another_seed_samples_other_actions(evaluated, run_folder, tmp_path):
-    run(*common(run_folder, tmp_path / "out"), "--num_envs", "4", "--seed", "1", "--film_failures", "0")
+    run(*common(run_folder, tmp_path / "out"), "--num_envs", "4", "--seed", "1", "--video_failures", "0")
     ours, theirs = episodes_of(tmp_path / "out"), episodes_of(evaluated)
     assert ours.keys() == theirs.keys()
     for key in ours:  # greedy actions are what they are

@@ -151,7 +151,8 @@ def test_same_name_same_text(one, other):
     ours, theirs = shared_pieces(ROOT / f"{one}.py"), shared_pieces(ROOT / f"{other}.py")
     both = ours.keys() & theirs.keys()
     assert {"Args.seed", "Args.protocol"} <= both
-    other_meaning = {"Args.temperature", "Args.resume"} if other == "evaluate" else set()  # several; a switch
+    different = {"Args.temperature", "Args.resume", "Args.video_episodes"}  # several, a switch, indices
+    other_meaning = different if other == "evaluate" else set()
     for name in both - other_meaning:
         assert ours[name] == theirs[name], f"{name} differs between {one}.py and {other}.py"
 

@@ -14,9 +14,9 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 from torch.utils.tensorboard import SummaryWriter
 from trackers import PROBES, SETTINGS, SIGNATURES, Tracker, parameters_of
 
-from envs.video import VideoWriter
 from vla.backends import GIF_FRAMES, GIF_WIDTH, gif_of, show_film
 from vla.distributed import UserError
+from vla.evaluation.video import VideoWriter
 from vla.logger import Logger, describe_run
 
 FLAGS = {"seed": 3, "num_eval_episodes": 8, "learning_rate": 1e-4, "critic": "state", "norm_adv": True, "resume": None}
@@ -28,7 +28,7 @@ def film(path: Path, frames: int = 3, width: int = 64) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path) as video:
         for number in range(frames):
-            video.add(np.full((1, 64, width, 3), 255 * number // frames, np.uint8))
+            video.add(np.full((64, width, 3), 255 * number // frames, np.uint8))
     return path
 
 
@@ -40,6 +40,7 @@ def run(folder: Path, backend: str, start: int = 0) -> Logger:
         film(folder / "videos" / f"eval_{iteration:06d}.mp4")
         means = {"success_once": 0.25 * iteration, "num_episodes": 8, "return": 0.5}
         logger.write_evaluation(iteration, 10 * iteration, means)
+        logger.show_films(iteration, 10 * iteration)
     logger.close()
     return logger
 

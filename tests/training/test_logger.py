@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -141,12 +140,3 @@ def test_a_run_whose_evaluations_are_gone_still_ends_well(tmp_path, capsys):
     Logger(tmp_path, True, 1).close()
     said = capsys.readouterr().out
     assert "video" not in said and "progress.png" in said and "before" not in said and "evaluate" not in said
-
-
-@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/a disk/that is gone")])
-def test_no_place_for_videos_is_one_sentence(tmp_path, make):
-    logger = Logger.__new__(Logger)
-    logger.enabled, logger.run_dir = True, tmp_path
-    make(tmp_path / "videos")
-    with pytest.raises(UserError, match="videos cannot be the folder of videos"), logger.video(open, 1):
-        pass

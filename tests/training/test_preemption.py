@@ -63,10 +63,10 @@ class FakeEnvs:
 
 
 class Pictures(list):
-    """A video that keeps its pictures."""
+    """A watch that keeps what the policy saw."""
 
-    def add(self, images, captions):
-        self.append(images)
+    def add(self, episode_ids, obs, executed, returns):
+        self.append(obs["image"])
 
 
 class FakeActor:
@@ -88,9 +88,9 @@ def test_an_evaluation_makes_no_step_after_it_was_asked_to_end(stop, how):
             os.kill(os.getpid(), how)
 
     envs = FakeEnvs(4, ask)
-    video = Pictures()
-    batches = list(run_episodes(FakeActor(), envs, [3, 9, 4, 5], video, stop))
-    assert len(video) == 4  # the start and three steps; none after it was asked
+    watch = Pictures()
+    batches = list(run_episodes(FakeActor(), envs, [3, 9, 4, 5], watch, stop))
+    assert len(watch) == 5  # the start and four steps
     assert [[episode["episode_id"] for episode in batch] for batch in batches] == [[3]]
     assert envs.steps == 4 and envs.resets == 1 and stop.agreed()
     with pytest.raises(SystemExit) as left:
@@ -106,12 +106,13 @@ def test_asked_before_it_begins_it_resets_nothing(stop):
     assert [len(batch) for batch in run_episodes(FakeActor(), envs, [3, 9, 4], stop=NEVER)] == [2, 1]
 
 
-def test_a_film_ends_between_two_steps(stop):
-    envs, video = FakeEnvs(3, stop.stop_file.touch), Pictures()
+def test_a_replay_ends_between_two_steps(stop):
+    envs = FakeEnvs(3, stop.stop_file.touch)
     statistics = dict.fromkeys(("success_once", "success_at_end", "return", "episode_len", "reward"), 1.0)
-    episode = {"episode_id": 9, "actions": np.zeros((9, 7), np.float32)} | statistics
-    assert replay(envs, [episode], [video], stop) is False and envs.steps == len(video) == 3
-    assert replay(envs, [episode], [video]) is True
+    episodes = [{"episode_id": 9, "actions": np.zeros((9, 7), np.float32)} | statistics] * 2
+    assert [moment.step for moment in replay(envs, episodes, 1, stop)] == [0, 1, 2, 3] and envs.steps == 3
+    assert [moment.step for moment in replay(envs, episodes)] == list(range(10))
+    assert [moment.step for moment in replay(envs, episodes, 4)] == [0, 4, 8, 12]
 
 
 # ---------------------------------------------------------------------- noise

@@ -1,11 +1,15 @@
 """The episodes of an evaluation as they end: a file from which an interrupted evaluation resumes, and a progress bar.
 
-`episodes.jsonl` has one line per episode: setting, temperature, episode_id, statistics, seconds (its share of its
-batch's seconds), and the executed actions as base64 of little-endian float32 [episode_len, 7].
+A training run keeps the held-out episodes of an evaluation in `episodes/eval_000016.jsonl`, see write_episodes().
+
+evaluate.py keeps all episodes in one file, `episodes.jsonl`. A line has setting, temperature, episode_id, statistics,
+seconds (its share of its batch's seconds), and the executed actions as base64 of little-endian float32
+[episode_len, 7].
 """
 
 import base64
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +19,9 @@ from tqdm import tqdm
 
 from schemas import UserError, check, parse_json, require_file
 from schemas.evaluations import Episode
+from schemas.runs import HeldOutEpisode
 from vla.distributed import barrier, print0, rank
+from vla.evaluation.episodes import STATISTICS
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, if standard error is not a terminal
 
@@ -32,6 +38,54 @@ def unpack_actions(text: str) -> np.ndarray:
 
 def not_written(path: Path, failure: OSError) -> str:
     return f"{path} could not be written ({failure.strerror}): fix that, then run the same command with --resume"
+
+
+def episode_file(run_dir: Path, iteration: int) -> Path:
+    """The file of the evaluation that a training run made after so many iterations."""
+    return run_dir / "episodes" / f"eval_{iteration:06d}.jsonl"
+
+
+def write_episodes(path: Path, episodes: list[dict], facts: dict[int, dict]) -> None:
+    """Write the held-out episodes of one evaluation, one JSON object per line, whole or not at all.
+
+    Args:
+        episodes: see run_episodes(). facts: {episode id: what the env names about it}.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    lines = []
+    for episode in episodes:
+        line = {"episode_id": episode["episode_id"]} | {name: episode[name] for name in STATISTICS}
+        line |= facts.get(episode["episode_id"], {})
+        # the shortest text that gives the same float32 number
+        actions = [[float(str(number)) for number in action] for action in episode["actions"]]
+        line |= {"episode_len": len(actions), "actions": actions}
+        lines.append(json.dumps(line) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(lines))
+    os.replace(partial, path)
+
+
+def read_episodes(path: Path) -> list[dict]:
+    """The episodes of one evaluation of a training run, in the order of the ids.
+
+    Returns:
+        dicts with episode_id, the STATISTICS, actions (float32 [episode_len, 7]), and the facts that the env names:
+        instruction, object, receptacle, table.
+
+    Raises:
+        UserError: a line does not hold an episode.
+    """
+    require_file(path, "evaluate again")
+    episodes = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        source = f"{path} line {number}"
+        episode = parse_json(line, source, "delete the file")
+        check(HeldOutEpisode, episode, source, "delete the file")
+        episodes.append(episode | {"actions": np.asarray(episode["actions"], np.float32)})
+    return episodes
 
 
 class EpisodeLog:

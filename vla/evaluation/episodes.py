@@ -9,7 +9,7 @@ id, step). So it does not matter which rank, worker or batch runs an episode, ex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ def noise_seed(seed: int, episode_id: int) -> int:
 class Actor(Protocol):
     """An object that chooses actions: a policy at one temperature, a scripted expert, or one that stays idle."""
 
+    chunk_size: int  # actions per decision
+
     def begin(self, episode_ids: Sequence[int]) -> None:
         """Called when N episodes start, one per env."""
 
@@ -56,12 +58,22 @@ class Actor(Protocol):
         """obs of the N envs -> actions float32 [N, C, 7], robot units."""
 
 
+class Watch(Protocol):
+    """An object that gets what the policy sees in an evaluation."""
+
+    def add(self, episode_ids: Sequence[int], obs: dict, executed: Sequence[list], returns: torch.Tensor) -> None:
+        """Called after a reset and after every decision of N envs, of which the first ones run `episode_ids`.
+
+        executed: the actions so far, a list per env. returns: their rewards so far, float32 [N].
+        """
+
+
 class PolicyActor:
     """A VLAPolicy with whole weights at one temperature (0 = greedy). Error messages call it `name`."""
 
     def __init__(self, policy, temperature: float, seed: int = 0, name: str = "the policy"):
         self.policy, self.temperature, self.seed, self.name = policy, temperature, seed, name
-        self.device = next(policy.parameters()).device
+        self.device, self.chunk_size = next(policy.parameters()).device, policy.chunk_size
 
     def begin(self, episode_ids: Sequence[int]) -> None:
         self.seeds = [noise_seed(self.seed, int(episode_id)) for episode_id in episode_ids]
@@ -81,36 +93,39 @@ class PolicyActor:
 
 
 def evaluate(
-    policy, envs: VectorEnv, episode_ids: list[int], temperature: float, video=None, stop: Stop = NEVER
-) -> dict[str, float] | None:
-    """Run every episode id once, spread over ranks, and average.
+    policy, envs: VectorEnv, episode_ids: list[int], temperature: float, watch: Watch | None = None, stop: Stop = NEVER
+) -> list[dict] | None:
+    """Run every episode id once, spread over ranks.
 
     Args:
         policy: whole weights on this rank (rollout_stage).
         envs: vector env with auto_reset off and any number of envs, equally many on all ranks.
-        video: an object with add(images [N, H, W, 3], captions [N][...]), or None. It gets this rank's first batch.
+        watch: gets what the policy sees.
         stop: looked at before every decision.
 
     Returns:
-        means of success_once, success_at_end, return, episode_len and reward, and num_episodes. If any rank was asked
-        to stop, every rank gets None.
+        all ranks' episodes in the order of episode_ids, see run_episodes(). If any rank was asked to stop, every rank
+        gets None.
     """
-    batches = run_episodes(PolicyActor(policy, temperature), envs, episode_ids, video, stop)
+    batches = run_episodes(PolicyActor(policy, temperature), envs, episode_ids, watch, stop)
     episodes = [episode for batch in batches for episode in batch]
-    if len(episodes) < len(episode_ids):
-        return None
+    return episodes if len(episodes) == len(episode_ids) else None
+
+
+def mean_statistics(episodes: list[dict]) -> dict[str, float]:
+    """The means of success_once, success_at_end, return, episode_len and reward, and num_episodes."""
     means = {name: sum(episode[name] for episode in episodes) / len(episodes) for name in STATISTICS}
     return means | {"num_episodes": float(len(episodes))}
 
 
 def run_episodes(
-    actor: Actor, envs: VectorEnv, episode_ids: list[int], video=None, stop: Stop = NEVER
+    actor: Actor, envs: VectorEnv, episode_ids: list[int], watch: Watch | None = None, stop: Stop = NEVER
 ) -> Iterator[list[dict]]:
     """Run every episode id once, spread over ranks. All ranks together.
 
     Args:
         envs: vector env with auto_reset off and equally many envs on every rank.
-        video, stop: see evaluate(). Ranks meet after every batch. If one of them stopped within it, that batch is the
+        watch, stop: see evaluate(). Ranks meet after every batch. If one of them stopped within it, that batch is the
             last one for all.
 
     Yields:
@@ -123,8 +138,7 @@ def run_episodes(
         began = time.perf_counter()
         ids = episode_ids[start : start + at_once]
         own_ids = ids[rank() :: world_size()]
-        batch_video = video if start == 0 else None
-        batch = run_batch(actor, envs, own_ids, batch_video, stop) if own_ids else []
+        batch = run_batch(actor, envs, own_ids, watch, stop) if own_ids else []
         ended = {episode["episode_id"]: episode for episode in all_gather_lists(batch)}
         seconds = (time.perf_counter() - began) / len(ids)
         yield [ended[episode_id] | {"seconds": seconds} for episode_id in ids if episode_id in ended]
@@ -132,7 +146,9 @@ def run_episodes(
             return
 
 
-def run_batch(actor: Actor, envs: VectorEnv, episode_ids: list[int], video=None, stop: Stop = NEVER) -> list[dict]:
+def run_batch(
+    actor: Actor, envs: VectorEnv, episode_ids: list[int], watch: Watch | None = None, stop: Stop = NEVER
+) -> list[dict]:
     """Run at most envs.num_envs episodes at once. Idle envs repeat the last id and are left out of the result.
 
     If this rank is asked to stop, the result has only the episodes that have ended.
@@ -145,8 +161,8 @@ def run_batch(actor: Actor, envs: VectorEnv, episode_ids: list[int], video=None,
     ended: dict[int, dict] = {}
     executed: list[list[np.ndarray]] = [[] for _ in padded]
     returns = torch.zeros(envs.num_envs)
-    if video is not None:
-        video.add(obs["image"], captions(obs, executed, returns, ended))
+    if watch is not None:
+        watch.add(episode_ids, obs, executed, returns)
     while len(ended) < envs.num_envs and not stop.requested:
         actions = torch.as_tensor(actor.act(obs, envs), dtype=torch.float32)  # [N, C, 7]
         obs, rewards, _, _, infos = envs.step(actions)
@@ -156,56 +172,52 @@ def run_batch(actor: Actor, envs: VectorEnv, episode_ids: list[int], video=None,
         returns += rewards.sum(dim=1)
         for env in range(envs.num_envs):
             executed[env].extend(actions[env][infos["valid"][env]].numpy())
+        if watch is not None:
+            watch.add(episode_ids, obs, executed, returns)
         for position, env in enumerate(infos["ended"].tolist()):
             statistics = {name: float(infos["episode"][name][position]) for name in STATISTICS}
             ended[env] = {"episode_id": int(padded[env])} | statistics | {"actions": np.stack(executed[env])}
-        if video is not None and not stop.requested:  # a signal to all processes ends the one that encodes, too
-            video.add(obs["image"], captions(obs, executed, returns, ended))
     return [ended[env] for env in range(len(episode_ids)) if env in ended]
 
 
-def replay(envs: VectorEnv, episodes: list[dict], videos: list, stop: Stop = NEVER) -> bool:
-    """Execute the recorded actions of at most envs.num_envs episodes again, and add every control step to their videos.
+class Moment(NamedTuple):
+    """N episodes after `step` actions."""
+
+    step: int
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    instructions: list[str]
+    returns: list[float]
+
+
+def replay(envs: VectorEnv, episodes: list[dict], chunk_size: int = 1, stop: Stop = NEVER) -> Iterator[Moment]:
+    """Execute the recorded actions of N = envs.num_envs episodes again. An episode that has ended stays as it is.
 
     Args:
         episodes: as run_episodes() gives them.
-        videos: as in evaluate(), one per episode. A video gets one image per control step until its episode has ended.
-        stop: looked at before every step.
+        chunk_size: actions from one moment to the next. There is an image at each of them only.
+        stop: looked at before every step. The moments end early if this rank was asked to stop.
 
-    Returns:
-        False if this rank was asked to stop before all was shown, else True.
+    Raises:
+        RuntimeError: a worker was lost.
 
     Warns if an episode has another outcome than it had before.
     """
-    padded = episodes + [episodes[-1]] * (envs.num_envs - len(episodes))
-    obs = envs.reset([episode["episode_id"] for episode in padded])
+    obs = envs.reset([episode["episode_id"] for episode in episodes])
     returns = [0.0] * len(episodes)
     longest = max(len(episode["actions"]) for episode in episodes)
-    for step in range(longest):
-        if stop.requested:  # before an image is added: a signal to all processes ends the one that encodes, too
-            return False
-        add_images(videos, episodes, obs, step, returns)
-        # an env whose episode has ended ignores its action and stays as it is
-        actions = [episode["actions"][min(step, len(episode["actions"]) - 1)] for episode in padded]  # [N][7]
-        obs, rewards, _, _, infos = envs.step(np.stack(actions)[:, None])
-        returns = [total + float(reward) for total, reward in zip(returns, rewards[:, 0])]
-        warn_of_differences(envs.env_id, padded, infos)
-    if stop.requested:
-        return False
-    add_images(videos, episodes, obs, longest, returns)
-    return True
-
-
-def add_images(videos: list, episodes: list[dict], obs: dict, step: int, returns: list[float]) -> None:
-    """Add the image after `step` control steps to the videos of those episodes that lasted so long."""
-    for env, (episode, video) in enumerate(zip(episodes, videos)):
-        length = len(episode["actions"])
-        if step > length:
-            continue
-        lines = [obs["task_description"][env], f"step {step}  return {returns[env]:.2f}"]
-        if step == length:
-            lines.append(outcome(episode))
-        video.add(obs["image"][env : env + 1], [lines])
+    yield Moment(0, np.asarray(obs["image"]), obs["task_description"], returns)
+    for step in range(0, longest, chunk_size):
+        if stop.requested:
+            return
+        # an env whose episode has ended ignores its actions
+        rows = [np.minimum(range(step, step + chunk_size), len(episode["actions"]) - 1) for episode in episodes]
+        actions = np.stack([episode["actions"][row] for episode, row in zip(episodes, rows)])  # [N, C, 7]
+        obs, rewards, _, _, infos = envs.step(actions)
+        if infos["dropped"].any():
+            raise RuntimeError("a simulation was lost with its worker")
+        returns = [total + float(reward) for total, reward in zip(returns, rewards.sum(dim=1))]
+        warn_of_differences(envs.env_id, episodes, infos)
+        yield Moment(step + chunk_size, np.asarray(obs["image"]), obs["task_description"], returns)
 
 
 def warn_of_differences(env_id: str, episodes: list[dict], infos: dict) -> None:
@@ -224,12 +236,3 @@ def warn_of_differences(env_id: str, episodes: list[dict], infos: dict) -> None:
 
 def outcome(episode: dict) -> str:
     return "success" if episode["success_once"] else "failed"
-
-
-def captions(obs: dict, executed: list[list], returns: torch.Tensor, ended: dict[int, dict]) -> list[list[str]]:
-    """The text in each tile: instruction, step and return, and the outcome once the episode has ended."""
-    lines = []
-    for env, text in enumerate(obs["task_description"]):
-        end = [outcome(ended[env])] if env in ended else []
-        lines.append([text, f"step {len(executed[env])}  return {returns[env]:.2f}", *end])
-    return lines

@@ -33,6 +33,7 @@ class VectorEnv(Protocol):
     env_id: str
     num_envs: int
     num_start_states: int
+    repeats: bool  # whether the same actions give the same episode, to the last bit
     halves: list[slice]  # env indices of each half-batch, a single one without pipelining
 
     def reset(self, episode_ids: Sequence[int] | None = None, env_indices: Sequence[int] | None = None) -> dict:
@@ -55,3 +56,7 @@ class VectorEnv(Protocol):
 
     def close(self) -> None:
         """End all workers."""
+
+    def __enter__(self) -> VectorEnv: ...
+
+    def __exit__(self, *exc_info) -> None: ...

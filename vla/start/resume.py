@@ -56,7 +56,17 @@ MAY_CHANGE = dict.fromkeys(
 )
 MAY_CHANGE |= dict.fromkeys(("num_iterations", "total_timesteps", "num_updates"), "how far the run goes")
 MAY_CHANGE |= dict.fromkeys(
-    ("save_freq", "keep_checkpoints", "eval_freq", "logger_backends", "project_name", "experiment_name", "export_dir"),
+    (
+        "save_freq",
+        "keep_checkpoints",
+        "eval_freq",
+        "logger_backends",
+        "project_name",
+        "experiment_name",
+        "export_dir",
+        "video_episodes",
+        "video_size",
+    ),
     "what is written, when and where",
 )
 MAY_CHANGE |= dict.fromkeys(
