@@ -28,7 +28,8 @@ from benchmarks.reference_step import ReferenceStyle
 from envs import VARIANTS, make_envs, num_start_states, variants
 from envs.expert import Expert
 from envs.gpu.start_states import settled_state
-from envs.put_on_plate import PutOnPlateInScene, build
+from envs.gym_env import build
+from envs.put_on_plate import PutOnPlateInScene
 
 MAIN = "PutOnPlateInScene25Main-v3"
 

@@ -292,7 +292,7 @@ def part_render(flags: argparse.Namespace) -> dict:
     from benchmarks.components import Stopwatch, instrumented
     from benchmarks.env_speed import expert_actions
     from envs import num_start_states, variants
-    from envs.put_on_plate import build
+    from envs.gym_env import build
 
     total, watch, pictures = num_start_states(MAIN, "train"), Stopwatch(), []
     env = build(MAIN, render_backend=flags.render_backend)

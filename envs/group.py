@@ -404,9 +404,9 @@ def _build_env(spec: EnvSpec) -> PutOnPlateInScene | ManiSkillTask:
         import envs.maniskill_task as maniskill_task
 
         return maniskill_task.ManiSkillTask(spec.env_id, spec.instruction, spec.image_size, spec.render_backend)
-    import envs.put_on_plate as put_on_plate
+    import envs.gym_env as gym_env
 
-    return put_on_plate.build(
+    return gym_env.build(
         spec.env_id,
         obj_set=spec.obj_set,
         asset_pack=spec.asset_pack,

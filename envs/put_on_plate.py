@@ -1,6 +1,7 @@
 """The ManiSkill task PutOnPlateInScene25: a WidowX-250s puts one object on one receptacle. Rewritten after RL4VLA.
 
-This is an ordinary ManiSkill env with one scene, and `gymnasium.make` makes it too (see `envs/registration.py`).
+This file has the physics, the rules and the image of one scene. `envs/gym_env.py` makes an ordinary ManiSkill env of
+it, with observations, states and cameras for people.
 
 Differences from RL4VLA's env (arXiv 2505.19789), with their reasons:
 - The scene only holds this episode's bodies. RL4VLA parks all 42 next to it. Fewer bodies are faster and need one
@@ -29,26 +30,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import gymnasium as gym
 import numpy as np
 import sapien
 import torch
 import torch.nn.functional as F
-from mani_skill.agents.base_agent import BaseAgent
-from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseControllerConfig
-from mani_skill.agents.controllers.pd_joint_pos import PDJointPosMimicControllerConfig
-from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.sensors.camera import CameraConfig
-from mani_skill.utils import sapien_utils
-from mani_skill.utils.registration import REGISTERED_ENVS, register_env
+from mani_skill.render.shaders import ShaderConfig
 from mani_skill.utils.structs.pose import Pose
-from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, variants
 from envs.assets import catalog, shaders
 from envs.kinematics import added_pose
-from envs.registration import CAMERA, CONTROL_FREQ, CONTROL_MODE, MAX_EPISODE_STEPS
+from envs.registration import CAMERA
 from envs.rotations import yaw_quaternion
+from envs.scene import PutOnPlateScene
 
 START_QPOS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)
 BASE_POSE = sapien.Pose(list(catalog.ROBOT_BASE_POSITION), [0, 0, 0, 1])  # a yaw of 180 degrees
@@ -65,125 +59,8 @@ ON_XY_SLACK, ON_Z_SLACK = 0.01, 0.05  # m
 REWARD_GRASP, REWARD_STREAK, REWARD_SUCCESS = 0.1, 0.1, 1.0
 
 
-class WidowX250S(BaseAgent):
-    """WidowX-250s with the published gains and controllers. The env adds `urdf_path` from its asset pack."""
-
-    uid = "solovla_widowx250s"
-    arm_joints = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
-    finger_joints = ("left_finger", "right_finger")
-
-    @property
-    def _controller_configs(self) -> dict:
-        arm = PDEEPoseControllerConfig(
-            joint_names=list(self.arm_joints),
-            pos_lower=-1.0,
-            pos_upper=1.0,
-            rot_lower=-np.pi / 2,
-            rot_upper=np.pi / 2,  # only nominal, because nothing is normalised
-            stiffness=[
-                1169.7891719504198,
-                730.0,
-                808.4601346394447,
-                1229.1299089624076,
-                1272.2760456418862,
-                1056.3326605132252,
-            ],
-            damping=[330.0, 180.0, 152.12036565582588, 309.6215302722146, 201.04998711007383, 269.51458932695414],
-            force_limit=[200, 200, 100, 100, 100, 100],
-            friction=0.0,
-            ee_link="ee_gripper_link",
-            urdf_path=self.urdf_path,
-            normalize_action=False,
-            use_target=True,  # deltas add up on the commanded pose, not on the measured one
-        )
-        gripper = PDJointPosMimicControllerConfig(
-            joint_names=list(self.finger_joints),
-            lower=0.014,
-            upper=0.038,  # 1 mm beyond the joint limits, so that a closed grip keeps pressing
-            stiffness=1000,
-            damping=200,
-            force_limit=60,
-            normalize_action=True,
-            drive_mode="force",
-            mimic={"left_finger": {"joint": "right_finger"}},
-        )
-        return {CONTROL_MODE: dict(arm=arm, gripper=gripper)}
-
-
-class PutOnPlateScene(BaseEnv):
-    """Base of the family's envs: robot, camera, lights and table. The subclasses add episodes."""
-
-    SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
-    SUPPORTED_REWARD_MODES = ("dense", "none")
-    SUPPORTED_ROBOTS = None
-    ROBOT = WidowX250S
-    LOAD_POSE = sapien.Pose([0.127, 0.060, 0.85], [0, 0, 0, 1])
-    env_id: str  # set by the registered subclasses
-
-    def __init__(
-        self,
-        *args,
-        obj_set: str = "train",
-        asset_pack: str = "builtin",
-        asset_dir: str | None = None,
-        image_size: tuple[int, int] = (640, 480),
-        sim_freq: int = 500,
-        protocol: str = "rl4vla",
-        obs_mode: str = "none",
-        **kwargs,
-    ):
-        """args, kwargs: BaseEnv's own. The others are those of `envs.make_envs`."""
-        self.obj_set = obj_set
-        self.pack = assets.asset_pack(asset_pack, asset_dir)
-        self.protocol = variants.check_protocol(protocol)
-        self.variant = variants.VARIANTS[self.env_id]
-        self.image_size = tuple(image_size)
-        self._requested_sim_freq = sim_freq
-        robot = type("WidowX250SOfPack", (self.ROBOT,), {"urdf_path": self.pack.robot_urdf})
-        super().__init__(*args, obs_mode=obs_mode, robot_uids=robot, **kwargs)
-
-    @property
-    def _default_sim_config(self) -> SimConfig:
-        scene = SceneConfig(enable_enhanced_determinism=True)
-        return SimConfig(sim_freq=self._requested_sim_freq, control_freq=CONTROL_FREQ, spacing=20, scene_config=scene)
-
-    @property
-    def _default_sensor_configs(self) -> CameraConfig:
-        width, height = self.image_size
-        fx, fy, cx, cy = catalog.CAMERA_INTRINSICS
-        sx, sy = width / catalog.CAMERA_SIZE[0], height / catalog.CAMERA_SIZE[1]
-        return CameraConfig(
-            uid=CAMERA,
-            pose=sapien.Pose(list(catalog.CAMERA_POSITION), list(catalog.CAMERA_QUATERNION)),
-            width=width,
-            height=height,
-            intrinsic=np.array([[fx * sx, 0, cx * sx], [0, fy * sy, cy * sy], [0, 0, 1]]),
-            mount=self.agent.robot.links_map["base_link"],
-            shader_config=shaders.minimal_shader_config(),
-        )
-
-    def _load_agent(self, options: dict) -> None:
-        super()._load_agent(options, self.LOAD_POSE)
-
-    def _load_lighting(self, options: dict) -> None:
-        self.scene.set_ambient_light([0.3, 0.3, 0.3])
-        self.scene.add_directional_light([0, 0, -1], [2.2, 2.2, 2.2], shadow=False)
-        self.scene.add_directional_light([-1, -0.5, -1], [0.7, 0.7, 0.7])
-        self.scene.add_directional_light([1, 1, -1], [0.7, 0.7, 0.7])
-
-    def _load_scene(self, options: dict) -> None:
-        """Add arm and table. Subclasses add the rest."""
-        if self.pack.arm_shine is not None:
-            for robot in self.agent.robot._objs:
-                sapien_utils.set_articulation_render_material(robot, **self.pack.arm_shine)
-        builder = self.scene.create_actor_builder()
-        builder.initial_pose = sapien.Pose()
-        self.pack.add_stage(builder)
-        self._arena = builder.build_static(name="arena")
-
-
 class PutOnPlateInScene(PutOnPlateScene):
-    """One scene, one episode at a time. `options={"episode_id": int, "obj_set": str}` at reset."""
+    """One scene, one episode at a time."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # scene
@@ -192,7 +69,9 @@ class PutOnPlateInScene(PutOnPlateScene):
     def _load_scene(self, options: dict) -> None:
         super()._load_scene(options)
         self._stage = self._arena._objs[0]
+        self._backdrop: sapien.render.RenderBodyComponent | None = None  # a table for people, see `envs/gym_env.py`
         self._stage_visual = self._stage.find_component_by_type(sapien.render.RenderBodyComponent)
+        self._shaders: dict[sapien.Entity, ShaderConfig] = {}  # of each camera
         self._entities: dict[tuple[str, int], sapien.Entity] = {}  # built on first use, kept for later episodes
         self._bodies: list[sapien.Entity] = []  # this episode's object, receptacle and perhaps a distractor
         self._permanent: list[sapien.Entity] | None = None  # all other entities, in the order in which they were made
@@ -214,6 +93,8 @@ class PutOnPlateInScene(PutOnPlateScene):
     def _setup_sensors(self, options: dict) -> None:
         super()._setup_sensors(options)
         self._camera = self._sensors[CAMERA].camera._render_cameras[0]
+        cameras = [*self._sensors.values(), *self._human_render_cameras.values()]
+        self._shaders = {each.camera._render_cameras[0].entity: each.config.shader_config for each in cameras}
 
     def _entity(self, kind: str, index: int) -> sapien.Entity:
         """Object or receptacle `index`, built on its first use. It is in no scene yet."""
@@ -238,27 +119,22 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._permanent = list(old.entities)  # stage, robot, lights, camera
         for entity in reversed(self._permanent + self._bodies):
             old.remove_entity(entity)
-        if self.scene.can_render():
-            # an added camera uses the shader that is selected now, and another env may have selected its own
-            shaders.select(self._sensors[CAMERA].config.shader_config)
         px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
         new = sapien.Scene([px, old.render_system] if self.scene.can_render() else [px])
         self._bodies = bodies
         for entity in self._permanent + bodies:
+            if entity in self._shaders:  # an added camera uses the shader that is selected now
+                shaders.select(self._shaders[entity])
             new.add_entity(entity)
         self.scene.sub_scenes[0] = new
         self.scene.px = px
+        if self._viewer is not None:
+            self._setup_viewer()  # the window shows one scene, and this is another one
 
     # -----------------------------------------------------------------------------------------------------------------
     # episode
     # -----------------------------------------------------------------------------------------------------------------
-
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict) -> None:
-        obj_set = options.get("obj_set", self.obj_set)
-        total = variants.num_start_states(self.env_id, obj_set)
-        episode_id = int(options["episode_id"]) if "episode_id" in options else int(torch.randint(total, (1,)))
-        self.start_episode(variants.decode(self.env_id, obj_set, episode_id, self.protocol))
 
     def start_episode(self, start: variants.StartState) -> None:
         """Place the bodies, let them settle with the robot out of the way, and put the robot into its start pose."""
@@ -271,9 +147,7 @@ class PutOnPlateInScene(PutOnPlateScene):
         if self.protocol == "rl4vla":
             self._settle()
         self._still_robot(BASE_POSE, start.arm_offset)
-        self._object_half = self._world_half_size(self._bodies[0], self.pack.objects[start.object_index])
-        receptacle = self.pack.receptacles[start.receptacle_index]
-        self._receptacle_half = self._world_half_size(self._bodies[1], receptacle)
+        self._measure_boxes(*(body.pose for body in self._bodies[:2]))
         self.grasped = False
         self.grasped_once = False
         self.streak = 0  # control steps in a row with the object grasped
@@ -329,11 +203,12 @@ class PutOnPlateInScene(PutOnPlateScene):
         for _ in range(count):
             step()
 
-    @staticmethod
-    def _world_half_size(entity: sapien.Entity, model: catalog.Model) -> np.ndarray:
-        """Half edges of the world-aligned box around the model's rotated bounding box, float64 [3]."""
-        rotation = entity.pose.to_transformation_matrix()[:3, :3].astype(np.float64)
-        return np.abs(rotation) @ model.size / 2
+    def _measure_boxes(self, object_at_rest: sapien.Pose, receptacle_at_rest: sapien.Pose) -> None:
+        """Measure the world-aligned boxes around object and receptacle as they lie when the episode begins."""
+        self._rest_rotations = [*object_at_rest.q, *receptacle_at_rest.q]
+        self._object_half = world_half_size(object_at_rest, self.pack.objects[self.start.object_index])
+        receptacle = self.pack.receptacles[self.start.receptacle_index]
+        self._receptacle_half = world_half_size(receptacle_at_rest, receptacle)
 
     def body_states(self) -> np.ndarray:
         """States of object, receptacle and perhaps a distractor, float32 [2 or 3, 13].
@@ -409,11 +284,15 @@ class PutOnPlateInScene(PutOnPlateScene):
         self.grasped_once |= grasped
         self.streak_once |= self.streak >= GRASP_STREAK
         self.grasped, self.success = grasped, success
-        potential = REWARD_GRASP * float(self.grasped_once) + REWARD_STREAK * float(self.streak_once)
-        potential += REWARD_SUCCESS * float(success and self.grasped_once)
+        potential = self._potential()
         reward = potential - self.potential
         self.potential = potential
         return reward, success
+
+    def _potential(self) -> float:
+        """The sum of all rewards that the flags are worth."""
+        potential = REWARD_GRASP * float(self.grasped_once) + REWARD_STREAK * float(self.streak_once)
+        return potential + REWARD_SUCCESS * float(self.success and self.grasped_once)
 
     def _grasped_and_on(self) -> tuple[bool, bool]:
         """Whether the object is grasped, and whether it is on the receptacle."""
@@ -446,30 +325,6 @@ class PutOnPlateInScene(PutOnPlateScene):
         low = offset[2] - self._receptacle_half[2] - self._object_half[2] <= ON_Z_SLACK
         return bool(near and offset[2] > 0 and low)
 
-    # BaseEnv's own path, for users of `gym.make` and for the test that compares the two paths
-
-    def evaluate(self) -> dict:
-        if int(self._elapsed_steps[0]) != self._judged_step:  # once per step, however often it is called
-            self._judged_step = int(self._elapsed_steps[0])
-            self.last_reward, _ = self._judge()
-        flags = dict(
-            success=self.success,
-            is_grasped=self.grasped,
-            grasped_once=self.grasped_once,
-            consecutive_grasp=self.streak_once,
-        )
-        return {name: torch.tensor([flag]) for name, flag in flags.items()}
-
-    def compute_dense_reward(self, obs: dict, action: torch.Tensor, info: dict) -> torch.Tensor:
-        return torch.tensor([self.last_reward], dtype=torch.float32)
-
-    def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict:
-        self._show_stage()
-        obs = super()._get_obs_sensor_data(apply_texture_transforms)
-        color, segmentation = (obs[CAMERA][key][0].numpy() for key in ("rgb", "segmentation"))
-        obs[CAMERA]["rgb"] = torch.from_numpy(self._compose(color, segmentation))[None]
-        return obs
-
     # -----------------------------------------------------------------------------------------------------------------
     # image
     # -----------------------------------------------------------------------------------------------------------------
@@ -479,6 +334,10 @@ class PutOnPlateInScene(PutOnPlateScene):
         self._show_stage()
         self.scene.sub_scenes[0].update_render()
         self._camera.take_picture()
+        return self._composed_picture()
+
+    def _composed_picture(self) -> np.ndarray:
+        """The observation made of what the camera took last, uint8 [H, W, 3]."""
         segmentation = self._camera.get_picture("PositionSegmentation")[..., 3:]
         return self._compose(self._camera.get_picture("Color")[..., :3], segmentation)
 
@@ -490,6 +349,8 @@ class PutOnPlateInScene(PutOnPlateScene):
         if self._stage_visual is not None:
             below = any(entity.pose.p[2] < catalog.TABLE_HEIGHT - 0.01 for entity in self._bodies)
             self._stage_visual.visibility = float(below)
+        if self._backdrop is not None:
+            self._backdrop.visibility = 0.0
 
     def _load_images(self) -> None:
         """Load this episode's table image and, if the variant has one, its texture."""
@@ -603,6 +464,12 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
+def world_half_size(pose: sapien.Pose, model: catalog.Model) -> np.ndarray:
+    """Half edges of the world-aligned box around the model's rotated bounding box, float64 [3]."""
+    rotation = pose.to_transformation_matrix()[:3, :3].astype(np.float64)
+    return np.abs(rotation) @ model.size / 2
+
+
 def model_of(pack: assets.AssetPack, kind: str, index: int) -> catalog.Model:
     """The pack's object or receptacle `index`. kind: object | receptacle."""
     return (pack.objects if kind == "object" else pack.receptacles)[index]
@@ -691,27 +558,3 @@ def describe_episode(
         "grasped": grasped,
         "success": success,
     }
-
-
-def _register(variant: variants.Variant) -> None:
-    """Register the env class of one id with ManiSkill."""
-    env_class = type(
-        variant.env_id.replace("-", "_"), (PutOnPlateInScene,), {"env_id": variant.env_id, "__module__": __name__}
-    )
-    gym.registry.pop(variant.env_id, None)  # the lazy entry, which ManiSkill's own replaces
-    register_env(variant.env_id, max_episode_steps=MAX_EPISODE_STEPS)(env_class)
-
-
-for _variant in variants.VARIANTS.values():
-    _register(_variant)
-
-
-def make_registered(env_id: str, **kwargs) -> PutOnPlateInScene:
-    """Make an env of an id that `envs.registration` registered. gymnasium calls this."""
-    return REGISTERED_ENVS[env_id].make(**kwargs)
-
-
-def build(env_id: str, **kwargs) -> PutOnPlateInScene:
-    """Make one env without wrappers. The CPU simulates it, and renders it unless `render_backend` says otherwise."""
-    settings = {"render_backend": "cpu"} | kwargs
-    return gym.make(env_id, sim_backend="physx_cpu", **settings).unwrapped

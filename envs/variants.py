@@ -221,6 +221,7 @@ class StartState:
     """One decoded episode id. Positions are in metres in the world frame, before anything has fallen."""
 
     episode_id: int
+    obj_set: str
     object_index: int
     receptacle_index: int
     table_index: int
@@ -318,6 +319,7 @@ def decode(env_id: str, obj_set: str, episode_id: int, protocol: str = "rl4vla")
     positions = _positions(episodes.grids, digits["placement"], protocol)
     start = StartState(
         episode_id=int(episode_id),
+        obj_set=obj_set,
         object_index=episodes.objects[digits["object"]],
         receptacle_index=episodes.receptacles[digits["receptacle"]],
         table_index=episodes.tables[digits["table"]],

@@ -39,12 +39,8 @@ from envs.gpu.start_states import Settled
 from envs.kinematics import BatchedPoseController, rotation_matrix
 from envs.put_on_plate import (
     BASE_POSE,
-    CAMERA,
-    CONTROL_MODE,
     MOVE_STEP,
     SETTLE_SECONDS,
-    PutOnPlateScene,
-    WidowX250S,
     chosen_bodies,
     describe_episode,
     impulses_from,
@@ -53,7 +49,9 @@ from envs.put_on_plate import (
     texture_scale,
     texture_weight_of,
 )
+from envs.registration import CAMERA, CONTROL_MODE
 from envs.rotations import yaw_quaternion
+from envs.scene import PutOnPlateScene, WidowX250S
 
 # the shelf for parked bodies, behind the camera and beyond the table
 SHELF_TOP = 0.5  # m

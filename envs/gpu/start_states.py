@@ -148,7 +148,7 @@ def settler_main(connection_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the socket
     connection = Connection(connection_fd)
     try:
-        from envs.put_on_plate import build
+        from envs.gym_env import build
 
         env_id, settings = connection.recv()
         env = build(env_id, image_size=(16, 16), render_backend="none", **settings)

@@ -163,9 +163,9 @@ def test_pictures_equal_the_scalar_ones(texture_on, scale):
 
 @pytest.fixture(scope="module")
 def ordinary():
-    from envs import put_on_plate
+    from envs import gym_env
 
-    env = put_on_plate.build(MAIN, image_size=(16, 16), sim_freq=100)
+    env = gym_env.build(MAIN, image_size=(16, 16), sim_freq=100)
     yield env
     env.close()
 
@@ -257,13 +257,13 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
     Not to the bit: bodies are parked in the batch's scene, and it has a past, so PhysX adds forces in another order;
     and its inverse kinematics agree with the CPU's to 1e-4 rad. What lies or is carried stays within 5 mm of the same.
     """
-    from envs import put_on_plate
+    from envs import gym_env
     from envs.gpu.simulation import BatchedPutOnPlate
     from envs.gpu.start_states import settled_state
 
     env_id = NAME + short
     common = dict(obj_set=obj_set, image_size=(64, 48), sim_freq=100, protocol=protocol)
-    one = put_on_plate.build(env_id, **common)
+    one = gym_env.build(env_id, **common)
     batch = BatchedPutOnPlate(env_id, 1, sim_backend="physx_cpu", render_backend="cpu", **common)
     poses = ("object_pose", "receptacle_pose", "extra_pose", "tcp_pose", "qpos", "robot_pose")
     for episode_id in episode_ids:
@@ -299,11 +299,11 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
 
 def test_settlers_give_what_the_env_settles():
     """In other processes, without a renderer, whatever they settled before; asked beforehand or not."""
-    from envs import put_on_plate
+    from envs import gym_env
     from envs.gpu.start_states import Settlers, settled_state
 
     env_id = NAME + "MultiCarrot-v1"
-    env = put_on_plate.build(env_id, image_size=(16, 16), sim_freq=100)
+    env = gym_env.build(env_id, image_size=(16, 16), sim_freq=100)
     starts = [variants.decode(env_id, "train", i) for i in (5, 1_234_567, 777_777, 5)]
     settlers = Settlers(env_id, 2, obj_set="train", sim_freq=100)
     for start in starts[:2]:

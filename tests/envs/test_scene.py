@@ -30,9 +30,9 @@ NAME = "PutOnPlateInScene25"
 
 
 def build(short: str, **kwargs):
-    from envs import put_on_plate
+    from envs import gym_env
 
-    return put_on_plate.build(NAME + short, **(dict(image_size=(64, 48), sim_freq=100) | kwargs))
+    return gym_env.build(NAME + short, **(dict(image_size=(64, 48), sim_freq=100) | kwargs))
 
 
 def start(env, obj_set: str, episode_id: int, short: str | None = None):
@@ -243,7 +243,7 @@ def test_rewards_and_flags_equal_the_published_ones():
 @pytest.mark.parametrize("protocol", variants.PROTOCOLS)
 def test_fast_path_equals_base_env_step(short, episode_id, protocol):
     """advance() and render_image() against BaseEnv.reset and step: pictures, states, rewards, bit for bit."""
-    from envs import put_on_plate
+    from envs import gym_env
 
     fast = build(short, protocol=protocol)
     plain = build(short, protocol=protocol, obs_mode="rgb+segmentation", obj_set="test")
@@ -251,7 +251,7 @@ def test_fast_path_equals_base_env_step(short, episode_id, protocol):
     obs, _ = plain.reset(options={"episode_id": episode_id})
     expert = Expert()
     for step in range(8):
-        np.testing.assert_array_equal(obs["sensor_data"][put_on_plate.CAMERA]["rgb"][0].numpy(), fast.render_image())
+        np.testing.assert_array_equal(obs["sensor_data"][gym_env.CAMERA]["rgb"][0].numpy(), fast.render_image())
         assert fast.describe() == plain.describe()
         action = expert(fast.describe() | {"elapsed_steps": step})[None]
         reward, success = fast.advance(torch.from_numpy(action))

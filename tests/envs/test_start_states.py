@@ -155,9 +155,9 @@ def test_camera_sees_what_the_published_camera_sees():
     """The yellow plate covers the same pixels, and the fingertips the same ones as in the published picture."""
     from PIL import Image
 
-    from envs import put_on_plate
+    from envs import gym_env
 
-    env = put_on_plate.build(MAIN, image_size=(640, 480), sim_freq=100)
+    env = gym_env.build(MAIN, image_size=(640, 480), sim_freq=100)
     env.start_episode(variants.decode(MAIN, "train", 183_316))
     ours = env.render_image().astype(int)
     published = np.asarray(Image.open(FIXTURES / "Main-v3__train__183316.png").convert("RGB")).astype(int)
@@ -173,9 +173,9 @@ def test_camera_sees_what_the_published_camera_sees():
 
 def test_reward_by_hand():
     """The potential's increase: 0.1 first grasp, 0.1 five in a row, 1 for success after a grasp, -1 for losing it."""
-    from envs import put_on_plate
+    from envs import gym_env
 
-    env = put_on_plate.build(MAIN, image_size=(16, 16), sim_freq=100)
+    env = gym_env.build(MAIN, image_size=(16, 16), sim_freq=100)
     grasps = [0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
     on = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1]
     wanted = [0, 0.1, 0, 0, 0, 0, 0, 0.1, 0, 1, -1, 1]
@@ -190,18 +190,16 @@ def test_reward_by_hand():
 
 def test_fast_path_equals_base_env_step():
     """advance() and render_image() against BaseEnv.reset and step: pictures, states, rewards, bit for bit."""
-    from envs import put_on_plate
+    from envs import gym_env
 
-    fast = put_on_plate.build(MAIN, **SMALL)
-    plain = put_on_plate.build(MAIN, obs_mode="rgb+segmentation", **SMALL)
+    fast = gym_env.build(MAIN, **SMALL)
+    plain = gym_env.build(MAIN, obs_mode="rgb+segmentation", **SMALL)
     for episode_id in (5, 700_001):
         fast.start_episode(variants.decode(MAIN, "train", episode_id))
         obs, _ = plain.reset(options={"episode_id": episode_id})
         expert, steps = Expert(), 0
         while not fast.success and steps < 40:
-            np.testing.assert_array_equal(
-                obs["sensor_data"][put_on_plate.CAMERA]["rgb"][0].numpy(), fast.render_image()
-            )
+            np.testing.assert_array_equal(obs["sensor_data"][gym_env.CAMERA]["rgb"][0].numpy(), fast.render_image())
             assert fast.describe() == plain.describe()
             action = expert(fast.describe() | {"elapsed_steps": steps})[None]
             action[0, 3:5] = 0.02 * np.sin(steps)

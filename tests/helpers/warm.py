@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = """train_ppo train_grpo train_sft evaluate collect_demos doctor deepspeed transformers peft h5py
 deepspeed.runtime.zero.muon.muon_optimizer torch.utils.cpp_extension torch.utils.tensorboard safetensors.torch
-mani_skill.envs envs.put_on_plate envs.maniskill_task envs.assets.builtin imageio.v3 imageio.plugins.ffmpeg
+mani_skill.envs envs.gym_env envs.maniskill_task envs.assets.builtin imageio.v3 imageio.plugins.ffmpeg
 matplotlib.pyplot matplotlib.backends.backend_agg tyro._backends._argparse_formatter""".split()
 # variables that are read when a module is imported
 EARLY = ("PYTHON", "OMP_", "DS_", "TORCH_", "CUDA_", "MS_", "HF_", "MPL", "LC_", "LANG", "LD_PRELOAD")
