@@ -1,14 +1,16 @@
 """Demonstrations in ManiSkill's trajectory format: recorded from the scripted expert, and read again for training.
 
     folder/trajectory.h5              traj_0, traj_1, ...: actions, terminated, truncated, success, rewards,
-                                      obs/sensor_data/3rd_view_camera/rgb, and for training expert_actions, keep
+                                      obs/sensor_data/3rd_view_camera/rgb, env_states, and for training
+                                      expert_actions, keep
     folder/trajectory.json            env_info, episodes: ManiSkill's keys, and `instruction` per episode
     folder/dataset_statistics.json    {env_id: {"action": {"q01": ...}}}: what turns tokens into metres and radians
 
 An episode has T actions and T + 1 images. `actions` float32 [T, 7] is what the controller executed (gripper 1 or -1),
-so `python -m mani_skill.trajectory.replay_trajectory` repeats the episode. `expert_actions` float32 [T, 7] is the
-label: what the expert wanted, without noise, in robot units (gripper 1 opens, 0 closes). `keep` bool [T] is False at
-idle steps. The env is named `envs:<id>`, which makes gymnasium import this package first.
+so `python -m mani_skill.trajectory.replay_trajectory` repeats the episode. `env_states` has the T + 1 states that
+`envs/gym_env.py` describes, float32 [T + 1, n] each. Sets of before version 0.4.0 lack them. `expert_actions` float32
+[T, 7] is the label: what the expert wanted, without noise, in robot units (gripper 1 opens, 0 closes). `keep` bool [T]
+is False at idle steps. The env is named `envs:<id>`, which makes gymnasium import this package first.
 
 A set is a function of its recipe. Tries are numbered, and each has its own episode id and its own noise. The first N
 successful tries are kept in that order, whatever the number of workers. Parts of the set are put in place whole, so a
@@ -36,10 +38,12 @@ from envs.registration import CONTROL_MODE
 from envs.vector import ACTION_LIMITS, VectorEnv
 from schemas import UserError, check, parse_json, read_json, require_file
 from schemas.demonstrations import (
+    ENV_STATES,
     MAX_CHUNK_BYTES,
     MAX_STEPS,
     PICTURES,
     RECORDED,
+    STATE_ARRAYS,
     TRAINED_ON,
     Episode,
     Statistics,
@@ -85,6 +89,7 @@ class Demonstration:
     expert_actions: list[np.ndarray] = field(default_factory=list)  # T of float32 [7], wanted
     actions: list[np.ndarray] = field(default_factory=list)  # T of float32 [7], executed
     rewards: list[float] = field(default_factory=list)
+    env_states: list[dict[str, np.ndarray]] = field(default_factory=list)  # T + 1, by path: float32 [n] each
     success: bool = False
 
 
@@ -158,11 +163,17 @@ def record_start(slots: list[Attempt], obs: dict, envs: Iterable[int]) -> None:
 def record_step(envs: VectorEnv, slots: list[Attempt]) -> dict:
     """Execute and record one step of every expert. Returns the step's infos."""
     states = envs.describe()
+    for slot, env_state in zip(slots, envs.env_states()):
+        slot.demo.env_states.append(env_state)
     actions = np.stack([slot.act(state) for slot, state in zip(slots, states)])[:, None]  # [N, 1, 7]
     obs, rewards, _, _, infos = envs.step(actions)
     for slot, image, reward in zip(slots, obs["image"].numpy(), rewards[:, 0].tolist()):
         slot.demo.images.append(image)
         slot.demo.rewards.append(reward)
+    if len(infos["ended"]):
+        last_states = envs.env_states()
+        for env in infos["ended"].tolist():
+            slots[env].demo.env_states.append(last_states[env])
     return infos
 
 
@@ -289,6 +300,10 @@ class DemoFolder:
         group["truncated"] = np.zeros(length, bool)
         group["success"] = last
         group["expert_actions"] = wanted
+        steps = [int(state["task/steps"][0]) for state in demo.env_states]
+        if steps == list(range(length + 1)):  # a worker that was lost between step and state leaves a gap
+            for name in demo.env_states[0]:
+                group[f"{ENV_STATES}/{name}"] = np.stack([state[name] for state in demo.env_states])
         group["keep"] = ~idle_steps(wanted) if self.recipe.filter_idle else np.ones(length, bool)
         options = {"episode_id": demo.episode_id, "obj_set": self.recipe.obj_set}
         entry = {
@@ -334,7 +349,7 @@ class DemoFolder:
     def _copy_episodes(reader: EpisodeReader, whole: h5py.File, listed: list[dict], labels: list[np.ndarray]) -> None:
         """Check all episodes of a part, copy them into `whole`, and add their entries and labels to the lists."""
         for name, entry in sorted(reader.tries().items(), key=lambda item: item[1]["attempt"]):
-            actions, keep, _ = reader.read(name, entry["elapsed_steps"], TRAINED_ON | RECORDED)
+            actions, keep, _ = reader.read(name, entry["elapsed_steps"], TRAINED_ON | RECORDED | STATE_ARRAYS)
             reader.file.copy(name, whole, f"traj_{len(listed)}")
             labels.append(actions[keep])
             listed.append({"episode_id": len(listed), **entry})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from envs import episodes, variants
+from envs import episodes, state_dicts, variants
 from envs.registration import CONTROL_FREQ
 
 if TYPE_CHECKING:
@@ -348,6 +348,9 @@ class EnvGroup:
 
     def describe(self) -> list[dict]:
         return [slot.env.describe() | {"elapsed_steps": len(slot.actions)} for slot in self.slots]
+
+    def env_states(self) -> list[dict[str, np.ndarray]]:
+        return [state_dicts.arrays(slot.env.get_state_dict()) for slot in self.slots]
 
     def state_dict(self) -> list[dict]:
         keys = ("counter", "episode_id", "explicit")

@@ -28,7 +28,7 @@ from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import REGISTERED_ENVS, register_env
 
-from envs import env_states, variants
+from envs import state_dicts, variants
 from envs.assets import catalog, shaders
 from envs.put_on_plate import (
     MOVE_STEP,
@@ -179,19 +179,19 @@ class PutOnPlateEnv(PutOnPlateInScene):
     def _get_obs_extra(self, info: dict) -> dict:
         """The tool's pose and, in the state modes, those of the bodies: p, q (wxyz) in the world frame."""
         tool = self._tool.entity_pose
-        tcp_pose = env_states.row([*tool.p, *tool.q])
+        tcp_pose = state_dicts.row([*tool.p, *tool.q])
         if not self.obs_mode_struct.use_state:
             return {"tcp_pose": tcp_pose}
         bodies = self.body_states()[:, :7]
-        poses = {f"{name}_pose": env_states.row(pose) for name, pose in zip(env_states.BODIES, bodies)}
+        poses = {f"{name}_pose": state_dicts.row(pose) for name, pose in zip(state_dicts.BODIES, bodies)}
         if self._can_have_distractor and len(bodies) < 3:
             poses["distractor_pose"] = torch.zeros(1, 7)
         return dict(
             tcp_pose=tcp_pose,
             **poses,
-            tcp_to_object=env_states.row(bodies[0, :3] - tool.p),
-            object_to_receptacle=env_states.row(bodies[1, :3] - bodies[0, :3]),
-            half_sizes=env_states.row([*self._object_half, *self._receptacle_half]),
+            tcp_to_object=state_dicts.row(bodies[0, :3] - tool.p),
+            object_to_receptacle=state_dicts.row(bodies[1, :3] - bodies[0, :3]),
+            half_sizes=state_dicts.row([*self._object_half, *self._receptacle_half]),
             **{name: info[name] for name in ("is_grasped", "grasped_once", "consecutive_grasp")},
         )
 
@@ -267,7 +267,7 @@ class PutOnPlateEnv(PutOnPlateInScene):
 
     @cached_property
     def _can_have_distractor(self) -> bool:
-        return env_states.has_distractor(self.env_id)
+        return state_dicts.has_distractor(self.env_id)
 
     def get_state_dict(self) -> dict:
         """The state in ManiSkill's form, float32 [1, n] each. Every state of one id has the same entries.
@@ -281,22 +281,22 @@ class PutOnPlateEnv(PutOnPlateInScene):
         if self._shown_elsewhere is not None:  # protocol "rlinf": physics knows the other place
             bodies[0, :7] = [*self._shown_elsewhere.p, *self._shown_elsewhere.q]
         if self._can_have_distractor and len(bodies) < 3:
-            bodies = np.concatenate([bodies, np.zeros((1, env_states.BODY_DIM), np.float32)])
+            bodies = np.concatenate([bodies, np.zeros((1, state_dicts.BODY_DIM), np.float32)])
         asleep = [self._dynamics(entity).is_sleeping for entity in self._bodies]
         targets = [joint.drive_target.item() for joint in self._robot.active_joints]
         arm = self.agent.controller.controllers["arm"]
         return {
-            "actors": {name: env_states.row(body) for name, body in zip(env_states.BODIES, bodies)},
+            "actors": {name: state_dicts.row(body) for name, body in zip(state_dicts.BODIES, bodies)},
             "articulations": {self.agent.robot.name: self.agent.robot.get_state().clone()},
             "controller": {"arm": {"target_pose": arm._target_pose.raw_pose.clone()}},
             "task": {
-                "episode": env_states.episode_numbers(self.start),
-                "steps": env_states.row([self._step_count]),
-                "streak": env_states.row([self.streak]),
-                "flags": env_states.row([self.grasped, self.grasped_once, self.streak_once, self.success]),
-                "rest_rotations": env_states.row(self._rest_rotations),
-                "joint_targets": env_states.row(targets),
-                "asleep": env_states.row([*asleep, *[False] * (len(bodies) - len(asleep))]),
+                "episode": state_dicts.episode_numbers(self.start),
+                "steps": state_dicts.row([self._step_count]),
+                "streak": state_dicts.row([self.streak]),
+                "flags": state_dicts.row([self.grasped, self.grasped_once, self.streak_once, self.success]),
+                "rest_rotations": state_dicts.row(self._rest_rotations),
+                "joint_targets": state_dicts.row(targets),
+                "asleep": state_dicts.row([*asleep, *[False] * (len(state_dicts.BODIES) - len(asleep))]),
             },
         }
 
@@ -310,17 +310,17 @@ class PutOnPlateEnv(PutOnPlateInScene):
         Raises:
             ValueError: the state is of another env, or its numbers are not finite.
         """
-        state = env_states.merged(self.get_state_dict(), state)
-        start = env_states.episode_of(self.env_id, self.protocol, state["task"]["episode"])
+        state = state_dicts.merged(self.get_state_dict(), state)
+        start = state_dicts.episode_of(self.env_id, self.protocol, state["task"]["episode"])
         if not state["task"]["steps"].item():
             self.start_episode(start)
-            if env_states.equal(self.get_state_dict(), state):
+            if state_dicts.equal(self.get_state_dict(), state):
                 return
         self._restore(start, state)
 
     def set_state(self, state: np.ndarray | torch.Tensor, env_idx: torch.Tensor | None = None) -> None:
         """Come back to a flat state of `get_state`. BaseEnv's own drops the commanded pose and the task."""
-        self.set_state_dict(env_states.unflattened(self.get_state_dict(), state), env_idx)
+        self.set_state_dict(state_dicts.unflattened(self.get_state_dict(), state), env_idx)
 
     def _set_any_state(self, state: dict | np.ndarray | torch.Tensor) -> None:
         (self.set_state_dict if isinstance(state, dict) else self.set_state)(state)
@@ -348,7 +348,7 @@ class PutOnPlateEnv(PutOnPlateInScene):
 
     def _restore_bodies(self, state: dict) -> None:
         asleep = state["task"]["asleep"][0].tolist()
-        for entity, name, sleeps in zip(self._bodies, env_states.BODIES, asleep):
+        for entity, name, sleeps in zip(self._bodies, state_dicts.BODIES, asleep):
             numbers = state["actors"][name][0].numpy()
             self._place(entity, numbers[:3], numbers[3:7])
             body = self._dynamics(entity)

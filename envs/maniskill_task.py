@@ -121,6 +121,10 @@ class ManiSkillTask:
         tool_pose = self._arm.ee_pose_at_base.raw_pose[0].numpy()
         return np.concatenate([state, qpos, tool_pose, [self.success]]).astype(np.float32)
 
+    def get_state_dict(self) -> dict:
+        """ManiSkill's own state, float32 [1, n] each."""
+        return self.env.get_state_dict()
+
     def describe(self) -> dict:
         """The present state as plain data. tcp_pose is p, q (wxyz) in the base frame, `state` ManiSkill's own."""
         return {

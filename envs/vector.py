@@ -328,6 +328,19 @@ class VectorEnv:
         self._check_usable("describe", needs_reset=True)
         return [description for group in self._call("describe") for description in group]
 
+    def env_states(self) -> list[dict[str, np.ndarray]]:
+        """ManiSkill's state of every env by the path of its entries, such as "actors/object": float32 [n] each.
+
+        Raises:
+            ValueError: the envs are a batch on the GPU, which has no such states.
+        """
+        self._check_usable("env_states", needs_reset=True)
+        if self._spec.sim_backend == "physx_cuda":
+            raise ValueError(
+                "env_states() needs sim_backend='physx_cpu': a batch on the GPU has no states of ManiSkill's."
+            )
+        return [state for group in self._call("env_states") for state in group]
+
     def state_dict(self) -> list[dict]:
         """One picklable entry per env. `load_state_dict` continues from it to the last bit, even during an episode.
 

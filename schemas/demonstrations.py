@@ -25,6 +25,24 @@ RECORDED = {  # for ManiSkill's own tools, so another set may lack them
     "truncated": ("bool", "T"),
     "success": ("bool", "T"),
 }
+ENV_STATES = "env_states"  # the group of ManiSkill's states, which sets of before 0.4.0 lack
+STATE_ARRAYS = {
+    f"{ENV_STATES}/{name}": ("float32", "T + 1", size)
+    for name, size in {
+        "actors/object": 13,
+        "actors/receptacle": 13,
+        "actors/distractor": 13,
+        "articulations/solovla_widowx250s": 29,
+        "controller/arm/target_pose": 7,
+        "task/episode": 4,
+        "task/steps": 1,
+        "task/streak": 1,
+        "task/flags": 4,
+        "task/rest_rotations": 8,
+        "task/joint_targets": 8,
+        "task/asleep": 3,
+    }.items()
+}
 MAX_STEPS = 10**8  # of a whole set, of which training keeps 3 GB in memory
 MAX_CHUNK_BYTES = 256 * 2**20  # HDF5 unpacks a whole chunk to read one image
 
@@ -136,5 +154,5 @@ def arrays_of(steps: int, width: int, height: int) -> type[Schema]:
         return array(dtype, tuple(sizes.get(size, size) for size in shape))
 
     wanted = {name: (field(*layout), ...) for name, layout in TRAINED_ON.items()}
-    wanted |= {name: (field(*layout) | None, None) for name, layout in RECORDED.items()}
+    wanted |= {name: (field(*layout) | None, None) for name, layout in (RECORDED | STATE_ARRAYS).items()}
     return create_model("Arrays", __base__=Schema, **wanted)

@@ -72,6 +72,17 @@ def _entries(state: dict) -> Iterator[torch.Tensor]:
             yield entry
 
 
+def arrays(state: dict, at: str = "") -> dict[str, np.ndarray]:
+    """The entries of a state by their path, such as "actors/object": float32 [n] each."""
+    found = {}
+    for name, entry in state.items():
+        if isinstance(entry, dict):
+            found |= arrays(entry, f"{at}{name}/")
+        else:
+            found[at + name] = entry[0].numpy()
+    return found
+
+
 def row(numbers: object) -> torch.Tensor:
     """Numbers as an entry of a state, float32 [1, n]."""
     return torch.as_tensor(np.asarray(numbers, np.float32)).reshape(1, -1)
