@@ -87,6 +87,7 @@ MODEL_FLAGS = ("model_type", "unnorm_key", "image_resize", "oft_stop_token", "ma
 REMEDY = "copy the run folder again, or give its policy folder alone as --checkpoint"
 WORLD_FLAGS = (
     "instruction",
+    "reward_mode",
     "asset_pack",
     "asset_dir",
     "protocol",
@@ -155,6 +156,9 @@ class Args:
     """Seconds without an answer after which a worker is replaced. Without workers, the run ends instead."""
     instruction: flags.Text | None = None
     """Instruction for the policy in an env outside the PutOnPlateInScene25 family."""
+    reward_mode: Literal["sparse", "dense", "normalized_dense"] | None = None
+    """ManiSkill's reward in an env outside the PutOnPlateInScene25 family. Without it, such an env pays 1 when the task
+    becomes solved and -1 when it is undone."""
     asset_pack: Literal["builtin", "bridge"] = "builtin"
     """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
     asset_dir: flags.Text | None = None
@@ -584,13 +588,16 @@ def identity_of(args: Args, checkpoint: Path | None) -> dict:
     """What must stay the same when an evaluation is resumed: who acts, with which weights, in which world."""
     adapter = Path(args.lora_path) if args.lora_path else None
     weights = fingerprint(checkpoint, adapter) if checkpoint else {}
-    world = (*WORLD_FLAGS, "ignore_terminations")
+    world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
+    del world["asset_dir"]  # a folder of this machine
+    if args.reward_mode is None:
+        del world["reward_mode"]  # evaluations of before version 0.4.0 have none
     return {
         "policy": args.policy,
         "weights": all_gather_lists([weights])[0],
         "model": {name: getattr(args, name) for name in MODEL_FLAGS},
         "seed": args.seed,
-        "world": {name: getattr(args, name) for name in world if name != "asset_dir"},  # a folder of this machine
+        "world": world,
     }
 
 
@@ -622,7 +629,8 @@ def print_start(args: Args, name: str, num_settings: int, folder: Path) -> None:
 def envs_of(args: Args, setting: Setting) -> OpenEnvs:
     """make_envs() for one setting. It still takes num_envs, image_size and num_env_workers."""
     world = {name: getattr(args, name) for name in (*WORLD_FLAGS, "ignore_terminations")}
-    world["instruction"] = None if setting.env_id in VARIANTS else args.instruction
+    if setting.env_id in VARIANTS:  # both are for other envs
+        world |= dict(instruction=None, reward_mode=None)
     return partial(
         make_envs,
         setting.env_id,

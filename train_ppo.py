@@ -156,6 +156,9 @@ class Args:
     # ---- env
     instruction: flags.Text | None = None
     """Instruction for the policy in an env outside the PutOnPlateInScene25 family."""
+    reward_mode: Literal["sparse", "dense", "normalized_dense"] | None = None
+    """ManiSkill's reward in an env outside the PutOnPlateInScene25 family. Without it, such an env pays 1 when the task
+    becomes solved and -1 when it is undone."""
     obj_set: Literal["train", "test", "all"] = "train"
     """Objects, tables and receptacles of the episodes: those of training, the unseen ones (test), or both (all)."""
     asset_pack: Literal["builtin", "bridge"] = "builtin"

@@ -56,6 +56,7 @@ def make_envs(
     first_env: int = 0,
     instruction: str | None = None,
     privileged: bool = False,
+    reward_mode: str | None = None,
 ) -> VectorEnv:
     """Make `num_envs` envs of one id: one of the PutOnPlateInScene25 family, or any other ManiSkill env.
 
@@ -91,6 +92,8 @@ def make_envs(
         instruction: the instruction for the policy in an env that is not of the family.
         privileged: observations also hold `state`, float32 [N, S], for critics. It is `privileged_state` of
             `envs/put_on_plate.py` or `envs/maniskill_task.py`, and the share of the episode that is over.
+        reward_mode: "sparse", "dense" or "normalized_dense", ManiSkill's reward in an env that is not of the family.
+            None pays 1 when the task becomes solved and -1 when it is undone.
 
     Raises:
         ValueError, RuntimeError: settings that cannot work, missing files, or an env that cannot be built.
@@ -121,6 +124,7 @@ def make_envs(
         simulator,
         renderer,
         privileged,
+        reward_mode,
     )
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
 

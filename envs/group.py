@@ -37,6 +37,7 @@ REPLAY_KEYS = (
 )
 SIM_BACKENDS = ("physx_cpu", "physx_cuda", "auto")
 RENDER_BACKENDS = ("cpu", "cuda", "auto")
+REWARD_MODES = ("sparse", "dense", "normalized_dense")
 EPISODE_METRICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
 
 
@@ -61,6 +62,7 @@ class EnvSpec:
     sim_backend: str = "physx_cpu"  # or "physx_cuda"
     render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: what renders the images of physx_cpu
     privileged: bool = False  # observations also hold the simulator's state
+    reward_mode: str | None = None  # ManiSkill's, in an env that is not of the family
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -74,6 +76,7 @@ class EnvSpec:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         self._check_processes(num_env_workers, pipeline_stages, worker_timeout)
         self._check_simulation()
+        self._check_reward_mode()
         if self.sim_backend == "physx_cuda":
             self._check_batch(pipeline_stages)
         variants.check_protocol(self.protocol)
@@ -111,6 +114,14 @@ class EnvSpec:
                 f"only the {episodes.FAMILY} family has asset_pack, asset_dir and protocol: "
                 f"leave them out for {self.env_id}."
             )
+
+    def _check_reward_mode(self) -> None:
+        if self.reward_mode is None:
+            return
+        if episodes.in_family(self.env_id):
+            raise ValueError(f"{self.env_id} has a reward of its own: leave reward_mode={self.reward_mode!r} out.")
+        if self.reward_mode not in REWARD_MODES:
+            raise ValueError(f"unknown reward_mode {self.reward_mode!r}: use one of {', '.join(REWARD_MODES)}.")
 
     def _check_batch(self, pipeline_stages: int) -> None:
         """Conditions of the batched simulation on the GPU."""
@@ -406,7 +417,9 @@ def _build_env(spec: EnvSpec) -> PutOnPlateInScene | ManiSkillTask:
     if not episodes.in_family(spec.env_id):
         import envs.maniskill_task as maniskill_task
 
-        return maniskill_task.ManiSkillTask(spec.env_id, spec.instruction, spec.image_size, spec.render_backend)
+        return maniskill_task.ManiSkillTask(
+            spec.env_id, spec.instruction, spec.image_size, spec.render_backend, spec.reward_mode
+        )
     import envs.gym_env as gym_env
 
     return gym_env.build(

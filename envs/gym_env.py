@@ -38,6 +38,7 @@ from envs.put_on_plate import (
     PutOnPlateInScene,
     chosen_bodies,
     instruction_of,
+    potential_of,
 )
 from envs.registration import CAMERA, MAX_EPISODE_STEPS, MODULE
 from envs.rotations import yaw_quaternion
@@ -153,6 +154,11 @@ class PutOnPlateEnv(PutOnPlateInScene):
         episode_id = int(options["episode_id"]) if "episode_id" in options else int(torch.randint(total, (1,)))
         self.start_episode(variants.decode(self.env_id, obj_set, episode_id, self.protocol))
 
+    def get_info(self) -> dict:
+        """BaseEnv's, with a counter that later steps do not change."""
+        info = super().get_info()
+        return info | {"elapsed_steps": info["elapsed_steps"].clone()}
+
     def evaluate(self) -> dict:
         if int(self._elapsed_steps[0]) != self._judged_step:  # once per step, however often it is called
             self._judged_step = int(self._elapsed_steps[0])
@@ -175,6 +181,21 @@ class PutOnPlateEnv(PutOnPlateInScene):
     # -----------------------------------------------------------------------------------------------------------------
     # observations
     # -----------------------------------------------------------------------------------------------------------------
+
+    def _get_obs_agent(self) -> dict:
+        """BaseEnv's, with a commanded pose that a later reset does not change."""
+        return super()._get_obs_agent() | {"controller": self._controller_state()}
+
+    def _controller_state(self) -> dict:
+        arm = self.agent.controller.controllers["arm"]
+        return {"arm": {"target_pose": arm._target_pose.raw_pose.clone()}}
+
+    def get_sensor_params(self) -> dict:
+        """BaseEnv's, in new tensors. It gives the same ones again in every step."""
+        return {
+            camera: {name: entry.clone() for name, entry in params.items()}
+            for camera, params in super().get_sensor_params().items()
+        }
 
     def _get_obs_extra(self, info: dict) -> dict:
         """The tool's pose and, in the state modes, those of the bodies: p, q (wxyz) in the world frame."""
@@ -284,11 +305,10 @@ class PutOnPlateEnv(PutOnPlateInScene):
             bodies = np.concatenate([bodies, np.zeros((1, state_dicts.BODY_DIM), np.float32)])
         asleep = [self._dynamics(entity).is_sleeping for entity in self._bodies]
         targets = [joint.drive_target.item() for joint in self._robot.active_joints]
-        arm = self.agent.controller.controllers["arm"]
         return {
             "actors": {name: state_dicts.row(body) for name, body in zip(state_dicts.BODIES, bodies)},
             "articulations": {self.agent.robot.name: self.agent.robot.get_state().clone()},
-            "controller": {"arm": {"target_pose": arm._target_pose.raw_pose.clone()}},
+            "controller": self._controller_state(),
             "task": {
                 "episode": state_dicts.episode_numbers(self.start),
                 "steps": state_dicts.row([self._step_count]),
@@ -338,7 +358,7 @@ class PutOnPlateEnv(PutOnPlateInScene):
         self._measure_boxes(*(sapien.Pose(q=task["rest_rotations"][k : k + 4]) for k in (0, 4)))
         self.grasped, self.grasped_once, self.streak_once, self.success = (flag > 0.5 for flag in task["flags"])
         self.streak = round(task["streak"][0])
-        self.potential = self._potential()
+        self.potential = potential_of(self.grasped_once, self.streak_once, self.success)
         self._step_count = self._judged_step = round(task["steps"][0])
         self._elapsed_steps[:] = self._step_count
         self._shown_elsewhere = None

@@ -11,8 +11,9 @@ Start states: the episode id is the seed of ManiSkill's reset. The scene is buil
 Actions: metres, Euler angles (rad, XYZ) and gripper (> 0.5 opens), as in all envs here. ManiSkill wants them divided by
     the controller's bounds, and clips them there (Panda: 0.1 m per axis, 0.1 rad in all). Translation is along the axes
     of the robot's base, and rotation is about them.
-Reward: the increase of success, so 1 when it is reached and -1 when it is lost again. The env's dense reward is not
-    used, and `info["fail"]` does not end an episode.
+Reward: the increase of success, so 1 when it is reached and -1 when it is lost again. `reward_mode` gives the env's own
+    reward in its place: "sparse" pays success in every step, "dense" and "normalized_dense" are what the env computes.
+    `info["fail"]` does not end an episode.
 Camera: the env's first one, at image_size. The env keeps its own rates (mostly 20 Hz control) and assets.
 """
 
@@ -40,12 +41,31 @@ CONTROL_MODE = "pd_ee_delta_pose"
 class ManiSkillTask:
     """One env of one scene, simulated on the CPU, one episode at a time."""
 
-    def __init__(self, env_id: str, instruction: str, image_size: tuple[int, int], render_backend: str = "cpu"):
-        self.env_id, self.instruction, self.image_size = env_id, instruction, image_size
-        self.env = _make(env_id, image_size, render_backend)
+    def __init__(
+        self,
+        env_id: str,
+        instruction: str,
+        image_size: tuple[int, int],
+        render_backend: str = "cpu",
+        reward_mode: str | None = None,
+    ):
+        self.env_id, self.instruction, self.image_size, self.reward_mode = env_id, instruction, image_size, reward_mode
+        self.env = _make(env_id, image_size, render_backend, reward_mode)
         self.episode_id: int | None = None
         self.success = False
         self._check()
+        if reward_mode is not None:
+            self._check_reward()
+
+    def _check_reward(self) -> None:
+        """Raise ValueError where the env does not compute the reward that it lists."""
+        try:
+            self.env.get_reward(obs={}, action=torch.zeros(1, 7), info=self.env.get_info())
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.env_id} does not compute a reward for reward_mode {self.reward_mode!r}: use another one, or "
+                "leave it out."
+            ) from error
 
     def _check(self) -> None:
         """Raise ValueError for an env whose actions, images or rewards do not fit."""
@@ -76,10 +96,12 @@ class ManiSkillTask:
 
     def advance(self, action: torch.Tensor) -> tuple[float, bool]:
         """One control step with action float32 [1, 7] (m, rad, gripper 1 or -1). Returns reward and success."""
-        _, _, _, _, info = self.env.step(self._command(action))
+        _, reward, _, _, info = self.env.step(self._command(action))
         success_before = self.success
         self.success = bool(info["success"][0])
-        return float(self.success) - float(success_before), self.success
+        if self.reward_mode is None:
+            return float(self.success) - float(success_before), self.success
+        return float(reward[0]), self.success
 
     def _command(self, action: torch.Tensor) -> torch.Tensor:
         """The same motion in the controller's units, float32 [1, 7].
@@ -140,7 +162,7 @@ class ManiSkillTask:
         self.env.close()
 
 
-def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> BaseEnv:
+def _make(env_id: str, image_size: tuple[int, int], render_backend: str, reward_mode: str | None) -> BaseEnv:
     """Make the env without wrappers. Raises ValueError or RuntimeError that name what is missing."""
     module, _, name = env_id.rpartition(":")
     if module:
@@ -151,13 +173,18 @@ def _make(env_id: str, image_size: tuple[int, int], render_backend: str) -> Base
             f"unknown env_id {env_id!r}: did you mean {near!r}? Your own task is 'module:{name}', where importing "
             "module registers it."
         )
+    known = REGISTERED_ENVS[name].cls.SUPPORTED_REWARD_MODES
+    if reward_mode is not None and reward_mode not in known:
+        raise ValueError(
+            f"{env_id} has no reward_mode {reward_mode!r}: use one of {', '.join(known)}, or leave it out."
+        )
     width, height = image_size
     try:
         with _no_prompt(name):
             env = gym.make(
                 name,
                 obs_mode="none",  # render_image takes one image per chunk
-                reward_mode="none",
+                reward_mode=reward_mode or "none",
                 control_mode=CONTROL_MODE,
                 sensor_configs={"width": width, "height": height},
                 sim_backend="physx_cpu",

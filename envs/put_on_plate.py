@@ -284,15 +284,10 @@ class PutOnPlateInScene(PutOnPlateScene):
         self.grasped_once |= grasped
         self.streak_once |= self.streak >= GRASP_STREAK
         self.grasped, self.success = grasped, success
-        potential = self._potential()
+        potential = potential_of(self.grasped_once, self.streak_once, success)
         reward = potential - self.potential
         self.potential = potential
         return reward, success
-
-    def _potential(self) -> float:
-        """The sum of all rewards that the flags are worth."""
-        potential = REWARD_GRASP * float(self.grasped_once) + REWARD_STREAK * float(self.streak_once)
-        return potential + REWARD_SUCCESS * float(self.success and self.grasped_once)
 
     def _grasped_and_on(self) -> tuple[bool, bool]:
         """Whether the object is grasped, and whether it is on the receptacle."""
@@ -462,6 +457,12 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     if not len(rows):
         return 0, 1, 0, 1
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def potential_of(grasped_once: bool, streak_once: bool, success: bool) -> float:
+    """The sum of all rewards that these flags are worth."""
+    potential = REWARD_GRASP * float(grasped_once) + REWARD_STREAK * float(streak_once)
+    return potential + REWARD_SUCCESS * float(success and grasped_once)
 
 
 def world_half_size(pose: sapien.Pose, model: catalog.Model) -> np.ndarray:

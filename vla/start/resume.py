@@ -30,6 +30,7 @@ FIXED = {
     # its world
     "env_id": "its task would differ",
     "instruction": "its task would differ",
+    "reward_mode": "its rewards would differ",
     "obj_set": "its episodes would differ",
     "asset_pack": "its images would differ",
     "protocol": "its scenes would differ",
@@ -47,8 +48,8 @@ FIXED = {
     "batch_size": "its updates would see other samples",
 }
 
-# flags that older versions lack, which behaved like the default (train_sft.py: the first two, train_ppo.py: the last)
-ADDED_LATER = ("instruction", "sim_backend", "critic")
+# flags that older versions lack, which behaved like the default (train_sft.py: the first two, train_ppo.py: the third)
+ADDED_LATER = ("instruction", "sim_backend", "critic", "reward_mode")
 
 # flag -> what it decides. Every change is printed
 MAY_CHANGE = dict.fromkeys(
