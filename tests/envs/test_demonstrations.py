@@ -87,6 +87,36 @@ def test_maniskill_replays_them(demos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--use_env_states", "--save_video"], ["--use_first_env_state"]])
+def test_maniskill_replays_their_states(demos, tmp_path, flags):
+    folder = shutil.copytree(demos, tmp_path / "set")
+    command = ["-m", "mani_skill.trajectory.replay_trajectory", "--traj_path"]
+    run = python(*command, folder / "trajectory.h5", "--count", "2", *flags)
+    assert "Replayed 2 episodes, 2/2=100.00%" in run.stdout, run.stdout + run.stderr
+    assert len(list(folder.glob("*.mp4"))) == (2 if "--save_video" in flags else 0)
+
+
+@pytest.mark.slow
+def test_states_are_those_that_the_images_show(demos):
+    """Each of the T + 1 states, set in an env of the same world, gives the image that was recorded with it."""
+    import gymnasium
+    from mani_skill.trajectory.utils import dict_to_list_of_dicts
+
+    content = json.loads((demos / "trajectory.json").read_text())
+    env = gymnasium.make(content["env_info"]["env_id"], **content["env_info"]["env_kwargs"]).unwrapped
+    env.reset(**content["episodes"][1]["reset_kwargs"])
+    with h5py.File(demos / "trajectory.h5") as file:
+        images = file[f"traj_1/{PICTURES}"][:]
+        states = dict_to_list_of_dicts(file["traj_1/env_states"])
+    assert len(states) == len(images)
+    for state, image in zip(states, images):
+        env.set_state_dict(state)
+        assert np.array_equal(env.render_image(), image)
+    assert env.success and env.grasped_once
+    env.close()
+
+
+@pytest.mark.slow
 def test_maniskill_loads_them(demos):
     from mani_skill.trajectory.dataset import ManiSkillTrajectoryDataset
 
@@ -238,6 +268,27 @@ def test_idle_steps_are_left_out_of_training_alone(tmp_path, recipe):
     assert len(demos) == 4 and demos.images([0, 1])[:, 0, 0, 0].tolist() == [1, 3]
     assert np.allclose(demos.chunks([0], 2)[0][0, :, 0], [0.001, 0.003])
     assert len(arrays(tmp_path / "set")["traj_0/actions"]) == 4  # the whole episode is there, to be replayed
+
+
+def test_states_with_a_gap_are_left_out(tmp_path, recipe):
+    """A worker that is lost between a step and its state leaves one. The episode is kept without states."""
+    one = [{"task/steps": np.full(1, step, np.float32)} for step in (0, 1, 2)]
+    other = [one[0], one[1], one[0]]
+    folder = DemoFolder(tmp_path / "set", recipe, {"control_mode": "any"})
+    folder.begin()
+    demos = []
+    for number, states in enumerate((one, other)):
+        arrays_of_two = dict(images=[np.zeros((4, 5, 3), np.uint8)] * 3, expert_actions=[np.zeros(7, np.float32)] * 2)
+        actions = [np.zeros(7, np.float32)] * 2
+        demos.append(
+            Demonstration(
+                number, number, "put", actions=actions, rewards=[0.0, 1.0], env_states=states, **arrays_of_two
+            )
+        )
+    folder.write_part(demos)
+    with h5py.File(*(tmp_path / "set").glob("part_*.h5")) as file:
+        assert file["try_000000/env_states/task/steps"][:, 0].tolist() == [0, 1, 2]
+        assert "env_states" not in file["try_000001"]
 
 
 # ------------------------------------------------------------------ sets that are not what they say

@@ -160,7 +160,7 @@ def test_same_name_same_text(one, other):
 # ---------------------------------------------------------------------- README and docs say what is there
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 TEXTS = [*PAGES, *(ROOT / name for name in ("RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "dev/LOG.md"))]
-FOLDERS = "vla|envs|schemas|yaml|ds_configs|tests|slurm|benchmarks|checkpoints|results|docs|dev"
+FOLDERS = "vla|envs|schemas|examples|yaml|ds_configs|tests|slurm|benchmarks|checkpoints|results|docs|dev"
 
 
 def every(pages: list[Path]):
@@ -254,7 +254,8 @@ def known_flags() -> set[str]:
 
     flags = {"help", "num_gpus", "nodes", "gpus", "ntasks", "cpus", "local", "shm"}  # launchers, sbatch, hf, docker
     flags |= {"hostfile", "no_ssh", "node_rank", "master_addr", "master_port", "quiet"}  # of deepspeed
-    flags |= {"traj_path", "logdir"}  # of ManiSkill's replay, of tensorboard
+    flags |= {"traj_path", "save_video", "use_env_states", "use_first_env_state"}  # of ManiSkill's replay
+    flags |= {"logdir"}  # of tensorboard
     flags |= {"rm", "user", "nv", "bind"}  # docker, apptainer
     flags |= {"raw", "repo", "use"}  # any4lerobot, lerobot
     for script in (train_ppo, train_grpo, train_sft, collect_demos, evaluate):
