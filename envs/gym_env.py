@@ -26,7 +26,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
-from mani_skill.utils.registration import REGISTERED_ENVS, register_env
+from mani_skill.utils.registration import register_env
 
 from envs import state_dicts, variants
 from envs.assets import catalog, shaders
@@ -40,7 +40,7 @@ from envs.put_on_plate import (
     instruction_of,
     potential_of,
 )
-from envs.registration import CAMERA, MAX_EPISODE_STEPS, MODULE
+from envs.registration import CAMERA, MAX_EPISODE_STEPS, MODULE, class_name
 from envs.rotations import yaw_quaternion
 
 TEXTURES = ("rgb", "depth", "segmentation", "position", "state", "state_dict")
@@ -429,21 +429,16 @@ def chosen_size(image_size: tuple[int, int] | None, sensor_configs: dict | None)
 
 
 def _register(variant: variants.Variant) -> None:
-    """Register the env class of one id with ManiSkill."""
-    env_class = type(
-        variant.env_id.replace("-", "_"), (PutOnPlateEnv,), {"env_id": variant.env_id, "__module__": __name__}
-    )
+    """Make the env class of one id, and register it with ManiSkill."""
+    name = class_name(variant.env_id)
+    env_class = type(name, (PutOnPlateEnv,), {"env_id": variant.env_id, "__module__": __name__})
+    globals()[name] = env_class
     gym.registry.pop(variant.env_id, None)  # the lazy entry, which ManiSkill's own replaces
     register_env(variant.env_id, max_episode_steps=MAX_EPISODE_STEPS)(env_class)
 
 
 for _variant in variants.VARIANTS.values():
     _register(_variant)
-
-
-def make_registered(env_id: str, **kwargs) -> PutOnPlateEnv:
-    """Make an env of an id that `envs.registration` registered. gymnasium calls this."""
-    return REGISTERED_ENVS[env_id].make(**kwargs)
 
 
 def build(env_id: str, **kwargs) -> PutOnPlateEnv:

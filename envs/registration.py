@@ -8,16 +8,10 @@ env = gymnasium.make("PutOnPlateInScene25Carrot-v1", obs_mode="rgb", obj_set="te
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
 import gymnasium
 from gymnasium.envs.registration import WrapperSpec
 
 from envs.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from envs.gym_env import PutOnPlateEnv
 
 MODULE = "envs"  # importing it registers the ids
 CONTROL_FREQ = 5  # Hz
@@ -26,11 +20,9 @@ CONTROL_MODE = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
 CAMERA = "3rd_view_camera"
 
 
-def make_registered(env_id: str, **kwargs) -> PutOnPlateEnv:
-    """Import the simulator, and make an env with it. gymnasium calls this for an id of this package."""
-    from envs import gym_env
-
-    return gym_env.make_registered(env_id, **kwargs)
+def class_name(env_id: str) -> str:
+    """The name of an id's class in `envs.gym_env`."""
+    return env_id.replace("-", "_")
 
 
 def register() -> None:
@@ -40,7 +32,7 @@ def register() -> None:
     for env_id in VARIANTS:
         gymnasium.register(
             env_id,
-            entry_point=partial(make_registered, env_id),
+            entry_point=f"envs.gym_env:{class_name(env_id)}",
             max_episode_steps=MAX_EPISODE_STEPS,
             disable_env_checker=True,  # observations are torch tensors with a batch dimension
             additional_wrappers=(wrapper,),
