@@ -59,11 +59,13 @@ from vla.distributed import (
 )
 from vla.evaluation.episode_log import EpisodeLog, Progress
 from vla.evaluation.episodes import NEVER, Actor, PolicyActor, Stop, Watch, outcome, run_episodes
+from vla.evaluation.pairs import PairedEpisode, choose_pairs, differing_episodes, record_pairs
 from vla.evaluation.recording import Look, OpenEnvs, Seen, record_share, warn
 from vla.evaluation.settings import FAMILY, Setting, parse_settings
 from vla.evaluation.statistics import assemble, compare, comparison_table, headline, markdown_table
 from vla.evaluation.video import frame_size
 from vla.files.trees import checksum
+from vla.files.whole import write_whole
 from vla.logger import describe_run
 from vla.models.about import ABOUT, Known, known_flags
 from vla.models.loading import load_policy
@@ -71,11 +73,12 @@ from vla.models.policy import VLAPolicy
 from vla.models.published import check_on_hub
 from vla.models.tiny import TINY_PRESETS
 from vla.reports.evaluation_page import write_report
+from vla.reports.pairs_page import PairVideos, pair_videos, pairs_page
 from vla.reports.plots import plot_comparison
 from vla.start.checks import fetch_weights
 from vla.start.flag_files import ROOT, Layer, read_yaml
 from vla.start.resume import check_present
-from vla.text import counted, one_line, without_machine, without_places
+from vla.text import counted, error_text, one_line, without_machine, without_places
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
 from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
@@ -116,7 +119,7 @@ class Args:
     resume: bool = False
     """Continue the evaluation in --output. You may ask for more episodes or settings than before."""
     compare: tuple[flags.Text, flags.Text] | None = None
-    """Output folders of two finished evaluations to compare, setting by setting. No episodes are run."""
+    """Output folders of two finished evaluations to compare, setting by setting. No policy acts."""
     policy: Literal["checkpoint", "expert", "idle"] = "checkpoint"
     """Who acts: the checkpoint, the scripted expert (which sees states instead of images), or nobody (idle)."""
     num_envs: flags.Envs = 16
@@ -131,6 +134,8 @@ class Args:
     """Indices, counted from 0, of each setting's episodes that become videos (at the first temperature)."""
     video_failures: flags.CountOrNone = 1
     """Number of failed episodes per setting that become videos in addition."""
+    video_pairs: flags.CountOrNone = 4
+    """Number of episodes in which the two of --compare differ that become videos."""
     video_size: tuple[flags.Pixels, flags.Pixels] = (480, 360)
     """Width and height of the videos' images. What the policy saw is inset, unless it is at least that large."""
 
@@ -561,10 +566,11 @@ def name_of(policy: str, checkpoint: Path | None) -> str:
     return one_line(place.name)
 
 
-def compare_evaluations(first: str, second: str, output: str | None) -> None:
-    """Print and write whether two evaluations differ, for each setting."""
+# ---------------------------------------------------------------------- two evaluations
+def compare_evaluations(args: Args) -> None:
+    """Print and write whether two evaluations differ, for each setting, with videos of episodes in which they do."""
     halves = []
-    for folder in (first, second):
+    for folder in args.compare:
         path = Path(folder) / "results.json"
         if not path.exists():
             raise UserError(f"--compare {folder} has no results.json: give the output folder of a finished evaluation")
@@ -572,15 +578,65 @@ def compare_evaluations(first: str, second: str, output: str | None) -> None:
         halves.append(read_json(path, Results, remedy).model_dump())
     rows = compare(*halves)
     names = tuple(half["name"] for half in halves)
-    names = names if names[0] != names[1] else (first, second)
-    folder = Path(output or f"runs/compare_{time.strftime('%Y%m%d_%H%M%S')}")
+    names = names if names[0] != names[1] else args.compare
+    folder = Path(args.output or f"runs/compare_{time.strftime('%Y%m%d_%H%M%S')}")
     check_new(folder, "give another --output")
     folder.mkdir(parents=True, exist_ok=True)
+    pairs = differing_episodes(*halves)
     table = comparison_table(rows, names)
-    (folder / "comparison.json").write_text(json.dumps({"names": names, "rows": rows}, indent=2) + "\n")
-    (folder / "comparison.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
+    write_whole(folder / "comparison.json", json.dumps({"names": names, "rows": rows}, indent=2) + "\n")
+    write_whole(folder / "comparison.md", markdown_table(table) + "\n")
     plot_comparison(rows, names, folder / "comparison.png")
-    print(f"{markdown_table(table)}\n\n{folder}/comparison.md, comparison.json, comparison.png")
+    print(f"{markdown_table(table)}\n", flush=True)
+    try:
+        chosen = choose_pairs(pairs, args.video_pairs)
+        videos, problem = compare_videos(args, chosen, halves[0]["world"], folder / "videos")
+    except (UserError, TypeError, ValueError) as error:  # a page without videos is better than none
+        videos, problem = [], error_text(error)
+    problem = problem and without_machine(problem)
+    write_whole(folder / "report.html", pairs_page(folder, names, rows, len(pairs), videos, problem))
+    print(f"{folder}/report.html, comparison.md, comparison.json, comparison.png")
+
+
+def compare_videos(
+    args: Args, pairs: list[PairedEpisode], world: dict, folder: Path
+) -> tuple[list[PairVideos], str | None]:
+    """Replay both sides of these episodes into videos.
+
+    Args:
+        world: the one in which both evaluations were run, from results.json.
+
+    Returns:
+        the videos, and why some of them are missing or None.
+    """
+    if not pairs:
+        return [], None
+    if lacking := sorted({*WORLD_FLAGS, "ignore_terminations"} - {*world, "asset_dir"}):
+        raise UserError(f"results.json has no world.{lacking[0]}, so the episodes cannot be replayed")
+    shared = {name: world[name] for name in (*WORLD_FLAGS, "ignore_terminations") if name != "asset_dir"}
+    shared |= {"asset_dir": args.asset_dir, "worker_timeout": args.worker_timeout}
+
+    def setting_of(name: str) -> Setting:
+        return parse_settings((name,), VARIANTS, world["instruction"])[0]
+
+    def open_envs(name: str) -> OpenEnvs:
+        one = setting_of(name)
+        instruction = None if one.env_id in VARIANTS else world["instruction"]
+        own = shared | {"instruction": instruction, "render_backend": args.render_backend}
+        return partial(make_envs, one.env_id, obj_set=one.obj_set, **own)
+
+    def words(pair: PairedEpisode) -> str:
+        one = setting_of(pair.setting)
+        if one.env_id not in VARIANTS:
+            return world["instruction"]
+        return instructions(one.env_id, one.obj_set, [pair.episode_id])[0]
+
+    print(f"replaying {counted(len(pairs), 'episode')} in which they differ, for the videos ...", flush=True)
+    size = frame_size(args.video_size, tuple(world["image_size"]))
+    look = Look(size, size, 1, args.num_env_workers)  # without an inset: what they saw is in each evaluation's videos
+    problem = record_pairs(pairs, (Path(args.compare[0]), Path(args.compare[1])), folder, open_envs, look)
+    found = [pair_videos(folder, pair, words(pair)) for pair in pairs]
+    return [one for one in found if one is not None], problem
 
 
 # ---------------------------------------------------------------------- the steps of main
@@ -697,7 +753,7 @@ def main(args: Args) -> None:
     if args.compare:
         with user_errors():
             if int(os.environ.get("RANK", "0")) == 0:
-                compare_evaluations(*args.compare, args.output)
+                compare_evaluations(args)
         return
 
     # ------------------------------------------------------------------ set-up: wrong input ends here

@@ -228,19 +228,27 @@ def test_means_that_no_row_has_are_left_out():
     assert "not run" not in markdown(one | about, {}) and "Carrot-v1:test" in markdown(one | about, {})
 
 
+def compare_two(first: Path, second: Path, output: Path | None = None) -> None:
+    """evaluate.py --compare"""
+    folders = (str(first), str(second))
+    evaluate.compare_evaluations(evaluate.Args(compare=folders, output=None if output is None else str(output)))
+
+
 def test_compare_writes_table_and_plot(tmp_path, capsys):
     for name, value in (("a", 0.0), ("b", 1.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(fake_results(name, dict.fromkeys(range(12), value))))
-    folders = (str(tmp_path / "a"), str(tmp_path / "b"))
-    evaluate.compare_evaluations(*folders, str(tmp_path / "out"))
+    folders = (tmp_path / "a", tmp_path / "b")
+    compare_two(*folders, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "There are 12." in page and "results.json has no world." in page and "<video" not in page
     assert "b is better" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"][0]["only_second"] == 12
     assert iio.imread(tmp_path / "out" / "comparison.png").std() > 5
     with pytest.raises(UserError, match="older results"):
-        evaluate.compare_evaluations(*folders, str(tmp_path / "out"))
+        compare_two(*folders, tmp_path / "out")
     with pytest.raises(UserError, match=r"no results\.json"):
-        evaluate.compare_evaluations(folders[0], str(tmp_path), None)
+        compare_two(folders[0], tmp_path)
 
 
 # ---------------------------------------------------------------------- names that others chose
@@ -268,7 +276,8 @@ def test_names_are_data_in_plots_tables_and_pages(tmp_path, name):
         (tmp_path / folder).mkdir()
         half = fake_results(name.encode("utf-8", "replace").decode() + folder, dict.fromkeys(range(12), success))
         (tmp_path / folder / "results.json").write_text(json.dumps(half))
-    evaluate.compare_evaluations(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
+    compare_two(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     table = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert len(table.splitlines()) == 3 and "<script>" not in table
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
@@ -333,7 +342,7 @@ def test_a_comparison_of_other_files_is_one_sentence(tmp_path, change, sentence)
         (tmp_path / name / "results.json").write_text(json.dumps(fake_results(name, {1: 1.0, 2: 0.0})))
     damaged(tmp_path / "b" / "results.json", change)
     with pytest.raises(UserError, match=sentence) as error:
-        evaluate.compare_evaluations(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"))
+        compare_two(tmp_path / "a", tmp_path / "b", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -643,7 +652,7 @@ def test_pipes_in_place_of_files_are_not_waited_for(tmp_path):
     for name in ("results.json", "evaluation.json", "episodes.jsonl"):
         os.mkfifo(tmp_path / name)
     for read in (
-        lambda: evaluate.compare_evaluations(str(tmp_path), str(tmp_path), None),
+        lambda: compare_two(tmp_path, tmp_path),
         lambda: evaluate.find_output(str(tmp_path), True, IDENTITY),
         lambda: EpisodeLog(tmp_path / "episodes.jsonl"),
     ):
@@ -815,6 +824,12 @@ def test_expert_succeeds_and_nobody_does_not(tmp_path):
     assert found["idle"]["success_once"] == 0 and found["idle"]["episode_len"] == 80
     (row,) = compare(*(json.loads((tmp_path / name / "results.json").read_text()) for name in ("expert", "idle")))
     assert row["only_first"] >= 6 and row["only_second"] == 0 and row["differs"]
+    run("--compare", str(tmp_path / "expert"), str(tmp_path / "idle"), "--output", str(tmp_path / "both"))
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert page.count("<video") == 8 and "Not all videos" not in page and "4 are shown" in page
+    names = [path.name for path in sorted((tmp_path / "both" / "videos").glob("*.mp4"))]
+    assert len(names) == 8 and sum("_first_success" in name for name in names) == 4
+    assert all(path.with_suffix(".jpg").stat().st_size > 1000 for path in (tmp_path / "both" / "videos").glob("*.mp4"))
 
 
 # ---------------------------------------------------------------------- the page in a browser

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from conftest import ROOT
 
 import compare
 from schemas import UserError
+from vla.evaluation.pairs import choose_pairs, differing_episodes
 from vla.reports.comparison_page import charts_of
-from vla.reports.pairs_page import choose_pairs, differing_episodes
 from vla.reports.run_groups import (
     at_minute,
     at_step,
@@ -219,6 +220,9 @@ def test_episodes_in_which_two_policies_differ():
     assert [(pair.episode_id, pair.first_succeeded) for pair in pairs] == [(2, False), (3, True), (4, True)]
     assert [pair.episode_id for pair in choose_pairs(pairs, 2)] == [2, 3]  # by turns
     assert [pair.episode_id for pair in choose_pairs(pairs, 9)] == [2, 3, 4] and choose_pairs(pairs, 0) == []
+    other = [replace(pair, setting="Carrot-v1:test") for pair in pairs]
+    chosen = [(pair.setting, pair.episode_id) for pair in choose_pairs([*pairs, *other], 4)]
+    assert chosen == [("Single-v1:train", 2), ("Carrot-v1:test", 2), ("Single-v1:train", 3), ("Carrot-v1:test", 3)]
     assert pairs[0].outcomes == ("failed", "success")
     assert differing_episodes(first, half({})) == []
 

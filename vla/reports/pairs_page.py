@@ -1,10 +1,11 @@
 """Two evaluations side by side: report.html with the table, a chart, and videos of episodes in which they differ."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla.evaluation.statistics import by_temperature, comparison_table, temperature_name
+from vla.evaluation.pairs import PairedEpisode, pair_file
+from vla.evaluation.statistics import comparison_table, temperature_name
 from vla.reports.charts import Chart, Dots, dots
 from vla.reports.curves import BLUE, ORANGE
 from vla.reports.page import Media, render
@@ -17,18 +18,7 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class PairedEpisode:
-    """An episode in which exactly one of two policies succeeded."""
-
-    setting: str
-    temperature: float
-    episode_id: int
-    first_succeeded: bool
-
-    @property
-    def outcomes(self) -> tuple[str, str]:
-        return ("success", "failed") if self.first_succeeded else ("failed", "success")
+SIDES, LONGEST_HEADER = ("the first", "the second"), 24  # instead of longer names in the head of the table
 
 
 @dataclass(frozen=True)
@@ -48,34 +38,13 @@ class PairVideos:
     clips: tuple[PairClip, PairClip]
 
 
-def differing_episodes(first: dict, second: dict) -> list[PairedEpisode]:
-    """The episodes in which exactly one succeeded, in the order of settings and ids.
-
-    Args:
-        first, second: the content of two results.json of one world.
-    """
-    of_second = {temperature: part["settings"] for temperature, part in by_temperature(second)}
-    found = []
-    for temperature, part in by_temperature(first):
-        for setting, one in part["settings"].items():
-            other = of_second.get(temperature, {}).get(setting, {"outcomes": []})
-            theirs = {row["episode_id"]: bool(row["success_once"]) for row in other["outcomes"]}
-            for row in one["outcomes"]:
-                succeeded = bool(row["success_once"])
-                if theirs.get(row["episode_id"], succeeded) != succeeded:
-                    found.append(PairedEpisode(setting, temperature, row["episode_id"], succeeded))
-    return found
-
-
-def choose_pairs(pairs: Sequence[PairedEpisode], number: int) -> list[PairedEpisode]:
-    """At most so many episodes, by turns one that only the second solved and one that only the first solved."""
-    by_winner = [[pair for pair in pairs if pair.first_succeeded == first] for first in (False, True)]
-
-    def turns() -> Iterator[PairedEpisode]:
-        for place in range(max(map(len, by_winner), default=0)):
-            yield from (own[place] for own in by_winner if place < len(own))
-
-    return [pair for pair, _ in zip(turns(), range(number))]
+def pair_videos(videos: Path, pair: PairedEpisode, words: str) -> PairVideos | None:
+    """The videos of an episode. None unless both sides were recorded."""
+    files = [pair_file(videos, pair, side) for side in (0, 1)]
+    if not all(path.is_file() for path in files):
+        return None
+    clips = [PairClip(path, path.with_suffix(".jpg"), end) for path, end in zip(files, pair.outcomes)]
+    return PairVideos(f"{pair.setting}, episode {pair.episode_id}{words and f': {words}'}", (clips[0], clips[1]))
 
 
 def pairs_chart(rows: Sequence[dict], names: tuple[str, str]) -> Chart:
@@ -114,7 +83,7 @@ def pairs_page(
         with_charts=True,
         names=names,
         verdict=verdict,
-        table=comparison_table(list(rows), names),
+        table=comparison_table(list(rows), names if max(map(len, names)) <= LONGEST_HEADER else SIDES),
         legend=LEGEND,
         chart=pairs_chart(rows, names),
         num_differing=num_differing,
