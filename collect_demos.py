@@ -9,8 +9,9 @@
 
 Only successful episodes are kept. SIGTERM and Ctrl-C save what is done and end with exit code 75. The same command then
 resumes, and a larger --num_demos adds to a finished folder. envs/demonstrations.py describes the files: HDF5, JSON and
-action statistics. ManiSkill can replay them:
+action statistics. ManiSkill can replay them, and LeRobot reads them once they are in its format:
     python -m mani_skill.trajectory.replay_trajectory --traj_path demos/tiny/trajectory.h5
+    python -m envs.lerobot demos/tiny demos/tiny_lerobot
 """
 
 import os

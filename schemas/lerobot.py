@@ -44,14 +44,15 @@ class Info(Schema):
     features: Annotated[dict[Annotated[str, AfterValidator(feature_name)], Feature], Field(min_length=1)]
 
 
-class Lasting(Schema):
-    """The length of one episode in meta/solovla/trajectory.json."""
+class Entry(Schema):
+    """One episode in meta/solovla/trajectory.json."""
 
+    episode_id: Whole
     elapsed_steps: Whole
 
 
 class Original(Schema):
     """meta/solovla/trajectory.json, as far as it is compared with the set around it."""
 
-    episodes: list[Lasting]
+    episodes: list[Entry]
     recipe: Any

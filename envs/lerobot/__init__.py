@@ -27,12 +27,13 @@ from envs.lerobot.layout import CAMERA_FLAG
 from schemas import UserError
 from schemas.lock import lock_folder
 
+FORM = 1  # of rewritten sets: another number leaves the old ones alone
 WAIT_SECONDS = 6 * 3600.0  # while another rank or run writes the same set
 
 
 def is_lerobot(folder: Path) -> bool:
     """Whether a folder holds a data set in LeRobot's format."""
-    return (folder / "meta" / "info.json").exists()
+    return os.path.exists(folder / "meta" / "info.json")  # false where the folder cannot be read
 
 
 def open_demos(folder: Path, camera: str | None = None) -> Demos:
@@ -63,7 +64,7 @@ def fingerprint(folder: Path, camera: str | None) -> str:
     """A name for a set: it changes with its place, the camera, and the size or time of any file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr((str(folder.resolve()), camera, facts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((FORM, str(folder.resolve()), camera, facts)).encode()).hexdigest()[:16]
 
 
 def cached(folder: Path, camera: str | None) -> Path:
@@ -72,7 +73,10 @@ def cached(folder: Path, camera: str | None) -> Path:
     Raises:
         UserError: the set is damaged, or the cache cannot be written.
     """
-    place = cache_folder() / f"{folder.resolve().name}-{fingerprint(folder, camera)}"
+    try:
+        place = cache_folder() / f"{folder.resolve().name}-{fingerprint(folder, camera)}"
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check {folder}") from error
     rewritten = place / "set"
     if rewritten.exists():
         return rewritten

@@ -149,14 +149,19 @@ class OriginalFiles:
             )
 
     def restore(self, group: h5py.Group) -> None:
-        """Add to an episode what the rows leave out."""
+        """Add to an episode what the rows leave out. Raises UserError where rest.h5 is damaged."""
         name = group.name.strip("/")
-        group.attrs.update(self._reader.file[name].attrs)
-        for path, dataset in self._reader.datasets(name):
-            if path == PICTURES:
-                group[PICTURES][-1:] = dataset[...]
-            elif path not in group:
-                self._reader.file.copy(dataset, group, path)
+        try:
+            group.attrs.update(self._reader.file[name].attrs)
+            for path, dataset in self._reader.datasets(name):
+                if path == PICTURES:
+                    group[PICTURES][-1:] = dataset[...]
+                elif path not in group:
+                    self._reader.file.copy(dataset, group, path)
+        except UserError:
+            raise
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self._reader.path} is damaged at {name} ({error}): {self._reader.remedy}") from error
 
     def copy_files(self, folder: Path) -> None:
         for name in COPIED:
@@ -214,7 +219,7 @@ class LeRobotSet:
         require_file(path, self.remedy)
         try:
             return pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path} is cut short or no parquet file: {self.remedy}") from error
 
     def _read(self, path: Path, names: list[str]) -> pa.Table:
@@ -227,6 +232,7 @@ class LeRobotSet:
             raise UserError(f"{path} has {file.metadata.num_rows} rows, more than {MAX_STEPS}: {self.remedy}")
         try:
             table = file.read(columns=names)
+            table.validate(full=True)  # texts are UTF-8, lists end inside the file
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {self.remedy}") from error
         for name in names:
@@ -283,14 +289,14 @@ class LeRobotSet:
 
     def _check_rows(self) -> None:
         """Raise UserError unless the rows are those of the episodes, in their order."""
-        listed = [number for number, episode in enumerate(self.episodes) for _ in range(episode.steps)]
+        listed = np.repeat(np.arange(len(self.episodes)), [episode.steps for episode in self.episodes])
         if [episode.data for episode in self.episodes] != sorted(episode.data for episode in self.episodes):
             raise self._wrong("has episodes that are not in the order of their files")
         rows = self._column("episode_index").to_numpy()
         if len(rows) != len(listed):
             raise self._wrong(f"has {len(rows)} rows in data/, and its episodes have {len(listed)}")
         if not np.array_equal(rows, listed):
-            at = int(np.flatnonzero(rows != np.array(listed))[0])
+            at = int(np.flatnonzero(rows != listed)[0])
             raise self._wrong(f"has a row of episode {rows[at]} in data/ where one of episode {listed[at]} belongs")
 
     def _read_instructions(self) -> list[str]:

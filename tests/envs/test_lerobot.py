@@ -359,6 +359,10 @@ def without_an_episode(folder: Path) -> None:
             "since the set was edited",
         ),
         (linked_rest, "in another file, it must be in this one"),
+        (
+            in_json(lambda content: content["episodes"][0].pop("episode_id"), "meta/solovla/trajectory.json"),
+            "episode_id",
+        ),
         (without_an_episode, "lacks an episode (traj_1)"),
         (cut("meta/solovla/rest.h5"), "is cut short or no HDF5 file"),
     ],

@@ -393,6 +393,19 @@ def test_a_set_in_lerobots_format_trains_to_the_same_bits(demos, one_rank, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.full
+def test_a_set_that_lerobot_wrote_trains(tmp_path, monkeypatch):
+    """Its statistics, with the name of its folder, become those of the policy."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(ROOT / "tests/envs/lerobot_sets/video", tmp_path / "theirs"))
+    camera = ["--demos_camera", "observation.images.top", "--unnorm_key", "theirs"]
+    train(folder, "--run_dir", str(tmp_path / "run"), *camera)
+    assert [math.isfinite(line["train/loss"]) for line in logged(tmp_path / "run")] == [True, True]
+    policy = load_policy(str(tmp_path / "warm"), "openvla_oft", unnorm_key="theirs")
+    assert policy.action_tokens.q99[0].item() == pytest.approx(0.02)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_is_an_unbroken_one(demos, one_rank, tmp_path):
     run_dir = Path(shutil.copytree(one_rank / "run", tmp_path / "run"))
     shutil.rmtree(run_dir / "checkpoints" / "iteration_000002")
