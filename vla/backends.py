@@ -265,15 +265,13 @@ def gif_of(film: Path) -> tuple[bytes, tuple[int, int]]:
         the file's content, and its width and height.
     """
     with imageio.get_reader(film, format="FFMPEG") as reader:
-        seconds_per_frame = 1.0 / reader.get_meta_data()["fps"]
-        frames = list(reader.iter_data())
+        facts = reader.get_meta_data()
+        scale = min(1.0, GIF_WIDTH / facts["size"][0])
+        size = round(scale * facts["size"][0]), round(scale * facts["size"][1])
+        frames = [Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR) for frame in reader.iter_data()]
     stride = -(-len(frames) // GIF_FRAMES)
-    height, width, _ = frames[0].shape
-    scale = min(1.0, GIF_WIDTH / width)
-    size = round(width * scale), round(height * scale)
-    small = [Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR) for frame in frames[::stride]]
-    small = [image.quantize(128, method=Image.Quantize.FASTOCTREE) for image in small]
+    small = [image.quantize(128, method=Image.Quantize.FASTOCTREE) for image in frames[::stride]]
     buffer = io.BytesIO()
-    duration = round(1000 * seconds_per_frame * stride)  # ms
+    duration = round(1000 * stride / facts["fps"])  # ms
     small[0].save(buffer, "GIF", save_all=True, append_images=small[1:], duration=duration, loop=0)
     return buffer.getvalue(), size
