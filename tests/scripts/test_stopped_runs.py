@@ -11,6 +11,7 @@ from conftest import HELPERS, ROOT
 from launching import PRESET, launcher_command, metrics, python, run_ranks, start_ranks, wait_for, without_time
 
 from vla.distributed import REQUEUE
+from vla.evaluation.recording import read_clips
 from vla.training.checkpoint import damage, latest_checkpoint
 
 SHORT = {
@@ -208,3 +209,22 @@ def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
     (run_dir / "stop").touch()
     assert run.wait(timeout=600) == REQUEUE
     assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_it_records_resumes_with_all_videos(tmp_path):
+    run_dir = tmp_path / "run"
+    more = flags(num_iterations=1, num_eval_episodes=8, num_steps=40, max_episode_steps=40)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    (process,) = start_ranks(1, "train_ppo.py", *more, "--run_dir", run_dir, **streams)
+    place = run_dir / "videos" / "eval_000000"
+    wait_for(lambda: process.poll() is not None or any(run_dir.glob("videos/eval_000000*/*.mp4")), "a video")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == REQUEUE and "warning: not all videos" not in said, said
+    assert not list(run_dir.rglob("*partial*"))
+    run_ranks(1, "train_ppo.py", "--resume", run_dir)
+    for iteration in (0, 1):
+        assert len(read_clips(run_dir, iteration)) == 8
+    assert (place / "clips.json").exists() and (run_dir / "videos" / "before_after.mp4").exists()
+    assert len(metrics(run_dir)) == 1

@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 import doctor
 from vla.distributed import UserError
+from vla.evaluation.episode_log import episode_file, read_episodes
+from vla.evaluation.recording import read_clips
+from vla.evaluation.video import FPS
 from vla.files.trees import load_tree
 from vla.start.extensions import ops_folder
 from vla.start.flag_files import read_yaml
@@ -64,9 +67,15 @@ def test_a_run_leaves_everything_behind(two_ranks):
         assert line["env/episode_len"] <= 8 and line["train/actor/ratio_first_microbatch_error"] < 1e-4
     assert 0 <= lines[-1]["eval/success_once"] <= 1 and lines[-1]["eval/global_step"] == 128
     assert lines[0]["eval/global_step"] == 0  # that of the starting policy
-    video = sorted((run_dir / "videos").glob("*.mp4"))[-1]
-    frames = iio.imread(video)
-    assert len(frames) >= 8 and frames.std() > 5
+    video = run_dir / "videos" / "before_after.mp4"
+    for path in (video, *(run_dir / "videos").glob("eval_*/*.mp4")):
+        frames = iio.imread(path)
+        assert 2 <= len(frames) <= 8 + 1 + FPS and frames.std() > 5
+    for iteration in (0, 2):
+        recorded = [clip["episode_id"] for clip in read_clips(run_dir, iteration)]
+        kept = read_episodes(episode_file(run_dir, iteration))
+        assert recorded == [episode["episode_id"] for episode in kept]
+        assert all(episode["object"] and episode["table"] and episode["instruction"] for episode in kept)
     assert iio.imread(run_dir / "progress.png").std() > 5
     checkpoint = run_dir / "checkpoints" / "iteration_000002"
     assert (checkpoint / "state.json").is_file() and (checkpoint / "policy" / "model.safetensors").is_file()
