@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,12 @@ from schemas import UserError, read_json
 from schemas.runs import Clips
 from vla.distributed import all_gather_lists, barrier, rank, world_size
 from vla.evaluation.episode_log import episode_file, read_episodes, write_episodes
-from vla.evaluation.episodes import Moment, Stop, outcome, replay
+from vla.evaluation.episodes import Stop, outcome, replay
 from vla.evaluation.montage import write_before_after, write_montage
 from vla.evaluation.vector_env import VectorEnv
 from vla.evaluation.video import VideoWriter, draw_frame, frame_size, resized, save_image
 from vla.text import error_text
 
-AT_ONCE = 4  # episodes that one rank replays together
 AS_SEEN = "what the policy saw, since this simulation does not repeat"
 OpenEnvs = Callable[..., VectorEnv]  # called with num_envs, image_size and num_env_workers
 
@@ -94,44 +93,52 @@ def record_clips(wanted: dict[Path, dict], open_envs: OpenEnvs, look: Look, stop
         Stopped: this rank was asked to stop. No part of a video is left.
         OSError, RuntimeError: the encoder or the renderer does not work.
     """
-    paths = list(wanted)
-    for start in range(0, len(paths), AT_ONCE):
-        batch = {path: wanted[path] for path in paths[start : start + AT_ONCE]}
+    if not wanted:
+        return
+    number = min(max(1, look.num_env_workers), len(wanted))  # making an env takes as long as an episode
+    with contextlib.ExitStack() as stack:
+
+        def opened(size: tuple[int, int]) -> VectorEnv:
+            workers = min(number, look.num_env_workers)
+            return stack.enter_context(open_envs(num_envs=number, image_size=size, num_env_workers=workers))
+
+        shown = opened(look.frame_size)
+        if not shown.repeats:
+            raise RuntimeError("this simulation does not repeat, so its episodes cannot be replayed")
+        seen = opened(look.image_size) if look.has_inset else None
+        paths = list(wanted)
+        for start in range(0, len(paths), number):
+            batch = {path: wanted[path] for path in paths[start : start + number]}
+            record_batch(batch, shown, seen, look.chunk_size, stop)
+
+
+def record_batch(
+    wanted: dict[Path, dict], shown: VectorEnv, seen: VectorEnv | None, chunk_size: int, stop: Stop
+) -> None:
+    """record_clips() of at most as many episodes as there are envs.
+
+    Args:
+        shown: envs at the size for people. seen: envs at the size of what the policy saw, for the insets.
+    """
+    episodes = list(wanted.values())
+    episodes += [episodes[-1]] * (shown.num_envs - len(episodes))  # idle envs repeat the last one
+    insets: Sequence[np.ndarray | None] = [None] * len(episodes)
+    decisions = replay(seen, episodes, chunk_size, stop) if seen is not None else iter(())
+    try:
         with contextlib.ExitStack() as stack:
-            try:
-                for moment, insets in moments(list(batch.values()), open_envs, look, stop, stack):
-                    if moment.step == 0:
-                        videos = [stack.enter_context(EpisodeVideo(path, one)) for path, one in batch.items()]
-                    for video, *shown in zip(videos, moment.images, moment.instructions, moment.returns, insets):
-                        video.add(moment.step, *shown)
-                if stop.requested:
-                    raise Stopped
-            except OSError as failure:
-                if stop.requested:  # a signal to all processes ends the one that encodes, too
-                    raise Stopped from failure
-                raise
-
-
-def moments(
-    episodes: list[dict], open_envs: OpenEnvs, look: Look, stop: Stop, stack: contextlib.ExitStack
-) -> Iterator[tuple[Moment, Sequence[np.ndarray | None]]]:
-    """Replay episodes. Yields each moment as people see it, and the latest images that the policy saw (or Nones)."""
-    number = len(episodes)
-    workers = min(look.num_env_workers, number)
-
-    def opened(size: tuple[int, int]) -> VectorEnv:
-        return stack.enter_context(open_envs(num_envs=number, image_size=size, num_env_workers=workers))
-
-    shown = opened(look.frame_size)
-    if not shown.repeats:
-        raise RuntimeError("this simulation does not repeat, so its episodes cannot be replayed")
-    seen = replay(opened(look.image_size), episodes, look.chunk_size, stop) if look.has_inset else None
-    insets: Sequence[np.ndarray | None] = [None] * number
-    for moment in replay(shown, episodes, 1, stop):
-        if seen is not None and moment.step % look.chunk_size == 0:
-            latest = next(seen, None)
-            insets = insets if latest is None else latest.images
-        yield moment, insets
+            videos = [stack.enter_context(EpisodeVideo(path, episode)) for path, episode in wanted.items()]
+            for moment in replay(shown, episodes, 1, stop):
+                if moment.step % chunk_size == 0:
+                    latest = next(decisions, None)
+                    insets = insets if latest is None else latest.images
+                for video, *drawn in zip(videos, moment.images, moment.instructions, moment.returns, insets):
+                    video.add(moment.step, *drawn)
+            if stop.requested:
+                raise Stopped
+    except OSError as failure:
+        if stop.requested:  # a signal to all processes ends the one that encodes, too
+            raise Stopped from failure
+        raise
 
 
 # ---------------------------------------------------------------------- where the simulation does not repeat
