@@ -238,6 +238,18 @@ def test_changed_outcomes_are_shown_first(run_dir):
     assert choose_pairs(before, after, most=8)[1] == "All 8 recorded episodes: 1 better, 0 worse."
 
 
+def test_the_moving_image_of_readme_comes_from_a_run(run_dir, tmp_path):
+    command = [sys.executable, "benchmarks/before_after.py", str(run_dir), "--output", str(tmp_path / "a.gif")]
+    made = subprocess.run([*command, "--pairs", "2", "--width", "320"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "2 of the 8 recorded episodes, changed outcomes first. In all: 1 better, 0 worse." in made.stdout
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 1 + LENGTH + FPS and gif.width == 320 and gif.info["loop"] == 0
+    command[2] = str(tmp_path)
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "has 0 recorded evaluations, but two are needed" in refused.stderr
+
+
 def test_the_first_evaluation_has_nothing_before_it(tmp_path):
     mine = recorder(tmp_path, [1])
     mine.keep(0, evaluated([1]))
