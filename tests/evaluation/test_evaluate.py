@@ -870,10 +870,11 @@ def test_page_shows_the_table(browser_page, evaluated):
 def test_page_plays_a_video_on_a_click(browser_page):
     count = browser_page.script("document.querySelectorAll('video').length")
     assert count == browser_page.script("document.querySelectorAll('a[data-video]').length") == 4
-    browser_page.wait_for("[...document.querySelectorAll('video')].every(v => v.readyState >= 2 && v.videoWidth > 200)")
+    assert browser_page.script("[...document.querySelectorAll('video')].every(v => v.poster)")
     browser_page.click("#settings tbody tr:nth-child(3) a[data-video]")
     playing = "[...document.querySelectorAll('video')].findIndex(v => !v.paused && v.currentTime > 0.5)"
     browser_page.wait_for(f"{playing} >= 0")
     name = browser_page.script(f"document.querySelectorAll('figure')[{playing}].innerText")
     assert name.startswith("EEPose-v1:test, episode")
+    assert browser_page.script(f"document.querySelectorAll('video')[{playing}].videoWidth") > 200
     assert browser_page.script("[...document.querySelectorAll('video')].filter(v => !v.paused).length") == 1

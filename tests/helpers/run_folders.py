@@ -24,7 +24,7 @@ def ppo_folder(folder: Path, *events: tuple, flags: dict | None = None, **descri
     path = folder / "run_from_iteration_000000.json"
     said = json.loads(path.read_text())
     said["args"] |= {"config": ["yaml/quickstart_ppo_openvlaoft.yaml"]} | (flags or {})
-    said |= {"defaults": {"learning_rate": 1e-4, "eval_freq": 10, "gamma": 0.99}, "preset": PRESET} | description
+    said |= {"defaults": {"learning_rate": 1e-4, "eval_freq": 10}, "preset": PRESET} | description
     path.write_text(json.dumps(said))
     write_sessions(folder, *events)
     return folder

@@ -109,12 +109,15 @@ def test_seconds_are_stacked_by_stage_and_thinned(tmp_path):
 
 
 def test_flags_that_differ(tmp_path):
-    """From the preset first. A flag of the preset that differs only from the default comes after it."""
-    folder = ppo_folder(tmp_path / "run", flags={"learning_rate": 3e-4, "eval_freq": 0, "gamma": 0.9})
+    """The run's own first: the preset says otherwise, or the command names them. Then those of preset and model."""
+    flags = {"learning_rate": 3e-4, "eval_freq": 0, "gamma": 0.9, "chunk_size": 4}
+    defaults = {"learning_rate": 1e-4, "eval_freq": 10, "gamma": 0.99, "chunk_size": 1}
+    command = "train_ppo.py --config a.yaml --learning-rate 3e-4 --gamma=0.9"
+    folder = ppo_folder(tmp_path / "run", flags=flags, defaults=defaults, command=command)
     rows = {row["name"]: row for row in changed_flags(read_run(folder))}
     own = {name: (row["value"], row["of_preset"], row["default"]) for name, row in rows.items() if row["own"]}
     assert own == {"gamma": ("0.9", "", "0.99"), "learning_rate": ("0.0003", "0.0002", "0.0001")}
-    assert [name for name, row in rows.items() if not row["own"]] == ["eval_freq"]
+    assert [name for name, row in rows.items() if not row["own"]] == ["chunk_size", "eval_freq"]
     text = page_of(folder)
     assert "differs from the preset" in text and "yaml/quickstart_ppo_openvlaoft.yaml" in text
 

@@ -240,22 +240,33 @@ def flag_text(value: object) -> str:
     return without_keys(text)
 
 
+def typed_flags(record: RunRecord) -> set[str]:
+    """Names of the flags in the commands of all starts."""
+    words = [word for one in record.descriptions for word in one["command"].split() if word.startswith("--")]
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words}
+    return names | {name.removeprefix("no_") for name in names}
+
+
 def changed_flags(record: RunRecord) -> list[dict]:
-    """Flags that are neither as the preset says nor, where it says nothing, as the script's default.
+    """Flags that are not as the script's default or the preset says.
+
+    Those of which the preset says otherwise, or that a command names, are the run's own and come first. The others come
+    from the preset or from the model's folder.
 
     A description of an older version names no defaults, and then no flag is known to differ.
     """
     if "defaults" not in record.description:
         return []
     defaults, preset = record.description["defaults"], record.preset
-    rows = []
+    rows, typed = [], typed_flags(record)
     for name, value in record.flags.items():
         default = defaults.get(name, value)
         expected = preset.get(name, default)
         if name in NO_CHOICES or value == expected == default:
             continue
         shown = {"of_preset": flag_text(preset[name]) if name in preset else "", "default": flag_text(default)}
-        rows.append(shown | {"name": name, "value": flag_text(value), "own": value != expected})
+        own = value != expected and name in {*preset, *typed}
+        rows.append(shown | {"name": name, "value": flag_text(value), "own": own})
     return sorted(rows, key=lambda row: (not row["own"], row["name"]))
 
 

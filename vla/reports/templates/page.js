@@ -8,7 +8,7 @@ function drawChart(place) {
   layout.font = { family: "system-ui, sans-serif", size: 11, color: color("--soft") };
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
   layout.margin = { l: 44, r: 18, t: 8, b: 36 };
-  layout.legend = { orientation: "h", xref: "container", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", traceorder: "normal" };
+  layout.legend = { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", traceorder: "normal" };
   layout.hoverlabel = { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--ink") } };
   layout.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
   for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key)))
