@@ -80,6 +80,5 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             yield new
             os.replace(new, folder)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror or error}): check the disk and the path"
-        ) from error
+        why = str(error.strerror or error).splitlines()[0]
+        raise UserError(f"{folder} cannot be written ({why}): check the disk and the path") from error

@@ -333,6 +333,8 @@ class LeRobotSet:
             found["expert_actions"] = with_our_gripper(actions, gripper_closes)
         found.setdefault("keep", np.ones(self.info.total_frames, bool))
         labels = found["expert_actions"]
+        if not found["keep"].any():
+            raise self._wrong("keeps no step of any episode")
         if not (np.abs(labels) <= ACTION_LIMITS).all():  # false for NaN, too
             raise self._wrong("has actions out of range (1 m and pi/2 rad per step at most)", NEEDED)
         return found

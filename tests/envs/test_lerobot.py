@@ -340,6 +340,14 @@ def test_a_broken_set_is_one_sentence(tmp_path, images, spoil, said):
     assert not (tmp_path / "set").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
+def test_a_set_that_keeps_nothing_is_one_sentence(ours, tmp_path):
+    write_set(ours, tmp_path / "lerobot", "png")
+    shutil.rmtree(tmp_path / "lerobot/meta/solovla")
+    in_rows(with_column("keep", lambda old: [False] * len(old)))(tmp_path / "lerobot")
+    with pytest.raises(UserError, match="lerobot keeps no step of any episode"):
+        read_set(tmp_path / "lerobot", tmp_path / "back")
+
+
 def linked_rest(folder: Path) -> None:
     with h5py.File(folder / "meta/solovla/rest.h5", "r+") as file:
         del file[f"traj_1/{PICTURES}"]
