@@ -79,6 +79,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             new.mkdir()
             yield new
             os.replace(new, folder)
-    except OSError as error:
-        why = str(error.strerror or error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when it closes a file on a full disk
+        why = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(f"{folder} cannot be written ({why}): check the disk and the path") from error

@@ -33,7 +33,7 @@ class VideoFile:
     def __init__(self, path: Path, images: str, fps: float, width: int, height: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.num_frames = path, 0
-        how = dict(fps=fps, quality=None, macro_block_size=1, ffmpeg_log_level="error", **CODECS[images])
+        how = dict(fps=fps, quality=None, macro_block_size=1, ffmpeg_log_level="quiet", **CODECS[images])
         self._ffmpeg = imageio_ffmpeg.write_frames(str(path), (width, height), pix_fmt_in="rgb24", **how)
         self._ffmpeg.send(None)
 
@@ -47,7 +47,14 @@ class VideoFile:
         return self.path.exists() and self.path.stat().st_size >= limit
 
     def close(self) -> None:
+        """Complete the file. Raises OSError where it does not hold every frame, such as on a full disk."""
         self._ffmpeg.close()
+        try:
+            held, _ = imageio_ffmpeg.count_frames_and_secs(str(self.path))
+        except RuntimeError:  # no video at all
+            held = 0
+        if held != self.num_frames:
+            raise OSError(f"{self.path.name} holds {held} of {self.num_frames} frames")
 
 
 def read_video(path: Path, width: int, height: int, fps: float, remedy: str) -> Iterator[np.ndarray]:

@@ -144,6 +144,14 @@ def test_the_files_are_as_lerobot_reads_them(ours, tmp_path):
     assert np.allclose(np.ravel(whole[CAMERA]["std"]), shown.std((0, 1, 2)))
 
 
+def test_a_video_that_lacks_frames_is_never_kept(ours, tmp_path, monkeypatch):
+    """ffmpeg may fail after its last frame came in, as on a full disk."""
+    monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (17, 3.4))
+    with pytest.raises(UserError, match=r"cannot be written .file-000.mp4 holds 17 of 18 frames.: check the disk"):
+        write_set(ours, tmp_path / "lerobot")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_statistics_by_hand():
     found = statistics.of_numbers(np.arange(101.0))
     assert (found["min"], found["q10"], found["q50"], found["max"], found["count"]) == ([0], [10], [50], [100], [101])
