@@ -27,8 +27,8 @@ def closing_lines(
         step_name: the unit of their global_step.
         finished: whether the run has made all its iterations, so that it continues only for more of them.
     """
-    first_and_last = (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ()
-    lines = [f"{name:11} {in_words(line, step_name)}" for name, line in first_and_last]
+    first_and_last = [evaluations[0], evaluations[-1]][: len(evaluations)] if evaluations else []
+    lines = [f"{name:11} {in_words(line, step_name)}" for name, line in zip(("before", "after"), first_and_last)]
     lines.append(f"run folder  {run_dir}")
     lines += [f"{name:11} {run_dir / path}" for name, path in FILES.items() if (run_dir / path).is_file()]
     newest = max((run_dir / "videos").glob("eval_*.mp4"), default=None)

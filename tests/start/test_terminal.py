@@ -129,8 +129,10 @@ def test_the_last_lines_name_every_file_that_a_user_wants_to_open(tmp_path, caps
 def test_a_run_with_one_evaluation_names_its_video(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "eval_000000.mp4").touch()
-    lines = closing_lines(tmp_path, "train_ppo.py", 1, {}, [], "env steps")
-    assert lines == [f"run folder  {tmp_path}", f"video       {tmp_path}/videos/eval_000000.mp4"]
+    one = {"global_step": 0, "eval/success_once": 0.5, "eval/num_episodes": 16, "eval/return": 1.0}
+    lines = closing_lines(tmp_path, "train_ppo.py", 1, {}, [one], "env steps")
+    assert [line.split()[0] for line in lines] == ["before", "run", "video"]
+    assert lines[-1] == f"video       {tmp_path}/videos/eval_000000.mp4"
 
 
 def test_a_stopped_run_says_the_same_and_how_to_continue(tmp_path, capsys):
