@@ -52,6 +52,7 @@ from vla.distributed import (
     world_size,
 )
 from vla.evaluation.episodes import evaluate, mean_statistics
+from vla.evaluation.publish import check_push, push_policy
 from vla.evaluation.recording import Recorder
 from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.about import world_of
@@ -126,6 +127,9 @@ class Args:
     """Project at wandb and swanlab."""
     experiment_name: flags.Name | None = None
     """Name of the run at wandb and swanlab. Without it, the run folder's name is used."""
+    push_to_hub: flags.Text | None = None
+    """Model on the Hugging Face Hub, such as your-name/my-policy, that gets the final policy and its card after the
+    run. A new one is private."""
 
     # ---- model
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
@@ -444,6 +448,7 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
     ranks = dict(rank=launch.rank, world_size=launch.world_size)
     sizes = derive_sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
     check_backends(args.logger_backends)
+    check_push(args.push_to_hub)
     ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
     places = dict(num_env_workers=sizes.num_env_workers, first_env=sizes.first_env)
     world = pick(args, make_envs, **places, **of_world)
@@ -637,6 +642,7 @@ def main(args: Args) -> None:
         )
     for opened in (logger, envs, eval_envs):
         opened.close()
+    push_policy(args.push_to_hub, run_dir)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate, mean_statistics
 from vla.evaluation.model_card import export_folder, export_policy
+from vla.evaluation.publish import check_push, push_policy
 from vla.evaluation.recording import Recorder
 from vla.logger import OF_LABELS, Averages, Logger, describe_run, due
 from vla.models.about import world_of
@@ -107,6 +108,9 @@ class Args:
     """Project at wandb and swanlab."""
     experiment_name: flags.Name | None = None
     """Name of the run at wandb and swanlab. Without it, the run folder's name is used."""
+    push_to_hub: flags.Text | None = None
+    """Model on the Hugging Face Hub, such as your-name/my-policy, that gets the final policy and its card after the
+    run. A new one is private."""
     demos_camera: flags.Text | None = None
     """Camera of a LeRobot set, such as observation.images.top. Without it, the set's only camera is used."""
     export_dir: flags.Text | None = None
@@ -324,6 +328,7 @@ def main(args: Args) -> None:
         launch = launched()
         check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
         check_backends(args.logger_backends)
+        check_push(args.push_to_hub)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
         demos = open_demos(Path(args.demos), args.demos_camera)
         demos.check_world(**pick(args, demos.check_world))
@@ -451,6 +456,7 @@ def main(args: Args) -> None:
     export_policy(engine.module, whole_state_dict(engine, keep=rank() == 0), run_dir, export_dir)
     for opened in (logger, eval_envs):
         opened.close()
+    push_policy(args.push_to_hub, run_dir, export_dir)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,12 @@ def run_main(main: Callable, parse: Callable) -> None:
             let_others_speak(TURN_SECONDS)
         say_last(traceback.format_exc().rstrip(), stream=2)
         raise SystemExit(1) from error
-    if dist.is_initialized():  # not after an exception, because it would wait for other ranks
+    leave_group()  # not after an exception, because it would wait for other ranks
+
+
+def leave_group() -> None:
+    """Leave the process group, if there is one. Afterwards this rank counts as the only one."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -59,6 +59,7 @@ class Hub:
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
             "no_proxy": "127.0.0.1,localhost",
             **more,
         }

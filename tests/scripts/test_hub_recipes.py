@@ -1,13 +1,19 @@
 """The four recipes with tiny models behind the published names: from an empty cache to the first iteration."""
 
+import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, serving
+from hub_server import TOKEN, Hub, serving
 from launching import metrics, python, run_ranks
 
+import train_ppo
+from schemas import UserError
+from vla.evaluation.publish import check_push, push_policy
+from vla.logger import describe_run
 from vla.models.about import ABOUT
 from vla.models.loading import load_policy
 from vla.models.saving import save_policy
@@ -120,3 +126,102 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(serve
         run = python(*words, env=server.environment(tmp_path / "home"))
         assert run.returncode == 2 and said in run.stderr and name in run.stderr, run.stderr[-2000:]
     assert not weights_of(server, "a/l1")
+
+
+# ---------------------------------------------------------------------- uploads
+@pytest.fixture
+def uploads(monkeypatch, tmp_path):
+    """A server for this process, which has the token."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serving() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield served
+
+
+def finished_run(folder: Path) -> Path:
+    """What is read of a run of train_ppo.py, and a policy with an adapter for a base on the Hub."""
+    policy = folder / "checkpoints/iteration_000002/policy"
+    (folder / "checkpoints/iteration_000004.partial/policy").mkdir(parents=True)
+    policy.mkdir(parents=True)
+    flags = dataclasses.asdict(train_ppo.Args(model_path=WARMUP, lora_path=None, push_to_hub="me/mine"))
+    description = describe_run(flags, {}, 2) | {"command": f"train_ppo.py --run_dir {folder} --push_to_hub me/mine"}
+    (folder / "run_from_iteration_000000.json").write_text(json.dumps(description))
+    line = {"iteration": 2, "global_step": 640, "time/rollout": 60.0, "time/update": 30.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    adapter = {"base_model_name_or_path": WARMUP, "revision": "0" * 40}
+    (policy / "adapter_config.json").write_text(json.dumps(adapter))
+    (policy / "adapter_model.safetensors").write_bytes(os.urandom(5000))
+    (policy / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_policy_goes_to_the_hub_with_its_card(uploads, tmp_path, capsys):
+    run_dir = finished_run(tmp_path / "my_run")
+    push_policy("me/mine", run_dir)
+    folder = run_dir / "checkpoints/iteration_000002/policy"
+    assert uploads.files("me/mine") == content(folder) and "me/mine" in uploads.private
+    assert len(uploads.commits) == 1 and "my_run (SoloVLA " in uploads.commits[0]["summary"]
+    card = uploads.files("me/mine")["README.md"].decode()
+    assert card.startswith("---\nbase_model: gen-robot/openvla-7b-rlvla-warmup\n") and "pipeline_tag: robotics" in card
+    assert "\n# me/mine\n" in card and "2 iterations, 640 env steps of PutOnPlateInScene25Main-v3" in card
+    assert "`python evaluate.py --checkpoint me/mine --settings Main-v3:train " in card and str(tmp_path) not in card
+    assert "1.0 of rollouts, 0.5 of updates" in card
+    assert capsys.readouterr().out.endswith(f"pushed      {folder} to {uploads.url}/me/mine\n")
+    (folder / "config.json").write_text('{"again": 1}')
+    push_policy("me/mine", run_dir)  # into the repository that is there now
+    assert uploads.files("me/mine")["config.json"] == b'{"again": 1}' and len(uploads.commits) == 2
+
+
+@pytest.mark.parametrize(
+    "path, status", [("/api/repos/create", 403), ("/api/models/me/mine/commit", 500), ("/me/mine.git", 403)]
+)
+def test_a_failed_upload_is_one_sentence_with_the_command_that_repeats_it(uploads, tmp_path, path, status):
+    run_dir, uploads.answers[path] = finished_run(tmp_path / "my_run"), status
+    with pytest.raises(UserError) as caught:
+        push_policy("me/mine", run_dir)
+    folder = run_dir / "checkpoints/iteration_000002/policy"
+    said = str(caught.value)
+    assert said.startswith("--push_to_hub me/mine failed (") and "\n" not in said
+    assert said.endswith(f"and the run is complete: repeat it with `hf upload me/mine {folder} .`")
+    assert (folder / "adapter_model.safetensors").is_file() and not uploads.commits
+
+
+def test_an_upload_that_can_not_work_is_refused_at_the_start(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    check_push(None)
+    check_push("me/mine")
+    for repo in ("mine", "a/b/c", "me/", "../mine", "me/mine@main"):
+        with pytest.raises(UserError, match="must be the name of a model, such as your-name/my-policy"):
+            check_push(repo)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        check_push("me/mine")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="needs a token that may write: run `hf auth login`"):
+        check_push("me/mine")
+
+
+@pytest.mark.slow
+def test_a_run_is_pushed_and_loads_by_its_name(server, tmp_path):
+    """Two ranks train and push. evaluate.py then needs the name and nothing else of what the policy knows."""
+    env = server.environment(tmp_path / "home", HF_TOKEN=TOKEN)
+    words = ["train_ppo.py", "--config", "yaml/quickstart_ppo_openvlaoft.yaml", *TINY[5:], "--push_to_hub", "me/mine"]
+    run = run_ranks(2, *words, "--run_dir", tmp_path / "run", env=env)
+    assert run.returncode == 0 and "pushed      " in run.stdout, run.stdout[-2000:] + run.stderr[-2000:]
+    about = json.loads(server.files("me/mine")[ABOUT])
+    assert (about["model_type"], about["chunk_size"], about["world"]["image_size"]) == ("openvla_oft", 4, [32, 32])
+    words = ["evaluate.py", "--checkpoint", "me/mine", "--settings", "Single-v1:train", "--num_episodes", 2]
+    words += ["--num_envs", 2, "--temperature", 1, "--output", tmp_path / "evaluation", "--film_failures", 0]
+    run = python(*words, env=server.environment(tmp_path / "other", HF_TOKEN=TOKEN))
+    assert run.returncode == 0 and "32 x 32 pixels, 100 Hz physics, 16 steps" in run.stdout, run.stderr[-2000:]
+    assert "note " not in run.stdout
+    saved = json.loads((tmp_path / "evaluation/results.json").read_text())
+    assert saved["name"] == "me/mine" and saved["model"]["dtype"] == "float32"

@@ -135,34 +135,30 @@ def measured(run_dir: Path) -> str:
     return f"{success:.3f} [{low:.2f}, {high:.2f}] on {episodes:.0f}"
 
 
-def card(run_dir: Path, folder: Path) -> str:
+def card(run_dir: Path, folder: Path, repo: str | None = None) -> str:
     """A description of the run as Markdown. If the run was resumed, the card has the commands of all its starts.
 
     Args:
         folder: the folder of the policy, in the run folder or elsewhere.
+        repo: the name that the policy gets on the Hub, if it goes there.
     """
-    inside = folder.parent == run_dir
-    name = run_dir.resolve().name if inside else folder.name
-    place = f"runs/{name}/{folder.name}" if inside else f"checkpoints/{name}"
+    inside = run_dir in folder.parents
+    name = repo or (run_dir.resolve().name if inside else folder.name)
+    place = repo or (f"runs/{name}/{folder.name}" if inside else f"checkpoints/{name}")
     paths = sorted(run_dir.glob("run_from_iteration_*.json"))
     remedy = "copy the run folder again"
     descriptions = [without_places(read_json(path, Description, remedy).model_dump()) for path in paths]
     description = descriptions[-1]
     flags, lines = description["args"], read_lines(run_dir / "metrics.jsonl")
-    last = lines[-1] if lines else {}  # empty if a full disk cut the file off
-    minutes = {name: sum(line.get(f"time/{name}", 0.0) for line in lines) / 60 for name in ("update", "eval")}
     commits = [commit_of(description) for description in descriptions]
     facts = {
         "made by": ", then ".join(markdown_code(d["command"]) for d in descriptions),
         "version": ", then ".join(dict.fromkeys(d["version"] or "before 0.3.0" for d in descriptions)),
         "commit": ", then ".join(dict.fromkeys(commits)),
         "seed": flags["seed"],
-        "demonstrations": f"{markdown_text(flags['demos'])}, {description['sizes'].get('num_samples', '?')} steps",
-        "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
-        "minutes": f"{minutes['update']:.1f} of updates, {minutes['eval']:.1f} of evaluation, "
-        f"{counted(description['num_ranks'], 'rank')} on {description['device']}, {descriptions[0]['started']}",
-        "token accuracy, L1 in training": f"{last.get('train/token_accuracy', math.nan):.3f}, "
-        f"{last.get('train/action_l1', math.nan):.4f}",
+        **(facts_of_imitation if "demos" in flags else facts_of_rl)(flags, description["sizes"], lines),
+        "minutes": f"{minutes_of(lines)}, {counted(description['num_ranks'], 'rank')} on {description['device']}, "
+        f"{descriptions[0]['started']}",
         "success": f"{measured(run_dir)} held-out episodes of {flags['env_id']}, "
         f"temperature {flags['eval_temperature']}, {flags['sim_freq']} Hz physics, "
         f"{flags['image_size'][0]} x {flags['image_size'][1]} pixels, {flags['max_episode_steps']} steps",
@@ -170,8 +166,46 @@ def card(run_dir: Path, folder: Path) -> str:
         "evaluate": markdown_code(evaluate_command(flags, place)),
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
-    summary = "Trained on scripted demonstrations by train_sft.py. PPO and GRPO can start from it."
-    return f"# {markdown_text(name)}\n\n{summary}\n\n| | |\n|---|---|\n{rows}\n"
+    return f"# {markdown_text(name)}\n\n{summary_of(flags)}\n\n| | |\n|---|---|\n{rows}\n"
+
+
+def summary_of(flags: dict) -> str:
+    """What the policy is, in two sentences."""
+    if "demos" in flags:
+        return "Trained on scripted demonstrations by train_sft.py. PPO and GRPO can start from it."
+    algorithm = "GRPO" if "group_size" in flags else "PPO"
+    return f"Trained by {algorithm} in simulation, from reward alone. SoloVLA wrote it, and other tools can read it."
+
+
+def facts_of_imitation(flags: dict, sizes: dict, lines: list[dict]) -> dict[str, str]:
+    """What the policy imitated. lines: of metrics.jsonl, empty if a full disk cut the file off."""
+    last = lines[-1] if lines else {}
+    return {
+        "demonstrations": f"{markdown_text(flags['demos'])}, {sizes.get('num_samples', '?')} steps",
+        "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
+        "token accuracy, L1 in training": f"{last.get('train/token_accuracy', math.nan):.3f}, "
+        f"{last.get('train/action_l1', math.nan):.4f}",
+    }
+
+
+def facts_of_rl(flags: dict, sizes: dict, lines: list[dict]) -> dict[str, str]:
+    """Where the policy started, and how long it learned."""
+    last = lines[-1] if lines else {}
+    adapter = f" with the adapter {markdown_text(flags['lora_path'])}" if flags.get("lora_path") else ""
+    return {
+        "started from": f"{markdown_text(flags['model_path'])}{adapter}",
+        "learned from": f"{last.get('iteration', '?')} iterations, {last.get('global_step', '?')} env steps of "
+        f"{markdown_text(flags['env_id'])}",
+    }
+
+
+def minutes_of(lines: list[dict]) -> str:
+    """Such as "3.0 of rollouts, 1.0 of updates, 0.5 of evaluation", without what the run did not do."""
+    seconds = {name: sum(line.get(f"time/{name}", 0.0) for line in lines) for name in ("rollout", "update", "eval")}
+    words = {"rollout": "rollouts", "update": "updates", "eval": "evaluation"}
+    return ", ".join(
+        f"{seconds[name] / 60:.1f} of {words[name]}" for name in words if seconds[name] or name != "rollout"
+    )
 
 
 def commit_of(description: dict) -> str:

@@ -67,6 +67,7 @@ MAY_CHANGE |= dict.fromkeys(
         "export_dir",
         "video_episodes",
         "video_size",
+        "push_to_hub",
     ),
     "what is written, when and where",
 )
