@@ -102,7 +102,7 @@ def test_two_ranks_fetch_once_over_a_broken_connection_then_none_offline(server,
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == (OFT, server.refs["model", OFT]["main"])
     server.requests.clear()
     words = ["evaluate.py", "--checkpoint", tmp_path / "one", "--settings", "Single-v1:train", "--num_episodes", 2]
-    words += ["--num_envs", 2, "--temperature", 1, "--output", tmp_path / "evaluation", "--film_failures", 0]
+    words += ["--num_envs", 2, "--temperature", 1, "--output", tmp_path / "evaluation", "--video_failures", 0]
     run = python(*words, env=server.environment(home, HF_HUB_OFFLINE="1"))
     assert run.returncode == 0 and not server.requests, run.stdout[-2000:] + run.stderr[-2000:]
     assert "as openvla_oft" not in run.stderr and (tmp_path / "evaluation/results.json").is_file()
@@ -219,7 +219,7 @@ def test_a_run_is_pushed_and_loads_by_its_name(server, tmp_path):
     about = json.loads(server.files("me/mine")[ABOUT])
     assert (about["model_type"], about["chunk_size"], about["world"]["image_size"]) == ("openvla_oft", 4, [32, 32])
     words = ["evaluate.py", "--checkpoint", "me/mine", "--settings", "Single-v1:train", "--num_episodes", 2]
-    words += ["--num_envs", 2, "--temperature", 1, "--output", tmp_path / "evaluation", "--film_failures", 0]
+    words += ["--num_envs", 2, "--temperature", 1, "--output", tmp_path / "evaluation", "--video_failures", 0]
     run = python(*words, env=server.environment(tmp_path / "other", HF_TOKEN=TOKEN))
     assert run.returncode == 0 and "32 x 32 pixels, 100 Hz physics, 16 steps" in run.stdout, run.stderr[-2000:]
     assert "note " not in run.stdout
