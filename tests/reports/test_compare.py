@@ -58,7 +58,7 @@ def test_seeds_of_one_setting_are_a_group_and_others_are_named_by_what_differs(t
     folders = [
         made_up(tmp_path / "a", {0: 0.2, 4: 0.4}, seed=0),
         made_up(tmp_path / "b", {0: 0.2, 4: 0.9}, seed=0, learning_rate=1e-3),
-        made_up(tmp_path / "c", {0: 0.2, 4: 0.6}, seed=1, save_freq=7),
+        made_up(tmp_path / "c", {0: 0.2, 4: 0.6}, seed=1, save_freq=7, video_episodes=4),
         made_up(tmp_path / "d", {0: 0.2, 4: 0.3}, seed=0, group_size=4),
     ]
     groups = group_runs(read_runs(folders))

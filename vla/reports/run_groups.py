@@ -18,7 +18,8 @@ from vla.text import counted
 
 # flags that do not change what is learned: names, places, logging, and how the work is shared out
 NOT_LEARNED = """config resume run_dir seed logger_backends project_name experiment_name save_freq keep_checkpoints
-eval_freq export_dir asset_dir num_env_workers worker_timeout render_backend micro_batch_size local_rank""".split()
+eval_freq num_eval_episodes num_eval_envs video_episodes video_size export_dir asset_dir num_env_workers worker_timeout
+render_backend micro_batch_size gradient_checkpointing offload local_rank""".split()
 ABSENT = "-"  # of a flag that a script or an older version does not have
 MOST_IN_NAME = 3  # flags in the name of a group
 # 0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom. From 30 on it is nearly normal
