@@ -305,5 +305,8 @@ def together(paths: Sequence[Path]) -> Iterator[list[np.ndarray]]:
 def save_image(frame: np.ndarray, path: Path) -> None:
     """Write a frame as JPEG, whole or not at all."""
     partial = path.with_name(f"partial_{path.name}")
-    Image.fromarray(frame).save(partial, format="JPEG", quality=88)
-    os.replace(partial, path)
+    try:
+        Image.fromarray(frame).save(partial, format="JPEG", quality=88)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
