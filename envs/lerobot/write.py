@@ -39,7 +39,7 @@ from envs.lerobot.layout import (
 from envs.lerobot.videos import PIXEL_FORMATS, VideoFile, check_size
 from envs.registration import CONTROL_FREQ
 from schemas import UserError, parse_json
-from schemas.demonstrations import PICTURES, RECORDED, TRAINED_ON
+from schemas.demonstrations import ENV_STATES, PICTURES, RECORDED, TRAINED_ON
 from schemas.lerobot import DATA_PATH, VIDEO_PATH
 
 MANISKILL_FREQ = 20  # Hz, the control rate of ManiSkill's own tasks
@@ -257,7 +257,7 @@ def joint_positions(group: h5py.Group) -> np.ndarray | None:
     """
     if "obs/agent/qpos" in group:
         return group["obs/agent/qpos"][:].astype(np.float32)
-    articulations = group.get("env_states/articulations", {})
+    articulations = group.get(f"{ENV_STATES}/articulations", {})
     if len(articulations) != 1:
         return None
     (state,) = (each[:] for each in articulations.values())

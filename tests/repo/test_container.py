@@ -65,18 +65,18 @@ class BareDebian:
         self.settings = {}  # of pip on this machine: the container itself has none
         for name, value in os.environ.items():
             if name.startswith("PIP_"):
-                self.settings[name] = value
-                self._show(Path(value))
+                self.settings[name] = self._shown(Path(value)) if value.startswith("/") else value
 
-    def _show(self, path: Path) -> None:
-        """Let commands see a folder or a file of this machine."""
-        if path.is_dir() and path.is_absolute():
-            (self.folder / path.relative_to("/")).mkdir(parents=True, exist_ok=True)
-            self.mounts.append(f"mount --rbind {path} {self.folder}{path}")
-        elif path.is_file() and path.is_absolute():
-            copy = self.folder / path.relative_to("/")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
+    def _shown(self, path: Path) -> str:
+        """Where commands see a folder or a file of this machine. The system's own files stay as they are."""
+        place = self.folder / "this_machine" / path.name
+        place.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            place.mkdir()
+            self.mounts.append(f"mount --rbind {path} {place}")
+        elif path.is_file():
+            shutil.copy(path, place)
+        return f"/this_machine/{path.name}"
 
     def run(self, script: str, user: str = "root", **environment: str) -> str:
         """Run commands as this user, in the folder of the code. Returns what they printed."""
