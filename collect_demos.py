@@ -73,7 +73,8 @@ class Args:
 
     # ---- env
     asset_dir: flags.Text | None = None
-    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    """Folder of the published assets, or the data set RLinf/maniskill_assets, which is fetched from the Hub. Without
+    it, they are in ManiSkill's folder (`python doctor.py --download`)."""
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
     """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
     image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)

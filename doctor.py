@@ -431,6 +431,21 @@ def check_assets() -> Finding:
     return note(found, f"{remedy}, or give --asset_dir RLinf/maniskill_assets")
 
 
+def check_hub() -> Finding:
+    """Say which Hub models come from, and check that their cache can be written. Nothing is sent."""
+    from huggingface_hub import constants, get_token, is_offline_mode
+
+    cache = Path(constants.HF_HUB_CACHE)
+    place = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    login = "logged in" if get_token() else "not logged in"
+    found = f"{constants.ENDPOINT}, {login}, cache {cache} with {shutil.disk_usage(place).free / GIB:.0f} GiB free"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return note(f"{found}, which cannot be written", "set HF_HOME to a folder of yours before you name a model")
+    if is_offline_mode():
+        return note(f"{found}, HF_HUB_OFFLINE is set", "only models in the cache can be used: unset it for others")
+    return ok(found)
+
+
 def check_checkpoints() -> Finding:
     """Check that every folder in checkpoints/ has a config and opens. Cut-off files have the wrong size."""
     from vla.files.tensors import open_shard
@@ -468,6 +483,7 @@ CHECKS = {
     "launch": check_launch,
     "disk": check_disk,
     "assets": check_assets,
+    "hub": check_hub,
     "checkpoints": check_checkpoints,
 }
 

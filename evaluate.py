@@ -3,7 +3,7 @@
     # a run, one rank per GPU
     deepspeed evaluate.py --checkpoint runs/my_run --settings all
     # a published model in some of the settings
-    python evaluate.py --checkpoint openvla-7b --settings vision Carrot-v1:test
+    python evaluate.py --checkpoint gen-robot/openvla-7b-rlvla-warmup --settings vision Carrot-v1:test
     # resume an evaluation
     python evaluate.py --checkpoint runs/my_run --output runs/evaluation --resume
     # compare two evaluations
@@ -11,9 +11,10 @@
     # the scripted expert, an upper bound
     python evaluate.py --policy expert --settings all
 
-A checkpoint is a run folder (its newest checkpoint), one checkpoint of a run, or a folder in the published layout. The
-flags of model and env come from the args.json of the run, and those on the command line override them. The setting and
-an index decide an episode, which is never trained on. So any number of ranks, workers and envs runs the same episodes.
+A checkpoint is a run folder (its newest checkpoint), one checkpoint of a run, a folder in the published layout, or a
+model on the Hub. The flags of model and env come from the args.json of the run, or from the folder's solovla.json.
+Those on the command line override them. The setting and an index decide an episode, which is never trained on. So any
+number of ranks, workers and envs runs the same episodes.
 
 --output gets results.json, results.md, results.png, report.html (all in one file), episode_ids.json and videos/. It
 also gets episodes.jsonl: every episode with its actions, which --resume reads. SIGTERM, SIGUSR1 or one Ctrl-C ends an
@@ -105,8 +106,8 @@ WORLD_FLAGS = (
 class Args:
     # ---- most used
     checkpoint: flags.Text | None = None
-    """Policy to evaluate: a run folder, one of its checkpoints, a folder in the published layout, or a tiny preset with
-    random weights."""
+    """Policy to evaluate: a run folder, one of its checkpoints, or a folder in the published layout. A model on the
+    Hugging Face Hub and a tiny preset with random weights work, too."""
     settings: flags.NonEmpty[flags.Text] = ("all",)
     """Settings to evaluate: all 16, a group (in_distribution, vision, semantic, execution), or an env id with an object
     set such as Carrot-v1:test."""
@@ -142,7 +143,7 @@ class Args:
     # ---- model
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
     """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts a chunk of actions
-    in one pass)."""
+    in one pass). A folder that SoloVLA wrote knows it."""
     unnorm_key: flags.Text = "bridge_orig"
     """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
     image_resize: Literal["tensor", "pil"] = "tensor"
@@ -150,7 +151,7 @@ class Args:
     oft_stop_token: bool = False
     """End the sequence of openvla_oft in </s>, as moojink's discrete checkpoints need. Those of RLinf do not."""
     lora_path: flags.Text | None = None
-    """Folder of a LoRA adapter to load. It keeps its own rank, alpha and layers."""
+    """LoRA adapter to load, a folder or a name on the Hub. It keeps its own rank, alpha and layers."""
     max_prompt_length: flags.PromptLength = 30
     """Tokens that prompts are padded to. A task with a longer prompt raises it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -167,7 +168,8 @@ class Args:
     asset_pack: Literal["builtin", "bridge"] = "builtin"
     """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
     asset_dir: flags.Text | None = None
-    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    """Folder of the published assets, or the data set RLinf/maniskill_assets, which is fetched from the Hub. Without
+    it, they are in ManiSkill's folder (`python doctor.py --download`)."""
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
     """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
     image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)

@@ -85,7 +85,8 @@ class Args:
     """Folder that collect_demos.py made, or a data set in LeRobot's format (version 3). Its action statistics have the
     name of its env_id, or of the folder if the set was made elsewhere."""
     model_path: flags.Text = "openvla-tiny"
-    """Model folder in the published layout, or a small model with random weights: openvla-tiny or openvla-oft-tiny."""
+    """Model folder in the published layout, a model on the Hugging Face Hub (name or name@revision), or random weights:
+    openvla-tiny or openvla-oft-tiny."""
     batch_size: flags.Count = 32
     """Decisions per optimizer step, over all ranks."""
     learning_rate: flags.NonNegative = 5e-4
@@ -120,7 +121,7 @@ class Args:
     # ---- model
     model_type: Literal["openvla", "openvla_oft"] = "openvla"
     """Model family: openvla (writes the 7 tokens of one action one by one) or openvla_oft (predicts a chunk of actions
-    in one pass)."""
+    in one pass). A folder that SoloVLA wrote knows it."""
     unnorm_key: flags.Text = "bridge_orig"
     """Name of the checkpoint's action statistics, which turn tokens into metres and radians."""
     image_resize: Literal["tensor", "pil"] = "tensor"
@@ -128,7 +129,7 @@ class Args:
     oft_stop_token: bool = False
     """End the sequence of openvla_oft in </s>, as moojink's discrete checkpoints need. Those of RLinf do not."""
     lora_path: flags.Text | None = None
-    """Folder of a LoRA adapter to load. It keeps its own rank, alpha and layers."""
+    """LoRA adapter to load, a folder or a name on the Hub. It keeps its own rank, alpha and layers."""
     merge_lora: bool = False
     """Merge the adapter of --lora_path into the weights, and train a fresh adapter on top."""
     lora_rank: flags.LoraRank = 32
@@ -158,7 +159,8 @@ class Args:
     asset_pack: Literal["builtin", "bridge"] = "builtin"
     """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
     asset_dir: flags.Text | None = None
-    """Folder of the published assets. Without it, they are in ManiSkill's folder (`python doctor.py --download`)."""
+    """Folder of the published assets, or the data set RLinf/maniskill_assets, which is fetched from the Hub. Without
+    it, they are in ManiSkill's folder (`python doctor.py --download`)."""
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
     """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
     image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)

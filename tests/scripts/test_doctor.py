@@ -324,3 +324,17 @@ def test_notes_do_not_fail(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", {"assets": lambda: doctor.note("bridge is not here", "run x")})
     assert doctor.main([]) == 0
     assert capsys.readouterr().out == "note  assets      bridge is not here: run x\n"
+
+
+def test_the_hub_row_says_where_models_come_from(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none/hub"))
+    found = doctor.check_hub()
+    assert found.state == "ok" and f"{constants.ENDPOINT}, logged in, cache {tmp_path}/none/hub with " in found.found
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert doctor.check_hub().state == "note" and "HF_HUB_OFFLINE is set" in doctor.check_hub().found
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    assert doctor.check_hub()[:1] == ("note",) and "which cannot be written" in doctor.check_hub().found
