@@ -193,7 +193,13 @@ def test_a_run_that_ended_says_how(tmp_path, last, said):
 def test_a_run_that_was_resumed_twice(tmp_path):
     events = (STARTED, ("stopped", 5, "SIGTERM"), ("started", 5, ""), ("started", 8, ""))
     record = read_run(ppo_folder(tmp_path / "run", *events))
-    assert record.times_resumed == 2 and "resumed twice" in page_of(record.folder)
+    said = json.loads((record.folder / "run_from_iteration_000000.json").read_text())
+    again = record.folder / "run_from_iteration_000008.json"
+    again.write_text(json.dumps(said | {"command": "train_ppo.py --resume runs/run"}))
+    text = page_of(record.folder)
+    assert record.times_resumed == 2 and "resumed twice" in text
+    commands = re.findall(r"<dt>(command|resumed by)</dt><dd><code>(.*?)</code>", text)
+    assert commands == [("command", said["command"]), ("resumed by", "train_ppo.py --resume runs/run")]
     assert [row["what"] for row in history(record)] == [
         "started",
         "stopped after iteration 5",

@@ -1,6 +1,6 @@
 """The curves of a run with their intervals. progress.png and report.html draw the same ones."""
 
-import math
+import statistics
 
 from vla.evaluation.statistics import wilson_interval
 from vla.reports.curves import BLUE, ORANGE, Curve, normal_interval
@@ -59,9 +59,7 @@ def held_out_interval(record: RunRecord, line: dict, name: str) -> tuple[float |
     returns = [episode["return"] for episode in record.episodes(int(line["iteration"]))]
     if len(returns) < 2:
         return None, None
-    mean = sum(returns) / len(returns)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in returns) / (len(returns) - 1))
-    return normal_interval(mean, deviation, len(returns))
+    return normal_interval(line["eval/return"], statistics.stdev(returns), len(returns))
 
 
 def success_curves(record: RunRecord) -> list[Curve]:

@@ -89,7 +89,7 @@ def run_page(record: RunRecord, now: float, silent_after: float) -> str:
         changed=changed_flags(record),
         flags={name: flag_text(value) for name, value in sorted(record.flags.items())},
         preset=record.preset_files,
-        facts=origin_of(record.description) if record.description else {},
+        facts=origin_of_run(record),
     )
 
 
@@ -225,6 +225,14 @@ def history(record: RunRecord) -> list[dict[str, str]]:
         where = "" if place == 0 and not session["iteration"] else f" {after}"
         rows.append({"when": time_text(session["time"]), "what": what + where, "reason": session["reason"]})
     return rows
+
+
+def origin_of_run(record: RunRecord) -> dict[str, str]:
+    """How the run was made: its first command, and the newest start's if it was resumed."""
+    if not record.descriptions:
+        return {}
+    first, newest = record.descriptions[0]["command"], origin_of(record.description)
+    return newest if first == newest["command"] else {"command": first, "resumed by": newest.pop("command")} | newest
 
 
 # ---------------------------------------------------------------------- flags
