@@ -146,9 +146,11 @@ def stacked_bars(
     x_title: str = "",
     unit: str = "",
 ) -> Chart:
-    """One bar per x, stacked from parts in the order of their names."""
+    """One bar per x, stacked from parts in their order. A part that is 0 everywhere is left out, with its color."""
     figure = go.Figure()
     for (name, values), color in zip(parts.items(), CYCLE):
+        if not any(values):
+            continue
         hover = f"%{{y:.3~g}} {unit}<extra>{plain(name)}</extra>"
         figure.add_trace(go.Bar(x=list(x), y=list(values), name=plain(name), marker_color=color, hovertemplate=hover))
     figure.update_layout(barmode="stack", bargap=0.15, hovermode="x unified", showlegend=True)

@@ -149,7 +149,7 @@ def seconds_by_stage(lines: list[dict]) -> tuple[list[float], dict[str, list[flo
     known = [sum(values) for values in zip(*parts.values())]
     parts["saving and the rest"] = [max(0.0, all_of_it - some) for all_of_it, some in zip(whole, known)]
     x = [group[-1]["iteration"] for group in groups]
-    return x, {name: values for name, values in parts.items() if any(values)}
+    return x, parts
 
 
 def memory_curves(lines: list[dict]) -> list[Curve]:
