@@ -137,4 +137,5 @@ def test_the_steps_work_in_a_bare_debian(tmp_path):
         assert (run_dir / "checkpoints/iteration_000001").is_dir()
         assert "./setup.sh" not in trained  # `make` finds everything ready
     finally:
+        subprocess.run(["umount", tmp_path / "root/proc"], capture_output=True)  # of a debootstrap that was stopped
         shutil.rmtree(tmp_path / "root", ignore_errors=True)
