@@ -367,12 +367,15 @@ def test_a_rank_that_finds_its_launcher_gone_ends(monkeypatch, parents, first_co
     monkeypatch.setattr(distributed, "parent_of", parents.get)
     monkeypatch.setattr(distributed, "command_of", commands.get)
     monkeypatch.setattr(distributed.threading, "Thread", lambda **kwargs: watches.append(1) or Mock())
+    distributed.end_with_launcher.cache_clear()
     if ended:
         with pytest.raises(UserError, match="has already ended"):
             distributed.end_with_launcher()
     else:
-        distributed.end_with_launcher()
+        for _ in range(2):  # run_main() and setup_distributed() call it, and one thread is enough
+            distributed.end_with_launcher()
         assert watches == [1]
+    distributed.end_with_launcher.cache_clear()
 
 
 # ---------------------------------------------------------------------- settings that do not go together

@@ -53,7 +53,7 @@ ADDED_LATER = ("instruction", "sim_backend", "critic", "reward_mode")
 
 # flag -> what it decides. Every change is printed
 MAY_CHANGE = dict.fromkeys(
-    ("model_path", "demos", "asset_dir"), "where files are (the contents of the model are checked)"
+    ("model_path", "demos", "demos_camera", "asset_dir"), "where files are (the contents of the model are checked)"
 )
 MAY_CHANGE |= dict.fromkeys(("num_iterations", "total_timesteps", "num_updates"), "how far the run goes")
 MAY_CHANGE |= dict.fromkeys(
