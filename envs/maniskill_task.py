@@ -175,9 +175,7 @@ def _make(env_id: str, image_size: tuple[int, int], render_backend: str, reward_
         )
     known = REGISTERED_ENVS[name].cls.SUPPORTED_REWARD_MODES
     if reward_mode is not None and reward_mode not in known:
-        raise ValueError(
-            f"{env_id} has no reward_mode {reward_mode!r}: use one of {', '.join(known)}, or leave it out."
-        )
+        raise ValueError(f"{env_id} has no reward_mode {reward_mode!r}, only {', '.join(known)}: leave it out.")
     width, height = image_size
     try:
         with _no_prompt(name):

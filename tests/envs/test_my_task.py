@@ -28,7 +28,7 @@ def test_the_commands_at_the_top_train_and_evaluate(tmp_path):
     run = python(*train, *small, "--run_dir", run_dir)
     assert run.returncode == 0, run.stderr[-3000:]
     (line,) = metrics(run_dir)
-    assert line["rollout/return"] > 0.2  # the dense reward, which pays in every step
+    assert line["rollout/rewards"] > 0.2  # the dense reward, which pays in every step
     words = [str(run_dir) if word == "runs/my_task" else word for word in evaluate]
     run = python(*words, "--temperature", "1", "--num_envs", "2", "--output", tmp_path / "evaluation")
     assert run.returncode == 0, run.stderr[-3000:]

@@ -621,6 +621,15 @@ def test_a_module_that_fails_is_one_sentence(tmp_path, monkeypatch, code, said):
         (dict(obj_set="test"), "leave it at 'train'"),
         (dict(asset_pack="bridge"), "leave them out for PickCube-v1"),
         (dict(env_id=MAIN), "writes its own instructions"),
+        (
+            dict(env_id=MAIN, instruction=None, reward_mode="dense"),
+            "has a reward of its own: leave reward_mode='dense'",
+        ),
+        (dict(reward_mode="shaped"), "unknown reward_mode 'shaped': use one of sparse, dense, normalized_dense"),
+        (
+            dict(env_id="PlugCharger-v1", reward_mode="dense"),
+            "has no reward_mode 'dense', only none, sparse: leave it out",
+        ),
         (dict(env_id=MAIN, instruction=None, pipeline_stages=3), "pipeline_stages=3"),
         (dict(env_id=MAIN, instruction=None, pipeline_stages=2), "num_envs=1"),
         (dict(env_id=MAIN, instruction=None, worker_timeout=0), "worker_timeout=0"),
