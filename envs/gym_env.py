@@ -240,7 +240,10 @@ class PutOnPlateEnv(PutOnPlateInScene):
     # -----------------------------------------------------------------------------------------------------------------
 
     @property
-    def _default_human_render_camera_configs(self) -> CameraConfig:
+    def _default_human_render_camera_configs(self) -> CameraConfig | list:
+        """The camera for people. Training asks for no observation and no render, so it has none."""
+        if self.obs_mode == "none" and self.render_mode is None:
+            return []
         return CameraConfig(
             uid="render_camera",
             pose=sapien_utils.look_at(*PEOPLES_CAMERA),

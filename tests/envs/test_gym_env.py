@@ -368,7 +368,7 @@ def test_training_renders_no_camera_for_people(monkeypatch):
         vector.reset()
         vector.step(np.zeros((1, 2, 7)))
         env = vector._groups[0]._group.slots[0].env
-        assert env._backdrop is None and env.obs_mode == "none"
+        assert env._backdrop is None and env._human_render_cameras == {}
     assert captured == []
 
 
