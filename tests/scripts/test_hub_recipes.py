@@ -213,7 +213,7 @@ def test_an_upload_that_can_not_work_is_refused_at_the_start(monkeypatch, tmp_pa
 def test_a_run_is_pushed_and_loads_by_its_name(server, tmp_path):
     """Two ranks train and push. evaluate.py then needs the name and nothing else of what the policy knows."""
     env = server.environment(tmp_path / "home", HF_TOKEN=TOKEN)
-    words = ["train_ppo.py", "--config", "yaml/quickstart_ppo_openvlaoft.yaml", *TINY[5:], "--push_to_hub", "me/mine"]
+    words = ["train_ppo.py", "--config", "yaml/quickstart_ppo_openvlaoft.yaml", *TINY[6:], "--push_to_hub", "me/mine"]
     run = run_ranks(2, *words, "--run_dir", tmp_path / "run", env=env)
     assert run.returncode == 0 and "pushed      " in run.stdout, run.stdout[-2000:] + run.stderr[-2000:]
     about = json.loads(server.files("me/mine")[ABOUT])
