@@ -25,8 +25,10 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -76,10 +78,11 @@ from vla.models.tiny import TINY_PRESETS
 from vla.reports.evaluation_page import write_report
 from vla.reports.pairs_page import PairVideos, pair_videos, pairs_page
 from vla.reports.plots import plot_comparison
+from vla.reports.writer import EvaluationWriter
 from vla.start.checks import fetch_weights
 from vla.start.flag_files import ROOT, Layer, read_yaml
 from vla.start.resume import check_present
-from vla.text import counted, error_text, one_line, without_machine, without_places
+from vla.text import counted, error_text, one_line, without_keys, without_machine, without_places
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
 from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
@@ -722,20 +725,25 @@ def evaluate_setting(
     return watch
 
 
-def write_results(
-    folder: Path,
-    episodes: dict[float, dict[str, list[dict]]],
+def results_so_far(
+    log: EpisodeLog,
+    ids: dict[str, list[int]],
+    temperatures: Iterable[float],
     videos: dict[str, dict[Path, dict]],
     about: dict,
-    published: dict[str, dict],
-) -> None:
-    """Write the report and print the headline.
+) -> dict | None:
+    """The content of results.json for the episodes that have ended, or None before the first.
+
+    A setting is left out until it has an episode at every temperature.
 
     Args:
-        episodes: {temperature: {setting: episodes}}. videos: {setting: {video file: episode}}.
-        about: see describe(). published: rows to show next to ours.
+        ids: {setting: episode ids}. videos: {setting: {video file: episode}}. about: see describe().
     """
-    results = assemble(episodes, about)
+    ended = {t: {name: log.ended(name, t, own_ids) for name, own_ids in ids.items()} for t in temperatures}
+    names = [name for name in ids if all(by_setting[name] for by_setting in ended.values())]
+    if not names:
+        return None
+    results = assemble({t: {name: by_setting[name] for name in names} for t, by_setting in ended.items()}, about)
     for name, recorded in videos.items():
         results["settings"][name]["videos"] = [
             {
@@ -747,8 +755,15 @@ def write_results(
             for path, episode in recorded.items()
             if path.exists()
         ]
-    write_report(folder, results, published)
-    print(f"{headline(results)}\n{folder}/report.html, results.md, results.json, results.png", flush=True)
+    return results
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues this evaluation, which writes into `folder`."""
+    command = re.sub(r" --(?:output|local_rank)(?:=| )(?:'[^']*'|\S+)", "", shlex.join(sys.argv))
+    command = without_keys(command.replace(" --resume", ""))
+    start = "python" if world_size() == 1 else f"deepspeed --num_gpus {world_size()}"
+    return f"{start} {command} --output {shlex.quote(str(folder))} --resume"
 
 
 def main(args: Args) -> None:
@@ -775,10 +790,13 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ setting by setting
     cells = [(one.name, temperature) for one in settings for temperature in actors]
     done = sum(len(ids[name]) - len(log.missing(name, temperature, ids[name])) for name, temperature in cells)
-    progress = Progress(len(cells) * args.num_episodes, done)
+    videos: dict[str, dict[Path, dict]] = {}
+    results_now = partial(results_so_far, log, ids, actors, videos, about)
+    total = len(cells) * args.num_episodes
+    page = EvaluationWriter(folder, results_now, about, published, total, resume_command(folder))
+    progress = Progress(total, done, page)
     print_start(args, about["name"], len(settings), folder)
     first = next(iter(actors))  # the temperature of the videos
-    videos: dict[str, dict[Path, dict]] = {}
     size = frame_size(args.video_size, args.image_size)
     look = Look(size, args.image_size, actors[first].chunk_size, args.num_env_workers)
     for one in settings:
@@ -791,7 +809,7 @@ def main(args: Args) -> None:
             videos[one.name] = choose_videos(log.episodes(one.name, first, own_ids), *places)
             record_videos(videos[one.name], one.name, envs_of(args, one), look, stop, watch)
         if stop.agreed():
-            progress.close()
+            progress.close(stopped_by=stop.signal or str(stop.stop_file))
             kept = f"{progress.done} of {progress.total} episodes are in {folder}/episodes.jsonl"
             stop.end(f"{kept}. Resume with the same flags and --output {folder} --resume")
     progress.close()
@@ -800,11 +818,9 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ results
     barrier()  # all ranks have recorded their videos
     if rank() == 0:
-        episodes = {
-            temperature: {one.name: log.episodes(one.name, temperature, ids[one.name]) for one in settings}
-            for temperature in actors
-        }
-        write_results(folder, episodes, videos, about, published)
+        results = results_now()
+        write_report(folder, results, published)
+        print(f"{headline(results)}\n{folder}/report.html, results.md, results.json, results.png", flush=True)
     barrier()
 
 

@@ -779,6 +779,9 @@ def test_killed_stopped_and_resumed(evaluated, run_folder, tmp_path):
     assert f"SIGTERM: {kept} of 24 episodes are in {output}/episodes.jsonl" in said
     assert f"--output {output} --resume" in said and kept >= 12 and not (output / "results.json").exists()
     assert not (output / "stop").exists() and not list(output.glob("videos/partial_*"))
+    page = (output / "report.html").read_text()
+    assert 'class="pill stopped"' in page and "SIGTERM asked it to stop." in page and f"{kept} of 24 episodes" in page
+    assert f"--output {output} --resume" in page
     run(*common(run_folder, output), "--num_envs", "4", "--resume", "--num_episodes", "7")
     assert (output / "episodes.jsonl").read_bytes().count(b"\n") == 28
     resumed, whole = episodes_of(output), episodes_of(evaluated)

@@ -8,7 +8,7 @@ import pytest
 
 from vla.reports.charts import Dots, curves, dots, plain, stacked_bars
 from vla.reports.curves import MAX_POINTS, Curve, normal_interval, steady_range, thinned
-from vla.reports.page import Media, data_url, origin_of, render
+from vla.reports.page import Media, State, data_url, origin_of, render
 
 EVIL = "</script><script>alert(1)</script>\u2028<b>&\"'"
 
@@ -16,18 +16,19 @@ EVIL = "</script><script>alert(1)</script>\u2028<b>&\"'"
 def chart(**changes) -> str:
     values = dict(template="evaluation.html", title="t", with_charts=False, headline=["h"], means=[], brackets="b")
     values |= dict(notes=[], chart=dots("c", "C", "good", []), settings=[["setting"]], clips=[], sampling="greedy")
-    return render(**(values | dict(facts={}, media=None) | changes))
+    values |= dict(facts={}, media=None, has_results=True, state=State("stopped", EVIL, 0.0, EVIL, EVIL, EVIL))
+    return render(**(values | changes))
 
 
 def test_a_template_escapes_every_value():
     text = chart(title=EVIL, notes=[EVIL], headline=[EVIL], facts={EVIL: EVIL}, settings=[[EVIL], {"cells": [EVIL]}])
-    assert "alert(1)</script>" not in text and text.count("&lt;script&gt;alert(1)") >= 6
+    assert "alert(1)</script>" not in text and text.count("&lt;script&gt;alert(1)") >= 10
     assert "\u2028" not in text and "\udcff" not in chart(title="\udcff")
 
 
 def test_a_value_that_is_missing_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="is undefined"):
-        render("evaluation.html", title="t", with_charts=False)
+        render("evaluation.html", title="t", with_charts=False, state=State("finished", "", 0.0))
 
 
 def test_only_scripts_of_the_template_may_run():

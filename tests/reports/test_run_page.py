@@ -179,7 +179,7 @@ def test_a_running_run_says_so_and_reloads(tmp_path):
 @pytest.mark.parametrize(
     "last, said",
     [
-        (("stopped", 9, "SIGTERM"), "SIGTERM asked the run to stop"),
+        (("stopped", 9, "SIGTERM"), "SIGTERM asked it to stop"),
         (("failed", 9, "OutOfMemoryError: too big"), "The error: OutOfMemoryError: too big"),
         (("finished", 16, ""), ">finished<"),
     ],

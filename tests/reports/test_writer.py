@@ -11,9 +11,10 @@ from conftest import ROOT
 from run_folders import ppo_folder
 
 from vla.distributed import UserError
+from vla.evaluation.statistics import assemble
 from vla.reports import writer as writer_module
 from vla.reports.run_record import read_run
-from vla.reports.writer import PATIENCE, ReportWriter
+from vla.reports.writer import PATIENCE, EvaluationWriter, ReportWriter
 
 
 class Clock:
@@ -114,6 +115,65 @@ def test_a_page_is_whole_or_the_one_before(tmp_path):
     (folder / "report.html.partial").symlink_to("/dev/full")
     writer.update(1)
     assert (folder / "report.html").read_text() == before
+
+
+# ---------------------------------------------------------------------- an evaluation
+ABOUT = {"name": "my_run<script>", "command": "evaluate.py", "num_ranks": 1, "device": "cpu", "commit": "c"}
+EPISODE = {"success_at_end": 1.0, "return": 1.0, "episode_len": 4.0, "reward": 0.25, "seconds": 1.0}
+EPISODES = [{"episode_id": number, "success_once": float(number > 0)} | EPISODE for number in range(4)]
+
+
+def evaluation_writer(folder, episodes: list[dict]) -> EvaluationWriter:
+    def results_so_far() -> dict | None:
+        return assemble({0.0: {"Carrot-v1:test": episodes}}, ABOUT) if episodes else None
+
+    return EvaluationWriter(folder, results_so_far, ABOUT, {}, 8, f"python evaluate.py --output {folder} --resume")
+
+
+def test_an_evaluation_shows_what_has_ended(tmp_path):
+    episodes: list[dict] = []
+    writer = evaluation_writer(tmp_path, episodes)
+    writer.update(0)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "No episode has ended yet." in text and "0 of 8 episodes" in text and "data-reload" in text
+    episodes += EPISODES
+    writer.due = 0.0
+    writer.update(4)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "4 of 8 episodes" in text and "75.0 [30.1, 95.4]" in text and 'class="pill running"' in text
+    assert "my_run&lt;script&gt;" in text and "my_run<script>" not in text
+
+
+@pytest.mark.parametrize(
+    "end, phase, reason",
+    [
+        (lambda writer: writer.stop("SIGTERM"), "stopped", "SIGTERM asked it to stop."),
+        (lambda writer: writer.broken_off(KeyboardInterrupt()), "failed", "Ctrl-C ended the run at once"),
+    ],
+)
+def test_a_stopped_evaluation_says_so_and_how_to_continue(tmp_path, end, phase, reason):
+    writer = evaluation_writer(tmp_path, EPISODES)
+    writer.update(4)
+    end(writer)
+    writer.broken_off(RuntimeError("while it ends"))  # the first end counts
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f'class="pill {phase}"' in text and reason in text and "data-reload" not in text
+    assert f"python evaluate.py --output {tmp_path} --resume" in text and "4 of 8 episodes" in text
+
+
+def test_the_page_of_a_finished_evaluation_is_left_alone(tmp_path):
+    writer = evaluation_writer(tmp_path, EPISODES)
+    writer.finish()
+    writer.broken_off(RuntimeError("after the end"))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_of_an_evaluation_that_cannot_be_written_ends_nothing(tmp_path, capfd):
+    (tmp_path / "report.html.partial").symlink_to("/dev/full")
+    writer = evaluation_writer(tmp_path, EPISODES)
+    writer.update(1)
+    writer.stop("SIGTERM")
+    assert capfd.readouterr().err.count("is not up to date") == 1
 
 
 # ---------------------------------------------------------------------- through run_main

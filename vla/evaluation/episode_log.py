@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from schemas import UserError, check, parse_json, require_file
 from schemas.evaluations import Episode
 from schemas.runs import HeldOutEpisode
-from vla.distributed import barrier, print0, rank
+from vla.distributed import at_end, barrier, print0, rank
 from vla.evaluation.episodes import STATISTICS
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, if standard error is not a terminal
@@ -132,6 +133,11 @@ class EpisodeLog:
     def episodes(self, setting: str, temperature: float, episode_ids: list[int]) -> list[dict]:
         return [self.done[setting, temperature][episode_id] for episode_id in episode_ids]
 
+    def ended(self, setting: str, temperature: float, episode_ids: list[int]) -> list[dict]:
+        """Those of the episodes that have ended, in the order of episode_ids."""
+        done = self.done.get((setting, temperature), {})
+        return [done[episode_id] for episode_id in episode_ids if episode_id in done]
+
     def add(self, setting: str, temperature: float, episodes: list[dict]) -> None:
         """Add episodes that have ended, and write them on rank 0. Raises UserError if the disk is full."""
         lines = []
@@ -151,10 +157,26 @@ class EpisodeLog:
             self._file.close()
 
 
-class Progress:
-    """Shows episodes run and success so far: a bar in a terminal, else a line now and then. Only rank 0 prints."""
+class Page(Protocol):
+    """The page of an evaluation, such as vla.reports.writer.EvaluationWriter."""
 
-    def __init__(self, total: int, done: int):
+    def update(self, done: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def stop(self, reason: str) -> None: ...
+
+    def broken_off(self, cause: BaseException) -> None: ...
+
+
+class Progress:
+    """Shows episodes run and success so far: a bar in a terminal, else a line now and then, and the page.
+
+    Only rank 0 prints and writes.
+    """
+
+    def __init__(self, total: int, done: int, page: Page):
+        self.page = page if rank() == 0 else None
         self.total, self.done = total, done
         self.cell, self.successes, self.count = "", 0.0, 0
         self.start = self.last_line = time.monotonic()
@@ -163,6 +185,9 @@ class Progress:
         self.bar = None
         if rank() == 0 and in_terminal:
             self.bar = tqdm(total=total, initial=done, desc="evaluating", unit="ep", dynamic_ncols=True)
+        if self.page is not None:
+            at_end(self.page.broken_off)
+            self.page.update(done)
 
     def begin(self, cell: str, episodes: list[dict]) -> None:
         """Begin a (setting, temperature). These episodes of it have already been run."""
@@ -174,6 +199,8 @@ class Progress:
         self.done += len(episodes)
         self.count += len(episodes)
         self.successes += sum(episode["success_once"] for episode in episodes)
+        if self.page is not None:
+            self.page.update(self.done)
         success = f"{self.successes / max(self.count, 1):.3f}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"{self.cell} success {success}", refresh=False)
@@ -188,6 +215,9 @@ class Progress:
                 flush=True,
             )
 
-    def close(self) -> None:
+    def close(self, stopped_by: str | None = None) -> None:
+        """All episodes have ended, or a signal or a file ends the evaluation."""
         if self.bar is not None:
             self.bar.close()
+        if self.page is not None:
+            self.page.finish() if stopped_by is None else self.page.stop(stopped_by)

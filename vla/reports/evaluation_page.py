@@ -1,6 +1,7 @@
 """The report of an evaluation for people: results.md, results.png, and report.html, which holds charts and videos."""
 
 import json
+import time
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -21,8 +22,9 @@ from vla.evaluation.statistics import (
 from vla.files.whole import write_whole
 from vla.reports.charts import Chart, Dots, dots
 from vla.reports.curves import CYCLE, GRAY
-from vla.reports.page import Media, origin_of, render
+from vla.reports.page import Media, State, origin_of, render
 from vla.reports.plots import plot_settings
+from vla.text import counted
 
 SYMBOLS = ("diamond-open", "square-open", "triangle-up-open", "x-open", "star-open")  # of published rows
 
@@ -57,7 +59,9 @@ def write_files(folder: Path, results: dict, published: dict[str, dict]) -> None
     """write_report() without its sentence for a full disk."""
     plot_settings(results, published, folder / "results.png")
     write_whole(folder / "results.md", markdown(results, published))
-    write_whole(folder / "report.html", evaluation_page(folder, results, published))
+    count = sum(one["episodes"] for _, part in by_temperature(results) for one in part["settings"].values())
+    state = State("finished", counted(count, "episode"), time.time())
+    write_whole(folder / "report.html", evaluation_page(folder, results, results, published, state))
     # last: it shows that the evaluation is finished
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
@@ -99,23 +103,38 @@ def published_dots(row: dict, names: list[str], symbol: str) -> Dots:
     return Dots(row["name"], list(rates), list(rates.values()), color=GRAY, symbol=symbol)
 
 
-def evaluation_page(folder: Path, results: dict, published: dict[str, dict]) -> str:
-    """The content of report.html. The page needs no network, and no other file unless its videos are large."""
+def evaluation_page(folder: Path, results: dict | None, about: dict, published: dict[str, dict], state: State) -> str:
+    """The content of report.html. The page needs no network, and no other file unless its videos are large.
+
+    Args:
+        results: the content of results.json. None before the first episode has ended.
+        about: a description of what is evaluated, how and where.
+    """
+    shown = {} if results is None else results_values(folder, results, published)
+    return render(
+        "evaluation.html",
+        title=about["name"],
+        with_charts=results is not None,
+        state=state,
+        has_results=results is not None,
+        media=Media(folder),
+        facts=origin_of(about),
+        **shown,
+    )
+
+
+def results_values(folder: Path, results: dict, published: dict[str, dict]) -> dict:
+    """What the template shows of results."""
     clips = clips_of(folder, results)
     not_linked = dict(clips)  # the first row of a setting links its videos
     header, *rows = settings_table(results)
-    return render(
-        "evaluation.html",
-        title=results["name"],
-        with_charts=True,
-        headline=headline(results).split("\n"),
-        means=means_table(results, published),
-        brackets=BRACKETS,
-        notes=[f"{row['name']}: {row['note']} {row['source']}" for row in published.values()],
-        chart=settings_chart(results, published),
-        settings=[header, *({"cells": row, "clips": not_linked.pop(row[0], [])} for row in rows)],
-        clips=[clip for own in clips.values() for clip in own],
-        media=Media(folder),
-        sampling=temperature_name(results["temperature"]),
-        facts=origin_of(results),
-    )
+    return {
+        "headline": headline(results).split("\n"),
+        "means": means_table(results, published),
+        "brackets": BRACKETS,
+        "notes": [f"{row['name']}: {row['note']} {row['source']}" for row in published.values()],
+        "chart": settings_chart(results, published),
+        "settings": [header, *({"cells": row, "clips": not_linked.pop(row[0], [])} for row in rows)],
+        "clips": [clip for own in clips.values() for clip in own],
+        "sampling": temperature_name(results["temperature"]),
+    }

@@ -8,6 +8,7 @@ carry a number that is drawn for each page. Names, instructions and flags of str
 """
 
 import base64
+import datetime
 import secrets
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,45 @@ from vla.text import counted, one_line
 
 TEMPLATES = Path(__file__).parent / "templates"
 INLINE_BYTES = 12 * 2**20  # of videos in one page. The rest are links to the files beside it
+RELOAD_SECONDS = 30  # of a page whose run or evaluation goes on
 KINDS = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".png": "image/png"}
+
+
+def time_text(seconds: float) -> str:
+    """A moment in local time. seconds: since 1970."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run or an evaluation has come. It stands below the title of its page.
+
+    Args:
+        phase: running, stopped, failed, finished or unknown.
+        words: how far it is.
+        now: when the page is written, in seconds since 1970.
+        reason: who stopped it, or the error.
+        resume_command: continues it. continues: the sentence above that command.
+        silent_after: a page of something that runs says after so many seconds that it may have been killed. hint: what
+            it says then.
+    """
+
+    phase: str
+    words: str
+    now: float
+    reason: str = ""
+    resume_command: str = ""
+    continues: str = "This command continues it:"
+    silent_after: float = 3600.0
+    hint: str = ""
+
+    @property
+    def reload_seconds(self) -> int:
+        return RELOAD_SECONDS if self.phase == "running" else 0
+
+    @property
+    def written(self) -> str:
+        return time_text(self.now)
 
 
 def printable(value: object) -> object:
@@ -41,20 +80,21 @@ ENVIRONMENT = jinja2.Environment(
 )
 
 
-def render(template: str, *, title: str, with_charts: bool, reload_seconds: int = 0, **values: object) -> str:
+def render(template: str, *, title: str, with_charts: bool, state: State | None = None, **values: object) -> str:
     """The text of a page.
 
     Args:
         template: a file of vla/reports/templates that extends base.html.
         with_charts: whether the page holds charts, and so plotly's script (4.8 MB).
-        reload_seconds: how often the page loads its newest version. 0 is never.
+        state: of a run or an evaluation. While it runs, the page loads its newest version now and then.
         values: what else the template names.
 
     Raises:
         jinja2.UndefinedError: a value is missing.
     """
-    of_base = dict(title=title, reload_seconds=reload_seconds, plotly=plotly_script() if with_charts else "")
-    return ENVIRONMENT.get_template(template).render(nonce=secrets.token_urlsafe(16), **of_base, **values)
+    of_base = dict(title=title, state=state, reload_seconds=state.reload_seconds if state else 0)
+    of_base |= dict(plotly=plotly_script() if with_charts else "", nonce=secrets.token_urlsafe(16))
+    return ENVIRONMENT.get_template(template).render(**of_base, **values)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,5 @@
 """report.html of a run: what it is, where it stands, what it learned and costs, and what its episodes look like."""
 
-import datetime
 import json
 import shlex
 from dataclasses import dataclass
@@ -8,11 +7,10 @@ from pathlib import Path
 
 from vla.evaluation.statistics import difference_interval, percent, wilson_interval
 from vla.files.whole import write_whole
-from vla.reports.page import Media, origin_of, render
+from vla.reports.page import Media, State, origin_of, render, time_text
 from vla.reports.run_record import FACTS, Clip, RunRecord
 from vla.text import without_keys
 
-RELOAD_SECONDS = 30  # of a page whose run goes on
 KINDS = {"train_ppo.py": "PPO", "train_grpo.py": "GRPO", "train_sft.py": "Cloning"}
 # flags that say where a run is, or that the script itself sets
 NO_CHOICES = ("config", "resume", "run_dir", "export_dir", "local_rank", "max_prompt_length")
@@ -62,20 +60,13 @@ def run_page(record: RunRecord, now: float, silent_after: float) -> str:
     media = Media(record.folder)
     learning, metrics, costs = charts_of(record)
     pairs, clips = gallery(record)
-    running = record.phase == "running"
     return render(
         "run.html",
         title=record.name,
         with_charts=bool(learning or metrics or costs),
-        reload_seconds=RELOAD_SECONDS if running else 0,
+        state=state_of(record, now, silent_after),
         kind=kind_of(record),
         record=record,
-        resumed=times(record.times_resumed),
-        left=time_left(record) if running else "",
-        written=time_text(now),
-        now=round(now),
-        silent_after=round(silent_after),
-        resume_command=resume_command(record),
         tiles=tiles_of(record),
         learning=learning,
         metrics=metrics,
@@ -90,6 +81,26 @@ def run_page(record: RunRecord, now: float, silent_after: float) -> str:
         flags={name: flag_text(value) for name, value in sorted(record.flags.items())},
         preset=record.preset_files,
         facts=origin_of_run(record),
+    )
+
+
+def state_of(record: RunRecord, now: float, silent_after: float) -> State:
+    """How far the run is: "after iteration 3 of 16, about 4 min left, resumed twice"."""
+    words = f"after iteration {record.iteration}"
+    words += f" of {record.num_iterations}" if record.num_iterations else ""
+    left = time_left(record) if record.phase == "running" else ""
+    words += f", about {left} left" if left else ""
+    words += f", resumed {times(record.times_resumed)}" if record.times_resumed else ""
+    newest = "This command continues from the newest checkpoint:"
+    return State(
+        record.phase,
+        words,
+        now,
+        record.reason,
+        resume_command(record),
+        continues="This command continues it:" if record.phase == "stopped" else newest,
+        silent_after=silent_after,
+        hint="Its last lines are in progress.log.",
     )
 
 
@@ -123,11 +134,6 @@ def times(number: int) -> str:
     ('', 'once', 'twice', '5 times')
     """
     return {0: "", 1: "once", 2: "twice"}.get(number, f"{number} times")
-
-
-def time_text(seconds: float) -> str:
-    """A moment in local time."""
-    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def duration(seconds: float) -> str:

@@ -1,47 +1,95 @@
-"""When a run writes its page and its plot: at its start, while it goes on, and however it ends.
+"""When a run or an evaluation writes its page: at its start, while it goes on, and however it ends.
 
-While the run goes on, a writing waits until PATIENCE times the seconds of the last one have passed. So all of them
-together take less than 1 % of the run's time, however many iterations, films and evaluations there are. At the start
-and at the end they are written at once.
+While it goes on, a writing waits until PATIENCE times the seconds of the last one have passed. So all of them
+together take less than 1 % of its time, however many iterations, videos and evaluations there are. At the start and at
+the end they are written at once.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vla.distributed import lost_rank
+from vla.files.whole import write_whole
+from vla.reports.evaluation_page import evaluation_page
+from vla.reports.page import State
 from vla.reports.plots import plot_progress
 from vla.reports.run_page import write_run_page
 from vla.reports.run_record import read_run
-from vla.text import error_text, without_keys
+from vla.text import counted, error_text, without_keys
 
 PATIENCE = 100
 
 
-class ReportWriter:
-    """Keeps report.html, progress.png and sessions.jsonl of a run. Rank 0 has one.
+class PageWriter:
+    """Writes the report of a folder whenever that is due. Rank 0 has one.
 
-    A page that cannot be written ends no run: the first failure prints one line, and later ones are silent.
+    A page that cannot be written ends nothing: the first failure prints one line, and later ones are silent.
     """
 
-    def __init__(self, run_dir: Path, start_iteration: int):
-        self.run_dir, self.iteration = run_dir, start_iteration
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.due = 0.0  # on the clock of time.perf_counter()
         self.seconds = 0.0  # of the last writing
-        self.ended = self.has_warned = False
+        self.has_warned = False
+
+    def draw(self) -> None:
+        """Write the page and what belongs to it."""
+        raise NotImplementedError
+
+    def write_if_due(self) -> None:
+        if time.perf_counter() >= self.due:
+            self.write()
+
+    def write(self) -> None:
+        """Write now. The seconds that it takes decide when the next writing is due."""
+        start = time.perf_counter()
+        try:
+            self.draw()
+        except Exception as failure:  # a disk that is full, or a fault in the page: the run is worth more
+            self.warn(failure)
+        now = time.perf_counter()
+        self.seconds = now - start
+        self.due = now + PATIENCE * self.seconds
+
+    def silence(self) -> float:
+        """Seconds after which a reader should wonder whether the run still goes on."""
+        return 3600.0 + 3 * PATIENCE * self.seconds
+
+    def warn(self, failure: Exception) -> None:
+        if not self.has_warned:
+            self.has_warned = True
+            print(f"warning: {self.folder / 'report.html'} is not up to date ({error_text(failure)})", file=sys.stderr)
+
+
+def cause_in_words(cause: BaseException) -> str:
+    """What a page says about the error that ended its run."""
+    if isinstance(cause, KeyboardInterrupt):
+        return "Ctrl-C ended the run at once"
+    if lost_rank(cause):
+        return "another rank ended. The terminal's output says why"
+    return without_keys(f"{type(cause).__name__}: {error_text(cause)}")
+
+
+class ReportWriter(PageWriter):
+    """Keeps report.html, progress.png and sessions.jsonl of a training run."""
+
+    def __init__(self, run_dir: Path, start_iteration: int):
+        super().__init__(run_dir)
+        self.iteration, self.ended = start_iteration, False
 
     def begin(self) -> None:
         """The run starts or resumes."""
         self._note("started")
-        self._write()
+        self.write()
         self.due = 0.0  # the first page has nothing to draw, so its cost says nothing about the next one's
 
     def update(self, iteration: int) -> None:
         """The run has logged something after so many iterations."""
         self.iteration = iteration
-        if time.perf_counter() >= self.due:
-            self._write()
+        self.write_if_due()
 
     def finish(self) -> None:
         """The run has done what it should."""
@@ -53,47 +101,77 @@ class ReportWriter:
 
     def broken_off(self, cause: BaseException) -> None:
         """An error or a second Ctrl-C ends the run. Nothing happens if it has already ended in another way."""
-        if isinstance(cause, KeyboardInterrupt):
-            self._end("failed", "Ctrl-C ended the run at once")
-        elif lost_rank(cause):
-            self._end("failed", "another rank ended. The terminal's output says why")
-        else:
-            self._end("failed", without_keys(f"{type(cause).__name__}: {error_text(cause)}"))
+        self._end("failed", cause_in_words(cause))
 
     def _end(self, event: str, reason: str = "") -> None:
         if not self.ended:
             self.ended = True
             self._note(event, reason)
-            self._write()
+            self.write()
 
     def _note(self, event: str, reason: str = "") -> None:
         """Append an event to sessions.jsonl."""
         line = {"event": event, "time": time.time(), "iteration": self.iteration, "reason": reason}
         try:
-            with (self.run_dir / "sessions.jsonl").open("a", encoding="utf-8") as file:
+            with (self.folder / "sessions.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as failure:
-            self._warn(failure)
+            self.warn(failure)
 
-    def _write(self) -> None:
-        """Write the plot and the page. Their seconds decide when the next ones are due."""
-        start = time.perf_counter()
-        try:
-            record = read_run(self.run_dir)
-            if record.lines or record.evaluations or self.ended:
-                plot_progress(record)
-            write_run_page(record, time.time(), self._silence())
-        except Exception as failure:  # a disk that is full, or a fault in the page: the run is worth more
-            self._warn(failure)
-        now = time.perf_counter()
-        self.seconds = now - start
-        self.due = now + PATIENCE * self.seconds
+    def draw(self) -> None:
+        record = read_run(self.folder)
+        if record.lines or record.evaluations or self.ended:
+            plot_progress(record)
+        write_run_page(record, time.time(), self.silence())
 
-    def _silence(self) -> float:
-        """Seconds after which a reader should wonder whether the run still goes on."""
-        return 3600.0 + 3 * PATIENCE * self.seconds
 
-    def _warn(self, failure: Exception) -> None:
-        if not self.has_warned:
-            self.has_warned = True
-            print(f"warning: {self.run_dir / 'report.html'} is not up to date ({error_text(failure)})", file=sys.stderr)
+class EvaluationWriter(PageWriter):
+    """Keeps report.html of an evaluation until write_report() writes the finished one.
+
+    Args:
+        results_so_far: the content of results.json from the episodes that have ended, or None before the first.
+        total: number of episodes.
+        resume_command: continues the evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        results_so_far: Callable[[], dict | None],
+        about: dict,
+        published: dict[str, dict],
+        total: int,
+        resume_command: str,
+    ):
+        super().__init__(folder)
+        self.results_so_far, self.about, self.published = results_so_far, about, published
+        self.total, self.resume_command = total, resume_command
+        self.done, self.phase, self.reason = 0, "running", ""
+
+    def update(self, done: int) -> None:
+        """So many episodes have ended."""
+        self.done = done
+        self.write_if_due()
+
+    def stop(self, reason: str) -> None:
+        """The evaluation was asked to end. Its episodes are kept."""
+        self._end("stopped", reason)
+
+    def finish(self) -> None:
+        """write_report() writes the page from now on."""
+        self.phase = "finished"
+
+    def broken_off(self, cause: BaseException) -> None:
+        """An error or a second Ctrl-C ends the evaluation."""
+        self._end("failed", cause_in_words(cause))
+
+    def _end(self, phase: str, reason: str) -> None:
+        if self.phase == "running":
+            self.phase, self.reason = phase, reason
+            self.write()
+
+    def draw(self) -> None:
+        words = f"{self.done} of {counted(self.total, 'episode')}"
+        state = State(self.phase, words, time.time(), self.reason, self.resume_command, silent_after=self.silence())
+        page = evaluation_page(self.folder, self.results_so_far(), self.about, self.published, state)
+        write_whole(self.folder / "report.html", page)
