@@ -369,12 +369,21 @@ def find_base(folder: Path) -> Path:
                 "null if these weights are the base, else move the adapter into a folder of its own"
             )
         return folder
+    return named_base(folder, source, base, content.get("revision"))
+
+
+def named_base(folder: Path, source: Path, base: object, revision: object) -> Path:
+    """The folder that the adapter in `folder` names as its base in `source`. A model of the Hub is downloaded.
+
+    Raises:
+        UserError: it is not a folder with weights alone.
+    """
     if not isinstance(base, str) or not base or not (os.path.isdir(base) or repo_of(base)):
         raise UserError(
             f"{source} has base_model_name_or_path {base!r}, which is not a folder here: load the base model and give "
             f"{folder} as --lora_path"
         )
-    pinned = f"{base}@{content['revision']}" if repo_of(base) and content.get("revision") else base
+    pinned = f"{base}@{revision}" if repo_of(base) and revision else base
     place = whole_folder(pinned, f"{source}: base_model_name_or_path")
     if (place / ADAPTER_CONFIG).exists():
         itself = "itself" if place.resolve() == folder.resolve() else f"{base}, which holds an adapter too"
