@@ -581,7 +581,7 @@ def main(args: Args) -> None:
                 recorder.keep(iteration, episodes)
                 logger.write_evaluation(iteration, global_step, mean_statistics(episodes))
                 recorder.record(iteration, episodes, watch)
-                logger.show_films(iteration, global_step)
+                logger.show_videos(iteration, global_step)
         return episodes is not None
 
     def save(iteration: int) -> Path:

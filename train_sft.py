@@ -409,7 +409,7 @@ def main(args: Args) -> None:
                 recorder.keep(iteration, episodes)
                 logger.write_evaluation(iteration, num_seen, mean_statistics(episodes))
                 recorder.record(iteration, episodes, watch)
-                logger.show_films(iteration, num_seen)
+                logger.show_videos(iteration, num_seen)
         return episodes is not None
 
     with logger.timer("eval"):

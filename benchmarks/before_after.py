@@ -38,12 +38,12 @@ def write_gif(run_dir: Path, output: Path, pairs: int, width: int) -> str:
     if not chosen:
         raise UserError(f"the first and the last evaluation of {run_dir} recorded no episode in common")
     with tempfile.TemporaryDirectory() as folder:
-        film = Path(folder) / "pairs.mp4"
-        with VideoWriter(film) as video:
+        path = Path(folder) / "pairs.mp4"
+        with VideoWriter(path) as video:
             for frame in paired_frames(before, after, chosen, how):
                 video.add(frame)
         program, filters = imageio_ffmpeg.get_ffmpeg_exe(), FILTERS.format(width=width)
-        command = [program, "-y", "-v", "error", "-i", str(film), "-vf", filters, "-loop", "0", str(output)]
+        command = [program, "-y", "-v", "error", "-i", str(path), "-vf", filters, "-loop", "0", str(output)]
         subprocess.run(command, check=True)
     return how
 

@@ -2,7 +2,7 @@
 
     backend.describe(description, 0)             # flags, command, commit and machine
     backend.log({"train/loss": 0.3}, 4096)       # values at a step of the run
-    backend.show("video/evaluation", film, 4096)       # a film of an evaluation
+    backend.show("video/evaluation", video, 4096)       # a video of an evaluation
     backend.finish()
 
 wandb and SwanLab are imported only if they are used. They get metrics, videos and a description without paths and
@@ -58,8 +58,8 @@ class Backend(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Take values at a step of the run."""
 
-    def show(self, tag: str, film: Path, step: int) -> None:
-        """Take a film of an evaluation."""
+    def show(self, tag: str, video: Path, step: int) -> None:
+        """Take a video of an evaluation."""
 
     def finish(self) -> None:
         """Write what is left, and close."""
@@ -96,9 +96,9 @@ class TensorBoard:
             self.writer.add_scalar(tag, value, step)
         self.writer.flush()
 
-    def show(self, tag: str, film: Path, step: int) -> None:
-        """Write the film as a GIF, which moves in the tab of images. SummaryWriter.add_video() needs moviepy."""
-        content, (width, height) = gif_of(film)
+    def show(self, tag: str, video: Path, step: int) -> None:
+        """Write the video as a GIF, which moves in the tab of images. SummaryWriter.add_video() needs moviepy."""
+        content, (width, height) = gif_of(video)
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=content)
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
         self.writer.flush()
@@ -134,8 +134,8 @@ class Wandb:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(metrics, step=step)
 
-    def show(self, tag: str, film: Path, step: int) -> None:
-        self.run.log({tag: self.wandb.Video(str(film), format="mp4")}, step=step)
+    def show(self, tag: str, video: Path, step: int) -> None:
+        self.run.log({tag: self.wandb.Video(str(video), format="mp4")}, step=step)
 
     def finish(self) -> None:
         self.run.finish()
@@ -165,8 +165,8 @@ class SwanLab:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(metrics, step=step)
 
-    def show(self, tag: str, film: Path, step: int) -> None:
-        content, _ = gif_of(film)  # it takes no other format
+    def show(self, tag: str, video: Path, step: int) -> None:
+        content, _ = gif_of(video)  # it takes no other format
         self.run.log({tag: self.swanlab.Video(io.BytesIO(content))}, step=step)
 
     def finish(self) -> None:
@@ -202,16 +202,16 @@ def open_backends(
     ]
 
 
-def show_film(backends: list[Backend], tag: str, film: Path, step: int) -> None:
-    """Show a film in all backends, if it exists. A film that cannot be shown does not end a run."""
-    if not film.is_file():
+def show_video(backends: list[Backend], tag: str, video: Path, step: int) -> None:
+    """Show a video in all backends, if it exists. A video that cannot be shown does not end a run."""
+    if not video.is_file():
         return
     for backend in backends:
         try:
-            backend.show(tag, film, step)
+            backend.show(tag, video, step)
         except Exception as error:  # whatever the libraries raise
             where = type(backend).__name__
-            print(f"{film} is not shown in {where} ({error_text(error)[:200]})", file=sys.stderr, flush=True)
+            print(f"{video} is not shown in {where} ({error_text(error)[:200]})", file=sys.stderr, flush=True)
 
 
 def tracking_id(run_dir: Path) -> str:
@@ -258,13 +258,13 @@ def in_words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def gif_of(film: Path) -> tuple[bytes, tuple[int, int]]:
-    """A film as a GIF of at most GIF_FRAMES frames and GIF_WIDTH pixels, which takes as long as the film.
+def gif_of(video: Path) -> tuple[bytes, tuple[int, int]]:
+    """A video as a GIF of at most GIF_FRAMES frames and GIF_WIDTH pixels, which takes as long as the video.
 
     Returns:
         the file's content, and its width and height.
     """
-    with imageio.get_reader(film, format="FFMPEG") as reader:
+    with imageio.get_reader(video, format="FFMPEG") as reader:
         facts = reader.get_meta_data()
         scale = min(1.0, GIF_WIDTH / facts["size"][0])
         size = round(scale * facts["size"][0]), round(scale * facts["size"][1])

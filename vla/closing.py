@@ -6,7 +6,7 @@ from pathlib import Path
 from vla.evaluation.statistics import wilson_interval
 
 # what a line is about -> file in the run folder. Lines of files that do not exist are left out
-FILES = {"page": "report.html", "plot": "progress.png", "film": "videos/before_after.mp4", "metrics": "metrics.jsonl"}
+FILES = {"page": "report.html", "plot": "progress.png", "video": "videos/before_after.mp4", "metrics": "metrics.jsonl"}
 
 
 def closing_lines(
@@ -32,7 +32,7 @@ def closing_lines(
     lines.append(f"run folder  {run_dir}")
     lines += [f"{name:11} {run_dir / path}" for name, path in FILES.items() if (run_dir / path).is_file()]
     newest = max((run_dir / "videos").glob("eval_*.mp4"), default=None)
-    if newest is not None and not (run_dir / FILES["film"]).is_file():
+    if newest is not None and not (run_dir / FILES["video"]).is_file():
         lines.append(f"{'video':11} {newest}")
     policy = newest_policy(run_dir, flags)
     if policy is not None and policy.parent.parent.name == "checkpoints":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from schemas import UserError
 from vla import ROOT, VERSION
-from vla.backends import open_backends, show_film
+from vla.backends import open_backends, show_video
 from vla.closing import closing_lines, success_in_words
 from vla.distributed import all_gather_lists, all_reduce_sum, at_end, world_size
 from vla.files.run_lines import read_evaluations, read_line, read_lines, text_lines
@@ -56,7 +56,7 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int, defaults: dict | None
 
     written = ("results", "checkpoints") if "export_dir" in flags else ("results",)
     return {
-        "command": without_keys(shlex.join(sys.argv)),
+        "command": without_keys(shlex.join(word for word in sys.argv if not word.startswith("--local_rank="))),
         "args": flags,
         "defaults": {name: value for name, value in (defaults or flags).items() if value != flags[name]},
         "preset": preset_values(flags.get("config") or ()),
@@ -222,13 +222,13 @@ class Logger:
             say(f"iteration {iteration}: {success_in_words(means['success_once'], means['num_episodes'])}")
             self._scalars(tagged, global_step)
 
-    def show_films(self, iteration: int, global_step: int) -> None:
-        """Show the films of an evaluation in the backends, as far as they were recorded."""
+    def show_videos(self, iteration: int, global_step: int) -> None:
+        """Show the videos of an evaluation in the backends, as far as they were recorded."""
         if self.enabled:
             self.reports.update(iteration)
             videos = self.run_dir / "videos"
-            show_film(self.backends, "video/evaluation", videos / f"eval_{iteration:06d}.mp4", global_step)
-            show_film(self.backends, "video/before_after", videos / "before_after.mp4", global_step)
+            show_video(self.backends, "video/evaluation", videos / f"eval_{iteration:06d}.mp4", global_step)
+            show_video(self.backends, "video/before_after", videos / "before_after.mp4", global_step)
 
     def write(
         self,

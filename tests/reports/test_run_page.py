@@ -158,7 +158,7 @@ def test_pairs_of_the_same_episodes(tmp_path):
     assert page_of(folder).count("<video") == 0
 
 
-def test_the_film_is_before_and_after_or_else_the_newest(tmp_path):
+def test_the_video_is_before_and_after_or_else_the_newest(tmp_path):
     folder = ppo_folder(tmp_path / "run")
     write_clips(folder, 0, {1: 1.0})
     clip = (folder / "videos" / "eval_000000" / "1.mp4").read_bytes()

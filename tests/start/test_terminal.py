@@ -115,7 +115,7 @@ def test_the_last_lines_name_every_file_that_a_user_wants_to_open(tmp_path, caps
         f"run folder  {run}",
         f"page        {run}/report.html",
         f"plot        {run}/progress.png",
-        f"film        {run}/videos/before_after.mp4",
+        f"video       {run}/videos/before_after.mp4",
         f"metrics     {run}/metrics.jsonl",
         f"checkpoint  {run}/checkpoints/iteration_000002",
         f"policy      {run}/checkpoints/iteration_000002/policy",

@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 from torch.utils.tensorboard import SummaryWriter
 from trackers import PROBES, SETTINGS, SIGNATURES, Tracker, parameters_of
 
-from vla.backends import GIF_FRAMES, GIF_WIDTH, gif_of, show_film
+from vla.backends import GIF_FRAMES, GIF_WIDTH, gif_of, show_video
 from vla.distributed import UserError
 from vla.evaluation.video import VideoWriter
 from vla.logger import Logger, describe_run
@@ -23,7 +23,7 @@ FLAGS = {"seed": 3, "num_eval_episodes": 8, "learning_rate": 1e-4, "critic": "st
 FLAGS |= {"image_size": (96, 96), "model_path": "/home/me/models/openvla-7b", "instruction": "<b>put</b> | it"}
 
 
-def film(path: Path, frames: int = 3, width: int = 64) -> Path:
+def video(path: Path, frames: int = 3, width: int = 64) -> Path:
     """A video of so many frames, each of another brightness."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path) as video:
@@ -37,10 +37,10 @@ def run(folder: Path, backend: str, start: int = 0) -> Logger:
     logger = Logger(folder, True, 4, start, 10 * start, (backend,))
     logger.describe(describe_run(FLAGS, {}, 2))
     for iteration in (start, start + 1):
-        film(folder / "videos" / f"eval_{iteration:06d}.mp4")
+        video(folder / "videos" / f"eval_{iteration:06d}.mp4")
         means = {"success_once": 0.25 * iteration, "num_episodes": 8, "return": 0.5}
         logger.write_evaluation(iteration, 10 * iteration, means)
-        logger.show_films(iteration, 10 * iteration)
+        logger.show_videos(iteration, 10 * iteration)
     logger.close()
     return logger
 
@@ -85,18 +85,18 @@ def test_a_resumed_run_of_an_older_version_keeps_its_curves_in_tensorboard(tmp_p
     assert [event.value for event in found.GetAccumulator("old").Scalars("train/loss")] == [10, 20, 33]
 
 
-def test_a_film_that_is_damaged_ends_no_run(tmp_path, capsys):
+def test_a_video_that_is_damaged_ends_no_run(tmp_path, capsys):
     logger = Logger(tmp_path, True, 1)
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    show_film(logger.backends, "video/evaluation", broken, 0)
+    show_video(logger.backends, "video/evaluation", broken, 0)
     assert "broken.mp4 is not shown in TensorBoard" in capsys.readouterr().err
-    show_film(logger.backends, "video/evaluation", tmp_path / "none.mp4", 0)
+    show_video(logger.backends, "video/evaluation", tmp_path / "none.mp4", 0)
     assert capsys.readouterr().err == ""
 
 
-def test_a_long_film_becomes_a_small_gif(tmp_path):
-    content, size = gif_of(film(tmp_path / "long.mp4", frames=2 * GIF_FRAMES + 1, width=2 * GIF_WIDTH))
+def test_a_long_video_becomes_a_small_gif(tmp_path):
+    content, size = gif_of(video(tmp_path / "long.mp4", frames=2 * GIF_FRAMES + 1, width=2 * GIF_WIDTH))
     assert size[0] == GIF_WIDTH and content.count(b"\x21\xf9\x04") <= GIF_FRAMES  # one such block a frame
 
 
@@ -126,11 +126,11 @@ def test_they_get_flags_curves_and_videos(tmp_path, tracker):
     config = config[next(iter(config))]
     assert config["args"]["learning_rate"] == 1e-4 and config["num_ranks"] == 2 and config["commit"]
     assert [step for values, step in tracker.logged if "eval/success_once" in values] == [0, 10]
-    films = [(values["video/evaluation"], step) for values, step in tracker.logged if "video/evaluation" in values]
-    assert [step for _, step in films] == [0, 10] and tracker.ended == 1
-    content = films[1][0].data_or_path
+    videos = [(values["video/evaluation"], step) for values, step in tracker.logged if "video/evaluation" in values]
+    assert [step for _, step in videos] == [0, 10] and tracker.ended == 1
+    content = videos[1][0].data_or_path
     if tracker.__name__ == "wandb":
-        assert content.endswith("videos/eval_000001.mp4") and films[0][0].format == "mp4"
+        assert content.endswith("videos/eval_000001.mp4") and videos[0][0].format == "mp4"
     else:
         assert content.getvalue().startswith(b"GIF89a")
         assert any("commit: " in values.get("run", "") for values, _ in tracker.logged)

@@ -73,7 +73,7 @@ def run_page(record: RunRecord, now: float, silent_after: float) -> str:
         costs=costs,
         breakdowns=breakdowns(record),
         media=media,
-        film=film_of(record),
+        video=video_of(record),
         pairs=pairs,
         clips=clips,
         history=history(record),
@@ -323,8 +323,8 @@ def gallery(record: RunRecord) -> tuple[list[Pair], list[Clip]]:
     return sorted(pairs, key=lambda pair: ORDER.index(pair.change)), sorted(alone, key=lambda clip: not clip.succeeded)
 
 
-def film_of(record: RunRecord) -> dict | None:
-    """The film of the first evaluation above the newest one, or else the film of the newest evaluation."""
+def video_of(record: RunRecord) -> dict | None:
+    """The video of the first evaluation above the newest one, or else the video of the newest evaluation."""
     folder = record.folder / "videos"
     names = ["before_after.mp4", *sorted((path.name for path in folder.glob("eval_*.mp4")), reverse=True)]
     path = next((folder / name for name in names if (folder / name).is_file()), None)
