@@ -19,7 +19,7 @@ from conftest import ROOT
 
 PRESET = "tests/helpers/ppo_random_openvla.yaml"
 SMALL = """--num_envs 4 --num_steps 16 --max_episode_steps 8 --num_minibatches 2 --micro_batch_size 8
---num_eval_episodes 2 --num_eval_envs 2 --save_freq 1 --keep_checkpoints 0""".split()
+--num_eval_episodes 2 --num_eval_envs 2 --video_episodes 0 --save_freq 1 --keep_checkpoints 0""".split()
 
 
 def one_rank_environment() -> dict[str, str]:

@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = """train_ppo train_grpo train_sft evaluate collect_demos doctor deepspeed transformers peft h5py
 deepspeed.runtime.zero.muon.muon_optimizer torch.utils.cpp_extension torch.utils.tensorboard safetensors.torch
 mani_skill.envs envs.gym_env envs.maniskill_task envs.assets.builtin imageio.v3 imageio.plugins.ffmpeg
-matplotlib.pyplot matplotlib.backends.backend_agg tyro._backends._argparse_formatter""".split()
+matplotlib.pyplot matplotlib.backends.backend_agg plotly.graph_objects vla.reports.run_charts
+tyro._backends._argparse_formatter""".split()
 # variables that are read when a module is imported
 EARLY = ("PYTHON", "OMP_", "DS_", "TORCH_", "CUDA_", "MS_", "HF_", "MPL", "LC_", "LANG", "LD_PRELOAD")
 # a fork extends its own sys.path, torch reads its folder when it compiles, and PYTHON is for slurm/run.sh alone

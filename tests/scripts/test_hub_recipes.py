@@ -23,7 +23,7 @@ OFT, ADAPTER = "RLinf/RLinf-OpenVLAOFT-ManiSkill-Base-Main", "RLinf/RLinf-OpenVL
 # the recipes' flags but for sizes, and for the assets, which another test fetches
 TINY = """--asset_pack builtin --asset_dir None --num_env_workers 0 --num_envs 4 --num_steps 16 --max_episode_steps 16
 --num_minibatches 1 --micro_batch_size 8 --num_eval_episodes 2 --num_eval_envs 2 --num_iterations 1 --image_size 32 32
---sim_freq 100 --eval_freq 0""".split()
+--sim_freq 100 --eval_freq 0 --video_episodes 0""".split()
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ SMALL = {
     "micro_batch_size": 8,
     "num_eval_episodes": 4,
     "num_eval_envs": 4,
+    "video_episodes": 0,
     "save_freq": 1,
     "num_iterations": 50,
 }

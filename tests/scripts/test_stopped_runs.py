@@ -22,6 +22,7 @@ SHORT = {
     "micro_batch_size": 8,
     "num_eval_episodes": 2,
     "num_eval_envs": 2,
+    "video_episodes": 0,
     "save_freq": 1,
     "keep_checkpoints": 0,
     "num_iterations": 3,
@@ -214,7 +215,7 @@ def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_records_resumes_with_all_videos(tmp_path):
     run_dir = tmp_path / "run"
-    more = flags(num_iterations=1, num_eval_episodes=8, num_steps=40, max_episode_steps=40)
+    more = flags(num_iterations=1, num_eval_episodes=8, num_steps=40, max_episode_steps=40, video_episodes=8)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     (process,) = start_ranks(1, "train_ppo.py", *more, "--run_dir", run_dir, **streams)
     place = run_dir / "videos" / "eval_000000"

@@ -48,6 +48,8 @@ SMALL = [
     "2",
     "--num_eval_envs",
     "2",
+    "--video_episodes",
+    "0",
     "--image_size",
     "32",
     "24",

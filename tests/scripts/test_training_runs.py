@@ -51,7 +51,7 @@ def four_iterations(tmp_path_factory) -> Path:
 def two_ranks(tmp_path_factory) -> tuple[Path, str]:
     """The command of the README: two ranks, ZeRO-3, one worker process each, every process a fresh interpreter."""
     run_dir, port = tmp_path_factory.mktemp("runs") / "two_ranks", free_port()
-    flags = ["--run_dir", str(run_dir), "--num_iterations", "2", "--num_env_workers", "1"]
+    flags = ["--run_dir", str(run_dir), "--num_iterations", "2", "--num_env_workers", "1", "--video_episodes", "2"]
     run = train(*flags, ranks=2, launcher=True, port=port)
     assert not shared_memory_of(port)
     return run_dir, run.stdout
