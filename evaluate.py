@@ -616,9 +616,11 @@ def compare_videos(
     """
     if not pairs:
         return [], None
-    if lacking := sorted({*WORLD_FLAGS, "ignore_terminations"} - {*world, "asset_dir"}):
+    world = {"reward_mode": None} | world  # left out where it is not set
+    names = {*WORLD_FLAGS, "ignore_terminations"} - {"asset_dir"}  # a folder of one machine
+    if lacking := sorted(names - world.keys()):
         raise UserError(f"results.json has no world.{lacking[0]}, so the episodes cannot be replayed")
-    shared = {name: world[name] for name in (*WORLD_FLAGS, "ignore_terminations") if name != "asset_dir"}
+    shared = {name: world[name] for name in names}
     shared |= {"asset_dir": args.asset_dir, "worker_timeout": args.worker_timeout}
 
     def setting_of(name: str) -> Setting:

@@ -316,7 +316,15 @@ def test_gpu_checks_models_are_read_by_the_plan():
 
     printed = {"batch": 16, "act_actions_per_s": 64.0, "update_samples_per_s": 8.0}
     file = {"name": "card.json", "measured": model_entries(printed, "openvla-7b", "openvla_oft")}
-    words = ("--model_path", "checkpoints/not-here", "--chunk_size", "8", "--gradient_checkpointing")
+    words = (
+        "--model_path",
+        "openvla-7b",
+        "--model_type",
+        "openvla_oft",
+        "--chunk_size",
+        "8",
+        "--gradient_checkpointing",
+    )
     inputs, flags = cost_model.Inputs([file]), script_flags(*words)
     assert cost_model.act_seconds(inputs, flags, 32, 1, ASSUMED) == pytest.approx(
         4.0

@@ -19,6 +19,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^ {4}python (.*)$", text, re.M)]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_commands_at_the_top_train_and_evaluate(tmp_path):
     train, evaluate = commands()

@@ -490,10 +490,12 @@ def test_missing_files_are_named(copied, tmp_path):
     assert sorted(missing) == sorted(str(copied / name) for name in gone)
     with pytest.raises(RuntimeError) as caught:
         bridge(copied)
-    assert str(caught.value) == (
+    assert str(caught.value).startswith(
         f"asset pack 'bridge' lacks 7 files ({', '.join(missing[:3])} and 4 more): fetch what is missing with "
-        "`python doctor.py --download`."
+        "`python doctor.py --download`, or with `hf download RLinf/maniskill_assets "
     )
+    for name in ("widowx250s", "bridge_v2_real2sim"):
+        assert f"`python -m mani_skill.utils.download_asset {name} -y`" in str(caught.value)
     with pytest.raises(RuntimeError, match=r"lacks 13\d files"):
         bridge(tmp_path)  # nothing at all
     with pytest.raises(ValueError, match="is not a folder"):

@@ -624,7 +624,7 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, model, flags):
 
 
 def test_it_advises_no_flag_that_it_lacks():
-    source = (ROOT / "evaluate.py").read_text().replace("doctor.py --download", "")
+    source = (ROOT / "evaluate.py").read_text().replace("doctor.py --download", "").replace("deepspeed --num_gpus", "")
     for name in ("evaluation/settings", "evaluation/statistics", "reports/evaluation_page"):
         source += (ROOT / "vla" / f"{name}.py").read_text()
     known = {field.name for field in dataclasses.fields(evaluate.Args)} | {"help"}

@@ -209,6 +209,7 @@ def test_an_upload_that_can_not_work_is_refused_at_the_start(monkeypatch, tmp_pa
         check_push("me/mine")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_run_is_pushed_and_loads_by_its_name(server, tmp_path):
     """Two ranks train and push. evaluate.py then needs the name and nothing else of what the policy knows."""

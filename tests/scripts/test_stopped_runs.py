@@ -212,6 +212,7 @@ def test_a_stop_file_ends_a_run_with_code_75(tmp_path):
     assert not (run_dir / "stop").exists() and damage(latest_checkpoint(run_dir)) is None
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_records_resumes_with_all_videos(tmp_path):
     run_dir = tmp_path / "run"
