@@ -283,6 +283,7 @@ def test_all_parts_of_a_small_iteration():
     assert found["engine"]["zero_stage"] == 3 and found["engine"]["seconds"] > 0
 
 
+@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_check_needs_a_card():
     run = python("benchmarks/gpu_check.py")

@@ -148,6 +148,7 @@ def test_episodes_are_not_those_of_evaluation(demos):
     assert len(set(ids)) == 6 and not any(map(is_held_out, ids))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_collection_goes_on_and_gives_the_same_set(demos, tmp_path):
     """Two parts that were in place, rubbish of a third, another number of workers: the same arrays in the end."""

@@ -336,6 +336,7 @@ def test_render_shows_the_table_and_changes_nothing_that_the_policy_sees():
     plain.close()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_camera_for_people_can_have_another_shader():
     """Also after a reset, which adds all cameras to a new scene. The policy's camera keeps its own."""

@@ -46,6 +46,7 @@ def test_the_file_is_short():
     assert len(TASK.read_text().split('"""', 2)[2].strip().splitlines()) <= 60
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_its_rewards_and_its_instruction():
     """The arm moves towards the cube, so the dense reward grows. Without it, nothing is paid before success."""

@@ -394,6 +394,7 @@ def test_whole_texture_by_hand():
     env.close()
 
 
+@pytest.mark.full
 def test_members_of_a_group_start_alike_and_history_does_not_matter():
     for short, obj_set, episode_id in (
         ("MultiCarrot-v1", "test", 1_234_567),

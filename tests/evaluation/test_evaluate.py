@@ -789,6 +789,7 @@ def test_killed_stopped_and_resumed(evaluated, run_folder, tmp_path):
     assert json.loads((output / "results.json").read_text())["settings"]["EEPose-v1:test"]["episodes"] == 7
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_another_seed_samples_other_actions(evaluated, run_folder, tmp_path):
     run(*common(run_folder, tmp_path / "out"), "--num_envs", "4", "--seed", "1", "--video_failures", "0")

@@ -473,6 +473,7 @@ def test_openvla_7b_key_by_key():
     assert (result["tensors"], result["parameters"]) == (982, 7_541_237_184)
 
 
+@pytest.mark.full
 def test_act_is_faster_than_a_plain_loop():
     result = benchmark("--preset", "fixture", "--repeats", "3", "--update", "--lora_scope", "llm")
     assert result["speedup"] >= 1.5 and result["update_samples_per_s"] > 0

@@ -118,6 +118,7 @@ def test_a_failed_download_is_one_sentence_of_all_ranks(server, tmp_path):
     assert not (tmp_path / "run").exists() and not weights_of(server, OFT, ADAPTER)
 
 
+@pytest.mark.full
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(server, published, tmp_path):
     server.add("a/l1", published[OFT] | {"action_head--1_checkpoint.pt": b"x" * 2000})
     server.add("a/bin", {"config.json": published[OFT]["config.json"], "pytorch_model.bin": b"x" * 2000})

@@ -159,6 +159,7 @@ run_main(train_ppo.main, lambda: parse_args(train_ppo.Args, sys.argv[1:], ""))
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_without_auto_reset_a_run_stopped_in_its_first_iteration_goes_on_with_the_same_episodes(tmp_path):
     unbroken, broken = (str(tmp_path / name) for name in ("unbroken", "broken"))

@@ -595,6 +595,7 @@ def test_a_job_that_was_killed_before_its_first_checkpoint_comes_back(cluster, f
         shutil.copytree(cluster / "runs" / lost, run_dir)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock (util-linux)")
 def test_a_job_leaves_a_run_alone_that_another_process_writes(cluster):
     run_dir = cluster / "runs" / "x"

@@ -78,6 +78,7 @@ def test_the_first_line_comes_before_the_packages(script):
     assert all(first < text.index(f"\n{line}") for line in ("import torch", "from envs", "from vla") if line in text)
 
 
+@pytest.mark.full
 def test_only_the_first_rank_says_what_starts():
     for rank, lines in (("0", 2), ("1", 1)):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": "29999"}

@@ -23,6 +23,7 @@ def saved(policy, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.full
 def test_oft_continues_an_adapter_on_two_sharded_ranks(tmp_path):
     """Frozen towers, gradient checkpointing, ZeRO-3: the checkpoint holds the adapter and the critic alone."""
     torch.manual_seed(0)
