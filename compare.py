@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from schemas import UserError
+from schemas import UserError, is_taken
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,12 +32,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_new(folder: Path) -> None:
-    """Raise UserError if the folder holds something, or is a file."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {folder} exists already: give another one")
-
-
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     from vla.evaluation.statistics import markdown_table  # after --help, since these imports take seconds
@@ -47,7 +41,8 @@ def main(argv: list[str]) -> int:
 
     folder = Path(args.output or f"runs/compare_{time.strftime('%Y%m%d_%H%M%S')}")
     try:
-        check_new(folder)
+        if is_taken(folder):
+            raise UserError(f"--output {folder} exists already: give another one")
         groups = group_runs(read_runs(args.runs))
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ import torch
 
 from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
-from schemas import check, flags, read_json
+from schemas import check, flags, is_taken, read_json
 from schemas.evaluations import Identity, Published, Results, RunFlags
 from schemas.hub import name_of as model_name
 from schemas.hub import repo_of, small_folder
@@ -76,13 +76,13 @@ from vla.models.policy import VLAPolicy
 from vla.models.published import check_on_hub
 from vla.models.tiny import TINY_PRESETS
 from vla.reports.evaluation_page import write_report
+from vla.reports.evaluation_writer import EvaluationWriter
 from vla.reports.pairs_page import PairVideos, pair_videos, pairs_page
 from vla.reports.plots import plot_comparison
-from vla.reports.writer import EvaluationWriter
 from vla.start.checks import fetch_weights
 from vla.start.flag_files import ROOT, Layer, read_yaml
 from vla.start.resume import check_present
-from vla.text import counted, error_text, one_line, without_keys, without_machine, without_places
+from vla.text import counted, error_text, one_line, started_with, without_keys, without_machine, without_places
 from vla.training.checkpoint import check_policy_contents, complete_checkpoints
 from vla.training.engine import DTYPES
 from vla.training.preemption import StopRequest
@@ -429,7 +429,7 @@ def find_output(output: str | None, resume: bool, identity: dict) -> Path:
 
 def check_new(folder: Path, remedy: str) -> None:
     """Raise UserError if the folder holds older results or cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise UserError(f"--output {folder} holds older results: {remedy}")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -762,10 +762,15 @@ def results_so_far(
 
 def resume_command(folder: Path) -> str:
     """The command that continues this evaluation, which writes into `folder`."""
-    command = re.sub(r" --(?:output|local_rank)(?:=| )(?:'[^']*'|\S+)", "", shlex.join(sys.argv))
-    command = without_keys(command.replace(" --resume", ""))
-    start = "python" if world_size() == 1 else f"deepspeed --num_gpus {world_size()}"
-    return f"{start} {command} --output {shlex.quote(str(folder))} --resume"
+    words, kept = iter(sys.argv), []
+    for word in words:
+        name = word.partition("=")[0]
+        if name not in ("--output", "--resume", "--local_rank"):
+            kept.append(word)
+        elif word == "--output":
+            next(words, None)  # its value
+    command = without_keys(shlex.join(kept))
+    return f"{started_with(world_size())} {command} --output {shlex.quote(str(folder))} --resume"
 
 
 def main(args: Args) -> None:

@@ -8,6 +8,7 @@
     schemas/demonstrations.py  recorded demonstrations
     schemas/lerobot.py         data sets in LeRobot's format
     schemas/assets.py          published assets
+    schemas/hub.py             models and data sets on the Hugging Face Hub, and the files that are fetched from it
     schemas/lock.py            one writer per folder
 
 A schema is a pydantic model or an annotated type. `vla` and `envs` may import this package, which imports neither.
@@ -22,7 +23,7 @@ import dataclasses
 import functools
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,13 @@ def wanted(finding: dict) -> str:
 
 
 # ---------------------------------------------------------------------- reading
+def is_taken(folder: Path, apart_from: Collection[str] = ()) -> bool:
+    """Whether a folder is no place for something new: it is a file, or holds more than files of these names."""
+    if not folder.exists():
+        return False
+    return not folder.is_dir() or any(path.name not in apart_from for path in folder.iterdir())
+
+
 def require_file(path: Path, remedy: str) -> None:
     """Raise UserError unless this is a regular file. Reading a pipe would wait, and a folder cannot be read."""
     try:

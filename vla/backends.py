@@ -28,7 +28,7 @@ from torch.utils.tensorboard.summary import hparams
 from schemas import UserError, read_json
 from schemas.runs import Tracking
 from vla.files.whole import write_whole
-from vla.text import error_text, markdown_code, markdown_text
+from vla.text import error_text, flag_in_words, markdown_code, markdown_text
 
 RESULT = "eval/success_once"  # the metric by which TensorBoard's table of hyperparameters ranks runs
 OLD_FOLDER = "tensorboard"  # of runs from before 0.4.0, whose names in TensorBoard ended in it
@@ -237,7 +237,7 @@ def markdown(description: dict) -> str:
 
 def markdown_flags(flags: dict[str, Any]) -> str:
     """The flags as a table in Markdown."""
-    rows = [f"| {name} | {markdown_text(in_words(value))} |" for name, value in sorted(flags.items())]
+    rows = [f"| {name} | {markdown_text(flag_in_words(value))} |" for name, value in sorted(flags.items())]
     return "\n".join(["| flag | value |", "|---|---|", *rows])
 
 
@@ -245,17 +245,10 @@ def plain_flags(flags: dict[str, Any]) -> dict[str, float | str]:
     """Numbers as they are, everything else as text. Flags that are None are left out."""
     is_number = {name: isinstance(value, (int, float)) and not isinstance(value, bool) for name, value in flags.items()}
     return {
-        name: value if is_number[name] else in_words(value) for name, value in flags.items() if value not in (None, ())
+        name: value if is_number[name] else flag_in_words(value)
+        for name, value in flags.items()
+        if value not in (None, ())
     }
-
-
-def in_words(value: Any) -> str:
-    """A flag's value as it is typed: several values with spaces between them.
-
-    >>> in_words((96, 96)), in_words(True)
-    ('96 96', 'True')
-    """
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def gif_of(video: Path) -> tuple[bytes, tuple[int, int]]:

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from vla.evaluation.statistics import wilson_interval
+from vla.text import started_with
 
 # what a line is about -> file in the run folder. Lines of files that do not exist are left out
 FILES = {"page": "report.html", "plot": "progress.png", "video": "videos/before_after.mp4", "metrics": "metrics.jsonl"}
@@ -43,10 +44,9 @@ def closing_lines(
         lines.append(f"evaluate    python evaluate.py --checkpoint {folder} {evaluation_flags(flags)}".rstrip())
     if "tensorboard" in flags.get("logger_backends", ()):
         lines.append(f"curves      tensorboard --logdir {whole}")
-    launcher = f"deepspeed --num_gpus {num_ranks}" if num_ranks > 1 else "python"
     if any((run_dir / "checkpoints").glob("iteration_*")):
         more = f" {more_flags(flags)}" if finished else ""
-        lines.append(f"resume      {launcher} {Path(script).name} --resume {folder}{more}".rstrip())
+        lines.append(f"resume      {started_with(num_ranks)} {Path(script).name} --resume {folder}{more}".rstrip())
     return lines
 
 

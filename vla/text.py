@@ -37,6 +37,24 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in written)
 
 
+def flag_in_words(value: object) -> str:
+    """A flag's value on the command line: several values with spaces between them.
+
+    >>> flag_in_words((96, 96)), flag_in_words(True)
+    ('96 96', 'True')
+    """
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def started_with(num_ranks: int) -> str:
+    """What stands before a script in the command that starts it on one machine.
+
+    >>> started_with(1), started_with(8)
+    ('python', 'deepspeed --num_gpus 8')
+    """
+    return "python" if num_ranks == 1 else f"deepspeed --num_gpus {num_ranks}"
+
+
 def error_text(error: Exception) -> str:
     """The message of an error in one line, or its type if it has no message.
 

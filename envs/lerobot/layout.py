@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from schemas import UserError
+from schemas import UserError, is_taken
 from schemas.demonstrations import PICTURES
 
 VERSION = "v3.0"
@@ -60,7 +60,7 @@ def write_json(path: Path, content: object) -> None:
 
 def check_new(folder: Path) -> None:
     """Raise UserError where this folder holds something already, or is a file."""
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+    if folder.is_symlink() or is_taken(folder):
         raise UserError(f"{folder} exists already: name a new folder, or remove it")
 
 

@@ -19,8 +19,8 @@ from schemas import UserError
 from vla.evaluation import video
 from vla.evaluation.episode_log import episode_file, read_episodes, write_episodes
 from vla.evaluation.episodes import NEVER, run_episodes
-from vla.evaluation.montage import choose_pairs, read_side
-from vla.evaluation.recording import AS_SEEN, Recorder, Seen, read_clips
+from vla.evaluation.montage import choose_pairs, read_clips, read_side
+from vla.evaluation.recording import AS_SEEN, Recorder, Seen
 from vla.evaluation.video import BORDER, BORDER_COLORS, FPS, draw_frame, frame_size, grid, row_sizes
 
 LENGTH = 6  # actions in an episode of the fake envs

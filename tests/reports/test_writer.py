@@ -13,8 +13,9 @@ from run_folders import ppo_folder
 from vla.distributed import UserError
 from vla.evaluation.statistics import assemble
 from vla.reports import writer as writer_module
+from vla.reports.evaluation_writer import EvaluationWriter
 from vla.reports.run_record import read_run
-from vla.reports.writer import PATIENCE, EvaluationWriter, ReportWriter
+from vla.reports.writer import PATIENCE, ReportWriter
 
 
 class Clock:
@@ -115,6 +116,13 @@ def test_a_page_is_whole_or_the_one_before(tmp_path):
     (folder / "report.html.partial").symlink_to("/dev/full")
     writer.update(1)
     assert (folder / "report.html").read_text() == before
+
+
+def test_a_training_run_starts_without_importing_plotly():
+    """That takes a second or two. The first page has no chart, so only the first result needs it."""
+    program = "import sys, train_ppo, train_grpo, train_sft; print(sorted({'plotly', 'kaleido'} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 # ---------------------------------------------------------------------- an evaluation

@@ -11,7 +11,7 @@ from conftest import HELPERS, ROOT
 from launching import PRESET, launcher_command, metrics, python, run_ranks, start_ranks, wait_for, without_time
 
 from vla.distributed import REQUEUE
-from vla.evaluation.recording import read_clips
+from vla.evaluation.montage import read_clips
 from vla.training.checkpoint import damage, latest_checkpoint
 
 SHORT = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import doctor
 from vla.distributed import UserError
 from vla.evaluation.episode_log import episode_file, read_episodes
-from vla.evaluation.recording import read_clips
+from vla.evaluation.montage import read_clips
 from vla.evaluation.video import FPS
 from vla.files.trees import load_tree
 from vla.start.extensions import ops_folder

@@ -9,7 +9,6 @@ seconds (its share of its batch's seconds), and the executed actions as base64 o
 
 import base64
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from schemas.evaluations import Episode
 from schemas.runs import HeldOutEpisode
 from vla.distributed import at_end, barrier, print0, rank
 from vla.evaluation.episodes import STATISTICS
+from vla.files.whole import write_whole
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, if standard error is not a terminal
 
@@ -64,9 +64,7 @@ def write_episodes(path: Path, episodes: list[dict], facts: dict[int, dict]) -> 
         line |= {"episode_len": len(actions), "actions": actions}
         lines.append(json.dumps(line) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(lines))
-    os.replace(partial, path)
+    write_whole(path, "".join(lines))
 
 
 def read_episodes(path: Path) -> list[dict]:
@@ -158,7 +156,7 @@ class EpisodeLog:
 
 
 class Page(Protocol):
-    """The page of an evaluation, such as vla.reports.writer.EvaluationWriter."""
+    """The page of an evaluation, such as vla.reports.evaluation_writer.EvaluationWriter."""
 
     def update(self, done: int) -> None: ...
 

@@ -16,6 +16,7 @@ from schemas import read_json
 from schemas.runs import Clips
 from vla.evaluation.episode_log import episode_file, read_episodes
 from vla.evaluation.video import VideoWriter, even, font, grid, row_sizes, save_image, together, wrapped
+from vla.text import counted
 
 MAX_PAIRS = 4  # episodes in before_after.mp4
 PAPER, INK, QUIET = (247, 248, 250), (28, 32, 40), (88, 94, 106)
@@ -32,6 +33,19 @@ def write_montage(clips: Sequence[Path], path: Path) -> None:
             video.add(grid(tiles, width))
 
 
+def clip_folder(run_dir: Path, iteration: int) -> Path:
+    return run_dir / "videos" / f"eval_{iteration:06d}"
+
+
+def read_clips(run_dir: Path, iteration: int) -> list[dict]:
+    """The items of clips.json of one evaluation, [] if nothing was recorded. Raises UserError if it is damaged."""
+    path = clip_folder(run_dir, iteration) / "clips.json"
+    if not path.exists():
+        return []
+    found = read_json(path, Clips, "delete the folder, and the videos are recorded again")
+    return [clip.model_dump(by_alias=True, exclude_none=True) for clip in found]
+
+
 # ---------------------------------------------------------------------- before and after
 @dataclass(frozen=True)
 class Side:
@@ -44,10 +58,8 @@ class Side:
     episodes: int
 
     def in_words(self) -> str:
-        return (
-            f"after {self.iteration} iterations: success in {self.successes} of {self.episodes} held-out episodes "
-            f"({self.successes / self.episodes:.0%})"
-        )
+        share = f"{self.successes} of {self.episodes} held-out episodes ({self.successes / self.episodes:.0%})"
+        return f"after {counted(self.iteration, 'iteration')}: success in {share}"
 
 
 def recorded_iterations(run_dir: Path) -> list[int]:
@@ -58,12 +70,10 @@ def recorded_iterations(run_dir: Path) -> list[int]:
 
 def read_side(run_dir: Path, iteration: int) -> Side:
     """One recorded evaluation. Raises UserError if a file of it is damaged or missing."""
-    folder = run_dir / "videos" / f"eval_{iteration:06d}"
-    clips = read_json(folder / "clips.json", Clips, "delete the folder")
+    by_id = {clip["episode_id"]: clip for clip in read_clips(run_dir, iteration)}
     episodes = read_episodes(episode_file(run_dir, iteration))
-    by_id = {clip.episode_id: clip.model_dump(by_alias=True) for clip in clips}
     successes = sum(episode["success_once"] > 0 for episode in episodes)
-    return Side(iteration, folder, by_id, successes, len(episodes))
+    return Side(iteration, clip_folder(run_dir, iteration), by_id, successes, len(episodes))
 
 
 def choose_pairs(before: Side, after: Side, most: int = MAX_PAIRS) -> tuple[list[int], str]:

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from schemas import UserError, read_json
-from schemas.runs import Clips
+from schemas import UserError
 from vla.distributed import all_gather_lists, barrier, rank, world_size
 from vla.evaluation.episode_log import episode_file, read_episodes, write_episodes
 from vla.evaluation.episodes import Stop, outcome, replay
-from vla.evaluation.montage import write_before_after, write_montage
+from vla.evaluation.montage import clip_folder, write_before_after, write_montage
 from vla.evaluation.vector_env import VectorEnv
 from vla.evaluation.video import VideoWriter, draw_frame, frame_size, resized, save_image
 from vla.text import error_text
@@ -327,10 +326,6 @@ def warn(whose: str, problem: str) -> None:
     )
 
 
-def clip_folder(run_dir: Path, iteration: int) -> Path:
-    return run_dir / "videos" / f"eval_{iteration:06d}"
-
-
 def make_empty(folder: Path) -> str | None:
     """Make a folder, without what a killed run left there. Returns what went wrong, or None."""
     try:
@@ -353,12 +348,3 @@ def clip_of(episode: dict, facts: dict) -> dict:
         "return": episode["return"],
         "episode_len": len(episode["actions"]),
     }
-
-
-def read_clips(run_dir: Path, iteration: int) -> list[dict]:
-    """The items of clips.json of one evaluation, [] if nothing was recorded. Raises UserError if it is damaged."""
-    path = clip_folder(run_dir, iteration) / "clips.json"
-    if not path.exists():
-        return []
-    found = read_json(path, Clips, "delete the folder, and the videos are recorded again")
-    return [clip.model_dump(by_alias=True, exclude_none=True) for clip in found]

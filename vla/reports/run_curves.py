@@ -13,18 +13,19 @@ def curve_of(lines: list[dict], tag: str, name: str, color: str = BLUE) -> Curve
     return Curve(name, [line["global_step"] for line in found], [line[tag] for line in found], color=color)
 
 
+def with_band(name: str, lines: list[dict], tag: str, ends: list[tuple], **look: object) -> Curve:
+    """A metric over env steps. ends: the interval of each line, (low, high), or (None, None) where it is unknown."""
+    low, high = zip(*ends) if ends else ((), ())
+    return Curve(
+        name, [line["global_step"] for line in lines], [line[tag] for line in lines], list(low), list(high), **look
+    )
+
+
 def of_training(lines: list[dict], name: str) -> Curve:
     """success_once or return of the episodes that ended in each iteration, with its interval."""
     found = [line for line in lines if {f"env/{name}", "global_step"} <= line.keys()]
     ends = [training_interval(line, name) for line in found]
-    return Curve(
-        "training episodes",
-        [line["global_step"] for line in found],
-        [line[f"env/{name}"] for line in found],
-        [low for low, _ in ends],
-        [high for _, high in ends],
-        color=BLUE,
-    )
+    return with_band("training episodes", found, f"env/{name}", ends, color=BLUE)
 
 
 def training_interval(line: dict, name: str) -> tuple[float | None, float | None]:
@@ -39,17 +40,8 @@ def training_interval(line: dict, name: str) -> tuple[float | None, float | None
 
 def of_evaluations(record: RunRecord, name: str) -> Curve:
     """success_once or return of every evaluation on the held-out episodes, with its interval."""
-    found = record.evaluations
-    ends = [held_out_interval(record, line, name) for line in found]
-    return Curve(
-        "held-out episodes",
-        [line["global_step"] for line in found],
-        [line[f"eval/{name}"] for line in found],
-        [low for low, _ in ends],
-        [high for _, high in ends],
-        color=ORANGE,
-        markers=True,
-    )
+    ends = [held_out_interval(record, line, name) for line in record.evaluations]
+    return with_band("held-out episodes", record.evaluations, f"eval/{name}", ends, color=ORANGE, markers=True)
 
 
 def held_out_interval(record: RunRecord, line: dict, name: str) -> tuple[float | None, float | None]:

@@ -14,7 +14,7 @@ from schemas import UserError
 from vla.evaluation.statistics import wilson_interval
 from vla.reports.curves import CYCLE, Curve
 from vla.reports.run_record import RunRecord, read_run
-from vla.text import counted
+from vla.text import counted, flag_in_words
 
 # flags that do not change what is learned: names, places, logging, and how the work is shared out
 NOT_LEARNED = """config resume run_dir seed logger_backends project_name experiment_name save_freq keep_checkpoints
@@ -51,7 +51,7 @@ class Run:
     def learned_by(self) -> dict[str, str]:
         """The flags that decide what is learned, as text."""
         flags = {name: value for name, value in self.record.flags.items() if name not in NOT_LEARNED}
-        return {"algorithm": self.algorithm} | {name: in_words(value) for name, value in flags.items()}
+        return {"algorithm": self.algorithm} | {name: flag_in_words(value) for name, value in flags.items()}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,6 @@ class Group:
     def short(self) -> str:
         """Letter, algorithm, and how many runs the group has."""
         return f"{self.letter}: {self.runs[0].algorithm}, {counted(len(self.runs), 'run')}"
-
-
-def in_words(value: object) -> str:
-    """A flag's value as it is typed. None stands for "no such limit"."""
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 # ---------------------------------------------------------------------- reading
@@ -296,7 +291,7 @@ def groups_table(groups: Sequence[Group]) -> list[list[str]]:
             [
                 group.letter,
                 group.name,
-                ", ".join(sorted({in_words(run.record.flags.get("seed", ABSENT)) for run in group.runs})),
+                ", ".join(sorted({flag_in_words(run.record.flags.get("seed", ABSENT)) for run in group.runs})),
                 success_cell([lines[0] for lines in evaluated]),
                 success_cell([lines[-1] for lines in evaluated if len(lines) > 1]),
                 gain_cell(group.runs),
@@ -317,7 +312,7 @@ def runs_table(groups: Sequence[Group]) -> list[list[str]]:
                 [
                     run.label,
                     group.letter,
-                    in_words(run.record.flags.get("seed", ABSENT)),
+                    flag_in_words(run.record.flags.get("seed", ABSENT)),
                     run.record.progress_in_words,
                     success_cell(evaluations[:1]),
                     success_cell(evaluations[-1:] if len(evaluations) > 1 else []),

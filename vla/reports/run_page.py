@@ -9,7 +9,7 @@ from vla.evaluation.statistics import difference_interval, percent, wilson_inter
 from vla.files.whole import write_whole
 from vla.reports.page import Media, State, origin_of, render, time_text
 from vla.reports.run_record import FACTS, Clip, RunRecord
-from vla.text import without_keys
+from vla.text import started_with, without_keys
 
 KINDS = {"train_ppo.py": "PPO", "train_grpo.py": "GRPO", "train_sft.py": "Cloning"}
 # flags that say where a run is, or that the script itself sets
@@ -161,8 +161,7 @@ def resume_command(record: RunRecord) -> str:
     words = record.description.get("command", "").split()
     if not words:
         return ""
-    ranks = record.description["num_ranks"]
-    start = "python" if ranks == 1 else f"deepspeed --num_gpus {ranks}"
+    start = started_with(record.description["num_ranks"])
     return f"{start} {shlex.quote(words[0])} --resume {shlex.quote(str(record.folder))}"
 
 

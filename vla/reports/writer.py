@@ -1,4 +1,4 @@
-"""When a run or an evaluation writes its page: at its start, while it goes on, and however it ends.
+"""When a run writes its page: at its start, while it goes on, and however it ends.
 
 While it goes on, a writing waits until PATIENCE times the seconds of the last one have passed. So all of them
 together take less than 1 % of its time, however many iterations, videos and evaluations there are. At the start and at
@@ -8,17 +8,13 @@ the end they are written at once.
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from vla.distributed import lost_rank
-from vla.files.whole import write_whole
-from vla.reports.evaluation_page import evaluation_page
-from vla.reports.page import State
 from vla.reports.plots import plot_progress
 from vla.reports.run_page import write_run_page
 from vla.reports.run_record import read_run
-from vla.text import counted, error_text, without_keys
+from vla.text import error_text, without_keys
 
 PATIENCE = 100
 
@@ -123,55 +119,3 @@ class ReportWriter(PageWriter):
         if record.lines or record.evaluations or self.ended:
             plot_progress(record)
         write_run_page(record, time.time(), self.silence())
-
-
-class EvaluationWriter(PageWriter):
-    """Keeps report.html of an evaluation until write_report() writes the finished one.
-
-    Args:
-        results_so_far: the content of results.json from the episodes that have ended, or None before the first.
-        total: number of episodes.
-        resume_command: continues the evaluation.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        results_so_far: Callable[[], dict | None],
-        about: dict,
-        published: dict[str, dict],
-        total: int,
-        resume_command: str,
-    ):
-        super().__init__(folder)
-        self.results_so_far, self.about, self.published = results_so_far, about, published
-        self.total, self.resume_command = total, resume_command
-        self.done, self.phase, self.reason = 0, "running", ""
-
-    def update(self, done: int) -> None:
-        """So many episodes have ended."""
-        self.done = done
-        self.write_if_due()
-
-    def stop(self, reason: str) -> None:
-        """The evaluation was asked to end. Its episodes are kept."""
-        self._end("stopped", reason)
-
-    def finish(self) -> None:
-        """write_report() writes the page from now on."""
-        self.phase = "finished"
-
-    def broken_off(self, cause: BaseException) -> None:
-        """An error or a second Ctrl-C ends the evaluation."""
-        self._end("failed", cause_in_words(cause))
-
-    def _end(self, phase: str, reason: str) -> None:
-        if self.phase == "running":
-            self.phase, self.reason = phase, reason
-            self.write()
-
-    def draw(self) -> None:
-        words = f"{self.done} of {counted(self.total, 'episode')}"
-        state = State(self.phase, words, time.time(), self.reason, self.resume_command, silent_after=self.silence())
-        page = evaluation_page(self.folder, self.results_so_far(), self.about, self.published, state)
-        write_whole(self.folder / "report.html", page)

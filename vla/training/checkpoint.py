@@ -30,7 +30,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from schemas import UserError, read_json
+from schemas import UserError, is_taken, read_json
 from schemas.lock import LOCK, check_free, hold_folder
 from schemas.runs import Header, OldState, State
 from vla import VERSION
@@ -219,7 +219,7 @@ def hold_run(folder: Path, flags: dict[str, Any]) -> None:
 def check_new(folder: Path) -> None:
     """Raise UserError if the folder of a new run is not empty, or cannot be written."""
     check_free(folder, f"--run_dir {folder}")
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+    if is_taken(folder, apart_from=(LOCK,)):
         if complete_checkpoints(folder):
             remedy = f"pass --resume {folder} to continue it, or another --run_dir"
         elif (folder / "args.json").is_file():
