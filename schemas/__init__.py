@@ -37,6 +37,10 @@ class UserError(ValueError):
     """Wrong input. The text is one sentence that names the fault and the remedy."""
 
 
+class CommonError(UserError):
+    """Wrong input that every rank of this machine finds, so that one of them is enough to say it."""
+
+
 class Schema(BaseModel):
     """Base of the models here. Other keys than those of the schema are kept and not checked."""
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from schemas import Schema, UserError
+from schemas import CommonError, Schema, UserError
 
 NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 SMALL = ("*.json", "tokenizer.model", "README.md")  # files of a model that are not weights
@@ -157,19 +157,19 @@ def once(key: str, work: Callable[[], str]) -> str:
         key: names the work. Processes with the same key do the same.
 
     Raises:
-        UserError: of the work, here or in the process that did it.
+        CommonError: a UserError of the work, here or in the process that did it.
     """
     with turn(key) as lock:
         last = outcome_in(lock)
         if last is not None and last.pid != os.getpid() and last.finished >= started():
             if last.error is not None:
-                raise UserError(last.error)
+                raise CommonError(last.error)
             return last.result
         try:
             result = work()
         except UserError as error:
             write_outcome(lock, error=str(error))
-            raise
+            raise CommonError(str(error)) from error
         write_outcome(lock, result=result)
         return result
 

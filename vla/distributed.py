@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from schemas import UserError
+from schemas import CommonError, UserError
 from vla import ROOT
 from vla.start.extensions import keep_ops
 from vla.start.launch import LAUNCHER, Launch, command_of, launched, parent_of
@@ -115,7 +115,8 @@ def leave_group() -> None:
 def print_user_error(error: UserError, launch: Launch) -> None:
     """Print the sentence, and with SOLOVLA_DEBUG=1 the traceback. See run_main() for the rank that prints."""
     is_first = launch.local_rank == 0
-    if lost_rank(error) or (not is_first and error.__cause__ is None):
+    is_common = isinstance(error, CommonError) or error.__cause__ is None
+    if lost_rank(error) or (not is_first and is_common):
         let_others_speak()
     if debugging():
         traceback.print_exception(error)

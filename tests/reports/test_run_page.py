@@ -223,10 +223,12 @@ def test_the_plot_of_a_run_has_bands_and_a_title(tmp_path, monkeypatch):
 
     kept = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.append(figure))
-    record = read_run(ppo_folder(tmp_path / "run_$x$", STARTED, ("stopped", 16, "SIGTERM")))
+    name = "run_$x$" + "_of_long_flags" * 9  # a long name is cut, the state of the run never
+    record = read_run(ppo_folder(tmp_path / name, STARTED, ("stopped", 16, "SIGTERM")))
     plot_progress(record)
     success, returns = kept[0].axes
-    assert kept[0].get_suptitle() == r"run_\$x\$: stopped after iteration 16 of 16"
+    assert kept[0].get_suptitle().startswith(r"run_\$x\$")
+    assert kept[0].get_suptitle().endswith("...: stopped after iteration 16 of 16")
     assert len(success.collections) == 2 and success.get_legend() is not None  # a band for each curve
     assert [line.get_label() for line in success.lines] == ["training episodes", "held-out episodes"]
     low, high = returns.get_ylim()

@@ -413,13 +413,14 @@ def test_an_unexpected_error_names_the_variable_that_shows_its_traceback(fail, i
 RANKS_THAT_FAIL = """
 import os, sys, time
 sys.path.insert(0, os.environ["ROOT"])
-from vla.distributed import UserError, run_main, setup_distributed, barrier, user_errors
+from schemas import CommonError, UserError
+from vla.distributed import run_main, setup_distributed, barrier, user_errors
 kind, rank = sys.argv[-1], int(os.environ["RANK"])
 
 def main(_):
     if kind == "all":
         time.sleep(4 * (rank == 0))  # the others are through before the first one speaks
-        raise UserError("--flag is wrong")
+        raise CommonError("--flag is wrong") from (OSError("cut") if rank == 1 else None)  # rank 1 did the work
     setup_distributed(0)
     with user_errors():
         if rank == 1 and kind == "file":

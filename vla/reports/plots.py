@@ -34,7 +34,7 @@ def plot_progress(record: RunRecord) -> Path:
     axes[1].set_ylim(steady_range(returns))
     if success:
         axes[0].legend(fontsize=8)
-    figure.suptitle(drawn(f"{record.name}: {record.progress_in_words}"), fontsize=10)
+    figure.suptitle(f"{drawn(record.name)}: {record.progress_in_words}", fontsize=10)
     save_figure(figure, record.folder / "progress.png")
     return record.folder / "progress.png"
 
