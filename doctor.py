@@ -524,7 +524,15 @@ def memory_plan(
     from vla.cli import parse_args
     from vla.start import checks
     from vla.training.engine import read_deepspeed_config, zero_stage
-    from vla.training.memory_plan import Recipe, advice, host_advice, make_plan, table
+    from vla.training.memory_plan import (
+        ASSUMED_RANK_OF_LORA,
+        Recipe,
+        adapter_is_elsewhere,
+        advice,
+        host_advice,
+        make_plan,
+        table,
+    )
 
     script = "train_grpo" if "grpo" in Path(configs[0]).name else "train_ppo"  # the script whose defaults apply
     own = round(checks.host_memory() / GIB, 1)
@@ -548,6 +556,8 @@ def memory_plan(
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("", *(sentence for _, sentence in verdicts), sep="\n")
+    if adapter_is_elsewhere(recipe):
+        print(f"{recipe.lora_path} is not on this machine: its rank is taken for {ASSUMED_RANK_OF_LORA}")
     if host_memory is None:
         print(f"this machine has {own:g} GiB of host memory: give --host_memory for another one")
     return 0 if all(fits for fits, _ in verdicts) else 1
@@ -592,6 +602,11 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     flags, more_flags = parser.parse_known_args(argv)
     if flags.config is not None:
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            print(f"error: a memory plan needs this clone's packages ({error}): {SETUP}", file=sys.stderr)
+            return 2
         num_gpus = 8 if flags.num_gpus is None else flags.num_gpus
         gpu_memory = 80.0 if flags.gpu_memory is None else flags.gpu_memory
         return memory_plan(flags.config, num_gpus, gpu_memory, flags.host_memory, more_flags)

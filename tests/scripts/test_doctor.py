@@ -192,6 +192,12 @@ def test_sizes_of_a_memory_plan_that_are_none(capsys, words, sentence):
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
 
 
+def test_a_memory_plan_without_packages_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert doctor.main(["--config", "yaml/maniskill_ppo_openvla.yaml"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", [["--config", ""], ["--num_gpus", "4"], ["--host_memory", "64"]])
 def test_words_that_ask_for_no_memory_plan(words):
     """An unset variable of a shell, and sizes without a config, are not taken for "examine the machine"."""

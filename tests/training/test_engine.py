@@ -287,7 +287,6 @@ def test_the_memory_plan_meets_measured_bytes(two_ranks):
 
 def test_the_memory_plan_knows_what_each_knob_does():
     small, plain = recipe("zero3"), recipe("zero3", micro_batch_size=8, num_envs=8)
-    assert make_plan(plain, 2).update["activations"] == 4 * make_plan(small, 2).update["activations"]
     kept, again = (
         make_plan(recipe("zero3", model_path="openvla-tiny", gradient_checkpointing=on), 2) for on in (False, True)
     )
@@ -300,6 +299,33 @@ def test_the_memory_plan_knows_what_each_knob_does():
     assert "Adam's moments" not in on_cpu.update and on_cpu.host["Adam on the CPU"] > 0
     with pytest.raises(UserError, match="not divisible by 3"):
         make_plan(small, 3)
+
+
+def test_gradients_of_weights_are_planned_once_for_all_decisions_of_a_micro_batch():
+    """A decision adds what it adds. What one decision alone needs is more, if all weights are trained."""
+
+    def activations(micro_batch_size: int, **changes) -> int:
+        need = recipe("zero3", micro_batch_size=micro_batch_size, gradient_checkpointing=True, **changes)
+        return make_plan(need, 2).update["activations"]
+
+    for rank in (0, 4):
+        one, eight, sixteen, many = (activations(size, lora_rank=rank) for size in (1, 8, 16, 32))
+        assert many - sixteen == 2 * (sixteen - eight)
+        assert (many < 32 * one) if rank == 0 else (many <= 32 * one)
+
+
+def test_the_memory_plan_trains_the_adapter_that_lora_path_names(tmp_path):
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    trained = {
+        path: make_plan(recipe("zero2", lora_path=path), 2).update["weights, trained"]
+        for path in (None, "nobody/published", str(tmp_path))
+    }
+    assert trained[str(tmp_path)] < trained["nobody/published"] < trained[None]
+    assert make_plan(recipe("zero2", lora_rank=32), 2).update["weights, trained"] == trained["nobody/published"]
+    merged = recipe("zero2", lora_path=str(tmp_path), merge_lora=True, lora_rank=32)
+    assert make_plan(merged, 2).update["weights, trained"] == trained["nobody/published"]
+    assert "--lora_rank" not in advice(recipe("zero2", lora_path=str(tmp_path)), 2, 0.1)[1]
 
 
 def test_the_memory_plan_names_the_flag_to_turn():

@@ -28,7 +28,9 @@ from schemas import UserError
 from schemas.hub import small_folder
 from vla.models.action_tokens import ACTION_DIM, ActionTokens
 from vla.models.loading import build_model, cast_parameters, freeze, with_adapter
+from vla.models.lora import inject, read_adapter_config
 from vla.models.policy import PolicyInputs, VLAPolicy
+from vla.models.published import ADAPTER_CONFIG
 from vla.models.tiny import BRIDGE_ORIG, TINY_PRESETS
 from vla.models.value_head import ValueHead
 from vla.training.rollout_buffer import RolloutBuffer
@@ -37,6 +39,7 @@ GIB = 2**30
 ASSUMED_CONTEXT = int(1.5 * GIB)  # per GPU: CUDA's context, NCCL's and cuBLAS's workspaces, fragmentation
 ASSUMED_RENDERER = int(0.3 * GIB)  # of GPU memory, per process that renders
 ASSUMED_RANK = 3 * GIB  # of host memory: interpreter, torch's and CUDA's libraries
+ASSUMED_RANK_OF_LORA = 32  # of an adapter that is not on this machine: that of the published ones
 ASSUMED_WORKER = int(1.2 * GIB)  # of host memory, per process that simulates
 
 # DeepSpeed's defaults (0.19.8), in elements: ZeRO-3 keeps at most so many gathered, one Adam call steps on so many,
@@ -102,6 +105,8 @@ class Recipe:
     offload: str
     zero_stage: int
     cpu_adam: bool
+    lora_path: str | None = None
+    merge_lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,19 @@ def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return FusedAttention.apply(query, key, value)
 
 
+def known_adapter(recipe: Recipe) -> dict | None:
+    """adapter_config.json of the adapter that is trained on, as far as this machine has it. None for a fresh one."""
+    if recipe.merge_lora:
+        return None
+    folder = small_folder(recipe.lora_path or recipe.model_path, offline=True)
+    return read_adapter_config(folder) if (folder / ADAPTER_CONFIG).is_file() else None
+
+
+def adapter_is_elsewhere(recipe: Recipe) -> bool:
+    """Whether the adapter that is trained on was not fetched yet. Then it is taken for one of ASSUMED_RANK_OF_LORA."""
+    return recipe.lora_path is not None and not recipe.merge_lora and known_adapter(recipe) is None
+
+
 @cache
 def meta_policy(
     model_path: str,
@@ -194,17 +212,25 @@ def meta_policy(
     dtype: str,
     critic: bool,
     max_prompt_length: int,
+    adapter: str | None = None,
 ) -> VLAPolicy:
-    """The policy on the meta device. If model_path is not on this machine, it has the size of the published OpenVLA."""
+    """The policy on the meta device. If model_path is not on this machine, it has the size of the published OpenVLA.
+
+    adapter: JSON of the adapter_config.json of a known adapter, in whose place lora_rank and lora_scope do not count.
+    """
     config = TINY_PRESETS.get(model_path, OPENVLA_7B)
     folder = small_folder(model_path, offline=True)
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text())
     with init_empty_weights(include_buffers=False):
         model = build_model(model_type, config, chunk_size, False, on_meta=True)
-        model, adapter_config = with_adapter(model, None, lora_rank, 32, lora_scope, False, None)
+        if adapter is not None:
+            model, has_adapter = inject(model, json.loads(adapter), ADAPTER_CONFIG), True
+        else:
+            model, fresh = with_adapter(model, None, lora_rank, 32, lora_scope, False, None)
+            has_adapter = fresh is not None
         value_head = ValueHead(model.hidden_size, chunk_size) if critic else None
-    freeze(cast_parameters(model, getattr(torch, dtype)), adapter_config is not None, lora_scope)
+    freeze(cast_parameters(model, getattr(torch, dtype)), has_adapter, lora_scope)
     vocab_end = config["text_config"]["vocab_size"] - config["pad_to_multiple_of"]
     return VLAPolicy(
         model,
@@ -220,15 +246,17 @@ def meta_policy(
 
 
 def policy_of(recipe: Recipe) -> VLAPolicy:
+    adapter = known_adapter(recipe)
     return meta_policy(
         recipe.model_path,
         recipe.model_type,
         recipe.chunk_size,
-        recipe.lora_rank,
+        ASSUMED_RANK_OF_LORA if adapter_is_elsewhere(recipe) else recipe.lora_rank,
         recipe.lora_scope,
         recipe.dtype,
         recipe.critic,
         recipe.max_prompt_length,
+        None if adapter is None else json.dumps(adapter, sort_keys=True),
     )
 
 
@@ -259,10 +287,13 @@ def set_checkpointing(policy: VLAPolicy, on: bool) -> None:
 
 
 @cache
-def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool) -> int:
-    """The peak bytes of one decision's forward and backward, without weights and their gradients."""
+def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool, batch: int) -> int:
+    """The peak bytes of a micro batch's forward and backward, without weights and the gradients that ZeRO keeps.
+
+    The gradient of a weight counts while it is made. It has one size for every batch, so nothing is multiplied here.
+    """
     set_checkpointing(policy, gradient_checkpointing)
-    inputs, tokens = meta_inputs(policy, 1)
+    inputs, tokens = meta_inputs(policy, batch)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -279,12 +310,12 @@ def update_bytes(policy: VLAPolicy, gradient_checkpointing: bool) -> int:
 
 
 @cache
-def rollout_bytes(policy: VLAPolicy) -> int:
-    """The peak bytes of acting in one env, without weights: towers, prompt, KV cache."""
-    inputs, _ = meta_inputs(policy, 1)
+def rollout_bytes(policy: VLAPolicy, batch: int) -> int:
+    """The peak bytes of acting in a batch of envs, without weights: towers, prompt, KV cache."""
+    inputs, _ = meta_inputs(policy, batch)
     inputs = inputs._replace(features=None)
     known = [*policy.parameters(), *policy.buffers(), *inputs[:3]]
-    noise = torch.empty(1, policy.chunk_size, ACTION_DIM, dtype=torch.float64, device="meta")
+    noise = torch.empty(batch, policy.chunk_size, ACTION_DIM, dtype=torch.float64, device="meta")
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention), torch.no_grad():
         with LiveBytes(known, item=policy.max_prompt_length) as count:
             policy.eval().act(policy.prepare(inputs, torch.device("meta")), 1.0, noise)
@@ -322,7 +353,7 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     optimizer, gradients, step = optimizer_bytes(recipe, own, width * min(BUCKET_ELEMENTS, numel(trained)))
     renderers = sum(workers) + (0 in workers)  # the rank itself renders the envs that have no workers
     system = {Use.CONTEXT: ASSUMED_CONTEXT, Use.RENDERERS: renderers * ASSUMED_RENDERER}
-    activations = recipe.micro_batch_size * update_bytes(policy, recipe.gradient_checkpointing)
+    activations = update_bytes(policy, recipe.gradient_checkpointing, recipe.micro_batch_size)
     update = weights | optimizer | gradients | {Use.ACTIVATIONS: activations} | step | system
     if sharded:
         update[Use.GATHERED] = width * min(numel(everything), MAX_LIVE_PARAMETERS)
@@ -332,7 +363,7 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     else:
         rollout |= optimizer | (gradients if sharded else {})
         update |= copy
-    rollout[Use.FORWARD] = max(train_envs, eval_envs) * rollout_bytes(policy)
+    rollout[Use.FORWARD] = rollout_bytes(policy, max(train_envs, eval_envs))
 
     host = {"Adam on the CPU": (16 + 4) * own} if recipe.cpu_adam else {}  # fp32 weights and moments, and gradients
     if moves_memory:
@@ -399,7 +430,7 @@ def remedies(recipe: Recipe) -> list[tuple[str, Recipe]]:
         halve_micro_batches()
     if not recipe.cpu_adam:
         turn("--deepspeed_config ds_configs/zero3_cpu_adam.json --offload none", cpu_adam=True, offload="none")
-    if recipe.lora_rank == 0:
+    if recipe.lora_rank == 0 and recipe.lora_path is None:
         turn("--lora_rank 32 and --offload stage", lora_rank=32, cpu_adam=False, offload="stage")
     return turned
 
