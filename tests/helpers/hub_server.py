@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -275,11 +276,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_object({"success": True, "commitOid": commit, "commitUrl": url, "pullRequestUrl": None})
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Each connection has a thread, whose errors go to the test's standard error."""
+
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client may go away at any time
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[Hub]:
     hub = Hub()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.hub, server.daemon_threads = hub, True
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.hub = hub
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
