@@ -8,6 +8,7 @@ uint8 [H, W, 3].
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -302,11 +303,15 @@ class BuiltinAssets:
 
     @functools.cached_property
     def robot_urdf(self) -> str:
-        """Path of the arm's URDF. It is in a cache folder of this user, because ManiSkill reads robots from files."""
-        folder = scratch_folder()
-        _write_once(folder / "widowx_boxes.srdf", robot_srdf_text())
-        _write_once(folder / "widowx_boxes.urdf", robot_urdf_text())
-        return str(folder / "widowx_boxes.urdf")
+        """Path of the arm's URDF. It is in a cache folder of this user, because ManiSkill reads robots from files.
+
+        Its name says what is in it. Two versions of this code on one machine would otherwise take each other's arm.
+        """
+        srdf, urdf = robot_srdf_text(), robot_urdf_text()
+        place = scratch_folder() / f"widowx_boxes_{hashlib.sha256((srdf + urdf).encode()).hexdigest()[:16]}.urdf"
+        _write_once(place.with_suffix(".srdf"), srdf)
+        _write_once(place, urdf)
+        return str(place)
 
     def table_image(self, index: int, width: int, height: int) -> np.ndarray:
         """The image behind robot and objects, uint8 [height, width, 3], read-only."""

@@ -729,6 +729,19 @@ def test_a_scratch_folder_that_somebody_else_made_is_refused(scratch, prepare):
     assert not scratch.is_dir() or not list(scratch.glob("*.urdf"))
 
 
+def test_two_versions_on_one_machine_have_an_arm_each(scratch, monkeypatch):
+    """Both use one scratch folder, and a worker that starts later reads the arm of its own version."""
+    from envs.assets import builtin
+
+    ours = Path(builtin.BuiltinAssets().robot_urdf)
+    text = ours.read_text()
+    monkeypatch.setattr(builtin, "robot_urdf_text", lambda: text.replace("0.1", "0.2"))
+    theirs = Path(builtin.BuiltinAssets().robot_urdf)
+    assert theirs != ours and theirs.parent == ours.parent == scratch
+    assert ours.read_text() == text != theirs.read_text()
+    assert ours.with_suffix(".srdf").is_file() and theirs.with_suffix(".srdf").is_file()
+
+
 def test_there_is_one_scratch_folder():
     places = [path.name for path in (ROOT / "envs").glob("*.py") if "gettempdir" in path.read_text()]
     assert places == ["scratch.py"]
