@@ -523,14 +523,13 @@ def memory_plan(
     from schemas.flags import Count, Positive
     from vla.cli import parse_args
     from vla.start import checks
-    from vla.training.engine import read_deepspeed_config, zero_stage
     from vla.training.memory_plan import (
         ASSUMED_RANK_OF_LORA,
-        Recipe,
         adapter_is_elsewhere,
         advice,
         host_advice,
         make_plan,
+        recipe_of,
         table,
     )
 
@@ -542,14 +541,7 @@ def memory_plan(
         check_flags(dataclasses.make_dataclass("Ranges", fields)(num_gpus, gpu_memory, of_node))
         words = ["--config", *configs, *more_flags]
         flags = vars(parse_args(importlib.import_module(script).Args, words, "", offline=True))
-        settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
-        known = {field.name for field in dataclasses.fields(Recipe)} & flags.keys() - {"critic"}
-        recipe = Recipe(
-            **{name: flags[name] for name in known},
-            critic=flags.get("critic") == "hidden",
-            zero_stage=zero_stage(settings),
-            cpu_adam="offload_optimizer" in settings.get("zero_optimization", {}),
-        )
+        recipe = recipe_of(flags)
         print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory, of_node)))
         verdicts = (advice(recipe, num_gpus, gpu_memory), host_advice(recipe, num_gpus, gpu_memory, of_node))
     except UserError as error:

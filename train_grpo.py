@@ -17,10 +17,12 @@ nothing.
     T decisions per rollout   N envs on this rank   C = chunk_size actions per decision
     D = 7 tokens per action   B decisions in a micro batch
 
-It differs from RLinf in four points. An env that has succeeded is not simulated any more. Steps after the end of an
-episode never reach the update. A group stays on one rank, which is checked. Metrics are defined as for PPO.
+It differs from RLinf in five points. An env that has succeeded is not simulated any more, and the policy stops acting
+in it. Steps after the end of an episode never reach the update, and decisions without a gradient do not either. A
+group stays on one rank, which is checked. Metrics are defined as for PPO.
 """
 
+import math
 import os
 import sys
 import time
@@ -78,9 +80,10 @@ from vla.training.engine import (
 )
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
-from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, shuffle_generator
+from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, only_teaching, shuffle_generator
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
+LOSSES = ("train/loss", "train/actor/policy_loss")
 # what an iteration without update logs as 0
 UPDATE_METRICS = """train/loss train/actor/policy_loss train/actor/approx_kl train/actor/clip_fraction
 train/actor/clipped_ratio train/actor/dual_clip_fraction train/entropy_loss""".split()
@@ -378,6 +381,19 @@ def compute_group_advantages(
     return advantages.flatten(), live
 
 
+def rows_to_act(running: Tensor) -> Tensor:
+    """The rows of a half that the policy acts in, int64 [k]: the running ones, and a few resting ones.
+
+    k is a quarter of all rows, or two, three or four quarters, so a GPU needs at most four recorded graphs.
+
+    >>> rows_to_act(torch.tensor([False, True, False, True, True, False, False, False])).tolist()
+    [0, 1, 3, 4]
+    """
+    quarter = math.ceil(len(running) / 4)
+    size = min(len(running), quarter * math.ceil(int(running.sum()) / quarter))
+    return running.int().argsort(descending=True, stable=True)[:size].sort().values
+
+
 def rollout(
     actor: VLAPolicy,
     envs: VectorEnv,
@@ -388,7 +404,8 @@ def rollout(
     buffer: RolloutBuffer,
     device: torch.device,
 ) -> list[dict[str, float]]:
-    """Play one episode per env, from given start states, into the buffer. An env whose episode has ended rests.
+    """Play one episode per env, from given start states, into the buffer. An env whose episode has ended rests, and
+    the policy does not act in it (rows_to_act).
 
     Args:
         envs: without auto_reset. decisions: 0 .. T, one more than are made. noise: [T, N, C, D].
@@ -399,7 +416,7 @@ def rollout(
     buffer.clear()
     envs.reset(episode_ids)
     episodes = []
-    running = [rows.stop - rows.start for rows in envs.halves]  # episodes of each half
+    running = [torch.ones(rows.stop - rows.start, dtype=torch.bool) for rows in envs.halves]  # bool [n] of each half
     # all N envs have their turn, or one half of them while the other is simulated
     for t, half, rows, obs, outcome in envs.pipeline(decisions):
         if outcome is not None:  # of decision t - 1
@@ -415,14 +432,24 @@ def rollout(
             )
             buffer.forget(rows, outcome.infos["dropped"], before=t - 1)  # lost with a worker: they have begun again
             episodes += row_dicts(outcome.infos["episode"])
-            running[half] -= len(outcome.infos["ended"])
-        if t < buffer.num_chunks and running[half]:
-            inputs = actor.prepare(obs, device)
-            tokens, logprobs, _ = actor.act(inputs, temperature, noise[t, rows])  # [n, C, D] each
-            envs.step_async(actor.decode(tokens), half)
+            running[half][outcome.infos["ended"]] = False
+        if t < buffer.num_chunks and running[half].any():
+            chosen = rows_to_act(running[half])  # [k]
+            inputs = actor.prepare(rows_of(obs, chosen), device)
+            tokens, logprobs, _ = actor.act(inputs, temperature, noise[t, rows][chosen])  # [k, C, D] each
+            actions = torch.zeros(noise[t, rows].shape)  # [n, C, D], those of a resting env do nothing
+            actions[chosen] = actor.decode(tokens).to(actions)
+            envs.step_async(actions, half)
             reference = buffer.reference_of(actor, inputs, tokens, temperature)
-            buffer.add_decision(t, rows, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
+            acted = rows.start + chosen
+            buffer.add_decision(t, acted, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
     return episodes
+
+
+def rows_of(obs: dict, chosen: Tensor) -> dict:
+    """The chosen rows, int64 [k], of an observation."""
+    texts = obs["task_description"]
+    return {"image": obs["image"][chosen], "task_description": [texts[row] for row in chosen.tolist()]}
 
 
 def episode_weights(valid: Tensor, length_norm: bool) -> Tensor:
@@ -448,6 +475,22 @@ def grpo_loss(
     loss = policy_loss + penalty
     metrics |= penalties | {"train/loss": loss}
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def teaching_decisions(
+    advantages: Tensor, weights: Tensor, *, ent_coef: float, kl_coef: float, fan_coef: float
+) -> Tensor:
+    """The decisions that a gradient comes from, bool [T, N], for advantages and weights [T, N, C].
+
+    An advantage of 0 has none. With a penalty every decision has one.
+    """
+    with_gradient = weights > 0 if ent_coef or kl_coef or fan_coef else (weights > 0) & (advantages != 0)
+    return with_gradient.any(dim=-1)
+
+
+def means_of_trained(metrics: dict[str, float], share: float) -> dict[str, float]:
+    """Metrics as means over what was trained on, which has this share of the weight. Losses stay as they are."""
+    return {name: value if name in LOSSES else value / share for name, value in metrics.items()}
 
 
 def live_groups(buffer: RolloutBuffer, group_size: int) -> Tensor:
@@ -629,6 +672,8 @@ def main(args: Args) -> None:
         num_live, num_decisive, num_decisions = all_reduce_sum(
             torch.stack([first_live.sum(), decisive.sum(), buffer.valid.any(dim=-1).sum()])
         ).tolist()
+        teaching = teaching_decisions(advantages, weights, **pick(args, teaching_decisions))  # [T, N]
+        of_trained, of_all = all_reduce_sum(torch.stack([weights[teaching].sum(), weights.sum()])).tolist()
         live_share = num_live * args.group_size / args.num_envs
         iterations_without_signal = count_without_signal(iterations_without_signal, live_share)
 
@@ -642,6 +687,7 @@ def main(args: Args) -> None:
             for _ in range(num_epochs):
                 averages = Averages()
                 steps = minibatches(weights, first_env, shuffling, **pick(args, minibatches))
+                steps = only_teaching(steps, teaching, **pick(args, only_teaching))
                 for mb in buffer.micro_batches(steps, advantages, advantages, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
                     guard.check_ratio(new.logprobs, mb.old_logprobs)
@@ -649,7 +695,8 @@ def main(args: Args) -> None:
                     guard.check_gradients(backward(engine, loss, mb.last), mb, loss)
                     averages.add(metrics)
                     preemption.exit_if_requested(together=mb.last)
-                epochs.append(averages.reduce(count=args.num_minibatches))
+                means = averages.reduce(count=args.num_minibatches)
+                epochs.append(means_of_trained(means, of_trained / of_all))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
         if not epochs:

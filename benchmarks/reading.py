@@ -65,6 +65,7 @@ LEFT_OUT = {
         "vla/training/engine.py GatheredLinear.forward TorchLinear.forward",
     ),
     "the simulated task: scene, physics, reward, and which episode comes next": (
+        "envs/gym_env.py",
         "envs/put_on_plate.py",
         "envs/variants.py",
         "envs/episodes.py",
@@ -78,9 +79,10 @@ LEFT_OUT = {
         "envs/vector.py VectorEnv.state_dict VectorEnv._call",
         "envs/group.py EnvGroup.state_dict",
     ),
-    "logs: metrics.jsonl, the terminal, seconds and memory": (
+    "logs: metrics.jsonl, the terminal, the run's page, seconds and memory": (
         "vla/logger.py",
         "vla/backends.py",
+        "vla/reports",
         "vla/distributed.py SteadyStream",
         "vla/training/stages.py StageSwitcher.measured StageSwitcher.pop_metrics device_memory host_memory "
         "forget_host_peak",

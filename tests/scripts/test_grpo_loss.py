@@ -1,5 +1,7 @@
 """Group advantages, weights and the GRPO loss against brute force and numbers worked by hand; learning on two arms."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,20 @@ from hypothesis import strategies as st
 from losses import gae_of, grpo_loss_of, ppo_loss_of
 
 from envs.vector import Outcome, Turn
-from train_grpo import UPDATE_METRICS, compute_group_advantages, episode_weights, fill_dead_groups, live_groups, rollout
-from vla.models.policy import PolicyInputs
-from vla.training.rollout_buffer import MicroBatch, RolloutBuffer
+from train_grpo import (
+    UPDATE_METRICS,
+    compute_group_advantages,
+    episode_weights,
+    fill_dead_groups,
+    grpo_loss,
+    live_groups,
+    means_of_trained,
+    rollout,
+    rows_to_act,
+    teaching_decisions,
+)
+from vla.models.policy import PolicyInputs, PolicyOutput
+from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, only_teaching
 
 FLAGS = dict(logprob_level="token", clip_ratio_low=0.2, clip_ratio_high=0.28, dual_clip=None, ent_coef=0.0)
 
@@ -91,10 +104,14 @@ class Scripted:
             yield Turn(t, 0, self.halves[0], self.reset([]), outcome)
 
     def reset(self, episode_ids):
-        return {"image": torch.zeros(4, 8, 8, 3)}
+        return {"image": torch.zeros(4, 8, 8, 3, dtype=torch.uint8), "task_description": list("abcd")}
+
+    def __init__(self):
+        self.actions = []
 
     def step_async(self, actions, part):
         self.t += 1
+        self.actions.append(actions)
 
     def step_wait(self, part):
         first, last = self.t == 0, self.t == 2
@@ -110,21 +127,28 @@ class Scripted:
 
 
 class Actor:
+    """Its tokens are the noise. It remembers in which envs it acted."""
+
+    def __init__(self):
+        self.acted = []
+
     def prepare(self, obs, device):
-        picture, ids = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.int64)
-        return PolicyInputs(picture, ids, ids > 0)
+        self.acted.append("".join(obs["task_description"]))
+        ids = torch.zeros(len(obs["image"]), 5, dtype=torch.int64)
+        return PolicyInputs(obs["image"], ids, ids > 0)
 
     def act(self, inputs, temperature, draw):
-        return torch.zeros(4, 1, 7, dtype=torch.int64), torch.zeros(4, 1, 7), torch.zeros(4, 1)
+        return draw.long(), torch.zeros(draw.shape), torch.zeros(len(draw), 1)
 
     def decode(self, tokens):
-        return tokens
+        return tokens.float()
 
 
 def test_an_episode_begun_anew_too_late_to_end_is_no_failure():
     """Its actions have no weight, nobody is compared with it, and it is in no statistics."""
-    buffer, noise = RolloutBuffer(3, 4, 1, (8, 8), 5), torch.zeros(3, 4, 1, 7)
-    episodes = rollout(Actor(), Scripted(), [7, 7, 9, 9], range(4), noise, 1.0, buffer, torch.device("cpu"))
+    buffer, noise = RolloutBuffer(3, 4, 1, (8, 8), 5), torch.arange(84.0).view(3, 4, 1, 7)
+    envs, actor = Scripted(), Actor()
+    episodes = rollout(actor, envs, [7, 7, 9, 9], range(4), noise, 1.0, buffer, torch.device("cpu"))
     assert [episode["success_once"] for episode in episodes] == [1.0, 0.0, 0.0]
     assert buffer.dones.any(dim=0).tolist() == [True, True, True, False]
     assert buffer.valid[..., 0].tolist() == [
@@ -133,6 +157,58 @@ def test_an_episode_begun_anew_too_late_to_end_is_no_failure():
         [False, True, True, True],
     ]
     assert live_groups(buffer, 2).tolist() == [True, False]
+    # env 0 has ended after the first decision: the others get the noise that they had beside it
+    assert actor.acted == ["abcd", "bcd", "bcd"]
+    assert torch.equal(buffer.tokens[:, 1:], noise.long()[:, 1:]) and torch.equal(envs.actions[2][1:], noise[2, 1:])
+    assert not envs.actions[2][0].any()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any))
+def test_the_policy_acts_in_all_running_envs_with_four_batch_sizes(running):
+    """A GPU records a graph per size, and keeps four."""
+    chosen = rows_to_act(torch.tensor(running)).tolist()
+    assert {row for row, runs in enumerate(running) if runs} <= set(chosen)
+    assert chosen == sorted(set(chosen)) and chosen[-1] < len(running)
+    sizes = {len(rows_to_act(torch.arange(len(running)) < k)) for k in range(1, len(running) + 1)}
+    assert len(chosen) in sizes and len(sizes) <= 4
+    assert len(chosen) - sum(running) < math.ceil(len(running) / 4)
+
+
+@pytest.mark.parametrize("coefficients", [(0.0, 0.0, 0.0), (0.01, 0.0, 0.0), (0.0, 0.1, 0.0)])
+def test_decisions_without_a_gradient_are_left_out_and_nothing_changes(coefficients):
+    """Loss and gradient of a pass over all decisions are those over the teaching ones, to rounding."""
+    T, N, C, M, generator = 4, 8, 2, 2, torch.Generator().manual_seed(3)
+    flags = dict(zip(("ent_coef", "kl_coef", "fan_coef"), coefficients))
+    advantages = torch.randn(N, generator=generator)[None, :, None].repeat(T, 1, C)
+    advantages[:, ::2] = 0.0  # half of the groups are dead
+    weights = torch.rand(T, N, C, generator=generator)
+    weights[2:, :3] = 0.0
+    teaching = teaching_decisions(advantages, weights, **flags)
+    old, reference, shift = (torch.randn(T, N, C, 7, generator=generator) * 0.1 for _ in range(3))
+    spread = torch.randn(T, N, C, 7, generator=generator)
+
+    def pass_over(chosen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+        sizes = dict(num_envs=N, num_minibatches=M, micro_batch_size=3)
+        steps = minibatches(weights, 0, torch.Generator().manual_seed(0), **sizes)
+        if chosen is not None:
+            steps = only_teaching(steps, chosen, micro_batch_size=3)
+        parameter, total, used = torch.zeros(T, N, C, 7, requires_grad=True), 0.0, 0
+        for total_weight, parts in steps:
+            for index in parts:
+                used += len(index)
+                of = [x.flatten(0, 1)[index] for x in (parameter, old, advantages, weights, reference, spread, shift)]
+                mb = MicroBatch(None, None, of[1], None, of[2], None, of[3], of[4], total_weight, False)
+                new = PolicyOutput(of[0] * of[5] + of[1] + of[6], (of[0] + 1) * of[5], None, None)
+                surrogate = dict(logprob_level="token", clip_ratio_low=0.2, clip_ratio_high=0.2, dual_clip=None)
+                total = total + grpo_loss(new, mb, surrogate=surrogate, regularizers=flags)[0]
+        return total, torch.autograd.grad(total, parameter)[0], used
+
+    (loss, gradient, used), (lean_loss, lean_gradient, lean) = pass_over(None), pass_over(teaching)
+    assert loss.item() == pytest.approx(lean_loss.item(), abs=1e-6)
+    assert torch.allclose(gradient, lean_gradient, atol=1e-7) and gradient.abs().max() > 1e-3
+    assert lean <= 0.6 * used if not any(coefficients) else lean == used
+    means = means_of_trained({"train/loss": 0.5, "train/actor/approx_kl": 0.5}, share=0.25)
+    assert means == {"train/loss": 0.5, "train/actor/approx_kl": 2.0}
 
 
 # ------------------------------------------------------------------ weights and loss

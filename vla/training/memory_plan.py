@@ -12,7 +12,7 @@ import json
 import math
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cache
 from unittest import mock
@@ -33,6 +33,7 @@ from vla.models.policy import PolicyInputs, VLAPolicy
 from vla.models.published import ADAPTER_CONFIG
 from vla.models.tiny import BRIDGE_ORIG, TINY_PRESETS
 from vla.models.value_head import ValueHead
+from vla.training.engine import read_deepspeed_config, zero_stage
 from vla.training.rollout_buffer import RolloutBuffer
 
 GIB = 2**30
@@ -107,6 +108,18 @@ class Recipe:
     cpu_adam: bool
     lora_path: str | None = None
     merge_lora: bool = False
+
+
+def recipe_of(flags: dict) -> Recipe:
+    """The recipe of a script's flags and of its --deepspeed_config. Raises as read_deepspeed_config()."""
+    settings = read_deepspeed_config(flags["deepspeed_config"], flags["dtype"], flags["offload"])
+    known = {field.name for field in fields(Recipe)} & flags.keys() - {"critic"}
+    return Recipe(
+        **{name: flags[name] for name in known},
+        critic=flags.get("critic") == "hidden",
+        zero_stage=zero_stage(settings),
+        cpu_adam="offload_optimizer" in settings.get("zero_optimization", {}),
+    )
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class RolloutBuffer:
         """Log-probabilities of the starting policy, [n, C, D]. None where this buffer does not keep them."""
         return actor.reference_logprobs(inputs, tokens, temperature) if self.keeps_reference else None
 
-    def add_decision(self, t: int, envs: slice, inputs: PolicyInputs, **outputs: Tensor | None) -> None:
+    def add_decision(self, t: int, envs: slice | Tensor, inputs: PolicyInputs, **outputs: Tensor | None) -> None:
         """Store decision t of some envs: the policy's inputs, tokens, logprobs and reference_logprobs, or None."""
         fields = {name: field for name, field in (inputs._asdict() | outputs).items() if field is not None}
         self._store(t, envs, fields, self.fields.keys() - OUTCOME)
@@ -122,7 +122,7 @@ class RolloutBuffer:
         """Store the outcome of decision t: all fields of OUTCOME."""
         self._store(t, envs, outcome, OUTCOME)
 
-    def _store(self, t: int, envs: slice, values: dict[str, Tensor], expected: set[str]) -> None:
+    def _store(self, t: int, envs: slice | Tensor, values: dict[str, Tensor], expected: set[str]) -> None:
         if values.keys() != expected:
             raise ValueError(f"the buffer stores {sorted(expected)}, got {sorted(values)}")
         for name, value in values.items():
@@ -131,7 +131,7 @@ class RolloutBuffer:
                 raise ValueError(
                     f"{name}: the buffer holds {tuple(slot.shape)} {slot.dtype}, got {tuple(value.shape)} {value.dtype}"
                 )
-            slot.copy_(value)
+            self.fields[name][t, envs] = value
 
     def clear(self) -> None:
         """Forget every decision. A decision that is not added again counts as not executed."""
@@ -261,6 +261,20 @@ def minibatches(
     return [
         (total or 1.0, split_padded(index, micro_batch_size, length))
         for index, total, length in zip(indices, totals.tolist(), longest.tolist())
+    ]
+
+
+def only_teaching(steps: list[Step], teaching: Tensor, *, micro_batch_size: int) -> list[Step]:
+    """The same steps without decisions that have no gradient. The others keep their weights. All ranks together.
+
+    teaching: bool [T, N], the decisions that have one.
+    """
+    indices = [torch.cat(parts) for _, parts in steps]
+    lean = [index[teaching.flatten()[index]] for index in indices]
+    longest = all_reduce_max(torch.tensor([len(index) for index in lean])).long()
+    return [
+        (total, split_padded(index, micro_batch_size, length))
+        for (total, _), index, length in zip(steps, lean, longest.tolist())
     ]
 
 
