@@ -268,17 +268,31 @@ class EnvSlot:
 class EnvGroup:
     """The envs of one process: indices offset .. offset + count - 1 of the vector env."""
 
-    def __init__(self, spec: EnvSpec, offset: int, images: np.ndarray, final_images: np.ndarray):
-        """images, final_images uint8 [count, H, W, 3]: written here, read by the vector env."""
+    def __init__(
+        self,
+        spec: EnvSpec,
+        offset: int,
+        images: np.ndarray,
+        final_images: np.ndarray,
+        busy: np.ndarray | None = None,
+    ):
+        """Build the envs. What is written here is read by the vector env.
+
+        Args:
+            images, final_images: uint8 [count, H, W, 3].
+            busy: int32 [1], 1 + the env that is being simulated. Whoever calls a method sets it to 0 afterwards.
+        """
         self.spec = spec
         self.images = images
         self.final_images = final_images
+        self.busy = np.zeros(1, np.int32) if busy is None else busy
         first_index = spec.first_env + offset  # over all ranks
         self.slots = [EnvSlot(_build_env(spec), spec, first_index + i) for i in range(len(images))]
 
     def reset(self, episode_ids: list[int | None], chosen: list[int]) -> dict:
         """Start an episode in the chosen envs. None takes the next one of an env's own stream. Returns `seen()`."""
         for i, episode_id in zip(chosen, episode_ids):
+            self.busy[0] = i + 1
             self.slots[i].begin(episode_id)
             self.images[i] = self.slots[i].env.render_image()
         return self.seen()
@@ -307,6 +321,7 @@ class EnvGroup:
         for i, slot in enumerate(self.slots):
             if not slot.running:
                 continue
+            self.busy[0] = i + 1
             self._run_chunk(i, slot, actions[i], out)
             if not slot.running:
                 self._end_episode(i, slot, out)
@@ -335,19 +350,32 @@ class EnvGroup:
             slot.begin(None)
             self.images[i] = slot.env.render_image()
 
-    def take_over(self, positions: list[Position], begin: bool) -> dict:
+    def take_over(self, positions: list[Position], begin: bool, lost: list[int]) -> dict:
         """Continue for a group whose worker is lost. With `begin`, every env that was in an episode begins one.
 
         An env then starts the next episode of its stream, or the same one again where the caller had given its id. An
         env at rest stays at rest, and `images` still holds its last image.
 
+        lost: envs whose episode was given up. They rest at another start state, or go on with it under auto_reset.
+
         Returns `seen()`, or {} while no episode has begun.
         """
         for i, (slot, position) in enumerate(zip(self.slots, positions)):
             slot.counter = position.counter
-            if begin and position.episode_id is not None:
+            self.busy[0] = i + 1
+            if i in lost:
+                self._begin_another(i, slot)
+            elif begin and position.episode_id is not None:
                 self._begin_like(i, slot, position)
         return self.seen() if begin and positions[0].episode_id is not None else {}
+
+    def _begin_another(self, i: int, slot: EnvSlot) -> None:
+        """Begin an episode of the stream in env i, because its own episode kills workers."""
+        slot.begin(None)
+        self.images[i] = slot.env.render_image()
+        if not self.spec.auto_reset:
+            slot.counter -= 1  # it is not played
+            slot.running = False
 
     def _begin_like(self, i: int, slot: EnvSlot, position: Position) -> None:
         """Begin an episode in env i in the place of the one at `position`."""
@@ -377,6 +405,7 @@ class EnvGroup:
         """
         for i, (slot, state) in enumerate(zip(self.slots, states)):
             slot.counter = state["counter"]
+            self.busy[0] = i + 1
             if state["episode_id"] is None:
                 continue
             slot.begin(state["episode_id"])
@@ -400,6 +429,7 @@ def empty_result(count: int, chunk_size: int) -> dict:
         "terminations": np.zeros(count, bool),
         "truncations": np.zeros(count, bool),
         "dropped": np.zeros(count, bool),
+        "lost": np.zeros(count, bool),
         "ended": [],  # (index within the group, metrics, instruction, last state or None)
     }
 

@@ -202,6 +202,8 @@ class VectorEnv:
                 episode: the metrics of their episodes, a dict of float32 [M].
                 dropped: bool [N]. This env's episode was lost with its worker and does not count. The observation
                     shows the first frame of the next episode, or of the same one if reset() was given ids.
+                lost: bool [N]. This env's episode, whose id reset() was given, lost its worker three times and was
+                    given up. It is among `ended`, truncated and failed, without actions or rewards.
                 states: float32 [N, C, S] before each action, if `privileged` was set.
 
         Raises:
@@ -268,7 +270,7 @@ class VectorEnv:
         def joined(key: str) -> Tensor:
             return torch.from_numpy(np.concatenate([result[key] for result in results]))
 
-        infos = {"valid": joined("valid"), "dropped": joined("dropped")} | self._ended(chosen, results)
+        infos = {name: joined(name) for name in ("valid", "dropped", "lost")} | self._ended(chosen, results)
         if self._spec.privileged:
             infos["states"] = joined("states")
         obs = self._observation(chosen, results)

@@ -1,10 +1,11 @@
 """A group of envs in a worker process. Like `envs/local.py`, it has start(method, ...) and then finish().
 
-A worker is a fresh interpreter, so it never imports the parent's `__main__` (which imports DeepSpeed). It talks over a
-socket pair and writes images into an unlinked memory file. It ends when the parent ends, however that happens, and
-nothing stays in /dev/shm. It runs `EnvGroup`, the same code that runs in this process with num_env_workers=0.
+A worker is a process of `envs/processes.py`. It writes images into memory that it shares with the rank, and runs
+`EnvGroup`, the same code that runs in the rank's process with num_env_workers=0. One worker can hold several groups:
+those of training and those of evaluation take turns in it.
 
-A worker that dies, raises or hangs is replaced by a successor, which takes over its place in the streams of episodes:
+A worker that dies, raises or hangs is replaced by a successor. Each group begins anew in it when it is called next, and
+takes over its place in the streams of episodes:
 
     call                     worker alive                         worker lost
     step                     its result, losses are forgotten     skipped: the step reports lost episodes as dropped
@@ -13,20 +14,16 @@ A worker that dies, raises or hangs is replaced by a successor, which takes over
     reset of some envs,      its result                           sent again to the successor, and the next step is
       describe, state_dict                                        skipped: it reports lost episodes as dropped
 
-The run ends with the last error message after three losses (MAX_LOSSES) without a successful step between them.
+A dropped episode whose id the caller had given begins again. An episode that loses its worker three times (MAX_LOSSES)
+is given up: the next step reports it as ended, lost and failed. The worker says which env it simulates, so the other
+episodes in it are not blamed. The run ends with the last error message after three losses in a row that no single
+episode explains, or after three episodes in a row that were given up.
 """
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import mmap
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import traceback
 import warnings
 from dataclasses import asdict
@@ -34,70 +31,117 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import torch
 
-from envs.group import EnvGroup, EnvSpec, Position, empty_result
-from envs.processes import MAX_LOSSES, START_SECONDS, image_arrays, worker_environment
+from envs.group import EPISODE_METRICS, EnvGroup, EnvSpec, Position, empty_result
+from envs.processes import MAX_LOSSES, START_SECONDS, Process, ProcessLost, image_arrays, plain, receive_fds
 
-STACK_SECONDS = 2.0  # a hanging worker has this long to write its stacks
-STACK_BYTES = 1 << 16
-WORKER_CODE = "import sys; from envs.workers import worker_main; worker_main(*map(int, sys.argv[1:]))"
+WORKER = "envs.workers:worker_main"
 
 
-class WorkerLost(Exception):
-    """A worker cannot answer any more. The message says why. `refusal` is the error of building its envs, or None."""
+class GroupRefused(ProcessLost):
+    """The envs of a group cannot be built. `error` is what building them raised, or None where it was of another kind
+    than a caller can handle."""
 
-    def __init__(self, message: str, refusal: Exception | None = None):
+    def __init__(self, message: str, error: Exception | None):
         super().__init__(message)
-        self.refusal = refusal
+        self.error = error
+
+
+class Worker:
+    """A worker process, the groups in it, and its successors."""
+
+    def __init__(self) -> None:
+        """Raises ProcessLost where the process cannot be started."""
+        self.generation = 0  # the number of its successors so far
+        self.process = Process(WORKER, "solovla worker")
+        self._members: set[int] = set()  # keys of the groups
+        self._next_key = 0
+        self._answers: dict[int, tuple] = {}  # of groups that have not asked for theirs yet
+
+    def join(self) -> int:
+        """The key of a new group."""
+        self._next_key += 1
+        self._members.add(self._next_key)
+        return self._next_key
+
+    def leave(self, key: int) -> None:
+        """End a group. The last one ends the process."""
+        self._members.discard(key)
+        self._answers.pop(key, None)
+        if self._members:
+            self.process.send(key, "close", ())
+        else:
+            self.process.bury(patience=5.0)
+
+    def renew(self, generation: int) -> None:
+        """Put a successor in the place of this generation, unless another group has done so.
+
+        Raises:
+            ProcessLost: the successor cannot be started.
+        """
+        if generation == self.generation:
+            self.process.bury()
+            self._answers.clear()
+            self.process = Process(WORKER, "solovla worker")
+            self.generation += 1
+
+    def receive(self, key: int, seconds: float, name) -> tuple:
+        """The next answer of a group: (kind, key, value, details). Raises ProcessLost."""
+        while key not in self._answers:
+            answer = self.process.receive(seconds, name)
+            if answer[1] in self._members:
+                self._answers[answer[1]] = answer
+        return self._answers.pop(key)
 
 
 class WorkerGroup:
-    """An EnvGroup in a process of its own."""
+    """An EnvGroup in a worker."""
 
-    def __init__(self, spec: EnvSpec, offset: int, count: int, timeout: float):
-        """Start the process. `built()` waits until its envs are made.
+    def __init__(self, spec: EnvSpec, offset: int, count: int, timeout: float, worker: Worker | None = None):
+        """Begin to build the envs. `built()` waits until they are made.
 
-        timeout: seconds after which a worker without an answer counts as lost.
+        Args:
+            timeout: seconds after which a worker without an answer counts as lost.
+            worker: where the envs live. None starts a worker of their own.
+
+        Raises:
+            ProcessLost: a worker cannot be started.
         """
         self.offset, self.count = offset, count
         self.num_restarts = 0
         self._spec, self._timeout = spec, timeout
         self._losses = 0  # since the last step that a worker executed
+        self._given_up = 0  # episodes, since an action was executed
+        self._blamed: dict[int, tuple[int, int]] = {}  # env -> the episode that lost its worker, how often
+        self._lost = np.zeros(count, bool)  # episodes that were given up, until a step reports them
         self._positions = [Position(0, None, False, False)] * count  # as of the last answer
         self._skip_next_step = False  # a worker was lost since the last step
         self._dropped = np.zeros(count, bool)  # episodes lost since the last step
         self._latest_seen: dict = {}  # what a skipped step shows: `seen()` of the successor
-        size = 2 * count * int(np.prod(spec.image_shape))
-        self._connection: Connection | None = None
-        self._process: subprocess.Popen | None = None
-        # the memory files have no name: they are gone when their last holder is
-        self._memory_fd = os.memfd_create("solovla_images")
-        self._stacks_fd = os.memfd_create("solovla_stacks")
+        images = 2 * count * int(np.prod(spec.image_shape))
+        self.worker = worker or Worker()
+        self._key = self.worker.join()
+        self._memory_fd = os.memfd_create("solovla_images")  # it has no name: it is gone when its last holder is
         try:
-            os.ftruncate(self._memory_fd, size)
-            self.images, self.final_images = image_arrays(mmap.mmap(self._memory_fd, size), count, spec)
-            self._spawn()
+            os.ftruncate(self._memory_fd, images + 4)
+            memory = mmap.mmap(self._memory_fd, images + 4)
+            self.images, self.final_images = image_arrays(memory, count, spec)
+            self._busy = busy_env(memory)
+            self._open()
         except BaseException:
             self.close()
             raise
 
-    def _spawn(self) -> None:
-        os.ftruncate(self._stacks_fd, 0)
-        os.lseek(self._stacks_fd, 0, os.SEEK_SET)
-        ours, theirs = socket.socketpair()
-        fds = (theirs.fileno(), self._memory_fd, self._stacks_fd)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", WORKER_CODE, *map(str, fds)],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                env=worker_environment(),
-            )
-        finally:
-            theirs.close()
-            self._connection = Connection(ours.detach())
-        self._send(asdict(self._spec), self.offset, self.count)
+    @property
+    def pid(self) -> int:
+        return self.worker.process.pid
+
+    def _open(self) -> None:
+        """Begin to build the envs in the present worker."""
+        self._generation = self.worker.generation
+        self._busy[0] = 0
+        opening = (asdict(self._spec), self.offset, self.count)
+        self.worker.process.send(self._key, "open", opening, fds=(self._memory_fd,))
 
     def built(self) -> None:
         """Wait until the envs are made for the first time. A failure is final here: a second try would fail as well.
@@ -107,9 +151,11 @@ class WorkerGroup:
         """
         try:
             self._receive(starting=True)
-        except WorkerLost as loss:
-            if loss.refusal is not None:
-                raise loss.refusal from loss
+        except GroupRefused as refusal:
+            if refusal.error is not None:
+                raise refusal.error from refusal
+            raise RuntimeError(str(refusal)) from None
+        except ProcessLost as loss:
             raise RuntimeError(str(loss)) from None
 
     def start(self, method: str, *args) -> None:
@@ -137,19 +183,24 @@ class WorkerGroup:
             return self._skipped_step(chunk_size)
         try:
             result = self._receive()
-        except WorkerLost as loss:
+        except ProcessLost as loss:
             self._replace(loss, begin_episodes=True)
             return self._skipped_step(chunk_size)
         self._losses = 0
-        return result
+        if result["valid"].any():
+            self._given_up = 0
+        for i, *_ in result["ended"]:
+            self._blamed.pop(i, None)
+        return self._with_lost(result)
 
     def _finish_reset(self, episode_ids: list[int | None], chosen: list[int]) -> dict:
+        self._lost[chosen] = False  # nobody waits for the episodes before
         all_envs = len(chosen) == self.count
         seen = self._answer(begin_episodes=not all_envs)
         if all_envs:
             self._forget_dropped()
         elif self._skip_next_step:
-            self._dropped[chosen] = True  # the next step is skipped for the whole group, these envs included
+            self._dropped[chosen] = ~self._lost[chosen]  # the next step is skipped for all envs, these included
             self._latest_seen = seen
         return seen
 
@@ -163,45 +214,89 @@ class WorkerGroup:
         while True:
             try:
                 return self._receive()
-            except WorkerLost as loss:
+            except ProcessLost as loss:
                 self._replace(loss, begin_episodes)
-            self._send(*self._pending)
+            method, args = self._pending
+            if method == "reset":  # an episode that was given up is not begun again
+                kept = [(one, i) for one, i in zip(*args) if not self._lost[i]]
+                args = [one for one, _ in kept], [i for _, i in kept]
+            self._send(method, args)
 
     # ----------------------------------------------------------------------------------------------------- losses
 
-    def _replace(self, loss: WorkerLost, begin_episodes: bool) -> None:
-        """Put a successor in the place of the lost worker.
+    def _replace(self, loss: ProcessLost, begin_episodes: bool) -> None:
+        """Begin anew in a successor of the lost worker.
 
         begin_episodes: its envs begin an episode, and the episodes that were running count as dropped. False where the
             pending call begins all episodes itself.
         """
-        positions = self._positions  # of the lost worker: an answer of the successor replaces the attribute
+        positions = self._positions  # in the lost worker: an answer of the successor replaces the attribute
         running = np.array([position.running for position in positions])
-        dropped = running if begin_episodes else np.zeros(self.count, bool)
         while True:
-            self._stop(patience=0.0)
-            self._losses += 1
-            if self._losses == MAX_LOSSES:
-                raise RuntimeError(f"{MAX_LOSSES} losses in a row: {loss}") from None
+            remark = self._blame(loss)
+            self.num_restarts += 1
+            dropped = running & ~self._lost if begin_episodes else np.zeros(self.count, bool)
             warnings.warn(
-                f"{loss}\nThe worker is restarted and {dropped.sum()} episodes are dropped.",
+                f"{loss}\n{remark}The worker is restarted and {dropped.sum()} episodes are dropped.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self.num_restarts += 1
             try:
-                self._start_successor(positions, begin_episodes)
+                self.worker.renew(self._generation)
+                self._take_over(positions, begin_episodes)
                 break
-            except WorkerLost as next_loss:
+            except ProcessLost as next_loss:
                 loss = next_loss
         self._skip_next_step = True
-        self._dropped |= dropped
+        self._dropped = (self._dropped | dropped) & ~self._lost
 
-    def _start_successor(self, positions: list[Position], begin_episodes: bool) -> None:
-        """Raises WorkerLost where the successor is lost as well."""
-        self._spawn()
+    def _blame(self, loss: ProcessLost) -> str:
+        """Count a loss, and give up the episode that has lost its worker for the last time.
+
+        Returns:
+            a line about the episode that was simulated, or "".
+
+        Raises:
+            RuntimeError: too many losses in a row.
+        """
+        self._losses += 1
+        env, episode_id = self._simulated()
+        remark, gave_up = "", False
+        if episode_id is not None:
+            before, times = self._blamed.get(env, (episode_id, 0))
+            times = times + 1 if before == episode_id else 1
+            self._blamed[env] = (episode_id, times)
+            gave_up = times == MAX_LOSSES
+            remark = f"It simulated episode {episode_id}, which has lost {times} of {MAX_LOSSES} workers. "
+        if gave_up:
+            self._lost[env] = True
+            self._given_up += 1
+            self._losses = 0
+            remark = f"Episode {episode_id} has lost its worker {MAX_LOSSES} times: it ends here as lost and failed.\n"
+        if self._losses >= MAX_LOSSES or self._given_up >= MAX_LOSSES:
+            what = "losses in a row" if self._losses else "episodes in a row were given up"
+            raise RuntimeError(f"{MAX_LOSSES} {what}: {loss}\n{remark}".rstrip()) from None
+        return remark
+
+    def _simulated(self) -> tuple[int, int | None]:
+        """The env that was simulated when the worker was lost, and its episode if the caller had given the id.
+
+        The id is None where no env was simulated, or where its next episode is another one anyway.
+        """
+        env = int(self._busy[0]) - 1
+        if env < 0 or self._lost[env]:
+            return env, None
+        method, args = self._pending
+        if method == "reset" and env in args[1]:
+            return env, args[0][args[1].index(env)]
+        position = self._positions[env]
+        return env, position.episode_id if position.explicit and method != "load_state_dict" else None
+
+    def _take_over(self, positions: list[Position], begin_episodes: bool) -> None:
+        """Build the envs in the present worker and continue. Raises ProcessLost where it is lost as well."""
+        self._open()
         self._receive(starting=True)
-        self._send("take_over", (positions, begin_episodes))
+        self._send("take_over", (positions, begin_episodes, np.flatnonzero(self._lost).tolist()))
         self._latest_seen = self._receive(starting=True)
 
     def _forget_dropped(self) -> None:
@@ -215,25 +310,33 @@ class WorkerGroup:
         if self._spec.privileged:
             result["states"] = np.repeat(self._latest_seen["state"][:, None], chunk_size, axis=1)
         self._forget_dropped()
+        return self._with_lost(result)
+
+    def _with_lost(self, result: dict) -> dict:
+        """Add the episodes that were given up to a step's result, as ended, failed and without any action."""
+        for i in np.flatnonzero(self._lost).tolist():
+            state = result["state"][i] if self._spec.privileged else None
+            result["ended"].append((i, (0.0,) * len(EPISODE_METRICS), result["instructions"][i], state))
+            result["truncations"][i] = result["lost"][i] = True
+            self.final_images[i] = self.images[i]
+            self._blamed.pop(i, None)
+        self._lost[:] = False
         return result
 
     # ----------------------------------------------------------------------------------------------------- messages
 
-    def _send(self, *message) -> None:
-        with contextlib.suppress(OSError):  # a dead worker is noticed by `_receive`
-            self._connection.send(message)
+    def _send(self, method: str, args: tuple) -> None:
+        if self._generation == self.worker.generation:  # else `_receive` notices the loss
+            self.worker.process.send(self._key, method, args)
 
     def _receive(self, starting: bool = False) -> Any:
-        """The worker's next answer. Raises WorkerLost where there is none."""
+        """The next answer to this group. Raises ProcessLost where there is none."""
+        if self._generation != self.worker.generation:
+            raise ProcessLost(f"{self._name()} was lost while it simulated other envs.")
         seconds = max(self._timeout, START_SECONDS) if starting else self._timeout
-        try:
-            if not self._connection.poll(seconds):
-                raise WorkerLost(self._hang_notice(seconds))
-            kind, value, details = self._connection.recv()
-        except (EOFError, OSError):
-            raise WorkerLost(self._death_notice()) from None
-        if kind == "error":  # details: the exception that building the envs raised, or None
-            raise WorkerLost(f"{self._name()} failed:\n{value}", refusal=details)
+        kind, _, value, details = self.worker.receive(self._key, seconds, self._name)
+        if kind == "refused":  # details: the exception that building the envs raised, or None
+            raise GroupRefused(f"{self._name()} failed:\n{value}", details)
         if details is not None:  # details: the positions of all envs
             self._positions = details
         return value
@@ -249,84 +352,48 @@ class WorkerGroup:
         else:
             progress = f"episodes {listed}, ..." if len(ids) > 8 else f"episodes {listed}"
         envs = f"envs {self.offset} to {self.offset + self.count - 1}"
-        return f"the worker of {envs} ({self._spec.env_id}, {progress}, process {self._process.pid})"
-
-    def _stacks(self) -> str:
-        return os.pread(self._stacks_fd, STACK_BYTES, 0).decode(errors="replace").rstrip()
-
-    def _hang_notice(self, seconds: float) -> str:
-        self._process.send_signal(signal.SIGUSR1)  # faulthandler then writes all stacks, whoever holds the interpreter
-        deadline = time.monotonic() + STACK_SECONDS
-        while not self._stacks() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.05)  # for the rest of the stacks
-        stacks = self._stacks()
-        where = f"it hung here:\n{stacks}" if stacks else "it did not even answer a signal."
-        return f"{self._name()} gave no answer for {seconds:g} s, {where}"
-
-    def _death_notice(self) -> str:
-        try:
-            code = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            return f"{self._name()} closed its connection but is still running."
-        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        notice = f"{self._name()} {cause} without a Python traceback"
-        if stacks := self._stacks():
-            return f"{notice}. Its stacks:\n{stacks}"
-        if code == -signal.SIGKILL:
-            return f"{notice}: memory probably ran out, so use fewer envs."
-        return f"{notice}."
-
-    # ----------------------------------------------------------------------------------------------------- the end
-
-    def _stop(self, patience: float) -> None:
-        """Close the connection, which ends the worker. It is killed after `patience` seconds."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is None:
-            return
-        try:
-            self._process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        return f"the worker of {envs} ({self._spec.env_id}, {progress}, process {self.pid})"
 
     def close(self) -> None:
-        self._stop(patience=5.0)
-        for fd in (self._memory_fd, self._stacks_fd):
-            os.close(fd)
+        """End the envs, and the worker with its last ones."""
+        self.worker.leave(self._key)
+        os.close(self._memory_fd)
 
 
-def _plain(error: Exception) -> Exception | None:
-    """The same message in an exception that every process can unpickle. None for any other kind of error."""
-    for kind in (ValueError, RuntimeError, OSError):
-        if isinstance(error, kind):
-            return kind(str(error))
-    return None
+def busy_env(memory: mmap.mmap) -> np.ndarray:
+    """int32 [1], the last bytes of a group's memory: 1 + the env that is being simulated, or 0."""
+    return np.frombuffer(memory, np.uint8)[-4:].view(np.int32)
 
 
-def worker_main(connection_fd: int, memory_fd: int, stacks_fd: int) -> None:
-    """The worker's main loop: build the envs, answer calls, end when the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles these and closes the socket
-        signal.signal(number, signal.SIG_IGN)
-    faulthandler.enable(file=stacks_fd, all_threads=True)  # a crash in the simulator leaves its stack
-    faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
-    torch.set_num_threads(1)
-    connection = Connection(connection_fd)
-    group = None
-    try:
-        fields, offset, count = connection.recv()
-        spec = EnvSpec(**fields)
-        memory = mmap.mmap(memory_fd, 2 * count * int(np.prod(spec.image_shape)))
-        os.close(memory_fd)
-        group = EnvGroup(spec, offset, *image_arrays(memory, count, spec))
-        connection.send(("ok", None, None))
-        while True:
-            method, args = connection.recv()
+def worker_main(connection: Connection) -> None:
+    """The worker's main loop: build groups of envs and answer their calls.
+
+    A message is (group, method, arguments). The methods "open" and "close" begin and end a group, "open" with the file
+    of its memory. An answer is (kind, group, value, details).
+    """
+    groups: dict[int, EnvGroup] = {}
+    while True:
+        key, method, args = connection.recv()
+        if method == "open":
+            (memory_fd,) = receive_fds(connection, 1)
+            try:
+                groups[key] = _open_group(memory_fd, *args)
+            except Exception as error:  # the rank reports it. The other groups go on
+                connection.send(("refused", key, traceback.format_exc(), plain(error)))
+                continue
+            connection.send(("ok", key, None, None))
+        elif method == "close":
+            if key in groups:
+                groups.pop(key).close()
+        else:
+            group = groups[key]
             value = getattr(group, method)(*args)
-            connection.send(("ok", value, group.positions()))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the envs, or ended
-    except Exception as error:  # the parent reports it, whatever it is
-        connection.send(("error", traceback.format_exc(), None if group else _plain(error)))
-    os._exit(0)  # the graphics driver's own clean-up is slow and nobody needs it
+            group.busy[0] = 0
+            connection.send(("ok", key, value, group.positions()))
+
+
+def _open_group(memory_fd: int, fields: dict, offset: int, count: int) -> EnvGroup:
+    spec = EnvSpec(**fields)
+    memory = mmap.mmap(memory_fd, 0)
+    os.close(memory_fd)
+    return EnvGroup(spec, offset, *image_arrays(memory, count, spec), busy_env(memory))

@@ -40,15 +40,13 @@ def pytest_runtest_teardown() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_workers():
-    """Worker processes of the simulator that a test starts in this process are forks of a warm one."""
+    """What starts worker processes of the simulator in this process is a fork of a warm one."""
     import warm
 
-    from envs import workers
-    from envs.gpu import start_states
+    from envs import processes
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (workers, start_states):
-            patch.setattr(module, "subprocess", warm.AS_SUBPROCESS)
+        patch.setattr(processes, "subprocess", warm.AS_SUBPROCESS)
         yield
 
 

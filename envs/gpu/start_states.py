@@ -7,32 +7,28 @@ names the same start state on the CPU and on the GPU, to the last bit. At 500 Hz
 one core. Results are kept, and a start state that will be needed can be requested in advance.
 
 The settling runs in other processes, because one process cannot hold PhysX's GPU and CPU simulation. (ManiSkill's own
-tests run separately for that reason.) A settler is a fresh interpreter like the workers of `envs/workers.py`, and ends
-with its parent.
+tests run separately for that reason.) A settler is a process of `envs/processes.py`, and one that is lost is replaced.
 """
 
 from __future__ import annotations
 
 import collections
-import os
-import signal
-import socket
-import subprocess
-import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.processes import worker_environment
+from envs.processes import MAX_LOSSES, START_SECONDS, Process, ProcessLost, plain
 from envs.variants import StartState
 
 if TYPE_CHECKING:
     from envs.put_on_plate import PutOnPlateInScene
 
-SETTLER_CODE = "import sys; from envs.gpu.start_states import settler_main; settler_main(int(sys.argv[1]))"
+SETTLER = "envs.gpu.start_states:settler_main"
+SECONDS = 60.0  # a settler has so long for a start state, which takes it less than 0.1
 KEPT = 16_384  # results, of some hundred bytes each
 AT_ONCE = 32  # requests sent to one process: more could fill both sockets, and both sides would wait for ever
 
@@ -53,112 +49,144 @@ def settled_state(env: PutOnPlateInScene, start: StartState) -> Settled:
     return Settled(env.body_states(), env._robot.qpos, np.stack([env._object_half, env._receptacle_half]))
 
 
+class Settler:
+    """A process that settles start states one after the other, and its successors."""
+
+    def __init__(self, build: tuple[str, dict[str, Any]]):
+        """build: env id and settings of the env. Raises ProcessLost where the process cannot be started."""
+        self._build = build
+        self.backlog: collections.deque[StartState] = collections.deque()  # requests that are not sent yet
+        self._sent: collections.deque[StartState] = collections.deque()  # requests that are not answered yet
+        self._blamed: tuple[StartState | None, int] = (None, 0)  # what was settled when it was lost, and how often
+        self._spawn()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.backlog) + len(self._sent)
+
+    def _spawn(self) -> None:
+        self._process = Process(SETTLER, "solovla settler")
+        self._process.send(self._build)
+        self._seconds = START_SECONDS  # until the first answer
+
+    def ask(self, start: StartState) -> None:
+        self.backlog.append(start)
+        self._send()
+
+    def _send(self) -> None:
+        """Send requests from the backlog, as many as the process may have."""
+        while self.backlog and len(self._sent) < AT_ONCE:
+            self._sent.append(self.backlog.popleft())
+            self._process.send(self._sent[-1])
+
+    def receive(self) -> tuple[StartState, Settled]:
+        """The next result. A lost process is replaced.
+
+        Raises:
+            RuntimeError: the env cannot be built, or one start state has lost MAX_LOSSES processes.
+        """
+        while True:
+            try:
+                kind, *answer = self._process.receive(self._seconds, self._name)
+                break
+            except ProcessLost as loss:
+                self._replace(loss)
+        if kind == "refused":
+            text, error = answer
+            raise RuntimeError(f"{self._name()} failed: {error or text}")
+        self._seconds = SECONDS
+        self._sent.popleft()  # answers come in the order of requests
+        self._send()
+        start, settled = answer
+        return start, settled
+
+    def _replace(self, loss: ProcessLost) -> None:
+        """Start a successor, which gets all requests that were not answered."""
+        while True:
+            blamed, times = self._blamed
+            times = times + 1 if blamed == self._sent[0] else 1
+            self._blamed = (self._sent[0], times)
+            if times == MAX_LOSSES:
+                raise RuntimeError(
+                    f"start state {self._sent[0].episode_id} has lost {MAX_LOSSES} processes: {loss}"
+                ) from None
+            warnings.warn(f"{loss}\nThe process is restarted, and nothing is lost.", RuntimeWarning, stacklevel=2)
+            self._process.bury()
+            try:
+                self._spawn()
+                break
+            except ProcessLost as next_loss:
+                loss = next_loss
+        self.backlog.extendleft(reversed(self._sent))
+        self._sent.clear()
+        self._send()
+
+    def _name(self) -> str:
+        return f"the process that settles start states ({self.pid})"
+
+    def close(self) -> None:
+        self._process.bury(patience=5.0)
+
+
 class Settlers:
     """Processes that settle start states. `ask` requests one and returns at once, and `get` waits for it."""
 
     def __init__(self, env_id: str, count: int, **settings):
         """Start `count` processes. settings: obj_set, asset_pack, asset_dir, sim_freq and protocol of the envs."""
         self._kept: collections.OrderedDict[StartState, Settled] = collections.OrderedDict()
-        self._asked: dict[StartState, int] = {}  # the process that settles it
-        self._backlogs = [collections.deque() for _ in range(count)]  # of each process: requests that are not sent yet
-        self._sent = [0] * count  # of each process: requests that are sent and not answered
-        self._processes: list[subprocess.Popen] = []
-        self._connections: list[Connection] = []
+        self._asked: dict[StartState, Settler] = {}  # the process that settles it
+        self._settlers: list[Settler] = []
         try:
             for _ in range(count):
-                self._spawn((env_id, settings))
+                self._settlers.append(Settler((env_id, settings)))
         except BaseException:
             self.close()
             raise
 
-    def _spawn(self, first_message: tuple[str, dict]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-c", SETTLER_CODE, str(theirs.fileno())]
-            self._processes.append(
-                subprocess.Popen(
-                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=worker_environment()
-                )
-            )
-        self._connections.append(Connection(ours.detach()))
-        self._connections[-1].send(first_message)
+    @property
+    def pids(self) -> list[int]:
+        return [settler.pid for settler in self._settlers]
 
     def ask(self, start: StartState) -> None:
         """Request a start state from the process with the fewest requests, unless it is kept or requested already."""
         if start in self._kept or start in self._asked:
             return
-        num_waiting = collections.Counter(self._asked.values())  # of each process
-        k = min(range(len(self._connections)), key=lambda k: num_waiting[k])
-        self._asked[start] = k
-        self._backlogs[k].append(start)
-        self._send(k)
-
-    def _send(self, k: int) -> None:
-        """Send requests from the backlog of process k, as many as it may have."""
-        while self._backlogs[k] and self._sent[k] < AT_ONCE:
-            try:
-                self._connections[k].send(self._backlogs[k][0])
-            except OSError:
-                self._receive(k)  # the process has ended: its last message may give the reason
-                continue
-            self._backlogs[k].popleft()
-            self._sent[k] += 1
+        self._asked[start] = min(self._settlers, key=lambda settler: settler.num_waiting)
+        self._asked[start].ask(start)
 
     def get(self, start: StartState) -> Settled:
-        """The settled state. Raises RuntimeError with the process's message where it could not be computed."""
+        """The settled state. Raises RuntimeError where it cannot be computed."""
         self.ask(start)
         while start not in self._kept:
-            self._receive(self._asked[start])
+            answered, settled = self._asked[start].receive()
+            del self._asked[answered]
+            self._kept[answered] = settled
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         self._kept.move_to_end(start)
         return self._kept[start]
 
-    def _receive(self, k: int) -> None:
-        """Take the next result of process k."""
-        try:
-            kind, start, value = self._connections[k].recv()
-        except (EOFError, OSError):
-            self._fail(k, "it ended without a message")
-        if kind == "error":
-            self._fail(k, value)
-        del self._asked[start]
-        self._sent[k] -= 1
-        self._send(k)
-        self._kept[start] = value
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-
-    def _fail(self, k: int, reason: str) -> NoReturn:
-        raise RuntimeError(f"the process that settles start states ({self._processes[k].pid}) failed: {reason}")
-
     def close(self) -> None:
         """End the processes. A second call does nothing."""
-        for connection in self._connections:
-            connection.close()  # which ends the process
-        for process in self._processes:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._connections, self._processes = [], []
+        settlers, self._settlers = self._settlers, []
+        for settler in settlers:
+            settler.close()
 
 
-def settler_main(connection_fd: int) -> None:
-    """A settler's main loop: build an env without rendering, settle start states, end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the socket
-    connection = Connection(connection_fd)
+def settler_main(connection: Connection) -> None:
+    """A settler's main loop: build an env without rendering, and settle start states."""
+    from envs.gym_env import build
+
+    ((env_id, settings),) = connection.recv()
     try:
-        from envs.gym_env import build
-
-        env_id, settings = connection.recv()
         env = build(env_id, image_size=(16, 16), render_backend="none", **settings)
-        while True:
-            start = connection.recv()
-            connection.send(("ok", start, settled_state(env, start)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the envs, or ended
-    except Exception as error:  # the parent reports it, whatever it is
-        has_clear_message = isinstance(error, ValueError | RuntimeError)
-        message = str(error) if has_clear_message else traceback.format_exc()
-        connection.send(("error", None, message))
-    os._exit(0)
+    except Exception as error:  # the rank reports it
+        connection.send(("refused", traceback.format_exc(), plain(error)))
+        return
+    while True:
+        (start,) = connection.recv()
+        connection.send(("ok", start, settled_state(env, start)))

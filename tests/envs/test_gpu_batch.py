@@ -5,11 +5,14 @@ bookkeeping against EnvGroup's, its index arithmetic on buffers that stand in fo
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -327,11 +330,8 @@ def test_settlers_can_be_asked_for_thousands_at_once(monkeypatch):
     """Neither side waits for the other to read; what is no longer kept is settled again."""
     from envs.gpu import start_states
 
-    answering = (
-        "import sys; from multiprocessing.connection import Connection; c = Connection(int(sys.argv[1])); c.recv()\n"
-        "while True: start = c.recv(); c.send(('ok', start, (start.episode_id, bytes(4000))))"
-    )
-    monkeypatch.setattr(start_states, "SETTLER_CODE", answering)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "helpers"))
+    monkeypatch.setattr(start_states, "SETTLER", "faulty_settler:main")
     monkeypatch.setattr(start_states, "KEPT", 500)
     starts = [variants.decode(MAIN, "train", i) for i in range(3000)]
     settlers = start_states.Settlers(MAIN, 2)
@@ -339,10 +339,37 @@ def test_settlers_can_be_asked_for_thousands_at_once(monkeypatch):
         settlers.ask(start)
     assert [settlers.get(start)[0] for start in starts] == list(range(3000))
     assert len(settlers._kept) <= 500 and not settlers._asked and settlers.get(starts[0])[0] == 0
-    for process in settlers._processes:
-        process.kill()
-    with pytest.raises(RuntimeError, match="settles start states"):
-        settlers.get(variants.decode(MAIN, "train", 5000))
+    settlers.close()
+
+
+def test_a_settler_that_is_lost_is_replaced(monkeypatch):
+    """It may die in between, die or hang at its work, or get the signals of a cluster."""
+    from envs.gpu import start_states
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "helpers"))
+    monkeypatch.setattr(start_states, "SETTLER", "faulty_settler:main")
+    monkeypatch.setattr(start_states, "SECONDS", 0.5)
+    starts = [variants.decode(MAIN, "train", i) for i in range(9)]
+    settlers = start_states.Settlers(MAIN, 1)
+    assert settlers.get(starts[0])[0] == 0
+    pids = settlers.pids
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(pids[0], number)
+    assert settlers.get(starts[1])[0] == 1 and settlers.pids == pids
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.warns(RuntimeWarning, match="killed by SIGKILL"):
+        assert settlers.get(starts[2])[0] == 2
+    os.kill(settlers.pids[0], signal.SIGSTOP)
+    for start in starts[3:6]:
+        settlers.ask(start)
+    with pytest.warns(RuntimeWarning, match="no answer for 0.5 s"):
+        assert [settlers.get(start)[0] for start in starts[3:6]] == [3, 4, 5]
+    monkeypatch.setenv("SOLOVLA_TEST_FAULT", "7")  # a new environment: the next process has it
+    settlers.ask(starts[6])
+    os.kill(settlers.pids[0], signal.SIGKILL)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="start state 7 has lost 3 processes"):
+        assert settlers.get(starts[6])[0] == 6
+        settlers.get(starts[7])
     settlers.close()
 
 

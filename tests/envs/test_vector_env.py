@@ -81,7 +81,7 @@ def test_workers_end_when_the_parent_is_killed():
     code = (
         "import envs, time\n"
         f"v = envs.make_envs({MAIN!r}, 1, image_size=(16, 16), sim_freq=100, num_env_workers=1)\n"
-        "print(v._groups[0]._process.pid, flush=True)\ntime.sleep(60)"
+        "print(v._groups[0].pid, flush=True)\ntime.sleep(60)"
     )
     with warm.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         worker = int(parent.stdout.readline())
@@ -252,7 +252,7 @@ def test_workers_equal_in_process_and_a_killed_one_is_replaced():
         assert same(envs.reset(), start)
         assert same([envs.step(chunk) for chunk in chunks[:2]], undisturbed[:2]) and envs.num_restarts == 0
         assert undisturbed[1][3].all()  # all are in their second episode
-        pids = [group._process.pid for group in envs._groups]
+        pids = [group.pid for group in envs._groups]
         os.kill(pids[1], signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match=r"(?s)envs 1 to 2 .* killed by SIGKILL.*2 episodes are dropped"):
             result = envs.step(chunks[2])
@@ -270,7 +270,7 @@ def test_workers_equal_in_process_and_a_killed_one_is_replaced():
         assert same(rows(result, slice(1, 3)), rows(restarted, slice(1, 3)))
         assert same(rows(result, slice(0, 1)), rows(undisturbed[3], slice(0, 1))) and result[3][0]  # ended meanwhile
         assert envs.num_restarts == 1 and not result[4]["dropped"].any()
-        pids = [group._process.pid for group in envs._groups]
+        pids = [group.pid for group in envs._groups]
     assert not any(map(alive, pids))
 
 
@@ -279,9 +279,8 @@ def fault(tmp_path, monkeypatch) -> Path:
     """The file that makes workers fail (tests/helpers/faulty_worker.py)."""
     path = tmp_path / "fault"
     monkeypatch.setenv("SOLOVLA_TEST_FAULT", str(path))
-    worker = ROOT / "tests" / "helpers" / "faulty_worker.py"
-    code = f"import runpy, sys; sys.argv[0] = {str(worker)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    monkeypatch.setattr(workers, "WORKER_CODE", code)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "helpers"))
+    monkeypatch.setattr(workers, "WORKER", "faulty_worker:main")
     return path
 
 
@@ -329,7 +328,7 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         envs._groups[0]._timeout = 60
         assert infos["dropped"].all() and not infos["valid"].any() and envs.describe() == start
         # a loss found by describe(): the next step's actions were meant for lost episodes and are not executed
-        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        os.kill(envs._groups[0].pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="SIGKILL"):
             assert envs.describe() == start
         _, _, _, _, infos = envs.step(still)
@@ -339,13 +338,13 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         assert envs.num_restarts == 2
 
         resting = envs.step(still)
-        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        os.kill(envs._groups[0].pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="0 episodes are dropped"):
             after = envs.step(still)
         assert same(after, resting) and not after[4]["valid"].any()
 
         envs.reset([7, 8])
-        pid = envs._groups[0]._process.pid
+        pid = envs._groups[0].pid
         fault.write_text("crash")
         with pytest.warns(RuntimeWarning, match=r"(?s)killed by SIGSEGV.*in execute_or_fail"):
             assert envs.step(still)[4]["dropped"].all()
@@ -383,15 +382,15 @@ def test_workers_listen_nowhere_and_ask_nobody(fault):
     with make(2, num_env_workers=2) as envs:
         envs.reset()
         assert listening(os.getpid()) <= before
-        assert not any(listening(group._process.pid) for group in envs._groups)
-        assert all(os.readlink(f"/proc/{group._process.pid}/fd/0") == os.devnull for group in envs._groups)
+        assert not any(listening(group.pid) for group in envs._groups)
+        assert all(os.readlink(f"/proc/{group.pid}/fd/0") == os.devnull for group in envs._groups)
 
 
 def test_a_loss_in_reset_drops_nothing_and_skips_no_episode(fault):
     with make(1, num_env_workers=1, auto_reset=True, seed=5) as envs:
         envs.reset()
         envs.step(np.zeros((1, 1, 7)))
-        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        os.kill(envs._groups[0].pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="0 episodes are dropped"):
             envs.reset()
         assert envs.describe()[0]["episode_id"] == variants.train_episode_id(envs.num_start_states, 5, 0, 1)
@@ -403,7 +402,7 @@ def test_a_loss_in_a_reset_of_some_drops_the_others(fault):
     with make(2, num_env_workers=1) as envs:
         envs.reset([5, 6])
         envs.step(np.zeros((2, 1, 7)))
-        os.kill(envs._groups[0]._process.pid, signal.SIGKILL)
+        os.kill(envs._groups[0].pid, signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="2 episodes are dropped"):
             begun = envs.reset([700_000], env_indices=[1])  # another object than in the first episodes
         assert [(state["episode_id"], state["elapsed_steps"]) for state in envs.describe()] == [(5, 0), (700_000, 0)]
@@ -417,7 +416,7 @@ def test_a_loss_in_a_reset_of_some_drops_the_others(fault):
 def test_no_file_or_process_is_left_behind():
     files = set(os.listdir("/proc/self/fd"))
     envs = make(1, num_env_workers=1)
-    pid = envs._groups[0]._process.pid
+    pid = envs._groups[0].pid
     with pytest.raises(RuntimeError, match="reset"):
         envs.step(np.zeros((1, 1, 7)))
     assert alive(pid)  # a wrong call harms nobody
