@@ -430,7 +430,8 @@ def rollout(
                 dones=outcome.terminations | outcome.truncations,
                 final_values=no_values[:, 0],
             )
-            buffer.forget(rows, outcome.infos["dropped"], before=t - 1)  # lost with a worker: they have begun again
+            lost = outcome.infos["dropped"] | outcome.infos["lost"]  # with a worker: begun again, or given up
+            buffer.forget(rows, lost, before=t - 1)
             episodes += row_dicts(outcome.infos["episode"])
             running[half][outcome.infos["ended"]] = False
         if t < buffer.num_chunks and running[half].any():

@@ -256,6 +256,14 @@ class EnvSlot:
         progress = len(self.actions) / self.spec.max_episode_steps
         return np.append(self.env.privileged_state(), np.float32(progress))
 
+    def check_finite(self) -> None:
+        """Raise RuntimeError where the physics blew up, since neither rewards nor images mean anything then."""
+        if not (np.isfinite(self.episode_return) and np.isfinite(self.env.privileged_state()).all()):
+            raise RuntimeError(
+                f"the simulation of episode {self.episode_id} of {self.spec.env_id} gave numbers that are not finite, "
+                f"{len(self.actions)} actions after its start: use num_env_workers, where such an episode is given up."
+            )
+
     def position(self) -> Position:
         return Position(self.counter, self.episode_id, self.explicit, self.running)
 
@@ -339,6 +347,7 @@ class EnvGroup:
                 out["terminations"][i] = terminated
                 out["truncations"][i] = truncated
                 break
+        slot.check_finite()
         self.images[i] = slot.env.render_image()
 
     def _end_episode(self, i: int, slot: EnvSlot, out: dict) -> None:

@@ -25,7 +25,7 @@ class Episode(Schema):
     success_once: Rate
     success_at_end: Rate
     return_: Finite = Field(alias="return")
-    episode_len: Annotated[float, Field(ge=1, le=10**6)]
+    episode_len: Annotated[float, Field(ge=0, le=10**6)]  # 0: it was lost
     reward: Finite
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     actions: str  # base64 of little-endian float32 [episode_len, 7]

@@ -108,7 +108,7 @@ class HeldOutEpisode(Facts):
     success_once: Rate
     success_at_end: Rate
     return_: Finite = Field(alias="return")
-    episode_len: Annotated[int, Field(ge=1)]
+    episode_len: Annotated[int, Field(ge=0)]  # 0: it was lost
     reward: Finite
     actions: list[Action]
 

@@ -22,6 +22,7 @@ from sameness import as_saved, same
 import envs as world
 from envs import variants, workers
 from envs.vector import VectorEnv
+from vla.evaluation.episodes import is_lost, lost_in_words, run_batch
 from vla.evaluation.vector_env import VectorEnv as Needed
 
 MAIN = "PutOnPlateInScene25Main-v3"
@@ -411,6 +412,48 @@ def test_a_loss_in_a_reset_of_some_drops_the_others(fault):
         assert len(set(obs["task_description"])) == 2 and same(obs, begun)
         infos = envs.step(np.zeros((2, 1, 7)))[4]
         assert infos["valid"].all() and [state["elapsed_steps"] for state in envs.describe()] == [1, 1]
+
+
+class Still:
+    """An actor that does nothing."""
+
+    def begin(self, episode_ids) -> None:
+        self.count = len(episode_ids)
+
+    def restart(self, env: int) -> None:
+        pass
+
+    def act(self, obs: dict, envs: VectorEnv) -> torch.Tensor:
+        return torch.zeros(self.count, 2, 7)
+
+
+@pytest.mark.parametrize("kind", ["crash", "begin", "nan", pytest.param("hang", marks=pytest.mark.full)])
+def test_an_episode_that_loses_its_worker_again_and_again_is_given_up(fault, kind):
+    """It is reported as lost, and the episodes beside it in the same worker are not."""
+    fault.write_text(f"{kind} 8")
+    with make(3, num_env_workers=1, max_episode_steps=4, worker_timeout=20 if kind == "hang" else 300) as envs:
+        with pytest.warns(RuntimeWarning, match="Episode 8 has lost its worker 3 times"):
+            episodes = run_batch(Still(), envs, [7, 8, 9])
+        assert [(one["episode_id"], one["episode_len"], is_lost(one)) for one in episodes] == [
+            (7, 4.0, False),
+            (8, 0.0, True),
+            (9, 4.0, False),
+        ]
+        assert [len(one["actions"]) for one in episodes] == [4, 0, 4] and not episodes[1]["success_once"]
+        assert "8" in lost_in_words(episodes) and lost_in_words(episodes[:1]) == ""
+        assert envs.num_restarts == 3
+        # the next episodes are played as if nothing had happened
+        fault.unlink()
+        assert [one["episode_len"] for one in run_batch(Still(), envs, [8, 10, 11])] == [4.0] * 3
+
+
+def test_a_simulation_that_gives_numbers_that_are_not_finite_says_so(monkeypatch):
+    with make(1) as envs:
+        envs.reset([7])
+        slot = envs._groups[0]._group.slots[0]
+        monkeypatch.setattr(slot.env, "privileged_state", lambda: np.full(45, np.nan, np.float32))
+        with pytest.raises(RuntimeError, match=r"episode 7 of .* not finite, 2 actions after its start: use"):
+            envs.step(np.zeros((1, 2, 7)))
 
 
 def test_no_file_or_process_is_left_behind():

@@ -53,7 +53,7 @@ class FakeEnvs:
         ended = [env for env in range(self.num_envs) if self.t[env] == LENGTH and valid[env].any()]
         success = torch.tensor([float(self.ids[env] % 2) for env in ended])
         infos = {
-            "dropped": torch.zeros(self.num_envs, dtype=torch.bool),
+            **dict.fromkeys(("dropped", "lost"), torch.zeros(self.num_envs, dtype=torch.bool)),
             "valid": valid,
             "ended": torch.tensor(ended, dtype=torch.int64),
             "episode": dict.fromkeys(STATISTICS, success) | {"episode_len": torch.full_like(success, LENGTH)},

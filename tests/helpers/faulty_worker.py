@@ -1,7 +1,7 @@
 """A worker process that fails when a test writes how into the file SOLOVLA_TEST_FAULT. It draws no images.
 
 `test_vector_env.py` starts it in the place of a real one: the same worker_main around the same env. A fault is one of
-"raise", "hang" and "crash", and perhaps the id of the episode in which it happens.
+"raise", "hang", "nan", "crash" and "begin" (a crash when an episode begins), and perhaps the id of the episode.
 """
 
 import os
@@ -14,20 +14,33 @@ import numpy as np
 
 from envs import group, put_on_plate, workers
 
-execute = group.EnvSlot.execute
+execute, begin = group.EnvSlot.execute, group.EnvSlot.begin
+
+
+def fault_of(episode_id: int) -> str:
+    path = Path(os.environ["SOLOVLA_TEST_FAULT"])
+    fault, _, chosen = (path.read_text() if path.exists() else "").partition(" ")
+    return fault if chosen in ("", str(episode_id)) else ""
 
 
 def execute_or_fail(slot, action):
-    path = Path(os.environ["SOLOVLA_TEST_FAULT"])
-    fault, _, episode_id = (path.read_text() if path.exists() else "").partition(" ")
-    if episode_id in ("", str(slot.episode_id)):
-        if fault == "raise":
-            raise ArithmeticError("made to fail")
-        if fault == "hang":
-            time.sleep(1000)
-        if fault == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-    return execute(slot, action)
+    fault = fault_of(slot.episode_id)
+    if fault == "raise":
+        raise ArithmeticError("made to fail")
+    if fault == "hang":
+        time.sleep(1000)
+    if fault == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    result = execute(slot, action)
+    if fault == "nan":
+        slot.env.privileged_state = lambda: np.full(45, np.nan, np.float32)
+    return result
+
+
+def begin_or_fail(slot, episode_id):
+    if fault_of(episode_id) == "begin":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return begin(slot, episode_id)
 
 
 def flat_picture(env) -> np.ndarray:
@@ -35,6 +48,6 @@ def flat_picture(env) -> np.ndarray:
 
 
 def main(connection: Connection) -> None:
-    group.EnvSlot.execute = execute_or_fail
+    group.EnvSlot.execute, group.EnvSlot.begin = execute_or_fail, begin_or_fail
     put_on_plate.PutOnPlateInScene.render_image = flat_picture
     workers.worker_main(connection)

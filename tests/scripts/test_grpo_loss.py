@@ -120,7 +120,7 @@ class Scripted:
         truncations = torch.tensor([False, last, last, False])
         dropped = torch.tensor([False, False, False, self.t == 1])
         ended = (terminations | truncations).nonzero()[:, 0]
-        infos = {"valid": valid, "dropped": dropped, "ended": ended}
+        infos = {"valid": valid, "dropped": dropped, "lost": torch.zeros_like(dropped), "ended": ended}
         infos["episode"] = {"success_once": terminations[ended].float()}
         rewards = torch.where(valid, torch.tensor([[1.0], [0.0], [0.0], [0.3]]), 0.0)
         return Outcome(self.reset([]), rewards, terminations, truncations, infos)

@@ -54,7 +54,7 @@ class FakeEnvs:
         ended = torch.tensor([env for env, length in enumerate(self.ids) if length == self.t], dtype=torch.int64)
         names = ("success_once", "success_at_end", "return", "episode_len", "reward")
         infos = {
-            "dropped": torch.zeros(2, 1, dtype=torch.bool),
+            **dict.fromkeys(("dropped", "lost"), torch.zeros(2, 1, dtype=torch.bool)),
             "valid": running[:, None],
             "ended": ended,
             "episode": {name: torch.ones(len(ended)) for name in names},

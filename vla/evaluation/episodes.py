@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from schemas import UserError
-from vla.distributed import all_gather_lists, rank, world_size
+from vla.distributed import all_gather_lists, print0, rank, world_size
 from vla.evaluation.vector_env import VectorEnv
 from vla.models.policy import uniform_noise
+from vla.text import counted
 
 STATISTICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
 
@@ -109,7 +110,11 @@ def evaluate(
     """
     batches = run_episodes(PolicyActor(policy, temperature), envs, episode_ids, watch, stop)
     episodes = [episode for batch in batches for episode in batch]
-    return episodes if len(episodes) == len(episode_ids) else None
+    if len(episodes) < len(episode_ids):
+        return None
+    if lost := lost_in_words(episodes):
+        print0(f"warning: {lost}")
+    return episodes
 
 
 def mean_statistics(episodes: list[dict]) -> dict[str, float]:
@@ -131,7 +136,7 @@ def run_episodes(
     Yields:
         all ranks' episodes, batch by batch, in the order of episode_ids and the same on every rank. Episodes that had
         not ended when a rank stopped are left out. A dict has episode_id, the STATISTICS, seconds (its share of the
-        batch's seconds) and actions (float32 [episode_len, 7], those that were executed: see replay()).
+        batch's seconds) and actions (float32 [episode_len, 7], those that were executed: see replay() and is_lost()).
     """
     at_once = envs.num_envs * world_size()
     for start in range(0, len(episode_ids), at_once):
@@ -166,7 +171,7 @@ def run_batch(
     while len(ended) < envs.num_envs and not stop.requested:
         actions = torch.as_tensor(actor.act(obs, envs), dtype=torch.float32)  # [N, C, 7]
         obs, rewards, _, _, infos = envs.step(actions)
-        for env in infos["dropped"].nonzero()[:, 0].tolist():  # lost with a worker, and begun again
+        for env in (infos["dropped"] | infos["lost"]).nonzero()[:, 0].tolist():  # begun again, or given up
             actor.restart(env)
             returns[env], executed[env] = 0.0, []
         returns += rewards.sum(dim=1)
@@ -176,7 +181,8 @@ def run_batch(
             watch.add(episode_ids, obs, executed, returns)
         for position, env in enumerate(infos["ended"].tolist()):
             statistics = {name: float(infos["episode"][name][position]) for name in STATISTICS}
-            ended[env] = {"episode_id": int(padded[env])} | statistics | {"actions": np.stack(executed[env])}
+            actions = np.reshape(executed[env], (-1, 7)).astype(np.float32)
+            ended[env] = {"episode_id": int(padded[env])} | statistics | {"actions": actions}
     return [ended[env] for env in range(len(episode_ids)) if env in ended]
 
 
@@ -213,7 +219,7 @@ def replay(envs: VectorEnv, episodes: list[dict], chunk_size: int = 1, stop: Sto
         rows = [np.minimum(range(step, step + chunk_size), len(episode["actions"]) - 1) for episode in episodes]
         actions = np.stack([episode["actions"][row] for episode, row in zip(episodes, rows)])  # [N, C, 7]
         obs, rewards, _, _, infos = envs.step(actions)
-        if infos["dropped"].any():
+        if (infos["dropped"] | infos["lost"]).any():
             raise RuntimeError("a simulation was lost with its worker")
         returns = [total + float(reward) for total, reward in zip(returns, rewards.sum(dim=1))]
         warn_of_differences(envs.env_id, episodes, infos)
@@ -232,6 +238,18 @@ def warn_of_differences(env_id: str, episodes: list[dict], infos: dict) -> None:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def is_lost(episode: dict) -> bool:
+    """Whether the episode was given up, because its simulation was lost again and again. It has no actions."""
+    return not episode["episode_len"]
+
+
+def lost_in_words(episodes: list[dict]) -> str:
+    """A sentence that names the lost episodes, or ""."""
+    ids = [str(episode["episode_id"]) for episode in episodes if is_lost(episode)]
+    listed = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
+    return f"{counted(len(ids), 'episode')} lost their simulation, and count as failed: {listed}" if ids else ""
 
 
 def outcome(episode: dict) -> str:

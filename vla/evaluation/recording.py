@@ -26,7 +26,7 @@ from tqdm import tqdm
 from schemas import UserError
 from vla.distributed import all_gather_lists, barrier, rank, world_size
 from vla.evaluation.episode_log import episode_file, read_episodes, write_episodes
-from vla.evaluation.episodes import Stop, outcome, replay
+from vla.evaluation.episodes import Stop, is_lost, outcome, replay
 from vla.evaluation.montage import clip_folder, write_before_after, write_montage
 from vla.evaluation.vector_env import VectorEnv
 from vla.evaluation.video import VideoWriter, draw_frame, frame_size, resized, save_image
@@ -179,11 +179,12 @@ def record_seen(wanted: dict[Path, dict], seen: Seen, look: Look) -> None:
 def record_share(
     wanted: dict[Path, dict], open_envs: OpenEnvs, look: Look, stop: Stop, watch: Seen | None = None
 ) -> str | None:
-    """Record this rank's videos, from what the policy saw if `watch` has it, else by replay.
+    """Record this rank's videos, from what the policy saw if `watch` has it, else by replay. Lost episodes have none.
 
     Returns:
         what went wrong, or None. Videos that exist are whole.
     """
+    wanted = {path: episode for path, episode in wanted.items() if not is_lost(episode)}
     try:
         if watch is None:
             record_clips(wanted, open_envs, look, stop)
@@ -268,7 +269,8 @@ class Recorder:
         problems = [text for text in all_gather_lists([problem]) if text is not None]
         if rank() == 0:
             shown = [episode for episode in episodes if episode["episode_id"] in done]
-            if len(shown) == len(self.ids) or problems:  # else a rank was asked to stop
+            due = [one for one in episodes if one["episode_id"] in self.ids and not is_lost(one)]
+            if len(shown) == len(due) or problems:  # else a rank was asked to stop
                 problems += self._finish(iteration, partial, shown)
             shutil.rmtree(partial, ignore_errors=True)
             self._warn(iteration, problems)

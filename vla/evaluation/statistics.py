@@ -1,7 +1,7 @@
 """Statistics of episodes: success per setting and per group, tables, and a test whether two checkpoints differ.
 
 results["settings"]["Carrot-v1:test"]    episodes, success_once, success_at_end, return, episode_len, wilson_95,
-                                         seconds, episode_ids and outcomes (one per episode)
+                                         lost, seconds, episode_ids and outcomes (one per episode)
 results["means"]["vision"]               mean over the settings of a group; None if one of them was not run
 results["other_temperatures"]["0.6"]     settings and means of every further temperature
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from schemas import UserError
+from vla.evaluation.episodes import is_lost
 from vla.evaluation.settings import GROUP_OF, GROUPS
 from vla.text import counted, markdown_code, markdown_text
 
@@ -64,6 +65,7 @@ def summarize(episodes: list[dict]) -> dict:
         "episodes": count,
         **means,
         "wilson_95": list(wilson_interval(means["success_once"], count)),
+        "lost": sum(is_lost(episode) for episode in episodes),
         "seconds": round(sum(episode["seconds"] for episode in episodes), 2),
         "episode_ids": [episode["episode_id"] for episode in episodes],
         "outcomes": [{"episode_id": e["episode_id"]} | {name: e[name] for name in OUTCOMES} for e in episodes],
@@ -211,6 +213,8 @@ def headline(results: dict) -> str:
             f"success {percent(rate, list(wilson_interval(rate, count)))} % (success_once, {count} episodes of "
             f"{len(settings)} settings, {temperature_name(temperature)})"
         )
+        if lost := sum(one["lost"] for one in settings):
+            lines.append(f"{counted(lost, 'episode')} of them lost their simulation, and count as failed")
     return "\n".join(lines)
 
 

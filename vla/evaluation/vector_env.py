@@ -26,8 +26,8 @@ class VectorEnv(Protocol):
     An observation is a dict: image uint8 [N, H, W, 3], task_description (N str), and perhaps state float32 [N, S].
 
     infos is a dict: valid bool [N, C] (executed actions), ended int64 [M], final_observation (of those M envs), episode
-    (a dict of float32 [M] per metric), dropped bool [N] (episodes lost with a worker), and perhaps states
-    float32 [N, C, S].
+    (a dict of float32 [M] per metric), dropped bool [N] (episodes lost with a worker), lost bool [N] (episodes that
+    were given up, among `ended`), and perhaps states float32 [N, C, S].
     """
 
     env_id: str
