@@ -7,8 +7,8 @@ without the table have the same bits.
 """
 
 import dataclasses
+import os
 import re
-import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +43,7 @@ def select(config: ShaderConfig) -> None:
 
 
 def write_pack(stock: Path) -> Path | None:
-    """Write SAPIEN's "minimal" pack without its table into the scratch folder, once per machine, user and version.
+    """Write SAPIEN's "minimal" pack without its table into the scratch folder. Files that are there stay as they are.
 
     Returns the folder of the pack, or None where SAPIEN's has unexpected lines or nothing can be written.
 
@@ -51,22 +51,22 @@ def write_pack(stock: Path) -> Path | None:
         RuntimeError: the scratch folder does not belong to this user only.
     """
     try:
-        place = scratch_folder() / f"shaders_{version('sapien')}"
-        if (place / "minimal").is_dir():
-            return place / "minimal"
+        scratch = scratch_folder()
         texts = {path.name: path.read_text() for path in (stock / "minimal").iterdir()}
         slim = {name: LOOKUP.sub("vec2(0)", DECLARATION.sub("", text)) for name, text in texts.items()}
         if slim == texts or any("BRDFLUT" in text for text in slim.values()):
             return None
-        partial = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))
-        shutil.copytree(stock / "common", partial / "common")  # the pack includes these files
-        (partial / "minimal").mkdir()
-        for name, text in slim.items():
-            (partial / "minimal" / name).write_text(text)
-        try:
-            partial.rename(place)  # atomic, because another process may do the same
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
+        files = {Path("minimal") / name: text.encode() for name, text in slim.items()}
+        for path in (stock / "common").iterdir():  # the pack includes these
+            files[Path("common") / path.name] = path.read_bytes()
+        place = scratch / f"shaders_{version('sapien')}"
+        # one by one, since what cleans temporary folders removes old files and leaves their folder
+        for path, content in files.items():
+            if not (place / path).is_file() or (place / path).read_bytes() != content:
+                (place / path).parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as partial:
+                    partial.write(content)
+                os.replace(partial.name, place / path)  # atomic, because another process may do the same
     except OSError:
         return None
-    return place / "minimal" if (place / "minimal").is_dir() else None
+    return place / "minimal"

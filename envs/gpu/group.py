@@ -8,7 +8,8 @@ Differences from EnvGroup, which simulates one env after the other:
   (`envs/gpu/simulation.py` says what PhysX promises there). All replays end together, so they take as long as the
   longest one.
 - An episode is dropped and reported when the state of its row is no longer finite, like an episode whose worker died.
-  The env starts its next episode, or the same one where the caller had given its id.
+  The env starts its next episode, or the same one where the caller had given its id. Such an episode is given up after
+  three losses (MAX_LOSSES), like one that loses its worker.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from envs import episodes, variants
-from envs.group import ACTION_DIM, EnvSpec, empty_result
+from envs.group import ACTION_DIM, EPISODE_METRICS, EnvSpec, empty_result
 from envs.processes import MAX_LOSSES
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class BatchedGroup:
         self.success_once = np.zeros(count, bool)
         self.returns = np.zeros(count)
         self._losses = np.zeros(count, np.int64)  # of each row since its last finite step
+        self._blamed: list[tuple[int | None, int]] = [(None, 0)] * count  # episodes that were lost, and how often
 
     # ----------------------------------------------------------------------------------------------------- episodes
 
@@ -148,7 +150,7 @@ class BatchedGroup:
         dropped = out["dropped"]  # rows whose episode was lost in this chunk
         self._show(np.flatnonzero(began & ~shown & ~dropped))
         self._finish(began & ~self.running & ~dropped, last_states, out)
-        self._replace(np.flatnonzero(dropped))
+        self._replace(np.flatnonzero(dropped), out)
         return out | self.seen()
 
     def _control_step(self, j: int, actions: np.ndarray, active: np.ndarray, out: dict) -> np.ndarray:
@@ -220,19 +222,43 @@ class BatchedGroup:
             self._begin(rows.tolist(), [None] * len(rows))
             self._show(rows)
 
-    def _replace(self, rows: np.ndarray) -> None:
+    def _replace(self, rows: np.ndarray, out: dict) -> None:
         """Begin new episodes in the place of dropped ones. Raises RuntimeError after too many losses in a row."""
         if not len(rows):
             return
         names = ", ".join(f"{self._env_index[i]} (episode {self.episode_ids[i]})" for i in rows)
         self._losses[rows] += 1
+        given_up = [i for i in rows if self.explicit[i] and self._count_loss(i) == MAX_LOSSES]
+        self._losses[given_up] = 0
+        rows = np.setdiff1d(rows, given_up)
         if self._losses.max() >= MAX_LOSSES:
             raise RuntimeError(
                 f"the simulation lost envs {names} {MAX_LOSSES} times in a row: their state is not finite."
             )
         warnings.warn(f"the simulation lost envs {names}: these episodes are dropped.", RuntimeWarning, stacklevel=2)
         self._begin(rows.tolist(), [self.episode_ids[i] if self.explicit[i] else None for i in rows])
-        self._show(rows)
+        self._give_up(given_up, out)
+        self._show(np.union1d(rows, given_up).astype(int))
+
+    def _count_loss(self, i: int) -> int:
+        """How often the present episode of row i was lost."""
+        episode_id, times = self._blamed[i]
+        self._blamed[i] = self.episode_ids[i], times + 1 if episode_id == self.episode_ids[i] else 1
+        return self._blamed[i][1]
+
+    def _give_up(self, rows: list[int], out: dict) -> None:
+        """Report the episodes of these rows as lost. The rows rest at another start state, or go on with it."""
+        self._begin(rows, [None] * len(rows))
+        if not self.spec.auto_reset:
+            self.counters[rows] -= 1  # it is not played
+            self.running[rows] = False
+        for i in rows:
+            state = self._states()[i] if self.spec.privileged else None
+            out["ended"].append((int(i), (0.0,) * len(EPISODE_METRICS), self.world.instructions[i], state))
+            out["truncations"][i] = out["lost"][i] = True
+            out["dropped"][i] = False
+            self.final_images[i] = self.images[i]
+            self._blamed[i] = (None, 0)
 
     # ----------------------------------------------------------------------------------------------------- state
 

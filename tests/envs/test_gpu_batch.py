@@ -790,7 +790,7 @@ def test_the_next_episode_is_settled_beforehand():
 
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_row_that_blows_up_is_dropped(explicit):
-    """Its chunk counts for nothing, it starts over, the others go on; three times in a row end the run."""
+    """Its chunk counts for nothing, it starts over, the others go on. Three times end the run, or a given episode."""
     group, batch = both_groups(3, max_episode_steps=100, ignore_terminations=True)
     ids = [7, 8, 9] if explicit else [None] * 3
     group.reset(ids, [0, 1, 2])
@@ -809,6 +809,14 @@ def test_a_row_that_blows_up_is_dropped(explicit):
     batch.world.lost[:] = False
     assert not batch.step(actions)["dropped"].any()
     batch.world.lost[1] = True
+    if explicit:
+        with pytest.warns(RuntimeWarning):
+            assert batch.step(actions)["dropped"][1]
+            got = batch.step(actions)
+        assert got["lost"].tolist() == [False, True, False] == got["truncations"].tolist() and not got["dropped"].any()
+        assert [(i, metrics) for i, metrics, *_ in got["ended"]] == [(1, (0.0,) * 5)]
+        assert batch.running.tolist() == [True, False, True]
+        return
     with pytest.warns(RuntimeWarning):
         batch.step(actions), batch.step(actions)
         with pytest.raises(RuntimeError, match="3 times in a row"):

@@ -681,6 +681,23 @@ def test_the_smaller_shader_pack_draws_the_same_picture(monkeypatch):
     assert (pictures[0] == pictures[1]).all() and pictures[0].float().std() > 10
 
 
+def test_missing_and_changed_shaders_are_written_again(scratch):
+    """What cleans temporary folders removes old files and leaves their folder."""
+    import sapien
+
+    from envs.assets import shaders
+
+    stock = Path(sapien.__file__).parent / "vulkan_shader"
+    place = shaders.write_pack(stock)
+    whole = {path: path.read_bytes() for path in place.parent.rglob("*.*") if path.is_file()}
+    assert {path.parent.name for path in whole} == {"common", "minimal"}
+    first, second, *_ = whole
+    first.unlink()
+    second.write_text("half of it")
+    assert shaders.write_pack(stock) == place and {path: path.read_bytes() for path in whole} == whole
+    assert [path.name for path in scratch.iterdir()] == [place.parent.name]
+
+
 # ------------------------------------------------------------------ the scratch folder
 @pytest.fixture
 def scratch(tmp_path, monkeypatch) -> Path:
