@@ -33,8 +33,10 @@ from schemas import UserError, flags
 from vla.cli import parse_args
 from vla.distributed import REQUEUE, run_main, user_errors
 from vla.start.checks import check_scene_memory
+from vla.start.launch import job_cores
 
 ENVS_PER_WORKER = 8
+CORES = job_cores()
 HOPELESS = 64  # tries without a success before the script gives up
 
 
@@ -55,8 +57,9 @@ class Args:
     """Objects, tables and receptacles of the episodes: those of training, the unseen ones (test), or both (all)."""
     asset_pack: Literal["builtin", "bridge"] = "builtin"
     """Meshes and textures: made by code (builtin), or the published meshes and photographs (bridge)."""
-    num_env_workers: flags.Processes = os.cpu_count() or 1
-    """Worker processes that simulate the envs. 0 simulates in the script's own process."""
+    num_env_workers: flags.Processes = CORES
+    """Worker processes that simulate the envs, one for each CPU core of the job. 0 simulates in the script's own
+    process."""
     action_noise: flags.NonNegative = 0.0
     """Standard deviation per axis, in metres, of noise that is added to executed actions. The labels stay exact."""
     measured_pose: bool = False
@@ -119,15 +122,16 @@ def main(args: Args) -> None:
                 folder.finish()
             print(f"{folder.folder} already holds {folder.count()} demonstrations")
             return
-        num_envs = ENVS_PER_WORKER * max(1, args.num_env_workers)
-        check_scene_memory(num_envs, args.num_env_workers, args.image_size, "--num_env_workers and --image_size")
+        num_envs = min(ENVS_PER_WORKER * max(1, args.num_env_workers), args.num_demos - folder.count())
+        num_workers = min(args.num_env_workers, num_envs)
+        check_scene_memory(num_envs, num_workers, args.image_size, "--num_env_workers and --image_size")
         envs = make_envs(
             args.env_id,
             num_envs,
             seed=args.seed,
             asset_dir=args.asset_dir,
             max_episode_steps=args.max_episode_steps,
-            num_env_workers=args.num_env_workers,
+            num_env_workers=num_workers,
             **world,
         )
         count, tried = folder.begin()

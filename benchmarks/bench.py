@@ -31,7 +31,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import free_port
-from envs.workers import WORKER_CODE
+from envs.workers import WORKER_TITLE
 from vla.files.run_lines import read_lines
 from vla.logger import cpu_name, describe_run
 from vla.text import without_places
@@ -186,7 +186,7 @@ def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
         while not over.wait(0.2):
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):  # it may be gone, or another user's
-                    if WORKER_CODE.encode() in (process / "cmdline").read_bytes():
+                    if (process / "comm").read_text() == f"{WORKER_TITLE}\n":
                         moved.add(process.name)
                         for thread in (process / "task").iterdir():
                             os.sched_setaffinity(int(thread.name), {cores[1]})

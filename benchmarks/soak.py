@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from envs.workers import WORKER_TITLE  # noqa: E402
 from vla.training.checkpoint import complete_checkpoints, damage  # noqa: E402
 
 SMALL = {
@@ -64,6 +65,7 @@ def processes(mark: str) -> dict[str, list[int]]:
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
                 continue
             command = (folder / "cmdline").read_bytes().split(b"\0")
+            title = (folder / "comm").read_text().strip()
         except OSError:  # it has just ended
             continue
         if b"deepspeed.launcher.launch" in command:
@@ -73,7 +75,7 @@ def processes(mark: str) -> dict[str, list[int]]:
         elif b"train_ppo.py" in command:
             kind = "rank"
         else:
-            kind = "worker" if any(b"worker_main" in word for word in command) else "other"
+            kind = "worker" if title == WORKER_TITLE else "other"
         found[kind].append(int(folder.name))
     return found
 

@@ -156,7 +156,7 @@ def attempts(envs: VectorEnv, recipe: Recipe, first: int, asked_to_end: object =
 def record_start(slots: list[Attempt], obs: dict, envs: Iterable[int]) -> None:
     """Record the first image and the instruction of the attempts that have just begun in these envs."""
     for env in envs:
-        slots[env].demo.images.append(obs["image"][env].numpy())
+        slots[env].demo.images.append(obs["image"][env].numpy().copy())  # a view would keep the images of all envs
         slots[env].demo.instruction = obs["task_description"][env]
 
 
@@ -168,7 +168,7 @@ def record_step(envs: VectorEnv, slots: list[Attempt]) -> dict:
     actions = np.stack([slot.act(state) for slot, state in zip(slots, states)])[:, None]  # [N, 1, 7]
     obs, rewards, _, _, infos = envs.step(actions)
     for slot, image, reward in zip(slots, obs["image"].numpy(), rewards[:, 0].tolist()):
-        slot.demo.images.append(image)
+        slot.demo.images.append(image.copy())
         slot.demo.rewards.append(reward)
     if len(infos["ended"]):
         last_states = envs.env_states()

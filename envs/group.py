@@ -277,12 +277,7 @@ class EnvGroup:
     """The envs of one process: indices offset .. offset + count - 1 of the vector env."""
 
     def __init__(
-        self,
-        spec: EnvSpec,
-        offset: int,
-        images: np.ndarray,
-        final_images: np.ndarray,
-        busy: np.ndarray | None = None,
+        self, spec: EnvSpec, offset: int, images: np.ndarray, final_images: np.ndarray, busy: np.ndarray | None = None
     ):
         """Build the envs. What is written here is read by the vector env.
 

@@ -103,7 +103,7 @@ def plain(error: Exception) -> Exception | None:
 # ---------------------------------------------------------------------- the rank's side
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back the ignored signals, also in a process that is started meanwhile: it would die before it ignores them."""
+    """Hold back the ignored signals, also in a process that starts meanwhile and does not ignore them yet."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
     try:
         yield

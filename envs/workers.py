@@ -36,6 +36,7 @@ from envs.group import EPISODE_METRICS, EnvGroup, EnvSpec, Position, empty_resul
 from envs.processes import MAX_LOSSES, START_SECONDS, Process, ProcessLost, image_arrays, plain, receive_fds
 
 WORKER = "envs.workers:worker_main"
+WORKER_TITLE = "solovla worker"
 
 
 class GroupRefused(ProcessLost):
@@ -53,7 +54,7 @@ class Worker:
     def __init__(self) -> None:
         """Raises ProcessLost where the process cannot be started."""
         self.generation = 0  # the number of its successors so far
-        self.process = Process(WORKER, "solovla worker")
+        self.process = Process(WORKER, WORKER_TITLE)
         self._members: set[int] = set()  # keys of the groups
         self._next_key = 0
         self._answers: dict[int, tuple] = {}  # of groups that have not asked for theirs yet
@@ -82,7 +83,7 @@ class Worker:
         if generation == self.generation:
             self.process.bury()
             self._answers.clear()
-            self.process = Process(WORKER, "solovla worker")
+            self.process = Process(WORKER, WORKER_TITLE)
             self.generation += 1
 
     def receive(self, key: int, seconds: float, name) -> tuple:
@@ -325,9 +326,9 @@ class WorkerGroup:
 
     # ----------------------------------------------------------------------------------------------------- messages
 
-    def _send(self, method: str, args: tuple) -> None:
+    def _send(self, method: str, arguments: tuple) -> None:
         if self._generation == self.worker.generation:  # else `_receive` notices the loss
-            self.worker.process.send(self._key, method, args)
+            self.worker.process.send(self._key, method, arguments)
 
     def _receive(self, starting: bool = False) -> Any:
         """The next answer to this group. Raises ProcessLost where there is none."""

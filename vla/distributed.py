@@ -33,7 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from schemas import CommonError, UserError
 from vla import ROOT
 from vla.start.extensions import keep_ops
-from vla.start.launch import LAUNCHER, Launch, command_of, launched, parent_of
+from vla.start.launch import LAUNCHER, Launch, command_of, job_cores, launched, parent_of
 from vla.start.terminal import DEBUG, debugging, say_last
 
 LAUNCHER_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -268,7 +268,7 @@ def setup_distributed(seed: int) -> torch.device:
     keep_ops()
     if "OMP_NUM_THREADS" not in os.environ:  # launchers do not set it, and ranks would compete for the cores
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(ranks_here)))
+        torch.set_num_threads(max(1, min(job_cores(), (os.cpu_count() or 1) // int(ranks_here))))
     try:
         deepspeed.init_distributed(verbose=False, init_method=where_ranks_meet())
     except (dist.DistNetworkError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A settler that simulates nothing: a result is the episode id and 4,000 bytes. It dies at the id SOLOVLA_TEST_FAULT."""
+"""A settler that simulates nothing. A result is the episode id and 4,000 bytes. It dies at SOLOVLA_TEST_FAULT's id."""
 
 import os
 from multiprocessing.connection import Connection

@@ -24,7 +24,7 @@ from torch.utils.file_baton import FileBaton
 from vla.distributed import UserError
 from vla.start import extensions
 from vla.start.extensions import Lock
-from vla.start.launch import launched
+from vla.start.launch import job_cores, launched
 
 HOLD = """
 import sys
@@ -696,3 +696,31 @@ def test_a_run_outlasts_its_streams(tmp_path, redirected):
     )
     assert run.returncode == 0 and "Traceback" not in run.stderr and "Broken" not in run.stderr, run.stderr
     assert int((tmp_path / "number").read_text()) > 2
+
+
+# ---------------------------------------------------------------------- the cores of a job
+BOTH = "cpu,cpuacct/a/cpu.cfs_"  # version 1
+
+
+@pytest.mark.parametrize(
+    "groups, files, cores",
+    [
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000"}, 64),
+        ("4:cpu,cpuacct:/a\n0::/\n", {f"{BOTH}quota_us": "400000", f"{BOTH}period_us": "100000"}, 4),
+        ("4:cpu,cpuacct:/a\n", {f"{BOTH}quota_us": "-1", f"{BOTH}period_us": "100000"}, 64),
+        (None, {}, 64),
+    ],
+)
+def test_the_cores_of_a_job_are_those_that_it_may_use(tmp_path, monkeypatch, groups, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    listed = tmp_path / "listed"
+    if groups is not None:
+        listed.write_text(groups)
+    assert job_cores(listed, tmp_path) == cores
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
+    assert job_cores(listed, tmp_path) == min(cores, 3)

@@ -4,6 +4,7 @@ A variable that a scheduler or an earlier shell left behind would make a process
 started.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,40 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
         check_no_tasks(environment)
     here = numbers.get("LOCAL_WORLD_SIZE", numbers.get("LOCAL_SIZE", world_size))
     return Launch(rank, world_size, here, numbers.get("LOCAL_RANK", 0))
+
+
+def job_cores(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """The number of CPU cores that this job may use on this machine, which may have more.
+
+    It is the smallest of what the scheduler allows this process, what Slurm gave to the job here (SLURM_CPUS_ON_NODE),
+    and the limits of its control groups, rounded up.
+
+    Args:
+        groups: the file that names the control groups. mounted: where they are.
+    """
+    cores = [len(os.sched_getaffinity(0))]
+    if (given := os.environ.get("SLURM_CPUS_ON_NODE", "")).isdecimal():
+        cores.append(int(given))
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = mounted / controllers if controllers else mounted  # version 1, or version 2
+        place = root / name.lstrip("/")
+        cores += [limit for folder in (place, *place.parents) if folder.is_relative_to(root) for limit in quota(folder)]
+    return max(1, min(cores))
+
+
+def quota(folder: Path) -> list[int]:
+    """The cores that a control group allows, or an empty list where it has no limit."""
+    try:
+        if (folder / "cpu.max").exists():  # version 2
+            limit, period = (folder / "cpu.max").read_text().split()
+        else:
+            limit, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return [math.ceil(int(limit) / int(period))] if int(limit) > 0 else []
+    except (OSError, ValueError, ZeroDivisionError):  # "max", no such file
+        return []
 
 
 def number_in(name: str, text: str) -> int:
