@@ -555,7 +555,7 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
     check_rollout_memory(args.model_path, launch.ranks_here * sizes.num_chunks * sizes.local_num_envs)
     check_scene_memory(
         launch.ranks_here * (sizes.local_num_envs + sizes.local_num_eval_envs),
-        launch.ranks_here * (sizes.num_env_workers + sizes.num_eval_env_workers),
+        launch.ranks_here * max(sizes.num_env_workers, sizes.num_eval_env_workers),
         args.image_size,
         "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
     )
@@ -582,7 +582,7 @@ def main(args: Args) -> None:
         model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
         envs = make_envs(args.env_id, N, **world)
-        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, beside=envs, **eval_world)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
@@ -610,7 +610,7 @@ def main(args: Args) -> None:
             **pick(args, Logger),
         )
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
-        open_envs = partial(make_envs, args.env_id, **eval_world)
+        open_envs = partial(make_envs, args.env_id, beside=envs, **eval_world)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), asdict(sizes), world_size(), asdict(Args())))

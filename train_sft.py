@@ -394,7 +394,7 @@ def main(args: Args) -> None:
         )
         sizes = {"num_iterations": num_iterations, "local_batch_size": local_batch_size, "num_samples": len(demos)}
         preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
-        open_envs = partial(make_envs, args.env_id, **eval_world)
+        open_envs = partial(make_envs, args.env_id, beside=eval_envs, **eval_world)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), sizes, world_size(), asdict(Args())))

@@ -37,6 +37,7 @@ __all__ = [
 def make_envs(
     env_id: str,
     num_envs: int,
+    beside: VectorEnv | None = None,
     *,
     obj_set: str = "train",
     asset_pack: str = "builtin",
@@ -66,6 +67,8 @@ def make_envs(
     and protocol are for the family only.
 
     Args:
+        beside: other envs, whose workers also simulate these. The two take turns, as training and evaluation do, and
+            may differ in everything else. Further workers are started only if more are asked for than there are.
         obj_set: "train" | "test" | "all", the set of objects, receptacles and tables that episodes use.
         asset_pack: "builtin" (made by code, no download) or "bridge" (the published meshes and photographs).
         asset_dir: the first folder to search for the files of "bridge", or a data set on the Hub, which is fetched.
@@ -126,7 +129,7 @@ def make_envs(
         privileged,
         reward_mode,
     )
-    return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout)
+    return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout, beside)
 
 
 def control_mode(env_id: str) -> str:

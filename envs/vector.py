@@ -29,7 +29,7 @@ from torch import Tensor
 from envs import episodes
 from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
 from envs.local import LocalGroup
-from envs.workers import WorkerGroup
+from envs.workers import Worker, WorkerGroup
 from schemas import UserError
 
 # Largest action per dimension. These are the bounds of the family's controller, and no sensible action is beyond them.
@@ -72,9 +72,14 @@ class VectorEnv:
     """N envs, made by `envs.make_envs`. The head of this file shows how to use them. All results are copies."""
 
     def __init__(
-        self, spec: EnvSpec, num_env_workers: int = 0, pipeline_stages: int = 1, worker_timeout: float = 300.0
+        self,
+        spec: EnvSpec,
+        num_env_workers: int = 0,
+        pipeline_stages: int = 1,
+        worker_timeout: float = 300.0,
+        beside: VectorEnv | None = None,
     ):
-        """Build the envs.
+        """Build the envs. beside: envs whose workers simulate these, too.
 
         Raises:
             ValueError, RuntimeError: settings that cannot work, missing files, or an env that cannot be built.
@@ -91,7 +96,8 @@ class VectorEnv:
         self._in_flight: set[int] = set()  # halves between step_async and step_wait
         self._started = False
         self._latest: list[dict] = []  # the latest observation of each half
-        self._guarded(self._open, in_workers, num_env_workers, worker_timeout)
+        hosts = beside.workers if in_workers and beside is not None else []
+        self._guarded(self._open, in_workers, num_env_workers, worker_timeout, hosts)
 
     def _cut_into_groups(self, num_workers: int, pipeline_stages: int) -> None:
         """Distribute the envs over halves, and each half over its groups. A group is one worker or this process."""
@@ -105,16 +111,21 @@ class VectorEnv:
             self._bounds += _cut(lower, upper, num_groups)
             self._groups_of.append(range(first, first + num_groups))
 
-    def _open(self, in_workers: bool, num_env_workers: int, worker_timeout: float) -> None:
-        """Build all groups. Workers build theirs at the same time."""
-        for lower, upper in self._bounds:
+    def _open(self, in_workers: bool, num_env_workers: int, worker_timeout: float, hosts: list[Worker]) -> None:
+        """Build all groups, in the hosts as long as there are some. Workers build theirs at the same time."""
+        for (lower, upper), host in itertools.zip_longest(self._bounds, hosts[: len(self._bounds)]):
             if in_workers:
-                group = WorkerGroup(self._spec, lower, upper - lower, worker_timeout)
+                group = WorkerGroup(self._spec, lower, upper - lower, worker_timeout, host)
             else:
                 group = LocalGroup(self._spec, lower, upper - lower, worker_timeout, max(1, num_env_workers))
             self._groups.append(group)
         for group in self._groups:
             group.built()
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The workers that simulate these envs. There are none without num_env_workers."""
+        return [group.worker for group in self._groups if isinstance(group, WorkerGroup)]
 
     @property
     def num_restarts(self) -> int:

@@ -275,6 +275,43 @@ def test_workers_equal_in_process_and_a_killed_one_is_replaced():
     assert not any(map(alive, pids))
 
 
+def test_evaluation_runs_in_the_workers_of_training():
+    """Other envs take turns with the training's in its workers. Neither notices, until a worker is lost."""
+    actions = busy_actions(3, 12, seed=3)
+    chunks = [actions[:, t : t + 2] for t in range(0, 12, 2)]
+    training = dict(auto_reset=True, max_episode_steps=5, seed=2)
+    other = dict(image_size=(32, 24), max_episode_steps=3, obj_set="test", privileged=True)
+
+    def evaluation(envs) -> list:
+        return [envs.reset([5, 6]), *(envs.step(chunk[:2]) for chunk in chunks[:2])]
+
+    with make(3, **training) as envs, make(2, **other) as beside:
+        undisturbed, evaluated = [envs.reset(), *map(envs.step, chunks)], evaluation(beside)
+    files = set(os.listdir("/proc/self/fd"))
+    envs = make(3, num_env_workers=2, **training)
+    with make(2, beside=envs, num_env_workers=2, **other) as beside:
+        pids = [worker.process.pid for worker in envs.workers]
+        assert [group.pid for group in beside._groups] == pids
+        assert same([envs.reset(), *map(envs.step, chunks[:2])], undisturbed[:3])
+        assert same(evaluation(beside), evaluated)
+        assert same(envs.step(chunks[2]), undisturbed[3])
+        envs.step_async(chunks[3])  # a step that nobody has waited for yet
+        assert same(evaluation(beside), evaluated) and same(envs.step_wait(), undisturbed[4])
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="killed by SIGKILL"):
+            begun = beside.reset([5, 6])
+        assert same(begun, evaluated[0]) and beside.num_restarts == 1
+        with pytest.warns(RuntimeWarning, match="was lost while it simulated other envs"):
+            infos = envs.step(chunks[4])[4]
+        assert infos["dropped"].tolist() == [True, False, False] and envs.num_restarts == 1
+        assert same([beside.step(chunk[:2]) for chunk in chunks[:2]], evaluated[1:])  # the loss was not its own
+    with make(2, beside=envs, num_env_workers=2, **other) as again:  # as videos have it
+        assert same(evaluation(again), evaluated)
+    assert not envs.step(chunks[5])[4]["dropped"].any()
+    envs.close()
+    assert not any(map(alive, pids)) and set(os.listdir("/proc/self/fd")) == files
+
+
 @pytest.fixture
 def fault(tmp_path, monkeypatch) -> Path:
     """The file that makes workers fail (tests/helpers/faulty_worker.py)."""

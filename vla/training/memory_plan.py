@@ -359,12 +359,12 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     own = numel(trained, num_gpus if recipe.zero_stage else 1)  # elements that this rank's optimizer steps on
     frozen_bytes = width * numel(frozen, shards)
     train_envs, eval_envs = recipe.num_envs // num_gpus, max(1, recipe.num_eval_envs // num_gpus)
-    workers = [min(recipe.num_env_workers, envs) for envs in (train_envs, eval_envs)]
+    workers = min(recipe.num_env_workers, max(train_envs, eval_envs))  # evaluation runs in those of training
 
     weights = {Use.TRAINED: width * numel(trained, shards), Use.FROZEN: frozen_bytes}
     copy = {Use.COPY: width * numel(everything)} if sharded else {}
     optimizer, gradients, step = optimizer_bytes(recipe, own, width * min(BUCKET_ELEMENTS, numel(trained)))
-    renderers = sum(workers) + (0 in workers)  # the rank itself renders the envs that have no workers
+    renderers = max(workers, 1)  # the rank itself renders the envs that have no workers
     system = {Use.CONTEXT: ASSUMED_CONTEXT, Use.RENDERERS: renderers * ASSUMED_RENDERER}
     activations = update_bytes(policy, recipe.gradient_checkpointing, recipe.micro_batch_size)
     update = weights | optimizer | gradients | {Use.ACTIVATIONS: activations} | step | system
@@ -383,7 +383,7 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
         host["moved out between the stages"] = 16 * own + frozen_bytes
     host["start of the iteration"] = 12 * own  # the copy of preemption.py
     host["rollout buffer"] = buffer_bytes(policy, recipe, num_gpus)
-    host["processes (assumed)"] = ASSUMED_RANK + sum(workers) * ASSUMED_WORKER
+    host["processes (assumed)"] = ASSUMED_RANK + workers * ASSUMED_WORKER
     ranks_per_node = min(num_gpus, gpus_per_node)
     return Plan(rollout, update, {use: ranks_per_node * size for use, size in host.items()})
 
