@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py grid            12 iterations at once, against 5, kill -9 of a rank and 7 more. ZeRO 0,
                                               2 and 3 on one and two ranks, with equal metrics after the resume
-    python benchmarks/soak.py kills           20 kills at random times: launcher, its helper, a rank, an env worker
+    python benchmarks/soak.py kills           20 kills at random times: launcher, its helper, a rank, an env worker, or
+                                              the process that starts workers
 
 It uses CPU ranks, in a temporary folder or in --folder. The exit code is 1 if anything is wrong.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from envs.processes import SERVER_TITLE  # noqa: E402
 from envs.workers import WORKER_TITLE  # noqa: E402
 from vla.training.checkpoint import complete_checkpoints, damage  # noqa: E402
 
@@ -59,7 +61,7 @@ def start(ranks: int, mark: str, log: Path, **flags: object) -> subprocess.Popen
 
 def processes(mark: str) -> dict[str, list[int]]:
     """Everything started under a mark that is alive, by what it is."""
-    found: dict[str, list[int]] = {"launcher": [], "helper": [], "rank": [], "worker": [], "other": []}
+    found: dict[str, list[int]] = {kind: [] for kind in ("launcher", "helper", "rank", "server", "worker", "other")}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
@@ -75,7 +77,7 @@ def processes(mark: str) -> dict[str, list[int]]:
         elif b"train_ppo.py" in command:
             kind = "rank"
         else:
-            kind = "worker" if title == WORKER_TITLE else "other"
+            kind = {WORKER_TITLE: "worker", SERVER_TITLE: "server"}.get(title, "other")
         found[kind].append(int(folder.name))
     return found
 
@@ -129,7 +131,7 @@ def grid(folder: Path, stages: list[int], all_ranks: list[int]) -> None:
 def kills(folder: Path, rounds: int, seed: int) -> None:
     """Each round starts or resumes the run, and kills something at a random time from its start to its tenth iteration.
 
-    A killed env worker ends nothing, once all envs are made: its rank starts another, and the round ends with the next
+    A killed env worker or server ends nothing, once all envs are made: its rank starts another, and the round ends with the next
     victim.
     """
     choose = random.Random(seed)
@@ -148,17 +150,20 @@ def kills(folder: Path, rounds: int, seed: int) -> None:
         time.sleep(delay)
         while True:
             alive = processes(mark)
-            kind = choose.choice([kind for kind in ("launcher", "helper", "rank", "worker") if alive[kind]] or ["none"])
+            kind = choose.choice(
+                [kind for kind in ("launcher", "helper", "rank", "server", "worker") if alive[kind]] or ["none"]
+            )
             if kind == "none":  # an env worker that dies while the envs are made ends the run
                 print("       -      after the worker:", end="  ")
                 if launcher.wait() == 0:
                     raise SystemExit(f"the run ended by itself with 0, see {log}")
                 break
-            how = choose.choice([signal.SIGKILL, signal.SIGTERM]) if kind != "worker" else signal.SIGKILL
+            replaced = kind in ("server", "worker")
+            how = signal.SIGKILL if replaced else choose.choice([signal.SIGKILL, signal.SIGTERM])
             os.kill(choose.choice(alive[kind]), how)
             killed += 1
             print(f"{killed:3}  {time.monotonic() - begin:5.1f} s  {kind:8} {how.name:7}", end="  ", flush=True)
-            if kind != "worker":
+            if not replaced:
                 break
             time.sleep(choose.uniform(2, 10))
             print("", flush=True)

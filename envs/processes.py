@@ -52,6 +52,7 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 STACK_SIGNAL = signal.SIGRTMIN + 2  # asks a process for its stacks. Nobody else sends it
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
+SERVER_TITLE = "solovla server"
 SERVER_CODE = "import sys; from envs.processes import serve; serve(int(sys.argv[1]))"
 FRESH_CODE = "import sys; from envs.processes import run; run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 IMPORTED = ("envs.workers", "envs.gpu.start_states", "envs.gym_env", "envs.maniskill_task")  # by the server
@@ -325,7 +326,7 @@ def serve(control_fd: int) -> NoReturn:
     failure or None, and a process id, an exit code or None, and None.
     """
     ignore_signals()
-    name_this_process("solovla server")
+    name_this_process(SERVER_TITLE)
     control = Connection(control_fd)
     with contextlib.suppress(Exception):  # a fork imports it again, and reports the error
         for module in IMPORTED:

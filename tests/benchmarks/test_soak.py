@@ -3,9 +3,16 @@
 import pytest
 from launching import python
 
-pytestmark = [pytest.mark.slow, pytest.mark.full]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.full)])
+def test_a_storm_among_workers_and_settlers_leaves_nothing_behind(rounds):
+    run = python("benchmarks/storm.py", "--rounds", str(rounds), timeout=7200)
+    assert run.returncode == 0 and "nothing was wrong" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
 
 
+@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("words", [["grid"], ["kills", "--rounds", "6"]], ids=" ".join)
 def test_killed_runs_resume(tmp_path, words):
     run = python("benchmarks/soak.py", *words, "--folder", tmp_path, timeout=7200)
