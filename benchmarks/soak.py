@@ -131,8 +131,8 @@ def grid(folder: Path, stages: list[int], all_ranks: list[int]) -> None:
 def kills(folder: Path, rounds: int, seed: int) -> None:
     """Each round starts or resumes the run, and kills something at a random time from its start to its tenth iteration.
 
-    A killed env worker or server ends nothing, once all envs are made: its rank starts another, and the round ends with the next
-    victim.
+    A killed env worker or server ends nothing, once all envs are made: its rank starts another, and the round ends with
+    the next victim.
     """
     choose = random.Random(seed)
     mark, run_dir, log = uuid.uuid4().hex, folder / "run", folder / "log"
@@ -150,9 +150,7 @@ def kills(folder: Path, rounds: int, seed: int) -> None:
         time.sleep(delay)
         while True:
             alive = processes(mark)
-            kind = choose.choice(
-                [kind for kind in ("launcher", "helper", "rank", "server", "worker") if alive[kind]] or ["none"]
-            )
+            kind = choose.choice([kind for kind in alive if kind != "other" and alive[kind]] or ["none"])
             if kind == "none":  # an env worker that dies while the envs are made ends the run
                 print("       -      after the worker:", end="  ")
                 if launcher.wait() == 0:
