@@ -44,6 +44,7 @@ from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
 from schemas import check, flags, is_taken, read_json
 from schemas.evaluations import Identity, Published, Results, RunFlags
+from schemas.flags import hulls_before
 from schemas.hub import name_of as model_name
 from schemas.hub import repo_of, small_folder
 from schemas.lock import check_free, hold_folder
@@ -98,6 +99,7 @@ WORLD_FLAGS = (
     "asset_pack",
     "asset_dir",
     "protocol",
+    "hulls",
     "image_size",
     "sim_freq",
     "sim_backend",
@@ -175,6 +177,9 @@ class Args:
     it, they are in ManiSkill's folder (`python doctor.py --download`)."""
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
     """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
+    hulls: Literal["gpu", "cpu"] = "gpu"
+    """Convex hulls of the published meshes: those of PhysX's GPU simulation, as in published results, or of its CPU
+    simulation. They decide how bodies roll and lie. The builtin pack has no meshes."""
     image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)
     """Width and height of the camera image in pixels. The camera's pose and field of view stay the same."""
     sim_freq: flags.Hertz = 500
@@ -258,6 +263,7 @@ def find_checkpoint(path: str) -> tuple[Path, dict]:
         raise UserError(f"--checkpoint {path} is not a checkpoint, since {folder} has no config.json: give another one")
     run_args = args_of(folder)
     saved = read_json(run_args, dict[str, Any], REMEDY) if run_args else {}
+    saved |= hulls_before(saved)
     check_complete(folder, check(RunFlags, saved, str(run_args), REMEDY))
     return folder, saved
 
@@ -616,7 +622,7 @@ def compare_videos(
     """
     if not pairs:
         return [], None
-    world = {"reward_mode": None} | world  # left out where it is not set
+    world = {"reward_mode": None, "hulls": None} | world  # left out where they mean nothing
     names = {*WORLD_FLAGS, "ignore_terminations"} - {"asset_dir"}  # a folder of one machine
     if lacking := sorted(names - world.keys()):
         raise UserError(f"results.json has no world.{lacking[0]}, so the episodes cannot be replayed")
@@ -655,6 +661,8 @@ def identity_of(args: Args, checkpoint: Path | None) -> dict:
     del world["asset_dir"]  # a folder of this machine
     if args.reward_mode is None:
         del world["reward_mode"]  # evaluations of before version 0.4.0 have none
+    if args.asset_pack != "bridge":
+        del world["hulls"]  # there are no meshes
     return {
         "policy": args.policy,
         "weights": all_gather_lists([weights])[0],
@@ -686,7 +694,9 @@ def print_start(args: Args, name: str, num_settings: int, folder: Path) -> None:
     print0(f"{name}: {counted(num_settings, 'setting')} x {counted(args.num_episodes, 'episode')} -> {folder}")
     of_model = f"{args.unnorm_key} statistics, {args.dtype}, " if args.policy == "checkpoint" else ""
     width, height = args.image_size
-    print0(f"{of_model}{width} x {height} pixels, {args.sim_freq} Hz physics, {args.max_episode_steps} steps")
+    of_meshes = f", {args.hulls} hulls" if args.asset_pack == "bridge" else ""
+    of_world = f"{width} x {height} pixels, {args.sim_freq} Hz physics{of_meshes}, {args.max_episode_steps} steps"
+    print0(f"{of_model}{of_world}")
 
 
 def envs_of(args: Args, setting: Setting) -> OpenEnvs:

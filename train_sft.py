@@ -163,6 +163,9 @@ class Args:
     it, they are in ManiSkill's folder (`python doctor.py --download`)."""
     protocol: Literal["rl4vla", "rlinf"] = "rl4vla"
     """Rules of the scene: those of RL4VLA, or RLinf's version of them to compare with RLinf's published table."""
+    hulls: Literal["gpu", "cpu"] = "gpu"
+    """Convex hulls of the published meshes: those of PhysX's GPU simulation, as in published results, or of its CPU
+    simulation. They decide how bodies roll and lie. The builtin pack has no meshes."""
     image_size: tuple[flags.Pixels, flags.Pixels] = (640, 480)
     """Width and height of the camera image in pixels. The camera's pose and field of view stay the same."""
     sim_freq: flags.Hertz = 500

@@ -53,6 +53,7 @@ def make_envs(
     auto_reset: bool = False,
     ignore_terminations: bool = False,
     protocol: str = "rl4vla",
+    hulls: str | None = "gpu",
     seed: int = 0,
     first_env: int = 0,
     instruction: str | None = None,
@@ -91,6 +92,9 @@ def make_envs(
         ignore_terminations: success does not end an episode.
         protocol: "rl4vla" has spawning, settling, reward and success of arXiv 2505.19789. "rlinf" follows RLinf where
             it differs, for comparison with its table (`envs/put_on_plate.py` has the list).
+        hulls: convex hulls of the published meshes: "gpu" for those of PhysX's GPU simulation, with which the published
+            results were made, or "cpu" for the finer ones of its CPU simulation. A process has one kind, and so have
+            all its envs. "builtin" has no such meshes and ignores it.
         seed, first_env: env i follows training stream (seed, first_env + i). first_env is this rank's offset.
         instruction: the instruction for the policy in an env that is not of the family.
         privileged: observations also hold `state`, float32 [N, S], for critics. It is `privileged_state` of
@@ -128,6 +132,7 @@ def make_envs(
         renderer,
         privileged,
         reward_mode,
+        hulls if asset_pack == "bridge" else None,
     )
     return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout, beside)
 
@@ -152,6 +157,8 @@ def check_envs(env_id: str, num_envs: int, **settings) -> None:
     group.check_render_backend(settings["render_backend"], simulator)
     spec_fields = group.EnvSpec.__dataclass_fields__.keys() - {"sim_backend", "render_backend"}
     chosen = {name: value for name, value in settings.items() if name in spec_fields}
+    if settings["asset_pack"] != "bridge":
+        chosen["hulls"] = None
     spec = group.EnvSpec(env_id, num_envs, **chosen, sim_backend=simulator)
     spec.check(workers, stages, settings["worker_timeout"])
     group.check_module(env_id)

@@ -51,6 +51,7 @@ from schemas.demonstrations import (
     Try,
     arrays_of,
 )
+from schemas.flags import hulls_before
 from schemas.lock import LOCK, lock_folder
 
 PART_SIZE = 50  # episodes
@@ -76,6 +77,7 @@ class Recipe:
     max_translation: float  # m per step
     max_rotation: float  # rad per step
     measured_pose: bool = False  # the expert acts on the measured pose of the arm, which is what an image shows
+    hulls: str | None = None  # None where the asset pack has no meshes
 
 
 @dataclass
@@ -218,6 +220,7 @@ class DemoFolder:
         self._lock = lock_folder(folder, f"--output {folder}") if begun.exists() else None
 
     def _check_same_recipe(self, before: dict) -> None:
+        before |= hulls_before(before)
         for key, value in vars(self.recipe).items():
             if before.get(key) != value:
                 raise UserError(
@@ -610,12 +613,11 @@ class Demos:
             raise UserError(f"{folder}/trajectory.h5 keeps no step of any episode: {remedy}")
 
     def check_world(
-        self, *, env_id: str, asset_pack: str, protocol: str, image_size: tuple[int, int], sim_freq: int
+        self, *, env_id: str, asset_pack: str, protocol: str, hulls: str, image_size: tuple[int, int], sim_freq: int
     ) -> None:
         """Raise UserError where one of these settings differs from the set's own."""
-        given = dict(
-            env_id=env_id, asset_pack=asset_pack, protocol=protocol, image_size=list(image_size), sim_freq=sim_freq
-        )
+        given = dict(env_id=env_id, asset_pack=asset_pack, protocol=protocol, hulls=hulls)
+        given |= dict(image_size=list(image_size), sim_freq=sim_freq)
         for key, value in given.items():
             made = self.recipe[key]
             if made is not None and made != value:

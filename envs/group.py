@@ -31,6 +31,7 @@ REPLAY_KEYS = (
     "max_episode_steps",
     "ignore_terminations",
     "protocol",
+    "hulls",
     "seed",
     "instruction",
     "sim_backend",
@@ -63,6 +64,7 @@ class EnvSpec:
     render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: what renders the images of physx_cpu
     privileged: bool = False  # observations also hold the simulator's state
     reward_mode: str | None = None  # ManiSkill's, in an env that is not of the family
+    hulls: str | None = None  # "gpu" or "cpu" where the asset pack has meshes, else None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -80,6 +82,8 @@ class EnvSpec:
         if self.sim_backend == "physx_cuda":
             self._check_batch(pipeline_stages)
         variants.check_protocol(self.protocol)
+        if self.hulls not in (None, "gpu", "cpu"):
+            raise ValueError(f"unknown hulls {self.hulls!r}: use gpu or cpu.")
         if self.asset_pack not in variants.ASSET_PACKS:
             raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
 
@@ -133,6 +137,10 @@ class EnvSpec:
         if not episodes.in_family(self.env_id):
             raise ValueError(
                 f"sim_backend='physx_cuda' is for the {episodes.FAMILY} family: use 'physx_cpu' for {self.env_id}."
+            )
+        if self.hulls == "cpu":
+            raise ValueError(
+                "sim_backend='physx_cuda' simulates with the GPU's hulls: leave hulls='cpu' out, or use 'physx_cpu'."
             )
         if pipeline_stages != 1:
             raise ValueError(
@@ -464,5 +472,6 @@ def _build_env(spec: EnvSpec) -> PutOnPlateInScene | ManiSkillTask:
         image_size=spec.image_size,
         sim_freq=spec.sim_freq,
         protocol=spec.protocol,
+        hulls=spec.hulls,
         render_backend=spec.render_backend,
     )

@@ -35,6 +35,8 @@ from mani_skill.sensors.camera import Camera, parse_camera_configs
 from mani_skill.utils import download_asset
 from mani_skill.utils.registration import REGISTERED_ENVS
 
+from envs.assets import hulls
+
 CONTROL_MODE = "pd_ee_delta_pose"
 
 
@@ -50,6 +52,7 @@ class ManiSkillTask:
         reward_mode: str | None = None,
     ):
         self.env_id, self.instruction, self.image_size, self.reward_mode = env_id, instruction, image_size, reward_mode
+        hulls.choose("cpu")  # what these envs have in a process of their own
         self.env = _make(env_id, image_size, render_backend, reward_mode)
         self.episode_id: int | None = None
         self.success = False

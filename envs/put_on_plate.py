@@ -12,6 +12,7 @@ Differences from RL4VLA's env (arXiv 2505.19789), with their reasons:
 - The object is moved during the episode by each env's own step count.
 - In MultiCarrot test, one distractor in eight was the object itself. Here it is another body (see `variants.decode`).
 - The reward is part of the task. Resolution and sim_freq are parameters, and control stays at 5 Hz.
+- `hulls="gpu"`, the default, has the published convex hulls of meshes on a CPU, too (`envs/assets/hulls.py`).
 
 `protocol="rlinf"` follows RLinf (arXiv 2510.06710) where it differs from RL4VLA, for comparison with its table:
 - Nothing settles. The first image shows bodies in the air, at 0.90 m in the ids that spawn like Main-v3.
@@ -38,7 +39,7 @@ from mani_skill.render.shaders import ShaderConfig
 from mani_skill.utils.structs.pose import Pose
 
 from envs import assets, variants
-from envs.assets import catalog, shaders
+from envs.assets import catalog, hulls, shaders
 from envs.kinematics import added_pose
 from envs.registration import CAMERA
 from envs.rotations import yaw_quaternion
@@ -119,7 +120,8 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._permanent = list(old.entities)  # stage, robot, lights, camera
         for entity in reversed(self._permanent + self._bodies):
             old.remove_entity(entity)
-        px = sapien.physx.PhysxCpuSystem()
+        with hulls.without_warning():
+            px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep
         new = sapien.Scene([px, old.render_system] if self.scene.can_render() else [px])
         self._bodies = bodies

@@ -13,7 +13,7 @@ from mani_skill.utils import sapien_utils
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 
 from envs import assets, variants
-from envs.assets import catalog, shaders
+from envs.assets import catalog, hulls, shaders
 from envs.registration import CAMERA, CONTROL_FREQ, CONTROL_MODE
 
 
@@ -79,18 +79,32 @@ class PutOnPlateScene(BaseEnv):
         image_size: tuple[int, int] = (640, 480),
         sim_freq: int = 500,
         protocol: str = "rl4vla",
+        hulls: str | None = None,
         obs_mode: str = "none",
         **kwargs,
     ):
-        """kwargs: BaseEnv's own. The others are those of `envs.make_envs`."""
+        """kwargs: BaseEnv's own. The others are those of `envs.make_envs`.
+
+        hulls: "gpu" or "cpu". None is "gpu" for the published meshes, and "cpu" for bodies made by code.
+
+        Raises:
+            ValueError: this process has computed other hulls.
+        """
         self.obj_set = obj_set
         self.pack = assets.asset_pack(asset_pack, asset_dir)
         self.protocol = variants.check_protocol(protocol)
         self.variant = variants.VARIANTS[self.env_id]
         self.image_size = tuple(image_size)
         self._requested_sim_freq = sim_freq
+        self._hulls = hulls or ("gpu" if self.pack.name == "bridge" else "cpu")
         robot = type("WidowX250SOfPack", (self.ROBOT,), {"urdf_path": self.pack.robot_urdf})
         super().__init__(obs_mode=obs_mode, robot_uids=robot, **kwargs)
+
+    def _setup_scene(self) -> None:
+        if not self._sim_device.is_cuda():  # else ManiSkill has set the switch
+            hulls.choose(self._hulls)
+        with hulls.without_warning():
+            super()._setup_scene()
 
     @property
     def _default_sim_config(self) -> SimConfig:

@@ -31,6 +31,7 @@ from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
 from envs.local import LocalGroup
 from envs.workers import Worker, WorkerGroup
 from schemas import UserError
+from schemas.flags import hulls_before
 
 # Largest action per dimension. These are the bounds of the family's controller, and no sensible action is beyond them.
 # Any gripper value has a meaning (above 0.5 opens).
@@ -379,11 +380,12 @@ class VectorEnv:
         self._check_usable("load_state_dict", needs_reset=False)
         if len(state) != self.num_envs:
             raise ValueError(f"this state holds {len(state)} envs, there are {self.num_envs}: make as many envs.")
-        lacking = [key for key in REPLAY_KEYS if key not in state[0]["world"]]
+        world = {"hulls": None} | state[0]["world"] | hulls_before(state[0]["world"])
+        lacking = [key for key in REPLAY_KEYS if key not in world]
         if lacking or "explicit" not in state[0]:
             raise ValueError("this state was saved by an older version of envs, which this one cannot continue.")
         for key in REPLAY_KEYS:
-            saved, value = state[0]["world"][key], vars(self._spec)[key]
+            saved, value = world[key], vars(self._spec)[key]
             if saved != value:
                 raise ValueError(
                     f"this state was saved with {key}={saved!r}, these envs have {value!r}: "

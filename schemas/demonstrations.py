@@ -71,6 +71,7 @@ class Recipe(Schema):
     obj_set: str | None
     asset_pack: str | None
     protocol: str | None
+    hulls: flags.SavedHulls = None  # None where the asset pack has no meshes
     image_size: tuple[flags.Pixels, flags.Pixels]  # width, height
     sim_freq: flags.Hertz | None
     max_episode_steps: flags.EpisodeSteps | None

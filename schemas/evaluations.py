@@ -5,9 +5,10 @@ import binascii
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from schemas import Schema
+from schemas.flags import hulls_before
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -42,6 +43,10 @@ class Episode(Schema):
         return value
 
 
+# flags of the simulation, by name
+World = Annotated[dict[str, Any], AfterValidator(lambda world: world | hulls_before(world))]
+
+
 class Identity(Schema):
     """evaluation.json: what must stay the same when an evaluation is resumed."""
 
@@ -49,7 +54,7 @@ class Identity(Schema):
     weights: dict[str, str]  # file or preset -> size and checksum
     model: dict[str, Any]
     seed: Number
-    world: dict[str, Any]
+    world: World
 
 
 class Outcome(Schema):
@@ -72,7 +77,7 @@ class Results(Part):
 
     name: str
     temperature: Temperature
-    world: dict[str, Any]
+    world: World
     other_temperatures: dict[str, Part]
 
     @field_validator("other_temperatures")

@@ -5,9 +5,9 @@ would run out of memory minutes later.
 """
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo
 
 # ---- numbers
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,6 +29,24 @@ EpisodeSteps = Annotated[int, Field(ge=1, le=100_000)]
 Hertz = Annotated[int, Field(ge=5, le=10_000, multiple_of=5)]  # Hz, where control is at 5 Hz
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 GroupSize = Annotated[int, Field(ge=2, le=2**16)]  # a group of one has no other member to compare with
+
+
+def hulls_before(world: dict) -> dict:
+    """{"hulls": "cpu"} for a saved world of the published meshes that has no such entry, else {}.
+
+    Before version 0.4.0, all simulation on CPUs had the hulls of PhysX's CPU simulation.
+    """
+    of_cpu = world.get("asset_pack") == "bridge" and world.get("sim_backend", "physx_cpu") == "physx_cpu"
+    return {"hulls": "cpu"} if of_cpu and "hulls" not in world else {}
+
+
+def those_of_before(hulls: str | None, info: ValidationInfo) -> str | None:
+    """The value of `hulls` in a schema that has `asset_pack` above it."""
+    return hulls or hulls_before(info.data).get("hulls")
+
+
+SavedHulls = Annotated[Literal["gpu", "cpu"] | None, AfterValidator(those_of_before), Field(validate_default=True)]
+
 
 # ---- the model
 LoraRank = Annotated[int, Field(ge=0, le=4096)]  # the layers of a 7B model are 4096 wide, so a higher rank is not low

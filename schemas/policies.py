@@ -283,6 +283,7 @@ class World(Schema):
     sim_freq: flags.Hertz
     asset_pack: Literal["builtin", "bridge"]
     protocol: Literal["rl4vla", "rlinf"]
+    hulls: flags.SavedHulls = None  # None where the asset pack has no meshes
     max_episode_steps: flags.EpisodeSteps
     control: str  # what an action means: ManiSkill's control mode
 

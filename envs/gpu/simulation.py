@@ -16,9 +16,10 @@ Differences from one scene per env, with their reasons:
 - One process can hold PhysX's GPU simulation or its CPU simulation, not both. Evaluate with the same sim_backend, or on
   the CPU with worker processes.
 
-The start state of an episode id is exact to the last bit, on every device and for every number of rows. The course of
-an episode is not. PhysX on a GPU adds contact forces in no fixed order. So the same actions lead to slightly different
-states from run to run, and to clearly different ones after a contact. Other rows may also change a row's last bits.
+The start state of an episode id does not depend on the number of rows. On a GPU, PhysX rounds positions far from the
+origin, to 4 um at the edge of 128 rows. The course of an episode is not exact: PhysX on a GPU adds contact forces in no
+fixed order. So the same actions lead to slightly different states from run to run, and to clearly different ones after
+a contact. Other rows may also change a row's last bits.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class BatchedPutOnPlate(PutOnPlateScene):
     LOAD_POSE = BASE_POSE  # the arm can stay here, because nothing settles in this scene
 
     def __init__(self, env_id: str, num_envs: int, **kwargs):
-        """kwargs: obj_set, asset_pack, asset_dir, image_size, sim_freq, protocol, sim_backend and render_backend."""
+        """kwargs: obj_set, asset_pack, asset_dir, image_size, sim_freq, protocol, hulls and the two backends."""
         self.env_id = env_id
         super().__init__(num_envs=num_envs, **kwargs)
 

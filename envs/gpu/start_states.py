@@ -2,9 +2,9 @@
 
 A batch on the GPU simulates all rows together. If bodies fell for 1.3 s there, every other row's episode would stop for
 that time, again and again once episodes end at different times. Their rest poses would depend on what that scene
-simulated before. So `envs.put_on_plate` lets them fall as it always does, and the rows get the result: an episode id
-names the same start state on the CPU and on the GPU, to the last bit. At 500 Hz one start state takes 20 to 60 ms of
-one core. Results are kept, and a start state that will be needed can be requested in advance.
+simulated before. So `envs.put_on_plate` lets them fall as it always does, on a CPU but with the hulls of the batch
+(`envs/assets/hulls.py`), and the rows get the result. At 500 Hz one start state takes 20 to 60 ms of one core. Results
+are kept, and a start state that will be needed can be requested in advance.
 
 The settling runs in other processes, because one process cannot hold PhysX's GPU and CPU simulation. (ManiSkill's own
 tests run separately for that reason.) A settler is a process of `envs/processes.py`, and one that is lost is replaced.
@@ -136,7 +136,7 @@ class Settlers:
     """Processes that settle start states. `ask` requests one and returns at once, and `get` waits for it."""
 
     def __init__(self, env_id: str, count: int, **settings):
-        """Start `count` processes. settings: obj_set, asset_pack, asset_dir, sim_freq and protocol of the envs."""
+        """Start `count` processes. settings: obj_set, asset_pack, asset_dir, sim_freq, protocol, hulls."""
         self._kept: collections.OrderedDict[StartState, Settled] = collections.OrderedDict()
         self._asked: dict[StartState, Settler] = {}  # the process that settles it
         self._settlers: list[Settler] = []

@@ -475,6 +475,7 @@ def test_a_picture_that_is_damaged_is_said_when_it_is_read(small, tmp_path):
 
 def test_a_set_of_another_world_is_one_sentence(small):
     world = dict(env_id=ENV_ID, asset_pack="builtin", protocol="rl4vla", image_size=(5, 4), sim_freq=100)
+    world |= {"hulls": "gpu"}  # which means nothing without meshes
     Demos(small).check_world(**world)
     for other, said in (({"sim_freq": 500}, "sim_freq=100, this run has 500"), ({"env_id": "Main"}, "env_id=")):
         with pytest.raises(UserError, match=f"was made with {said}"):

@@ -178,9 +178,11 @@ def test_a_set_that_lerobot_wrote_is_read(tmp_path, images):
         assert np.abs(image[:10] - [60 * e, 20 * t, 200]).mean() < allowed, (e, t)
         assert np.abs(image[14:] - [60 * e, 20 * t, 0]).mean() < allowed, (e, t)
     assert demos.chunks([3], 2)[1].tolist() == [[True, False]]
-    demos.check_world(env_id="any", asset_pack="any", protocol="any", image_size=(32, 24), sim_freq=500)
+    demos.check_world(env_id="any", asset_pack="any", protocol="any", hulls="any", image_size=(32, 24), sim_freq=500)
     with pytest.raises(UserError, match="image_size"):
-        demos.check_world(env_id="any", asset_pack="any", protocol="any", image_size=(64, 48), sim_freq=500)
+        demos.check_world(
+            env_id="any", asset_pack="any", protocol="any", hulls="any", image_size=(64, 48), sim_freq=500
+        )
 
 
 def open_set(folder: Path, tmp_path: Path, camera: str | None = None) -> Demos:

@@ -27,6 +27,8 @@ needs_recordings = pytest.mark.skipif(
 )
 needs_assets = pytest.mark.skipif(not ASSETS.exists(), reason=f"no published meshes at {ASSETS}")
 NAME = "PutOnPlateInScene25"
+# the published env was recorded on a CPU
+RECORDED_WORLD = dict(asset_pack="bridge", asset_dir=str(ASSETS), hulls="cpu")
 
 
 def build(short: str, **kwargs):
@@ -172,9 +174,7 @@ def test_resets_equal_the_published_ones():
     pictures = np.load(FIXTURES / "resets_rgb160.npz")
     compared = 0
     for env_id in dict.fromkeys(record["env_id"] for record in records):
-        env = build(
-            env_id[len(NAME) :], asset_pack="bridge", asset_dir=str(ASSETS), image_size=(640, 480), sim_freq=500
-        )
+        env = build(env_id[len(NAME) :], **RECORDED_WORLD, image_size=(640, 480), sim_freq=500)
         for record in (r for r in records if r["env_id"] == env_id):
             start(env, record["obj_set"], record["episode_id"])
             state, picture = env.describe(), env.render_image()
@@ -215,7 +215,7 @@ def test_rewards_and_flags_equal_the_published_ones():
     """Recorded actions through the vector env: an expert, one that retreats, one that takes the object away again."""
     recorded = np.load(FIXTURES / "rollouts.npz")
     rollouts = json.loads((FIXTURES / "rollouts.json").read_text())
-    kwargs = dict(asset_pack="bridge", asset_dir=str(ASSETS), image_size=(16, 16), ignore_terminations=True)
+    kwargs = dict(**RECORDED_WORLD, image_size=(16, 16), ignore_terminations=True)
     with world.make_envs(NAME + "Main-v3", len(rollouts), **kwargs) as envs:
         envs.reset([rollout["episode_id"] for rollout in rollouts])
         actions = np.stack([recorded[f"action_{i}"] for i in range(len(rollouts))])
@@ -654,7 +654,7 @@ def test_every_published_file_is_whole(monkeypatch):
     """The checks accept what is published, and every body can be built."""
     from envs.assets.bridge import checked
 
-    env = build("Main-v3", asset_pack="bridge", asset_dir=str(ASSETS), image_size=(16, 16))
+    env = build("Main-v3", **RECORDED_WORLD, image_size=(16, 16))
     layout = env.pack.layout
     for kind, models in (("carrot", env.pack.objects), ("plate", env.pack.receptacles)):
         for model in models:

@@ -130,6 +130,7 @@ def test_what_is_saved_is_what_load_policy_reads(tmp_path):
         sim_freq=500,
         asset_pack="builtin",
         protocol="rl4vla",
+        hulls="gpu",
         max_episode_steps=50,
         control="pd_ee_delta_pose",
     )

@@ -17,7 +17,7 @@ from vla.models.tiny import TINY_PRESETS
 
 ABOUT = "solovla.json"
 OF_MODEL = ("model_type", "unnorm_key", "chunk_size", "max_prompt_length", "image_resize", "oft_stop_token", "dtype")
-OF_WORLD = ("env_id", "instruction", "image_size", "sim_freq", "asset_pack", "protocol", "max_episode_steps")
+OF_WORLD = ("env_id", "instruction", "image_size", "sim_freq", "asset_pack", "protocol", "hulls", "max_episode_steps")
 DECIDED = ("model_type", "chunk_size")  # another value could not be what the weights were trained for
 # other flags that should have the value of the folder -> how a sentence says a value
 SHOWN = {
@@ -29,6 +29,7 @@ SHOWN = {
     "sim_freq": "{} Hz physics",
     "asset_pack": "{} assets",
     "protocol": "protocol {}",
+    "hulls": "{} hulls",
     "max_episode_steps": "{} steps an episode",
 }
 
@@ -50,12 +51,14 @@ def world_of(
     sim_freq: int,
     asset_pack: str,
     protocol: str,
+    hulls: str,
     max_episode_steps: int,
     control: str,
 ) -> dict:
     """The entry `world` of solovla.json, from a script's flags. control: ManiSkill's control mode."""
     world = {"env_id": env_id, "instruction": instruction, "image_size": list(image_size), "sim_freq": sim_freq}
-    world |= {"asset_pack": asset_pack, "protocol": protocol, "max_episode_steps": max_episode_steps}
+    world |= {"asset_pack": asset_pack, "protocol": protocol, "hulls": hulls if asset_pack == "bridge" else None}
+    world |= {"max_episode_steps": max_episode_steps}
     return world | {"control": control}
 
 
@@ -144,9 +147,10 @@ def check_known(known: Known, used: dict) -> None:
 
 def differences(known: Known, used: dict) -> str | None:
     """A line about a policy that acts in another world than its own, or None."""
-    differing = [
-        name for name in SHOWN if name in known.flags and name in used and plain(used[name]) != plain(known.flags[name])
-    ]
+    compared = SHOWN.keys() & known.flags.keys() & used.keys()
+    if used.get("asset_pack") != "bridge":
+        compared -= {"hulls"}  # there are no meshes
+    differing = [name for name in SHOWN if name in compared and plain(used[name]) != plain(known.flags[name])]
     if not differing:
         return None
     made, here = (", ".join(SHOWN[name].format(values[name]) for name in differing) for values in (known.flags, used))

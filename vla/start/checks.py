@@ -152,6 +152,7 @@ def what_applies(
     obj_set: str,
     asset_pack: str,
     protocol: str,
+    hulls: str,
     image_size: tuple[int, int],
     sim_freq: int,
     max_episode_steps: int,
@@ -170,6 +171,8 @@ def what_applies(
         if instruction
         else f"{obj_set} objects, {asset_pack} assets, protocol {protocol}"
     )
+    if asset_pack == "bridge":
+        task += f", {hulls} hulls"
     rate = "" if instruction else f", {sim_freq} Hz physics"
     files = [f"the run {resume}"] if resume else []
     files += [*config] or ([] if resume else ["no file (defaults of the script)"])

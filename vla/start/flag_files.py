@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from schemas import UserError, check, read_json, require_file
+from schemas.flags import hulls_before
 from vla import ROOT
 from vla.models.tiny import TINY_PRESETS
 
@@ -148,6 +149,7 @@ def saved_layer(run_dir: Path) -> Layer:
     if not path.is_file():
         raise UserError(f"--resume {run_dir} is not a run folder, since it has no args.json: give another one")
     saved = read_json(path, dict[str, Any], "copy the run folder again, or start a new run")
+    saved |= hulls_before(saved)
     values = {name: value for name, value in saved.items() if name not in (*COMMAND_LINE_ONLY, "run_dir")}
     return Layer(str(path), values, (ROOT, *run_dir.resolve().parents))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from schemas import UserError, read_json
+from schemas.flags import hulls_before
 from schemas.runs import SavedFlags
 from vla import ROOT
 from vla.start.flag_files import resolved
@@ -34,6 +35,7 @@ FIXED = {
     "obj_set": "its episodes would differ",
     "asset_pack": "its images would differ",
     "protocol": "its scenes would differ",
+    "hulls": "its physics would differ",
     "image_size": "its images would differ",
     "sim_freq": "its physics would differ",
     "sim_backend": "its physics would differ",
@@ -49,7 +51,7 @@ FIXED = {
 }
 
 # flags that older versions lack, which behaved like the default (train_sft.py: the first two, train_ppo.py: the third)
-ADDED_LATER = ("instruction", "sim_backend", "critic", "reward_mode")
+ADDED_LATER = ("instruction", "sim_backend", "critic", "reward_mode", "hulls")
 
 # flag -> what it decides. Every change is printed
 MAY_CHANGE = dict.fromkeys(
@@ -185,6 +187,7 @@ def check_resumed(run_dir: Path, now: dict) -> list[str]:
     """
     remedy = "copy the run folder again, or start a new run"
     saved = read_json(run_dir / "args.json", SavedFlags, remedy)
+    saved |= hulls_before(saved)
     check_present(saved, [name for name in FIXED if name in now], run_dir / "args.json")
     folders = (ROOT, *run_dir.resolve().parents)  # like vla/start/flag_files.py
     return changed_flags({name: resolved(name, value, folders) for name, value in saved.items()}, now)
