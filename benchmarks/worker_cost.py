@@ -75,35 +75,34 @@ def measure(workers: int, with_evaluation: bool, world: dict) -> dict[str, float
     return {"processes": len(processes), "seconds": seconds, "cpu": spent, "mib": total, "each": total / workers}
 
 
-def table(versions: dict[str, Path], rounds: int, workers: list[int], world: dict) -> None:
-    """Measure the versions in turns, and print a row of medians for each."""
+def table(versions: dict[str, Path], rounds: int, cases: list[tuple[int, bool]], world: dict) -> None:
+    """Measure the versions in turns, and print a row of medians for each. cases: workers, and whether they evaluate."""
     print("| workers | evaluation | version | processes | start, s | start, CPU s | PSS, MiB | PSS per worker, MiB |")
     print("|--:|---|---|--:|--:|--:|--:|--:|")
-    for count in workers:
-        for with_evaluation in (False, True):
-            found: dict[str, list[dict]] = {name: [] for name in versions}
-            for _ in range(rounds):
-                for name, folder in versions.items():
-                    call = json.dumps([count, with_evaluation, world])
-                    command = [sys.executable, str(Path(__file__).resolve()), "--measure", call]
-                    environment = os.environ | {"PYTHONPATH": str(folder)}
-                    run = subprocess.run(
-                        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
-                    )
-                    found[name].append(json.loads(run.stdout.splitlines()[-1]))
-            for name, results in found.items():
-                middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
-                print(
-                    f"| {count} | {'yes' if with_evaluation else 'no'} | {name} | {middle['processes']:.0f} | "
-                    f"{middle['seconds']:.1f} | {middle['cpu']:.1f} | {middle['mib']:.0f} | {middle['each']:.0f} |",
-                    flush=True,
+    for case in cases:
+        found: dict[str, list[dict]] = {name: [] for name in versions}
+        for _ in range(rounds):
+            for name, folder in versions.items():
+                command = [sys.executable, str(Path(__file__).resolve()), "--measure", json.dumps([*case, world])]
+                environment = os.environ | {"PYTHONPATH": str(folder)}
+                run = subprocess.run(
+                    command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
                 )
+                found[name].append(json.loads(run.stdout.splitlines()[-1]))
+        for name, results in found.items():
+            middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
+            print(
+                f"| {case[0]} | {'yes' if case[1] else 'no'} | {name} | {middle['processes']:.0f} | "
+                f"{middle['seconds']:.1f} | {middle['cpu']:.1f} | {middle['mib']:.0f} | {middle['each']:.0f} |",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
-    parser.add_argument("--workers", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--workers", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--evaluating", type=int, nargs="*", default=[8], help="workers, with an evaluation beside")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--asset_pack", default="builtin")
     parser.add_argument("--asset_dir")
@@ -120,7 +119,8 @@ def main() -> None:
         "sim_freq": 100,
     }
     versions = {} if flags.against is None else {"before": flags.against.resolve()}
-    table(versions | {"now": ROOT}, flags.rounds, flags.workers, world)
+    cases = [(count, False) for count in flags.workers] + [(count, True) for count in flags.evaluating]
+    table(versions | {"now": ROOT}, flags.rounds, cases, world)
 
 
 if __name__ == "__main__":
