@@ -69,7 +69,7 @@ def make_envs(
 
     Args:
         beside: other envs, whose workers also simulate these. The two take turns, as training and evaluation do, and
-            may differ in everything else. Further workers are started only if more are asked for than there are.
+            may differ in everything but `hulls`. Further workers are started only if more are asked for than there are.
         obj_set: "train" | "test" | "all", the set of objects, receptacles and tables that episodes use.
         asset_pack: "builtin" (made by code, no download) or "bridge" (the published meshes and photographs).
         asset_dir: the first folder to search for the files of "bridge", or a data set on the Hub, which is fetched.

@@ -70,7 +70,8 @@ def environment() -> dict[str, str]:
     folders = [str(Path(__file__).resolve().parent.parent)]
     if own := os.environ.get("PYTHONPATH"):
         folders.append(own)
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}  # LP: lavapipe
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    one_thread["LP_NUM_THREADS"] = "0"  # lavapipe's name for it
     return os.environ | {"PYTHONPATH": os.pathsep.join(folders)} | one_thread
 
 

@@ -97,7 +97,7 @@ class VectorEnv:
         self._in_flight: set[int] = set()  # halves between step_async and step_wait
         self._started = False
         self._latest: list[dict] = []  # the latest observation of each half
-        hosts = beside.workers if in_workers and beside is not None else []
+        hosts = beside.workers if in_workers and beside is not None and beside.can_host(spec) else []
         self._guarded(self._open, in_workers, num_env_workers, worker_timeout, hosts)
 
     def _cut_into_groups(self, num_workers: int, pipeline_stages: int) -> None:
@@ -127,6 +127,11 @@ class VectorEnv:
     def workers(self) -> list[Worker]:
         """The workers that simulate these envs. There are none without num_env_workers."""
         return [group.worker for group in self._groups if isinstance(group, WorkerGroup)]
+
+    def can_host(self, spec: EnvSpec) -> bool:
+        """Whether a worker of these envs can simulate such envs, too: a process has one kind of hulls."""
+        own = self._spec
+        return own.hulls == spec.hulls and episodes.in_family(own.env_id) == episodes.in_family(spec.env_id)
 
     @property
     def num_restarts(self) -> int:

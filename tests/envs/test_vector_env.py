@@ -20,7 +20,7 @@ from made_up import busy_actions
 from sameness import as_saved, same
 
 import envs as world
-from envs import variants, workers
+from envs import processes, variants, workers
 from envs.vector import VectorEnv
 from vla.evaluation.episodes import is_lost, lost_in_words, run_batch
 from vla.evaluation.vector_env import VectorEnv as Needed
@@ -288,6 +288,7 @@ def test_evaluation_runs_in_the_workers_of_training():
 
     with make(3, **training) as envs, make(2, **other) as beside:
         undisturbed, evaluated = [envs.reset(), *map(envs.step, chunks)], evaluation(beside)
+    warm.run([sys.executable, "-c", ""])  # it has its files from now on
     files = set(os.listdir("/proc/self/fd"))
     envs = make(3, num_env_workers=2, **training)
     with make(2, beside=envs, num_env_workers=2, **other) as beside:
@@ -495,15 +496,54 @@ def test_a_simulation_that_gives_numbers_that_are_not_finite_says_so(monkeypatch
 
 
 def test_no_file_or_process_is_left_behind():
+    warm.run([sys.executable, "-c", ""])  # it has its files from now on
     files = set(os.listdir("/proc/self/fd"))
     envs = make(1, num_env_workers=1)
     pid = envs._groups[0].pid
     with pytest.raises(RuntimeError, match="reset"):
         envs.step(np.zeros((1, 1, 7)))
     assert alive(pid)  # a wrong call harms nobody
+    server = Path(f"/proc/{processes.server_now().pid}")  # neither threads nor a rendering device can be forked
+    assert len(list((server / "task").iterdir())) == 1 and "libvulkan" not in (server / "maps").read_text()
     envs.close()
     envs.close()
     assert not alive(pid) and set(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_server_that_is_killed_or_stopped_takes_its_workers_along_and_is_replaced(fault, monkeypatch):
+    monkeypatch.setattr(processes, "SERVER_SECONDS", 2.0)
+    with make(2, num_env_workers=2) as envs:
+        envs.reset([7, 8])
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(processes.server_now().pid, number)
+        assert envs.step(np.zeros((2, 1, 7)))[4]["valid"].all() and envs.num_restarts == 0
+        pids = [group.pid for group in envs._groups]
+        os.kill(processes.server_now().pid, signal.SIGKILL)
+        assert wait_for(lambda: not any(map(alive, pids)))
+        with pytest.warns(RuntimeWarning, match="killed together with the process that starts workers"):
+            assert envs.step(np.zeros((2, 1, 7)))[4]["dropped"].all()
+        os.kill(processes.server_now().pid, signal.SIGSTOP)
+        os.kill(envs._groups[0].pid, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning):
+            assert envs.step(np.zeros((2, 1, 7)))[4]["dropped"][0]
+        assert [state["episode_id"] for state in envs.describe()] == [7, 8]
+
+
+@pytest.mark.full
+def test_a_server_with_threads_starts_fresh_interpreters(tmp_path, monkeypatch):
+    """A fork of several threads could inherit a lock that nobody unlocks."""
+    busy = "import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()\n"
+    (tmp_path / "sitecustomize.py").write_text(busy)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(processes, "subprocess", subprocess)
+    with make(1, num_env_workers=1) as envs:
+        envs.reset()
+        server, worker = processes.server_now().pid, envs._groups[0].pid
+        assert len(os.listdir(f"/proc/{server}/task")) == 2
+        assert b"envs.workers:worker_main" in Path(f"/proc/{worker}/cmdline").read_bytes()
+        os.kill(worker, signal.SIGUSR1)
+        assert envs.step(np.zeros((1, 1, 7)))[4]["valid"].all() and envs.num_restarts == 0
+    assert not alive(worker) and not alive(server)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from vla.evaluation.statistics import (
     compare,
     comparison_table,
     group_means,
+    headline,
     holm,
     markdown,
     mcnemar,
@@ -185,6 +186,23 @@ def test_log_gives_back_every_bit_and_drops_a_cut_line(tmp_path, capsys):
     log.add("Carrot-v1:test", 0.6, [fake_episode(6, 0.0)])
     log.close()
     assert [json.loads(line)["episode_id"] for line in path.read_text().splitlines()] == [5, 7, 6]
+
+
+def test_a_lost_episode_counts_as_failed_and_is_said(tmp_path):
+    """It has no actions. An evaluation that is resumed does not run it again."""
+    lost = fake_episode(8, 0.0) | {"episode_len": 0.0, "actions": np.zeros((0, 7), np.float32)}
+    log = EpisodeLog(tmp_path / "episodes.jsonl")
+    log.add("Carrot-v1:test", 0.0, [fake_episode(5, 1.0), lost])
+    log.close()
+    episodes = EpisodeLog(tmp_path / "episodes.jsonl").episodes("Carrot-v1:test", 0.0, [5, 8])
+    assert episodes[1]["actions"].shape == (0, 7)
+    results = assemble({0.0: {"Carrot-v1:test": episodes}}, {"name": "a", "world": {}})
+    found = results["settings"]["Carrot-v1:test"]
+    assert (found["episodes"], found["success_once"], found["lost"]) == (2, 0.5, 1)
+    assert headline(results).splitlines()[1:] == [
+        "of these, 1 lost the simulation again and again, which counts as failed"
+    ]
+    assert len(headline(fake_results("a", {1: 1.0})).splitlines()) == 1
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):

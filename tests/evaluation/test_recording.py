@@ -119,6 +119,16 @@ def run_dir(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_lost_episode_has_no_clip(tmp_path):
+    ids = [1, 2]
+    mine = recorder(tmp_path, ids)
+    first, second = evaluated(ids)
+    lost = first | {"episode_len": 0.0, "actions": np.zeros((0, 7), np.float32)}
+    mine.keep(0, [lost, second])
+    mine.catch_up(0)
+    assert [clip["episode_id"] for clip in read_clips(tmp_path, 0)] == [2]
+
+
 # ---------------------------------------------------------------------- clips
 def test_a_clip_has_a_frame_per_action_and_holds_the_last_one(run_dir):
     """The policy decided every four actions, the video has every action, and the inset has every decision."""

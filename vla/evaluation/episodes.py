@@ -249,7 +249,7 @@ def lost_in_words(episodes: list[dict]) -> str:
     """A sentence that names the lost episodes, or ""."""
     ids = [str(episode["episode_id"]) for episode in episodes if is_lost(episode)]
     listed = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
-    return f"{counted(len(ids), 'episode')} lost their simulation, and count as failed: {listed}" if ids else ""
+    return f"{counted(len(ids), 'episode')} counted as failed, since the simulation was lost: {listed}" if ids else ""
 
 
 def outcome(episode: dict) -> str:

@@ -214,7 +214,7 @@ def headline(results: dict) -> str:
             f"{len(settings)} settings, {temperature_name(temperature)})"
         )
         if lost := sum(one["lost"] for one in settings):
-            lines.append(f"{counted(lost, 'episode')} of them lost their simulation, and count as failed")
+            lines.append(f"of these, {lost} lost the simulation again and again, which counts as failed")
     return "\n".join(lines)
 
 
