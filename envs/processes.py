@@ -51,6 +51,7 @@ TICK = 0.01  # seconds between two questions whether a process has ended
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STACK_SIGNAL = signal.SIGRTMIN + 2  # asks a process for its stacks. Nobody else sends it
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+GPUS = ("/dev/nvidia", "/dev/dri/", "/dev/kfd")
 
 SERVER_TITLE = "solovla server"
 SERVER_CODE = "import sys; from envs.processes import serve; serve(int(sys.argv[1]))"
@@ -352,7 +353,7 @@ def _fork(control: Connection, main: str, title: str) -> tuple[str | None, int |
     """Start a process. Returns a failure or None, and the process id."""
     fds = receive_fds(control, 2)
     server = os.getpid()
-    alone = len(os.listdir("/proc/self/task")) == 1  # else a fork could inherit a lock that nobody unlocks
+    forkable = num_threads() == 1 and not open_devices()
     try:
         pid = os.fork()
     except OSError as error:
@@ -365,7 +366,7 @@ def _fork(control: Connection, main: str, title: str) -> tuple[str | None, int |
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() == server:  # else the server has ended before this line
                 name_this_process(title)
-                _begin(main, *fds, alone)
+                _begin(main, *fds, forkable)
         finally:
             os._exit(1)
     for fd in fds:
@@ -373,9 +374,23 @@ def _fork(control: Connection, main: str, title: str) -> tuple[str | None, int |
     return failure, pid
 
 
-def _begin(main: str, connection_fd: int, stacks_fd: int, alone: bool) -> None:
-    """Run the fork, or a fresh interpreter in its place where the server has more than one thread."""
-    if alone:
+def num_threads() -> int:
+    """Threads of this process. A fork would inherit the locks of the others, which nobody then unlocks."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def open_devices() -> list[str]:
+    """GPUs that this process uses. A fork could not go on with them."""
+    files = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the list itself was a file
+            files.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [file for file in files if file.startswith(GPUS)]
+
+
+def _begin(main: str, connection_fd: int, stacks_fd: int, forkable: bool) -> None:
+    """Run the fork, or a fresh interpreter in its place where the server is not fit to be forked."""
+    if forkable:
         run(main, connection_fd, stacks_fd)
     for fd in (connection_fd, stacks_fd):
         os.set_inheritable(fd, True)

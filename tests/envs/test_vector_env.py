@@ -529,6 +529,13 @@ def test_a_server_that_is_killed_or_stopped_takes_its_workers_along_and_is_repla
         assert [state["episode_id"] for state in envs.describe()] == [7, 8]
 
 
+def test_devices_that_are_open_are_found(monkeypatch):
+    monkeypatch.setattr(processes, "GPUS", ("/dev/full",))
+    assert processes.open_devices() == []
+    with open("/dev/full"):
+        assert processes.open_devices() == ["/dev/full"]
+
+
 @pytest.mark.full
 def test_a_server_with_threads_starts_fresh_interpreters(tmp_path, monkeypatch):
     """A fork of several threads could inherit a lock that nobody unlocks."""
