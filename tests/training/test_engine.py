@@ -18,7 +18,7 @@ from vla.distributed import UserError
 from vla.files.trees import load_tree
 from vla.training.checkpoint import OLD_FORMAT, damage
 from vla.training.engine import read_deepspeed_config, use_gathered_layers
-from vla.training.memory_plan import GIB, Recipe, advice, host_advice, host_need, largest, make_plan
+from vla.training.memory_plan import GIB, Recipe, advice, fitting, host_advice, host_need, largest, make_plan, remedies
 
 
 def on_ranks(world: int, scenarios: list[tuple[str, dict]], accelerator: str = "cpu") -> list[dict]:
@@ -335,8 +335,18 @@ def test_the_memory_plan_names_the_flag_to_turn():
     plan = make_plan(need, 2)
     just_too_small = (max(plan.peak("rollout"), plan.peak("update")) - 1) / 2**30
     fits, sentence = advice(need, 2, just_too_small)
-    assert not fits and "ds_configs/zero3.json" in sentence and "GiB" in sentence
+    assert not fits and "): --micro_batch_size 32 needs " in sentence, "ZeRO-3 saves nothing in a model this small"
+    assert fitting(need, 2, just_too_small)[1] <= just_too_small and fitting(need, 2, 1000.0)[0] == ""
     assert "more or larger GPUs" in advice(need, 2, 0.1)[1]
+
+
+def test_sharding_comes_first_for_whole_weights_and_late_for_an_adapter():
+    whole = [flags for flags, _ in remedies(recipe("zero2", num_env_workers=4))]
+    adapter = [flags for flags, _ in remedies(recipe("zero2", lora_rank=4, num_env_workers=4))]
+    sharding = ["--deepspeed_config ds_configs/zero3.json", "--deepspeed_config ds_configs/zero3.json --offload stage"]
+    assert whole[:2] == sharding and whole[-1].startswith("--lora_rank 32")
+    assert adapter.index(sharding[0]) > adapter.index("--num_env_workers 1") > adapter.index("--micro_batch_size 1")
+    assert not any("--lora_rank" in flags for flags in adapter)
 
 
 def test_the_memory_plan_compares_host_memory_too():

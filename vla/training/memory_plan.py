@@ -11,7 +11,7 @@ that cannot be counted is a constant ASSUMED_*, which was not measured.
 import json
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cache
@@ -418,34 +418,79 @@ def buffer_bytes(policy: VLAPolicy, recipe: Recipe, num_gpus: int) -> int:
     return (1 if recipe.critic else 2) * sum(field.nbytes for field in buffer.fields.values())
 
 
-def remedies(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Changes of flags that save memory, each in addition to those before it. Changes that cost time come last."""
-    turned: list[tuple[str, Recipe]] = []
+def remedies(recipe: Recipe) -> Iterator[tuple[str, dict]]:
+    """Flags that save memory of a GPU, and what they change, in a fixed order. Those that cost more time come later.
 
-    def turn(sentence: str, **changes) -> None:
-        turned.append((sentence, replace(turned[-1][1] if turned else recipe, **changes)))
-
-    def halve_micro_batches() -> None:
-        while (size := (turned[-1][1] if turned else recipe).micro_batch_size // 2) > 0:
-            turn(f"--micro_batch_size {size}", micro_batch_size=size)
-
-    if recipe.zero_stage != 3:
-        turn("--deepspeed_config ds_configs/zero3.json", zero_stage=3)
-    if recipe.offload == "none" and not recipe.cpu_adam:
-        turn("--offload stage", offload="stage")
-    halve_micro_batches()
-    if not recipe.gradient_checkpointing:
-        turn(
-            f"--gradient_checkpointing --micro_batch_size {recipe.micro_batch_size}",
-            gradient_checkpointing=True,
-            micro_batch_size=recipe.micro_batch_size,
-        )
-        halve_micro_batches()
+    With an adapter, ZeRO-3 comes late: it gathers weights in every micro batch, to cut what the rollout needs whole. A
+    flag replaces an earlier one of the same name.
+    """
+    has_adapter = recipe.lora_rank > 0 or recipe.lora_path is not None
+    if not has_adapter:
+        yield from sharding_remedies(recipe)
+    yield from micro_batch_remedies(recipe)
+    workers = recipe.num_env_workers
+    while (workers := workers // 2) > 0:
+        yield f"--num_env_workers {workers}", {"num_env_workers": workers}
+    if has_adapter:
+        yield from sharding_remedies(recipe)
     if not recipe.cpu_adam:
-        turn("--deepspeed_config ds_configs/zero3_cpu_adam.json --offload none", cpu_adam=True, offload="none")
-    if recipe.lora_rank == 0 and recipe.lora_path is None:
-        turn("--lora_rank 32 and --offload stage", lora_rank=32, cpu_adam=False, offload="stage")
-    return turned
+        on_the_cpu = {"zero_stage": 3, "cpu_adam": True, "offload": "none"}
+        yield "--deepspeed_config ds_configs/zero3_cpu_adam.json --offload none", on_the_cpu
+    if not has_adapter:
+        with_adapter = {"lora_rank": 32, "zero_stage": 3, "cpu_adam": False, "offload": "stage"}
+        yield "--lora_rank 32 --deepspeed_config ds_configs/zero3.json --offload stage", with_adapter
+
+
+def sharding_remedies(recipe: Recipe) -> Iterator[tuple[str, dict]]:
+    """ZeRO-3, then with what the stage at hand does not need in host memory."""
+    if recipe.zero_stage != 3:
+        yield "--deepspeed_config ds_configs/zero3.json", {"zero_stage": 3}
+    if not recipe.cpu_adam and recipe.offload != "stage":
+        file = "" if recipe.zero_stage == 3 else "--deepspeed_config ds_configs/zero3.json "
+        yield f"{file}--offload stage", {"zero_stage": 3, "offload": "stage"}
+
+
+def micro_batch_remedies(recipe: Recipe) -> Iterator[tuple[str, dict]]:
+    """Smaller micro batches down to a quarter, then recomputed activations, with micro batches as small as needed."""
+
+    def halves(smallest: int) -> Iterator[tuple[str, dict]]:
+        size = recipe.micro_batch_size
+        while (size := size // 2) >= max(1, smallest):
+            yield f"--micro_batch_size {size}", {"micro_batch_size": size}
+
+    yield from halves(1 if recipe.gradient_checkpointing else recipe.micro_batch_size // 4)
+    if not recipe.gradient_checkpointing:
+        again = {"gradient_checkpointing": True, "micro_batch_size": recipe.micro_batch_size}
+        yield f"--gradient_checkpointing --micro_batch_size {recipe.micro_batch_size}", again
+        yield from halves(1)
+
+
+def named_flags(text: str) -> dict[str, str]:
+    """{name: flag as it is written} for flags in a row.
+
+    >>> named_flags("--offload none --gradient_checkpointing")
+    {'--offload': '--offload none', '--gradient_checkpointing': '--gradient_checkpointing'}
+    """
+    written = [f"--{flag.strip()}" for flag in text.split("--") if flag]
+    return {flag.split()[0]: flag for flag in written}
+
+
+def fitting(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[str, float] | None:
+    """The flags that make a run fit into a GPU ("" if it fits as it is) and its peak in GiB. None: nothing does.
+
+    A flag that saves nothing here is left out: under LoRA, ZeRO-3 alone needs more than ZeRO-2.
+    """
+    turned: dict[str, str] = {}
+    need = largest(make_plan(recipe, num_gpus))
+    for flags, change in remedies(recipe):
+        if need <= gpu_memory:
+            break
+        changed = replace(recipe, **change)
+        need_then = largest(make_plan(changed, num_gpus))
+        if need_then < need:
+            recipe, need = changed, need_then
+            turned |= named_flags(flags)
+    return (" ".join(turned.values()), need) if need <= gpu_memory else None
 
 
 def table(plan: Plan, gpu_memory: float, host_memory: float) -> list[str]:
@@ -511,24 +556,10 @@ def host_advice(recipe: Recipe, num_gpus: int, gpu_memory: float, host_memory: f
 
 
 def advice(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[bool, str]:
-    """Whether a run fits into memory, and a sentence that names the flags that make it fit, in their order."""
+    """Whether a run fits into memory, and a sentence that names the flags that make it fit."""
     need = largest(make_plan(recipe, num_gpus))
     if need <= gpu_memory:
         return True, f"GPU memory fits: {need:.1f} of {gpu_memory:g} GiB at the peak"
-    tried: list[str] = []
-    for sentence, changed in remedies(recipe):
-        if tried and sentence.startswith("--micro_batch_size") and "--micro_batch_size" in tried[-1]:
-            head, _, _ = tried.pop().partition("--micro_batch_size")  # a smaller one replaces the last one
-            sentence = head + sentence
-        tried.append(sentence)
-        need_then = largest(make_plan(changed, num_gpus))
-        if need_then <= gpu_memory:
-            turned = ", then ".join(tried)
-            return (
-                False,
-                f"GPU memory does not fit ({need:.1f} of {gpu_memory:g} GiB): {turned} needs {need_then:.1f} GiB",
-            )
-    return (
-        False,
-        f"GPU memory does not fit ({need:.1f} of {gpu_memory:g} GiB): use fewer --num_envs, or more or larger GPUs",
-    )
+    found = fitting(recipe, num_gpus, gpu_memory)
+    remedy = "use fewer --num_envs, or more or larger GPUs" if found is None else f"{found[0]} needs {found[1]:.1f} GiB"
+    return False, f"GPU memory does not fit ({need:.1f} of {gpu_memory:g} GiB): {remedy}"
