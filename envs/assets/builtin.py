@@ -16,24 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import sapien
-from PIL import Image
 from sapien.physx import PhysxMaterial
 
-from envs.assets.catalog import (
-    CAMERA_INTRINSICS,
-    CAMERA_POSITION,
-    CAMERA_QUATERNION,
-    CAMERA_SIZE,
-    OBJECTS,
-    RECEPTACLES,
-    ROBOT_BASE_POSITION,
-    TABLE_HEIGHT,
-    TABLES,
-    Model,
-    Part,
-    resized,
-)
-from envs.rotations import rotation_matrix
+from envs.assets import paint, shapes
+from envs.assets.catalog import OBJECTS, RECEPTACLES, STRAIGHT, TABLE_HEIGHT, TABLES, Color, Model, Part, resized
 from envs.scratch import scratch_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,12 +106,43 @@ LINKS = {
     ),
     "ee_gripper_link": (0.001, False, ()),
 }
-LINK_COLORS = {
-    "left_finger_link": "0.035 0.035 0.04 1",
-    "right_finger_link": "0.035 0.035 0.04 1",
-    "gripper_link": "0.06 0.06 0.065 1",
+DARK, LIGHT, TIP = (0.04, 0.04, 0.045), (0.30, 0.31, 0.33), (0.50, 0.51, 0.53)
+TUBE = ((0, 0.9), (0.05, 1), (0.95, 1), (1, 0.9))  # open ends, which are inside other shapes
+# link -> what is seen of it: spans in metres in the link's frame. Motors are dark. Tubes, bar and finger tips are light
+LINK_LOOKS = {
+    "base_link": (Part("box", (-0.10, 0.02, -0.06, 0.06, 0.0, 0.0716), DARK),),
+    "shoulder_link": (Part("turned", (-0.035, 0.035, -0.035, 0.035, 0.0, 0.0525), DARK, "z", STRAIGHT),),
+    "upper_arm_link": (
+        Part("turned", (-0.026, 0.026, -0.03, 0.03, -0.026, 0.026), DARK, "y", STRAIGHT),
+        Part("turned", (-0.014, 0.014, -0.014, 0.014, 0.0, 0.25), LIGHT, "z", TUBE),
+        Part("box", (0.0, 0.06, -0.02, 0.02, 0.238, 0.262), DARK),
+    ),
+    "upper_forearm_link": (
+        Part("turned", (-0.026, 0.026, -0.03, 0.03, -0.026, 0.026), DARK, "y", STRAIGHT),
+        Part("turned", (0.0, 0.175, -0.019, 0.019, -0.019, 0.019), LIGHT, "x", TUBE),
+    ),
+    "lower_forearm_link": (
+        Part("turned", (0.0, 0.055, -0.0245, 0.0245, -0.0245, 0.0245), DARK, "x", STRAIGHT),
+        Part("turned", (0.053, 0.093, -0.03, 0.03, -0.02, 0.02), DARK, "y", STRAIGHT),
+    ),
+    "wrist_link": (
+        Part("box", (0.0, 0.05, -0.018, 0.018, -0.02, 0.03), LIGHT),
+        Part("box", (0.05, 0.06, -0.02, 0.02, -0.02, 0.035), DARK),
+    ),
+    "gripper_link": (
+        Part("box", (0.0, 0.043, -0.02, 0.02, -0.02, 0.0352), DARK),
+        Part("box", (0.043, 0.054, -0.052, 0.052, -0.0145, 0.0145), LIGHT),
+    ),
+    "left_finger_link": (
+        Part("box", (-0.012, 0.012, -0.011, 0.005, -0.0145, 0.0145), DARK),
+        Part("box", (0.012, 0.043, -0.011, 0.0, -0.0135, 0.0135), TIP),
+    ),
+    "right_finger_link": (
+        Part("box", (-0.012, 0.012, -0.005, 0.011, -0.0145, 0.0145), DARK),
+        Part("box", (0.012, 0.043, 0.0, 0.011, -0.0135, 0.0135), TIP),
+    ),
+    "ee_gripper_link": (),
 }
-LINK_COLOR = "0.045 0.045 0.05 1"
 FROM_X_AXIS = {  # wxyz of the turn of SAPIEN's cylinder, which is along x, to another axis
     "x": [1, 0, 0, 0],
     "y": [0.70710678, 0, 0, 0.70710678],
@@ -139,25 +156,28 @@ TOUCHING_NEIGHBOURS = (  # not joined to each other, but in contact by construct
 )
 
 
-def _link_xml(name: str) -> str:
-    """One link: its boxes as visuals and, if it collides, as collision shapes. Its inertia is that of one solid box."""
+def _link_xml(name: str, mesh_files: dict[Color, str]) -> str:
+    """One link: its meshes and, if it collides, its boxes. Its inertia is that of one solid box.
+
+    mesh_files: the file of what is seen in each colour.
+    """
     mass, collides, boxes = LINKS[name]
     tiny_box = (-0.01, 0.01, -0.01, 0.01, -0.01, 0.01)
     bounds = np.asarray(boxes if boxes else (tiny_box,)).reshape(-1, 3, 2)
     lower, upper = bounds[:, :, 0].min(axis=0), bounds[:, :, 1].max(axis=0)
     squares = (upper - lower) ** 2
     ixx, iyy, izz = mass / 12 * (squares.sum() - squares)  # solid box: m/12 (b^2 + c^2)
-    color = LINK_COLORS.get(name, LINK_COLOR)
-    shapes = []
-    for box in boxes:
+    parts = []
+    for color, file in mesh_files.items():
+        material = f'<material name="{name}_{len(parts)}"><color rgba="{_numbers(color)} 1"/></material>'
+        parts.append(f'<visual><geometry><mesh filename="{file}"/></geometry>{material}</visual>')
+    for box in boxes if collides else ():
         low, high = np.asarray(box).reshape(3, 2).T
         shape = f'{_origin((low + high) / 2)}<geometry><box size="{_numbers(high - low)}"/></geometry>'
-        shapes.append(f'<visual>{shape}<material name="{name}"><color rgba="{color}"/></material></visual>')
-        if collides:
-            shapes.append(f"<collision>{shape}</collision>")
+        parts.append(f"<collision>{shape}</collision>")
     inertia = f'<inertia ixx="{ixx:.9f}" ixy="0" ixz="0" iyy="{iyy:.9f}" iyz="0" izz="{izz:.9f}"/>'
     inertial = f'<inertial>{_origin((lower + upper) / 2)}<mass value="{mass}"/>{inertia}</inertial>'
-    return f'<link name="{name}">{"".join(shapes)}{inertial}</link>'
+    return f'<link name="{name}">{"".join(parts)}{inertial}</link>'
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -185,8 +205,12 @@ def _joint_xml(
 
 
 def robot_urdf_text() -> str:
-    """The arm as URDF, with the real link offsets, joint names, limits and finger geometry. The rest are boxes."""
-    links = "".join(_link_xml(name) for name in LINKS)
+    """The arm as URDF, with the real link offsets, joint names, limits and finger geometry. The rest is our own.
+
+    The meshes that it names are written into the cache folder.
+    """
+    one_metre = dict(key="", name="", lower=(0, 0, 0), upper=(1, 1, 1), density=0)
+    links = "".join(_link_xml(name, _mesh_files(Model(**one_metre, look=LINK_LOOKS[name]))) for name in LINKS)
     joints = "".join(_joint_xml(*joint) for joint in JOINTS)
     return f'<robot name="widowx_boxes">{links}{joints}</robot>\n'
 
@@ -206,82 +230,15 @@ def _write_once(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _table_points() -> np.ndarray:
-    """World x, y where each pixel's ray meets the table plane, float64 [480, 640, 2]. NaN above the horizon."""
-    width, height = CAMERA_SIZE
-    fx, fy, cx, cy = CAMERA_INTRINSICS
-    u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    # SAPIEN's camera looks along +x, y is to the left and z is up
-    rays = np.stack([np.ones_like(u), -(u - cx) / fx, -(v - cy) / fy], axis=-1)
-    base = np.diag([-1.0, -1.0, 1.0])  # a yaw of 180 degrees
-    rays = rays @ (base @ rotation_matrix(CAMERA_QUATERNION)).T
-    origin = np.asarray(ROBOT_BASE_POSITION) + base @ np.asarray(CAMERA_POSITION)
-    looks_down = rays[..., 2] < -1e-6
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = np.where(looks_down, (TABLE_HEIGHT - origin[2]) / rays[..., 2], np.nan)
-    return origin[:2] + distance[..., None] * rays[..., :2]
-
-
-def _noise(random: np.random.RandomState, shape: tuple[int, int], cells: int) -> np.ndarray:
-    """Smooth noise in [0, 1] with about `cells` bumps across, float32 [H, W]."""
-    grid = (random.random_sample((cells + 1, cells + 1)) * 255).astype(np.uint8)
-    smooth = Image.fromarray(grid).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
-    return np.asarray(smooth, dtype=np.float32) / 255
-
-
-def _pattern(kind: str, x: np.ndarray, y: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """The share of the second colour at surface coordinates x, y (m), float [H, W] in [0, 1]."""
-    coarse, fine = _noise(random, x.shape, 12), _noise(random, x.shape, 160)
-    if kind == "wood":
-        return 0.5 + 0.35 * np.sin(180 * y + 14 * coarse) + 0.3 * (fine - 0.5)
-    if kind == "stone":
-        return np.clip(1 - 9 * np.abs(_noise(random, x.shape, 18) - 0.5), 0, 1) * 0.8 + 0.2 * fine
-    if kind == "checker":
-        return ((np.floor(x / 0.06) + np.floor(y / 0.06)) % 2) * 0.8 + 0.2 * fine
-    if kind == "stripes":
-        return (np.floor(y / 0.05) % 2) * 0.7 + 0.3 * fine
-    if kind == "grass":
-        return 0.6 * fine + 0.4 * _noise(random, x.shape, 60)
-    if kind == "speckle":
-        return (fine > 0.62) * 0.8 + 0.2 * coarse
-    return 0.6 * coarse + 0.2 * fine
-
-
-@functools.cache
-def _table_image(index: int) -> np.ndarray:
-    """Table `index` as the camera sees it without robot and objects, uint8 [480, 640, 3], read-only."""
-    table = TABLES[index]
-    random = np.random.RandomState(1000 + index)
-    points = _table_points()
-    back, right, left, _ = 0.24 + 0.14 * random.random_sample(4)  # m to the edges, which differ from table to table
-    x = np.nan_to_num(points[..., 0], nan=9.0)  # 9 m is far off the table
-    y = np.nan_to_num(points[..., 1], nan=9.0)
-    on_table = (x > -0.16 - back - 0.05) & (x < 0.3) & (y > -right - 0.03) & (y < left + 0.03)
-    share = np.clip(_pattern(table.pattern, x, y, random), 0, 1)[..., None]
-    light = np.clip(1.05 - 0.35 * np.hypot(x + 0.16, y)[..., None], 0.7, 1.05)  # falls off from the middle
-    surface = ((1 - share) * np.asarray(table.color) + share * np.asarray(table.second)) * light
-    wall = np.asarray(table.backdrop) * (0.75 + 0.25 * _noise(random, x.shape, 5)[..., None])
-    image = np.clip(np.where(on_table[..., None], surface, wall), 0, 255).astype(np.uint8)
-    image.flags.writeable = False
-    return image
-
-
-@functools.cache
-def _texture_image(index: int) -> np.ndarray:
-    """Texture `index`, flat, uint8 [480, 640, 3], read-only. Texture 0 is paired with mix 0."""
-    random = np.random.RandomState(2000 + index)
-    kinds = ("wood", "stone", "checker", "stripes", "grass", "speckle", "plain")
-    y, x = np.meshgrid(np.linspace(0, 0.48, 480), np.linspace(0, 0.64, 640), indexing="ij")
-    share = np.clip(_pattern(kinds[index % len(kinds)], x, y, random), 0, 1)[..., None]
-    first, second = random.randint(30, 226, size=3), random.randint(30, 226, size=3)
-    image = ((1 - share) * first + share * second).astype(np.uint8)
-    image.flags.writeable = False
-    return image
+def _mesh_files(model: Model) -> dict[Color, str]:
+    """Files of what is seen of a model, one per colour. They are in the cache folder, named after their content."""
+    files = {}
+    for color, mesh in shapes.meshes_of(model).items():
+        text = shapes.obj_text(mesh)
+        path = scratch_folder() / f"mesh_{hashlib.sha256(text.encode()).hexdigest()[:16]}.obj"
+        _write_once(path, text)
+        files[color] = str(path)
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,11 +272,11 @@ class BuiltinAssets:
 
     def table_image(self, index: int, width: int, height: int) -> np.ndarray:
         """The image behind robot and objects, uint8 [height, width, 3], read-only."""
-        return resized(_table_image, index, width, height)
+        return resized(paint.table_image, index, width, height)
 
     def texture(self, index: int, width: int, height: int) -> np.ndarray:
         """The texture of a table, uint8 [height, width, 3], read-only."""
-        return resized(_texture_image, index, width, height)
+        return resized(paint.texture_image, index, width, height)
 
     def add_stage(self, builder: sapien.ActorBuilder) -> None:
         """Add the table, without a visual: the table image covers everything but robot and objects."""
@@ -329,38 +286,30 @@ class BuiltinAssets:
         """Add an object or receptacle. Friction is 1.0 as in RL4VLA (stock SIMPLER has 0.5)."""
         friction = PhysxMaterial(static_friction=1.0, dynamic_friction=1.0, restitution=0.0)
         for part in model.parts:
-            self._add_part(builder, model, part, friction)
+            self._add_collision(builder, model, part, friction)
+        for color, path in _mesh_files(model).items():
+            builder.add_visual_from_file(path, material=self._material(color))
 
-    def _material(self, color: tuple[float, float, float]) -> sapien.render.RenderMaterial:
+    def _material(self, color: Color) -> sapien.render.RenderMaterial:
         if color not in self._materials:
             material = sapien.render.RenderMaterial(base_color=[*color, 1.0])
             material.roughness, material.specular, material.metallic = 0.8, 0.2, 0.0
             self._materials[color] = material
         return self._materials[color]
 
-    def _add_part(self, builder: sapien.ActorBuilder, model: Model, part: Part, friction: PhysxMaterial) -> None:
-        """Add collision shape and visual of one part."""
+    def _add_collision(self, builder: sapien.ActorBuilder, model: Model, part: Part, friction: PhysxMaterial) -> None:
         span = np.asarray(part.span).reshape(3, 2)
         lower = np.asarray(model.lower) + span[:, 0] * model.size
         upper = np.asarray(model.lower) + span[:, 1] * model.size
         half = (upper - lower) / 2
         pose = sapien.Pose((lower + upper) / 2)
         solid = dict(material=friction, density=model.density)
-        material = self._material(part.color)
-        if part.kind == "box":
+        if part.kind in ("box", "roll"):
             builder.add_box_collision(pose=pose, half_size=half, **solid)
-            builder.add_box_visual(pose=pose, half_size=half, material=material)
-            return
-        if part.kind == "ball":
+        elif part.kind == "ball":
             builder.add_sphere_collision(pose=pose, radius=half.min(), **solid)
-            builder.add_sphere_visual(pose=pose, radius=half.min(), material=material)
-            return
-        along = "xyz".index(part.axis)
-        half_length = half[along]
-        radius = np.delete(half, along).min()
-        turned = sapien.Pose(pose.p, FROM_X_AXIS[part.axis])
-        if part.kind == "roll":
-            builder.add_box_collision(pose=pose, half_size=half, **solid)
         else:
-            builder.add_cylinder_collision(pose=turned, radius=radius, half_length=half_length, **solid)
-        builder.add_cylinder_visual(pose=turned, radius=radius, half_length=half_length, material=material)
+            along = "xyz".index(part.axis)
+            turned = sapien.Pose(pose.p, FROM_X_AXIS[part.axis])
+            radius = np.delete(half, along).min()
+            builder.add_cylinder_collision(pose=turned, radius=radius, half_length=half[along], **solid)

@@ -259,9 +259,9 @@ def main() -> None:
     sys.path[:0] = [str(ROOT)]
     for module in MODULES:
         importlib.import_module(module)
-    builtin = sys.modules["envs.assets.builtin"]
-    for table in range(len(builtin.TABLES)):
-        builtin._table_image(table)  # kept, and the same for every process
+    paint = sys.modules["envs.assets.paint"]
+    for table in range(len(paint.TABLES)):
+        paint.table_image(table)  # kept, and the same for every process
     gc.collect()
     gc.freeze()  # a collection in a child would copy the memory of all that was imported
     request = serve(control)
