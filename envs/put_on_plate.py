@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from mani_skill.render.shaders import ShaderConfig
 from mani_skill.utils.structs.pose import Pose
 
-from envs import assets, variants
+from envs import assets, shadows, variants
 from envs.assets import catalog, hulls, shaders
 from envs.kinematics import added_pose
 from envs.registration import CAMERA
@@ -169,8 +169,18 @@ class PutOnPlateInScene(PutOnPlateScene):
         chosen = chosen_bodies(start)
         positions = start.object_position, start.receptacle_position, start.distractor_position
         self._fresh_physics([self._entity(*body) for body in chosen])
+        self._flat = [body for body, (kind, _) in zip(self._bodies, chosen) if kind == "receptacle"]
+        self._casters = self._shadow_casters(chosen) if self.pack.casts_shadows else []
         for entity, (kind, _), position in zip(self._bodies, chosen, positions):
             self._place(entity, position, yaw_quaternion(start.object_yaw if kind == "object" else 0.0))
+
+    def _shadow_casters(self, chosen: list[tuple[str, int]]) -> list[tuple]:
+        """What casts a shadow: entity, and middle and half edges of a box in its frame. Objects and the finger tips."""
+        objects = [
+            (body, model_of(self.pack, *which)) for body, which in zip(self._bodies, chosen) if which[0] == "object"
+        ]
+        casters = [(body, *shadows.box_of(model)) for body, model in objects]
+        return casters + [(finger.entity, *box) for finger, box in zip(self._fingers, shadows.TIPS)]
 
     def _place(self, entity: sapien.Entity, position: Sequence[float], quaternion: list[float]) -> None:
         body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
@@ -366,10 +376,27 @@ class PutOnPlateInScene(PutOnPlateScene):
         image = self._overlay.copy()
         for channel in range(3):  # eight times faster than one np.where with broadcasting
             np.copyto(image[..., channel], color[..., channel], where=foreground)
+        if self._casters:
+            self._add_shadows(image, ids, foreground)
         if not self._texture_weight:
             return image
         blend = self._blend_whole if self.variant.texture_on == "whole" else self._blend_foreground
         return blend(image, foreground, *_bounding_box(foreground))
+
+    def _add_shadows(self, image: np.ndarray, ids: np.ndarray, foreground: np.ndarray) -> None:
+        """Draw the casters' shadows onto the table and onto what lies flat on it.
+
+        Args:
+            image: uint8 [H, W, 3], which is changed.
+            ids: int16 [H, W], what each pixel shows.
+            foreground: bool [H, W], robot and objects.
+        """
+        eye = shadows.eye_of(image.shape[1], image.shape[0])
+        flat = [entity.per_scene_id for entity in self._flat]
+        for entity, middle, half in self._casters:
+            pose = entity.pose
+            spot = shadows.spot_of((*pose.p.tolist(), *pose.q.tolist()), middle, half, eye)
+            shadows.darken(image, ids, foreground, flat, spot)
 
     def _mixed(self, image: np.ndarray, texture: np.ndarray) -> np.ndarray:
         """The weighted mean of image and texture, rounded towards zero: uint8 [H, W, 3]."""

@@ -21,6 +21,7 @@ class AssetPack(Protocol):
     receptacles: tuple[Model, ...]  # 17
     tables: tuple[Table, ...]  # 21
     arm_shine: dict[str, float] | None  # material of the arm, None if it keeps its own
+    casts_shadows: bool  # whether objects and finger tips darken the table, see `envs/shadows.py`
 
     @property
     def robot_urdf(self) -> str:

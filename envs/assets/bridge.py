@@ -328,6 +328,7 @@ class BridgeAssets:
     """The pack `bridge`, with the interface of `envs.assets.AssetPack`."""
 
     name = "bridge"
+    casts_shadows = False
     arm_shine = ARM_SHINE
 
     def __init__(self, asset_dir: str | None):

@@ -108,14 +108,15 @@ LINKS = {
 }
 DARK, LIGHT, TIP = (0.04, 0.04, 0.045), (0.30, 0.31, 0.33), (0.50, 0.51, 0.53)
 TUBE = ((0, 0.9), (0.05, 1), (0.95, 1), (1, 0.9))  # open ends, which are inside other shapes
-# link -> what is seen of it: spans in metres in the link's frame. Motors are dark. Tubes, bar and finger tips are light
+# link -> what is seen of it: spans in metres in the link's frame. Dark and light links take turns, and the bar and the
+# fingers are light. A link of one colour is one mesh
 LINK_LOOKS = {
     "base_link": (Part("box", (-0.10, 0.02, -0.06, 0.06, 0.0, 0.0716), DARK),),
-    "shoulder_link": (Part("turned", (-0.035, 0.035, -0.035, 0.035, 0.0, 0.0525), DARK, "z", STRAIGHT),),
+    "shoulder_link": (Part("box", (-0.05, 0.02, -0.035, 0.035, 0.0, 0.0525), DARK),),
     "upper_arm_link": (
-        Part("turned", (-0.026, 0.026, -0.03, 0.03, -0.026, 0.026), DARK, "y", STRAIGHT),
+        Part("turned", (-0.026, 0.026, -0.03, 0.03, -0.026, 0.026), LIGHT, "y", STRAIGHT),
         Part("turned", (-0.014, 0.014, -0.014, 0.014, 0.0, 0.25), LIGHT, "z", TUBE),
-        Part("box", (0.0, 0.06, -0.02, 0.02, 0.238, 0.262), DARK),
+        Part("box", (0.0, 0.06, -0.018, 0.018, 0.238, 0.262), LIGHT),
     ),
     "upper_forearm_link": (
         Part("turned", (-0.026, 0.026, -0.03, 0.03, -0.026, 0.026), DARK, "y", STRAIGHT),
@@ -125,20 +126,17 @@ LINK_LOOKS = {
         Part("turned", (0.0, 0.055, -0.0245, 0.0245, -0.0245, 0.0245), DARK, "x", STRAIGHT),
         Part("turned", (0.053, 0.093, -0.03, 0.03, -0.02, 0.02), DARK, "y", STRAIGHT),
     ),
-    "wrist_link": (
-        Part("box", (0.0, 0.05, -0.018, 0.018, -0.02, 0.03), LIGHT),
-        Part("box", (0.05, 0.06, -0.02, 0.02, -0.02, 0.035), DARK),
-    ),
+    "wrist_link": (Part("box", (0.0, 0.060, -0.019, 0.019, -0.02, 0.033), LIGHT),),
     "gripper_link": (
         Part("box", (0.0, 0.043, -0.02, 0.02, -0.02, 0.0352), DARK),
-        Part("box", (0.043, 0.054, -0.052, 0.052, -0.0145, 0.0145), LIGHT),
+        Part("box", (0.043, 0.054, -0.052, 0.052, -0.0145, 0.0145), TIP),
     ),
     "left_finger_link": (
-        Part("box", (-0.012, 0.012, -0.011, 0.005, -0.0145, 0.0145), DARK),
+        Part("box", (-0.012, 0.012, -0.011, 0.005, -0.0145, 0.0145), TIP),
         Part("box", (0.012, 0.043, -0.011, 0.0, -0.0135, 0.0135), TIP),
     ),
     "right_finger_link": (
-        Part("box", (-0.012, 0.012, -0.005, 0.011, -0.0145, 0.0145), DARK),
+        Part("box", (-0.012, 0.012, -0.005, 0.011, -0.0145, 0.0145), TIP),
         Part("box", (0.012, 0.043, 0.0, 0.011, -0.0135, 0.0135), TIP),
     ),
     "ee_gripper_link": (),
@@ -221,6 +219,10 @@ def robot_srdf_text() -> str:
     return f'<robot name="widowx_boxes">{pairs}</robot>\n'
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _write_once(path: Path, text: str) -> None:
     """Write the file unless it has this text already. The write is atomic, because many processes start together."""
     if path.exists() and path.read_text() == text:
@@ -235,7 +237,7 @@ def _mesh_files(model: Model) -> dict[Color, str]:
     files = {}
     for color, mesh in shapes.meshes_of(model).items():
         text = shapes.obj_text(mesh)
-        path = scratch_folder() / f"mesh_{hashlib.sha256(text.encode()).hexdigest()[:16]}.obj"
+        path = scratch_folder() / f"mesh_{_digest(text)}.obj"
         _write_once(path, text)
         files[color] = str(path)
     return files
@@ -250,6 +252,7 @@ class BuiltinAssets:
     """The pack `builtin`. One instance serves all envs of a process."""
 
     name = "builtin"
+    casts_shadows = True
     arm_shine: dict[str, float] | None = None
     objects = OBJECTS
     receptacles = RECEPTACLES
@@ -262,13 +265,13 @@ class BuiltinAssets:
     def robot_urdf(self) -> str:
         """Path of the arm's URDF. It is in a cache folder of this user, because ManiSkill reads robots from files.
 
-        Its name says what is in it. Two versions of this code on one machine would otherwise take each other's arm.
+        Files are named after their content, because programs of different versions share the folder.
         """
-        srdf, urdf = robot_srdf_text(), robot_urdf_text()
-        place = scratch_folder() / f"widowx_boxes_{hashlib.sha256((srdf + urdf).encode()).hexdigest()[:16]}.urdf"
-        _write_once(place.with_suffix(".srdf"), srdf)
-        _write_once(place, urdf)
-        return str(place)
+        urdf, srdf = robot_urdf_text(), robot_srdf_text()
+        path = scratch_folder() / f"widowx_{_digest(urdf + srdf)}.urdf"
+        _write_once(path.with_suffix(".srdf"), srdf)
+        _write_once(path, urdf)
+        return str(path)
 
     def table_image(self, index: int, width: int, height: int) -> np.ndarray:
         """The image behind robot and objects, uint8 [height, width, 3], read-only."""

@@ -27,24 +27,24 @@ THICKNESS = 0.03  # m, of a table's top, whose front face is seen
 RIM = 0.006  # m, of the darker line along a table's edges
 
 
-def camera_rays(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the camera is and where the pixels of an image of this size look: float64 [3] and [height, width, 3].
+def camera_axes() -> tuple[np.ndarray, np.ndarray]:
+    """Where the camera is, float64 [3], and the directions of its x, y and z in the columns of a matrix [3, 3].
 
-    Both are in the world frame. A ray is not of length 1.
+    SAPIEN's camera looks along +x, y is to the left and z is up. The world frame is meant.
     """
-    fx, fy, cx, cy = CAMERA_INTRINSICS
-    sx, sy = width / CAMERA_SIZE[0], height / CAMERA_SIZE[1]
-    u, v = np.meshgrid((np.arange(width) + 0.5) / sx, (np.arange(height) + 0.5) / sy)
-    # SAPIEN's camera looks along +x, y is to the left and z is up
-    rays = np.stack([np.ones_like(u), -(u - cx) / fx, -(v - cy) / fy], axis=-1)
     base = np.diag([-1.0, -1.0, 1.0])  # a yaw of 180 degrees
-    rays = rays @ (base @ rotation_matrix(CAMERA_QUATERNION)).T
-    return np.asarray(ROBOT_BASE_POSITION) + base @ np.asarray(CAMERA_POSITION), rays
+    origin = np.asarray(ROBOT_BASE_POSITION) + base @ np.asarray(CAMERA_POSITION)
+    return origin, base @ rotation_matrix(CAMERA_QUATERNION)
 
 
 def points_at(level: float, width: int, height: int) -> np.ndarray:
     """World x, y where pixels' rays meet the plane z = level: float64 [height, width, 2]. NaN above the horizon."""
-    origin, rays = camera_rays(width, height)
+    origin, axes = camera_axes()
+    fx, fy, cx, cy = CAMERA_INTRINSICS
+    u = (np.arange(width) + 0.5) * CAMERA_SIZE[0] / width
+    v = (np.arange(height) + 0.5) * CAMERA_SIZE[1] / height
+    u, v = np.meshgrid(u, v)
+    rays = np.stack([np.ones_like(u), -(u - cx) / fx, -(v - cy) / fy], axis=-1) @ axes.T
     looks_down = rays[..., 2] < -1e-6
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.where(looks_down, (level - origin[2]) / rays[..., 2], np.nan)

@@ -6,14 +6,15 @@ counterclockwise. All parts of one colour are one mesh, because each mesh of a s
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from envs.assets.catalog import ROUND, STRAIGHT, Color, Model, Part
 
-SIDES = 14  # of a round body
-WIDE = 0.035  # m, the radius above which a body has twice as many
+SIDES = 12  # of a round body
+WIDE, NARROW = 0.035, 0.01  # m, radii above and below which a body has 24 and 8
 CREASE = np.cos(np.radians(50))  # a profile that turns more sharply has an edge there
 
 
@@ -133,26 +134,26 @@ def _turned(profile: tuple[tuple[float, float], ...], along: int, half: np.ndarr
     sized /= np.linalg.norm(sized, axis=1, keepdims=True)
     outward = np.stack([-steps[:, 1], steps[:, 0]], axis=1)  # of each piece, in the cube
     outward /= np.linalg.norm(outward, axis=1, keepdims=True)
-    sides = 2 * SIDES if np.delete(half, along).mean() > WIDE else SIDES
+    radius = np.delete(half, along).mean()
+    sides = 2 * SIDES if radius > WIDE else SIDES if radius > NARROW else 8
     angle = np.arange(sides) * 2 * np.pi / sides
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     order = [along, (along + 1) % 3, (along + 2) % 3]
-    vertices, normals, triangles = [], [], []
-    for k in range(len(steps)):
-        for end, neighbour in ((k, k - 1), (k + 1, k + 1)):
-            normal = outward[k]
-            if 0 <= neighbour < len(steps) and sized[k] @ sized[neighbour] > CREASE:
-                normal = outward[k] + outward[neighbour]
-            ring, ring_normals = np.empty((sides, 3)), np.empty((sides, 3))
-            ring[:, order[0]], ring[:, order[1:]] = points[end, 0], points[end, 1] * circle
-            ring_normals[:, order[0]], ring_normals[:, order[1:]] = normal[0], normal[1] * circle
-            vertices.append(ring)
-            normals.append(ring_normals)
-        first = 2 * k * sides + np.arange(sides)
-        following = 2 * k * sides + (np.arange(sides) + 1) % sides
-        triangles.append(np.stack([first, following, following + sides], axis=1))
-        triangles.append(np.stack([first, following + sides, first + sides], axis=1))
-    return Mesh(np.concatenate(vertices), np.concatenate(normals), np.concatenate(triangles))
+    smooth = [sized[k] @ sized[k + 1] > CREASE for k in range(len(steps) - 1)]
+    rings, triangles = [], []  # a ring: place and radius, and the direction of its normals in the profile's plane
+    for k, (point, following) in enumerate(itertools.pairwise(points)):
+        if k == 0 or not smooth[k - 1]:
+            rings.append((point, outward[k]))
+        rings.append((following, outward[k] + outward[k + 1] if k < len(smooth) and smooth[k] else outward[k]))
+        corner = (len(rings) - 2) * sides + np.arange(sides)
+        beside = (len(rings) - 2) * sides + (np.arange(sides) + 1) % sides
+        triangles.append(np.stack([corner, beside, beside + sides], axis=1))
+        triangles.append(np.stack([corner, beside + sides, corner + sides], axis=1))
+    vertices, normals = np.empty((len(rings), sides, 3)), np.empty((len(rings), sides, 3))
+    for k, (point, normal) in enumerate(rings):
+        vertices[k, :, order[0]], vertices[k][:, order[1:]] = point[0], point[1] * circle
+        normals[k, :, order[0]], normals[k][:, order[1:]] = normal[0], normal[1] * circle
+    return Mesh(vertices.reshape(-1, 3), normals.reshape(-1, 3), np.concatenate(triangles))
 
 
 def _loaf(rings: int = 9, roundness: float = 0.6) -> Mesh:

@@ -23,6 +23,7 @@ from envs.put_on_plate import (
     REWARD_STREAK,
     REWARD_SUCCESS,
 )
+from envs.shadows import Spot, darkened
 
 ROWS_AT_ONCE = 32  # that get a texture together, because float32 copies of more images would fill a GPU
 
@@ -126,6 +127,17 @@ def compose(color: torch.Tensor, foreground: torch.Tensor, overlay: torch.Tensor
     color and overlay are of that shape too. foreground bool [N, H, W].
     """
     return torch.where(foreground[..., None], color, overlay)
+
+
+def shaded(image: torch.Tensor, upright: torch.Tensor, spot: Spot) -> torch.Tensor:
+    """Images with a shadow each, some rows at a time: uint8 [N, H, W, 3].
+
+    upright: bool [N, H, W], where no shadow falls. The spot's numbers are tensors [N].
+    """
+    pieces = []
+    for rows in torch.arange(len(image), device=image.device).split(ROWS_AT_ONCE):
+        pieces.append(darkened(image[rows], upright[rows], Spot(*(number[rows] for number in spot))))
+    return torch.cat(pieces)
 
 
 def bounding_box(foreground: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

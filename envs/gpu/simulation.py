@@ -34,7 +34,7 @@ from mani_skill.utils.structs.actor import Actor
 from mani_skill.utils.structs.link import Link
 from mani_skill.utils.structs.types import GPUMemoryConfig, SimConfig
 
-from envs import variants
+from envs import shadows, variants
 from envs.gpu import rules
 from envs.gpu.start_states import Settled
 from envs.kinematics import BatchedPoseController, rotation_matrix
@@ -132,6 +132,8 @@ class BatchedPutOnPlate(PutOnPlateScene):
         self.starts: list[variants.StartState | None] = [None] * n
         self._chosen = torch.zeros(n, 2, dtype=torch.int64, device=device)  # indices of object and receptacle
         self._half_sizes = torch.zeros(n, 2, 3, device=device)
+        self._casters = torch.zeros(n, 2, dtype=torch.int64, device=device)  # indices of objects, -1 for none
+        self._flat = torch.zeros(n, 2, dtype=torch.int64, device=device)  # indices of receptacles
         self._table = torch.zeros(n, dtype=torch.int64, device=device)
         self._texture = torch.zeros(n, dtype=torch.int64, device=device)
         self._texture_weight = torch.zeros(n, device=device)
@@ -160,6 +162,13 @@ class BatchedPutOnPlate(PutOnPlateScene):
         if self.variant.texture_on:
             self._textures = self._stack_of_tables(self.pack.texture, texture_scale(self.variant))
 
+        if self.pack.casts_shadows:
+            boxes = [shadows.box_of(model_of(self.pack, *body)) for body in self._place_of]
+            boxes = [[*middle, *half] for middle, half in [*boxes, *shadows.TIPS]]
+            self._shadow_boxes = torch.tensor(boxes, dtype=torch.float64, device=self.device)  # [K + 2, 6]
+            ids = [actor.per_scene_id for actor in self._bodies.actors]
+            self._scene_ids = torch.stack(ids, dim=1).to(self.device)  # [N, K]
+
     def _stack_of_tables(self, image_of: Callable[[int, int, int], np.ndarray], scale: int) -> torch.Tensor:
         """The image of every table at `scale` times the image size, uint8 [21, h, w, 3]."""
         width, height = (scale * size for size in self.image_size)
@@ -183,6 +192,10 @@ class BatchedPutOnPlate(PutOnPlateScene):
             states[i, places] = torch.from_numpy(state.bodies).to(self.device)
             self.starts[row] = start
             self._chosen[row] = torch.tensor(places[:2], device=self.device)
+            objects = [place for place in places if place < self._num_objects]
+            flat = [place for place in places if place >= self._num_objects]
+            self._casters[row] = torch.tensor((*objects, -1)[:2], device=self.device)
+            self._flat[row] = torch.tensor((*flat, flat[0])[:2], device=self.device)
         self._bodies.write(where, states)
         self._put_robot(where, torch.from_numpy(np.stack([state.qpos for state in settled])))
         self._half_sizes[where] = self._tensor([state.half_sizes for state in settled])
@@ -341,11 +354,35 @@ class BatchedPutOnPlate(PutOnPlateScene):
         stage = self._arena.per_scene_id[:, None, None]
         foreground = (segmentation != 0) & (segmentation != stage)  # robot and objects
         image = rules.compose(obs["rgb"].to(self.device), foreground, self._overlays[self._table])
+        if self.pack.casts_shadows:
+            image = self._with_shadows(image, segmentation, foreground)
         if self._textures is None:
             return image
         return rules.textured(
             image, foreground, self._textures, self._texture, self._texture_weight, self.variant.texture_on
         )
+
+    def _with_shadows(self, image: torch.Tensor, ids: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+        """Draw the shadows of objects and finger tips onto the tables and onto receptacles.
+
+        Args:
+            image: uint8 [N, H, W, 3].
+            ids: integers [N, H, W], what each pixel shows.
+            foreground: bool [N, H, W], robot and objects.
+        """
+        flat = self._scene_ids[self._row[:, None], self._flat]  # [N, 2]
+        upright = foreground & (ids != flat[:, :1, None]) & (ids != flat[:, 1:, None])
+        eye = shadows.eye_of(*self.image_size)
+        boxes = self._shadow_boxes[self._casters]  # [N, 2, 6]
+        states = self._bodies.read()[self._row[:, None], self._casters]
+        casters = [(states[:, k, :7], boxes[:, k], self._casters[:, k] >= 0) for k in range(2)]
+        for finger, box in zip(self._fingers, self._shadow_boxes[-2:]):
+            casters.append((finger.pose.raw_pose, box.expand(self.num_envs, 6), self._row >= 0))
+        for pose, box, present in casters:
+            middle, half = box.unbind(1)[:3], box.unbind(1)[3:]
+            spot = shadows.spot_of(pose.double().unbind(1), middle, half, eye)
+            image = rules.shaded(image, upright, spot._replace(darkness=spot.darkness * present))
+        return image
 
     def privileged_states(self) -> torch.Tensor:
         """`PutOnPlateInScene.privileged_state` of every row: float32 [N, 45]."""

@@ -149,6 +149,7 @@ def test_pictures_equal_the_scalar_ones(texture_on, scale):
             _texture_weight=float(weight[i]),
             _texture=textures[which[i]].astype(np.float32),
             variant=SimpleNamespace(texture_on=texture_on),
+            _casters=(),
         )
         for name in ("_mixed", "_blend_whole", "_blend_foreground"):
             setattr(env, name, getattr(PutOnPlateInScene, name).__get__(env))
@@ -513,6 +514,7 @@ def make_fakes(monkeypatch) -> SimpleNamespace:
     env.pack, env.variant = assets.asset_pack("builtin"), variants.VARIANTS[env.env_id]
     needed = variants.bodies_needed(env.env_id, "test")
     env._place_of = {body: k for k, body in enumerate(needed)}
+    env._num_objects = [kind for kind, _ in needed].count("object")
     env._parked = torch.tensor([simulation._parking_place(k) for k in range(len(needed))])
     states = torch.zeros(6, len(needed), 13)
 
