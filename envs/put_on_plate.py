@@ -131,8 +131,21 @@ class PutOnPlateInScene(PutOnPlateScene):
             new.add_entity(entity)
         self.scene.sub_scenes[0] = new
         self.scene.px = px
+        self._choose_casters(chosen_bodies(self.start))
         if self._viewer is not None:
             self._setup_viewer()  # the window shows one scene, and this is another one
+
+    def _choose_casters(self, chosen: list[tuple[str, int]]) -> None:
+        """Keep what casts a shadow (entity, and middle and half edges of a box in its frame), and on what it falls.
+
+        chosen: (kind, index) of each body of the episode.
+        """
+        models = [(body, kind, model_of(self.pack, kind, index)) for body, (kind, index) in zip(self._bodies, chosen)]
+        self._flat = [body for body, kind, _ in models if kind == "receptacle"]
+        self._casters = []
+        if self.pack.casts_shadows:
+            self._casters += [(body, *shadows.box_of(model)) for body, kind, model in models if kind == "object"]
+            self._casters += [(finger.entity, *box) for finger, box in zip(self._fingers, shadows.TIPS)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # episode
@@ -169,18 +182,8 @@ class PutOnPlateInScene(PutOnPlateScene):
         chosen = chosen_bodies(start)
         positions = start.object_position, start.receptacle_position, start.distractor_position
         self._fresh_physics([self._entity(*body) for body in chosen])
-        self._flat = [body for body, (kind, _) in zip(self._bodies, chosen) if kind == "receptacle"]
-        self._casters = self._shadow_casters(chosen) if self.pack.casts_shadows else []
         for entity, (kind, _), position in zip(self._bodies, chosen, positions):
             self._place(entity, position, yaw_quaternion(start.object_yaw if kind == "object" else 0.0))
-
-    def _shadow_casters(self, chosen: list[tuple[str, int]]) -> list[tuple]:
-        """What casts a shadow: entity, and middle and half edges of a box in its frame. Objects and the finger tips."""
-        objects = [
-            (body, model_of(self.pack, *which)) for body, which in zip(self._bodies, chosen) if which[0] == "object"
-        ]
-        casters = [(body, *shadows.box_of(model)) for body, model in objects]
-        return casters + [(finger.entity, *box) for finger, box in zip(self._fingers, shadows.TIPS)]
 
     def _place(self, entity: sapien.Entity, position: Sequence[float], quaternion: list[float]) -> None:
         body = entity.find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
