@@ -4,6 +4,7 @@
     python benchmarks/env_speed.py --asset_dir DIR        # also with the published meshes
     python benchmarks/env_speed.py --episodes 1000        # random episodes over all ids, with partial resets
     python benchmarks/env_speed.py --expert 32            # success of the scripted expert, per id and object set
+    python benchmarks/env_speed.py --floor 48             # an env step of `make train`, and with the published solver
 
 It prints medians of wall clock and CPU time (ms) in one process. CPU time is better on a shared machine. The
 actions are recorded from the scripted expert, so that contacts are part of the work. The rows "reference-style" do the
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,11 +27,13 @@ import numpy as np
 import torch
 
 from benchmarks.reference_step import ReferenceStyle
-from envs import VARIANTS, make_envs, num_start_states, variants
+from envs import VARIANTS, eval_episode_ids, make_envs, num_start_states, variants
 from envs.expert import Expert
 from envs.gpu.start_states import settled_state
 from envs.gym_env import build
 from envs.put_on_plate import PutOnPlateInScene
+from vla.models.about import known_flags
+from vla.start.flag_files import read_yaml
 
 MAIN = "PutOnPlateInScene25Main-v3"
 
@@ -152,6 +156,61 @@ def measure_throughput(num_envs: int, seconds: float, chunk_size: int = 1) -> No
     )
 
 
+def measure_floor(count: int) -> None:
+    """CPU time of an env step at the quickstart's settings, in turns with the published solver at the same rate.
+
+    Both run the same `count` episodes, driven by the expert. A picture is drawn at the start and after each chunk.
+    """
+    flags = read_yaml(Path(__file__).resolve().parent.parent / "yaml/quickstart_ppo_openvlaoft.yaml")
+    env_id, chunk_size = flags["env_id"], known_flags(flags["model_path"]).flags["chunk_size"]
+    settings = dict(image_size=tuple(flags["image_size"]), sim_freq=flags["sim_freq"])
+    with mock.patch("envs.scene.FAST_SOLVER", {}):
+        published = build(env_id, **settings)
+    timed = {"published solver": (published, Clock()), "own solver": (build(env_id, **settings), Clock())}
+    totals = {name: [] for name in timed}  # of each episode: CPU ms per step
+    for episode_id in eval_episode_ids(env_id, "train", count):
+        start = variants.decode(env_id, "train", episode_id)
+        for name, (env, clock) in timed.items():
+            totals[name].append(floor_episode(env, clock, start, chunk_size, flags["max_episode_steps"]))
+    print(f"{env_id}, {count} episodes, chunks of {chunk_size}, {settings}: CPU ms, medians over calls")
+    print("".join(f"{word:>20}" for word in ("", *timed)))
+    for part in ("reset", "controller", "physics", "contacts, reward", "draw", "read back, overlay"):
+        medians = (clock.median(part)[1] for _, clock in timed.values())
+        print(f"{part:>20}" + "".join(f"{value:20.2f}" for value in medians))
+    a_step = [float(np.median(values)) for values in totals.values()]
+    print(f"{'a step, all in all':>20}" + "".join(f"{value:20.2f}" for value in a_step))
+    print(f"{'env steps/s, a core':>20}" + "".join(f"{1e3 / value:20.0f}" for value in a_step))
+    print(f"{a_step[0] / a_step[1]:.2f} times as many env steps")
+
+
+def floor_episode(
+    env: PutOnPlateInScene, clock: Clock, start: variants.StartState, chunk_size: int, max_steps: int
+) -> float:
+    """Run one episode like training. Returns CPU ms per step, resets and pictures included."""
+    first = {name: len(times) for name, times in clock.times.items()}
+
+    def draw() -> None:
+        clock("draw", lambda: (env._show_stage(), env.scene.sub_scenes[0].update_render(), env._camera.take_picture()))
+        clock("read back, overlay", env._composed_picture)
+
+    clock("reset", env.start_episode, start)
+    draw()
+    expert, steps = Expert(), 0
+    while steps < max_steps and not env.success:
+        action = expert(env.describe() | {"elapsed_steps": steps})
+        action[6] = 1 if action[6] > 0.5 else -1
+        env._before_control_step()
+        clock("controller", env._command, torch.from_numpy(action[None]))
+        clock("physics", env._substeps, env._sim_steps_per_control)
+        env._after_control_step()
+        clock("contacts, reward", env._judge)
+        steps += 1
+        if steps % chunk_size == 0 or env.success:
+            draw()
+    spent = sum(cpu for name, times in clock.times.items() for _, cpu in times[first.get(name, 0) :])
+    return 1e3 * spent / steps
+
+
 def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -223,6 +282,9 @@ def main() -> None:
         help="Episodes per id and object set for the table of the expert. (default: %(default)s)",
     )
     parser.add_argument(
+        "--floor", type=int, default=0, help="Episodes for the table of a quickstart's step. (default: %(default)s)"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=10, help="Seconds per throughput measurement. (default: %(default)s)"
     )
     options = parser.parse_args()
@@ -231,6 +293,9 @@ def main() -> None:
     if options.episodes or options.expert:
         run = random_episodes if options.episodes else expert_table
         run(options.episodes or options.expert, asset_pack, options.asset_dir)
+        return
+    if options.floor:
+        measure_floor(options.floor)
         return
     print("quick start: builtin pack, 96 x 96, 100 Hz, one process")
     for num_envs, chunk_size in ((1, 1), (16, 1), (16, 8)):

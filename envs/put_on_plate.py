@@ -101,6 +101,7 @@ class PutOnPlateInScene(PutOnPlateScene):
         """Object or receptacle `index`, built on its first use. It is in no scene yet."""
         if (kind, index) not in self._entities:
             model = model_of(self.pack, kind, index)
+            self._set_scene_config()
             builder = self.scene.create_actor_builder()
             self.pack.add_model(builder, model)
             builder.set_physx_body_type("dynamic")
@@ -120,6 +121,7 @@ class PutOnPlateInScene(PutOnPlateScene):
             self._permanent = list(old.entities)  # stage, robot, lights, camera
         for entity in reversed(self._permanent + self._bodies):
             old.remove_entity(entity)
+        self._set_scene_config()  # PhysX has one for the process, and another env may have set its own
         with hulls.without_warning():
             px = sapien.physx.PhysxCpuSystem()
         px.timestep = self.scene.px.timestep

@@ -16,6 +16,12 @@ from envs import assets, variants
 from envs.assets import catalog, hulls, shaders
 from envs.registration import CAMERA, CONTROL_FREQ, CONTROL_MODE
 
+# The builtin pack at 100 Hz is a physical system of its own, with a solver of its own. With the published settings a
+# substep takes twice as long. Here contacts are sought within 5 mm, not 20, and the solver iterates 8 times, not 15.
+# Fewer iterations let fingers sink deeper into what they hold: 0.45 mm at 15, 0.8 mm at 8, 1.5 mm at 4.
+FAST_SOLVER = dict(contact_offset=0.005, solver_position_iterations=8)
+FAST_FREQ = 100  # Hz
+
 
 class WidowX250S(BaseAgent):
     """WidowX-250s with the published gains and controllers. The env adds `urdf_path` from its asset pack."""
@@ -108,7 +114,8 @@ class PutOnPlateScene(BaseEnv):
 
     @property
     def _default_sim_config(self) -> SimConfig:
-        scene = SceneConfig(enable_enhanced_determinism=True)
+        is_fast = self.pack.name == "builtin" and self._requested_sim_freq == FAST_FREQ
+        scene = SceneConfig(enable_enhanced_determinism=True, **(FAST_SOLVER if is_fast else {}))
         return SimConfig(sim_freq=self._requested_sim_freq, control_freq=CONTROL_FREQ, spacing=20, scene_config=scene)
 
     @property

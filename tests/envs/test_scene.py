@@ -235,6 +235,40 @@ def test_rewards_and_flags_equal_the_published_ones():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the solver
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def solver_of(env) -> set[tuple[float, int]]:
+    """Contact offsets (m) and solver iterations of the bodies in the scene, as PhysX has them."""
+    bodies = [env._dynamics(entity) for entity in env._bodies]
+    offsets = {round(shape.contact_offset, 6) for body in bodies for shape in body.collision_shapes}
+    offsets |= {round(shape.contact_offset, 6) for link in env._fingers for shape in link.collision_shapes}
+    iterations = {body.solver_position_iterations for body in bodies}
+    return {(offset, count) for offset in offsets for count in iterations}
+
+
+def test_envs_of_one_process_keep_their_own_solver():
+    """The builtin pack has a solver of its own at 100 Hz, and nobody's is that of the env that was made last."""
+    push = torch.tensor([[0.02, 0, -0.03, 0, 0, 0, 1.0]])
+
+    def course(env) -> list[dict]:
+        start(env, "train", 123456)
+        return [env.advance(push) and env.describe() for _ in range(6)]
+
+    kwargs = dict(image_size=(16, 16), render_backend="none")
+    fast = build("Main-v3", **kwargs)
+    alone = course(fast)
+    published = build("Main-v3", **kwargs | dict(sim_freq=500))
+    again = build("Main-v3", **kwargs)
+    build("Main-v3", **kwargs | dict(sim_freq=50)).close()
+    assert course(published) != alone and course(again) == alone
+    assert solver_of(again) == {(0.005, 8)} and solver_of(published) == {(0.02, 15)}
+    for env in (fast, published, again):
+        env.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what the variants do
 # ---------------------------------------------------------------------------------------------------------------------
 
