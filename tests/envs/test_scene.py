@@ -256,7 +256,7 @@ def test_envs_of_one_process_keep_their_own_solver():
         start(env, "train", 123456)
         return [env.advance(push) and env.describe() for _ in range(6)]
 
-    kwargs = dict(image_size=(16, 16), render_backend="none")
+    kwargs = dict(image_size=(16, 16))
     fast = build("Main-v3", **kwargs)
     alone = course(fast)
     published = build("Main-v3", **kwargs | dict(sim_freq=500))
