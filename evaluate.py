@@ -44,7 +44,7 @@ from envs import VARIANTS, eval_episode_ids, instructions, make_envs
 from envs.expert import Expert
 from schemas import check, flags, is_taken, read_json
 from schemas.evaluations import Identity, Published, Results, RunFlags
-from schemas.flags import hulls_before
+from schemas.flags import edition_now, hulls_before
 from schemas.hub import name_of as model_name
 from schemas.hub import repo_of, small_folder
 from schemas.lock import check_free, hold_folder
@@ -71,7 +71,7 @@ from vla.evaluation.video import frame_size
 from vla.files.trees import checksum
 from vla.files.whole import write_whole
 from vla.logger import describe_run
-from vla.models.about import ABOUT, Known, known_flags
+from vla.models.about import ABOUT, Known, edition_of, known_flags
 from vla.models.loading import load_policy
 from vla.models.policy import VLAPolicy
 from vla.models.published import check_on_hub
@@ -392,7 +392,8 @@ def parse(argv: list[str]) -> Args:
     if not checkpoint or flag_value(argv, "compare") or {*HELP} & {*argv}:
         return parse_layers(Args, [], argv, __doc__)
     folder, saved = find_checkpoint(checkpoint)
-    known = Known(f"{checkpoint}: its run's args.json", saved, True) if saved else known_of(checkpoint, folder)
+    of_run = Known(f"{checkpoint}: its run's args.json", saved | edition_of(folder, saved), True)
+    known = of_run if saved else known_of(checkpoint, folder)
     if lora_path := resolved_input("lora_path", flag_value(argv, "lora_path")):
         known = known_flags(lora_path, "--lora_path") or known
     if known is None:
@@ -624,6 +625,10 @@ def compare_videos(
         return [], None
     world = {"reward_mode": None, "hulls": None} | world  # left out where they mean nothing
     names = {*WORLD_FLAGS, "ignore_terminations"} - {"asset_dir"}  # a folder of one machine
+    if (edition := world.get("edition")) != edition_now(world):
+        raise UserError(
+            f"both were evaluated in edition {edition} of the builtin pack, so this version cannot replay episodes"
+        )
     if lacking := sorted(names - world.keys()):
         raise UserError(f"results.json has no world.{lacking[0]}, so the episodes cannot be replayed")
     shared = {name: world[name] for name in names}
@@ -663,6 +668,8 @@ def identity_of(args: Args, checkpoint: Path | None) -> dict:
         del world["reward_mode"]  # evaluations of before version 0.4.0 have none
     if args.asset_pack != "bridge":
         del world["hulls"]  # there are no meshes
+    if edition := edition_now(world):
+        world["edition"] = edition
     return {
         "policy": args.policy,
         "weights": all_gather_lists([weights])[0],

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ from schemas.demonstrations import (
     Try,
     arrays_of,
 )
-from schemas.flags import hulls_before
+from schemas.flags import edition_before, edition_now, hulls_before
 from schemas.lock import LOCK, lock_folder
 
 PART_SIZE = 50  # episodes
@@ -78,6 +79,10 @@ class Recipe:
     max_rotation: float  # rad per step
     measured_pose: bool = False  # the expert acts on the measured pose of the arm, which is what an image shows
     hulls: str | None = None  # None where the asset pack has no meshes
+    edition: int | None = field(init=False)  # of the builtin pack, None in another one
+
+    def __post_init__(self) -> None:
+        self.edition = edition_now(vars(self))
 
 
 @dataclass
@@ -220,7 +225,7 @@ class DemoFolder:
         self._lock = lock_folder(folder, f"--output {folder}") if begun.exists() else None
 
     def _check_same_recipe(self, before: dict) -> None:
-        before |= hulls_before(before)
+        before |= hulls_before(before) | edition_before(before)
         for key, value in vars(self.recipe).items():
             if before.get(key) != value:
                 raise UserError(
@@ -615,7 +620,7 @@ class Demos:
     def check_world(
         self, *, env_id: str, asset_pack: str, protocol: str, hulls: str, image_size: tuple[int, int], sim_freq: int
     ) -> None:
-        """Raise UserError where one of these settings differs from the set's own."""
+        """Raise UserError where one of these settings differs from the set's own. Another edition is a warning."""
         given = dict(env_id=env_id, asset_pack=asset_pack, protocol=protocol, hulls=hulls)
         given |= dict(image_size=list(image_size), sim_freq=sim_freq)
         for key, value in given.items():
@@ -625,6 +630,13 @@ class Demos:
                     f"--demos {self.folder} was made with {key}={made!r}, this run has {value!r}: give the same "
                     f"--{key}, or collect demonstrations for it"
                 )
+        if self.recipe["edition"] not in (None, edition_now(given)):
+            warnings.warn(
+                f"--demos {self.folder} shows edition {self.recipe['edition']} of the builtin pack, and envs have "
+                f"edition {edition_now(given)}, so collect demonstrations again for a policy that acts there.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -19,6 +19,7 @@ cases, and gives the same episodes.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
 from envs.local import LocalGroup
 from envs.workers import Worker, WorkerGroup
 from schemas import UserError
-from schemas.flags import hulls_before
+from schemas.flags import edition_before, edition_now, hulls_before
 
 # Largest action per dimension. These are the bounds of the family's controller, and no sensible action is beyond them.
 # Any gripper value has a meaning (above 0.5 opens).
@@ -367,7 +368,7 @@ class VectorEnv:
         another number of ranks.
         """
         self._check_usable("state_dict", needs_reset=False)
-        world = {key: vars(self._spec)[key] for key in REPLAY_KEYS}
+        world = {key: vars(self._spec)[key] for key in REPLAY_KEYS} | {"edition": edition_now(vars(self._spec))}
         return [entry | {"world": world} for group in self._call("state_dict") for entry in group]
 
     def load_state_dict(self, state: list[dict]) -> dict | None:
@@ -396,6 +397,14 @@ class VectorEnv:
                     f"this state was saved with {key}={saved!r}, these envs have {value!r}: "
                     "make envs with the saved value."
                 )
+        world |= edition_before(world)
+        if world.get("edition") != edition_now(vars(self._spec)):
+            warnings.warn(
+                f"these episodes began in edition {world['edition']} of the builtin pack and continue in edition "
+                f"{edition_now(vars(self._spec))}, so images and physics change.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         seen = self._call("load_state_dict", self._split(state))
         self._started = state[0]["episode_id"] is not None
         if not self._started:

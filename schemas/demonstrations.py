@@ -72,6 +72,7 @@ class Recipe(Schema):
     asset_pack: str | None
     protocol: str | None
     hulls: flags.SavedHulls = None  # None where the asset pack has no meshes
+    edition: flags.SavedEdition = None  # of the builtin pack, None in another one
     image_size: tuple[flags.Pixels, flags.Pixels]  # width, height
     sim_freq: flags.Hertz | None
     max_episode_steps: flags.EpisodeSteps | None

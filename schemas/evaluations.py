@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from schemas import Schema
-from schemas.flags import hulls_before
+from schemas.flags import edition_before, hulls_before
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -44,7 +44,7 @@ class Episode(Schema):
 
 
 # flags of the simulation, by name
-World = Annotated[dict[str, Any], AfterValidator(lambda world: world | hulls_before(world))]
+World = Annotated[dict[str, Any], AfterValidator(lambda world: world | hulls_before(world) | edition_before(world))]
 
 
 class Identity(Schema):

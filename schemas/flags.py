@@ -47,6 +47,27 @@ def those_of_before(hulls: str | None, info: ValidationInfo) -> str | None:
 
 SavedHulls = Annotated[Literal["gpu", "cpu"] | None, AfterValidator(those_of_before), Field(validate_default=True)]
 
+# The edition of the builtin pack: how it looks and, at 100 Hz, how it moves. Before version 0.4.0 it was 1.
+BUILTIN_EDITION = 2
+
+
+def edition_now(world: dict) -> int | None:
+    """The edition of a world that is made now. None in another pack, and in envs with an `instruction` of their own."""
+    return BUILTIN_EDITION if world.get("asset_pack") == "builtin" and world.get("instruction") is None else None
+
+
+def edition_before(world: dict) -> dict:
+    """{"edition": 1} for a saved world of the builtin pack that has no such entry, else {}."""
+    return {"edition": 1} if edition_now(world) and "edition" not in world else {}
+
+
+def that_of_before(edition: int | None, info: ValidationInfo) -> int | None:
+    """The value of `edition` in a schema that has `asset_pack` above it."""
+    return edition or edition_before(info.data).get("edition")
+
+
+SavedEdition = Annotated[int | None, AfterValidator(that_of_before), Field(ge=1, validate_default=True)]
+
 
 # ---- the model
 LoraRank = Annotated[int, Field(ge=0, le=4096)]  # the layers of a 7B model are 4096 wide, so a higher rank is not low

@@ -284,6 +284,7 @@ class World(Schema):
     asset_pack: Literal["builtin", "bridge"]
     protocol: Literal["rl4vla", "rlinf"]
     hulls: flags.SavedHulls = None  # None where the asset pack has no meshes
+    edition: flags.SavedEdition = None  # of the builtin pack, None in another one
     max_episode_steps: flags.EpisodeSteps
     control: str  # what an action means: ManiSkill's control mode
 

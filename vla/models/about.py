@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from schemas import UserError, check, parse_json
+from schemas.flags import edition_before, edition_now
 from schemas.hub import small_folder
 from schemas.policies import About
 from vla import VERSION
@@ -17,7 +18,17 @@ from vla.models.tiny import TINY_PRESETS
 
 ABOUT = "solovla.json"
 OF_MODEL = ("model_type", "unnorm_key", "chunk_size", "max_prompt_length", "image_resize", "oft_stop_token", "dtype")
-OF_WORLD = ("env_id", "instruction", "image_size", "sim_freq", "asset_pack", "protocol", "hulls", "max_episode_steps")
+OF_WORLD = (
+    "env_id",
+    "instruction",
+    "image_size",
+    "sim_freq",
+    "asset_pack",
+    "protocol",
+    "hulls",
+    "edition",
+    "max_episode_steps",
+)
 DECIDED = ("model_type", "chunk_size")  # another value could not be what the weights were trained for
 # other flags that should have the value of the folder -> how a sentence says a value
 SHOWN = {
@@ -30,6 +41,7 @@ SHOWN = {
     "asset_pack": "{} assets",
     "protocol": "protocol {}",
     "hulls": "{} hulls",
+    "edition": "edition {} of the builtin pack",
     "max_episode_steps": "{} steps an episode",
 }
 
@@ -58,7 +70,7 @@ def world_of(
     """The entry `world` of solovla.json, from a script's flags. control: ManiSkill's control mode."""
     world = {"env_id": env_id, "instruction": instruction, "image_size": list(image_size), "sim_freq": sim_freq}
     world |= {"asset_pack": asset_pack, "protocol": protocol, "hulls": hulls if asset_pack == "bridge" else None}
-    world |= {"max_episode_steps": max_episode_steps}
+    world |= {"edition": edition_now(world), "max_episode_steps": max_episode_steps}
     return world | {"control": control}
 
 
@@ -125,6 +137,12 @@ def from_config(folder: Path) -> dict:
     return found
 
 
+def edition_of(folder: Path, flags: dict) -> dict:
+    """{"edition": number} of the policy in `folder` that a run with these flags made, or {}."""
+    about = read_about(folder)
+    return {"edition": about.world.edition} if about and about.world else edition_before(flags)
+
+
 # ---------------------------------------------------------------------- comparing
 def without_foreign_world(flags: dict, env_id: str, family: str) -> dict:
     """The flags of a folder, for a run whose env is given: without the world of an env of another kind."""
@@ -147,7 +165,10 @@ def check_known(known: Known, used: dict) -> None:
 
 def differences(known: Known, used: dict) -> str | None:
     """A line about a policy that acts in another world than its own, or None."""
+    used = used | {"edition": edition_now(used)}
     compared = SHOWN.keys() & known.flags.keys() & used.keys()
+    if used["edition"] is None:
+        compared -= {"edition"}  # it is another pack or another task, which is said
     if used.get("asset_pack") != "bridge":
         compared -= {"hulls"}  # there are no meshes
     differing = [name for name in SHOWN if name in compared and plain(used[name]) != plain(known.flags[name])]
