@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import signal
@@ -789,6 +790,16 @@ def test_missing_assets_are_one_sentence_and_no_question(tmp_path, num_env_worke
     assert len(said) == 1 and "ycb" in said[0], out.stderr[-2000:]
     assert said[0].endswith("run `python -m mani_skill.utils.download_asset PickSingleYCB-v1`.")
     assert not any(tmp_path.iterdir())
+
+
+def test_what_is_there_before_the_first_env_is_not_searched_for_garbage():
+    """And nothing else is kept: envs that were closed are garbage."""
+    gc.unfreeze()
+    with make(1):
+        kept = gc.get_freeze_count()
+        assert kept > 100_000
+        with make(1):
+            assert gc.get_freeze_count() == kept
 
 
 def test_out_of_range_actions():
