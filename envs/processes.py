@@ -123,6 +123,7 @@ class Server:
         self.alive = True
         self.forks = 0  # that are not buried
         self._lock = threading.Lock()
+        self._asked = 0  # requests so far
         ours, theirs = socket.socketpair()
         with theirs, signals_held():
             try:
@@ -141,23 +142,31 @@ class Server:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, *request: Any, fds: Sequence[int] = (), seconds: float = SERVER_SECONDS) -> Any:
-        """The server's answer to a request, see `serve`. Raises ProcessLost where the server or its fork failed."""
+    def ask(self, *request: Any, fds: Sequence[int] = (), seconds: float | None = None) -> Any:
+        """The server's answer to a request, see `serve`. seconds: how long it may take, SERVER_SECONDS by default.
+
+        Raises:
+            ProcessLost: the server is lost, or cannot do what was asked.
+        """
+        limit = SERVER_SECONDS if seconds is None else seconds
         with self._lock:
+            self._asked += 1
+            number = 0  # of the answer
             try:
-                self._connection.send(request)
+                self._connection.send((self._asked, *request))
                 if fds:
                     send_fds(self._connection, fds)
-                if self._connection.poll(seconds):
-                    failure, answer = self._connection.recv()
-                else:
-                    failure, answer = f"it gave no answer for {seconds:g} s", None
-            except (EOFError, OSError):
-                failure, answer = "it has ended", None
-            if failure is None:
-                return answer
-            self.end()
-        raise ProcessLost(f"the process that starts workers (process {self.pid}) is lost: {failure}.")
+                while number < self._asked:  # an earlier answer is of a request that an interrupt cut short
+                    if not self._connection.poll(limit):
+                        raise TimeoutError(f"gave no answer for {limit:g} s")
+                    number, failure, answer = self._connection.recv()
+            except (EOFError, OSError) as error:
+                self.end()
+                what = error if isinstance(error, TimeoutError) else "has ended"
+                raise ProcessLost(f"the process that starts workers ({self.pid}) {what}.") from None
+        if failure is not None:
+            raise ProcessLost(f"the process that starts workers ({self.pid}) failed: {failure}.")
+        return answer
 
     def end(self) -> None:
         """End the server. The kernel then kills what is left of its forks. A second call does nothing."""
@@ -273,7 +282,7 @@ class Process:
         try:
             code = self._wait(BURY_SECONDS)
         except ProcessLost as loss:
-            return f"was killed together with the process that starts workers: {loss}"
+            return f"was killed, since {loss}"
         if code is None:
             return "closed its connection but is still running."
         cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -324,8 +333,8 @@ def ignore_signals() -> None:
 def serve(control_fd: int) -> NoReturn:
     """The server's main loop: import the simulator, answer requests, end with the rank.
 
-    Requests are ("fork", main, title) and two open files, ("poll", pid) and ("signal", pid, number). An answer is a
-    failure or None, and a process id, an exit code or None, and None.
+    Requests are ("fork", main, title) and two open files, ("poll", pid) and ("signal", pid, number), each after its own
+    number. An answer is this number, a failure or None, and a process id, an exit code or None, and None.
     """
     ignore_signals()
     name_this_process(SERVER_TITLE)
@@ -337,15 +346,15 @@ def serve(control_fd: int) -> NoReturn:
     gc.freeze()  # a collection would write to every object, and end the sharing of memory
     with contextlib.suppress(EOFError, OSError):
         while True:
-            kind, *details = control.recv()
+            number, kind, *details = control.recv()
             if kind == "fork":
-                control.send(_fork(control, *details))
+                control.send((number, *_fork(control, *details)))
             elif kind == "poll":
                 pid, status = os.waitpid(details[0], os.WNOHANG)
-                control.send((None, os.waitstatus_to_exitcode(status) if pid else None))
+                control.send((number, None, os.waitstatus_to_exitcode(status) if pid else None))
             else:
                 os.kill(*details)
-                control.send((None, None))
+                control.send((number, None, None))
     os._exit(0)
 
 
@@ -354,12 +363,11 @@ def _fork(control: Connection, main: str, title: str) -> tuple[str | None, int |
     fds = receive_fds(control, 2)
     server = os.getpid()
     forkable = num_threads() == 1 and not open_devices()
+    pid, failure = None, None
     try:
         pid = os.fork()
     except OSError as error:
-        pid, failure = None, f"it cannot start another one ({error.strerror})"
-    else:
-        failure = None
+        failure = f"it cannot start another process ({error.strerror})"
     if pid == 0:
         try:
             control.close()

@@ -30,7 +30,7 @@ needs_assets = pytest.mark.skipif(not ASSETS.exists(), reason=f"no published mes
 MAIN = "PutOnPlateInScene25Main-v3"
 GOLF_BALL = 14
 BRIDGE = dict(asset_pack="bridge", asset_dir=str(ASSETS))
-SMALL = dict(image_size=(16, 16), render_backend="none")
+SMALL = dict(image_size=(16, 16))
 # object -> corners of its hulls with PhysX's GPU simulation, and with its CPU simulation
 CORNERS = {
     "015_golf ball_1": ([34], [93]),

@@ -263,6 +263,8 @@ def bytes_alive(without=()) -> int:
 
 def memory(micro_batch_size: int = 2, **settings) -> dict:
     """Bytes at the start of either stage and at most within it, in the second of two iterations."""
+    gc.collect()
+    gc.freeze()  # what is there by now is neither counted nor looked at again
     before = bytes_alive()
     engine, stages = made(**settings)
     trained(engine, stages, 0, 1)

@@ -27,6 +27,11 @@ class Hub:
     """What the server holds, and what it was asked."""
 
     def __init__(self) -> None:
+        self.url = ""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but the address."""
         self.repos: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}  # (kind, id) -> {commit: {path: content}}
         self.refs: dict[tuple[str, str], dict[str, str]] = {}  # (kind, id) -> {branch or tag: commit}
         self.objects: dict[str, bytes] = {}  # LFS, by sha256
@@ -38,7 +43,6 @@ class Hub:
         self.gated: set[str] = set()
         self.commits: list[dict] = []  # headers of the commits that were pushed
         self.on_request = lambda method, path: None  # called before each answer
-        self.url = ""
 
     def add(self, repo: str, files: dict[str, bytes], kind: str = "model", refs: tuple[str, ...] = ("main",)) -> str:
         """Make a commit of these files. Returns its hash."""

@@ -51,10 +51,10 @@ def early(environment: dict[str, str]) -> dict[str, str]:
 
 # ---------------------------------------------------------------------- the side of the tests
 class _Server:
-    """The connection to this process's server."""
+    """The connection to a server of this process. environment: of the server."""
 
-    def __init__(self):
-        self.early = early(ENVIRONMENT)
+    def __init__(self, environment: dict[str, str]):
+        self.early = early(environment)
         self._lock = threading.Lock()
         self._control, theirs = socket.socketpair()
         with theirs:
@@ -62,7 +62,7 @@ class _Server:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=ENVIRONMENT,
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -82,8 +82,26 @@ class _Server:
             raise RuntimeError("the warm server has ended: see its error above")
         return REQUEST.unpack(answer)[0], ours
 
+    def close(self) -> None:
+        """End the server and all of its forks."""
+        self._control.close()
+        self._process.wait()
+
 
 _server: _Server | None = None
+_others: list[_Server] = []
+
+
+@contextlib.contextmanager
+def also(variables: dict[str, str]):
+    """Meanwhile, programs with these variables of EARLY are forks, too: of a second server, which has them."""
+    server = _Server(ENVIRONMENT | variables)
+    _others.append(server)
+    try:
+        yield
+    finally:
+        _others.remove(server)
+        server.close()
 
 
 class Popen(subprocess.Popen):
@@ -95,17 +113,19 @@ class Popen(subprocess.Popen):
         environment = dict(os.environ if env is None else env)
         global _server
         if isinstance(args, (list, tuple)) and args[0] == sys.executable and preexec_fn is None and executable is None:
-            _server = _server or _Server()
-            if early(environment) == _server.early:
-                return self._fork([os.fspath(word) for word in args[1:]], pass_fds, cwd, environment, *rest)
+            _server = _server or _Server(ENVIRONMENT)
+            for server in (_server, *_others):
+                if early(environment) == server.early:
+                    words = [os.fspath(word) for word in args[1:]]
+                    return self._fork(server, words, pass_fds, cwd, environment, *rest)
         return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
 
-    def _fork(self, words, pass_fds, cwd, environment, *rest):
+    def _fork(self, server, words, pass_fds, cwd, environment, *rest):
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
         streams = {number: own if own != -1 else number for number, own in enumerate((p2cread, c2pwrite, errwrite))}
         fds = streams | {number: number for number in pass_fds}
         session = rest[-2]  # start_new_session
-        self.pid, self._end = _server.start(words, os.fspath(cwd or os.getcwd()), environment, session, fds)
+        self.pid, self._end = server.start(words, os.fspath(cwd or os.getcwd()), environment, session, fds)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import warm
 from launching import one_rank_environment, python
 
@@ -44,3 +45,13 @@ def test_what_is_read_at_the_start_gets_a_fresh_interpreter():
     code = "import sys; print('deepspeed' in sys.modules)"
     assert python("-c", code).stdout == "True\n"
     assert python("-c", code, env={"OMP_NUM_THREADS": "2"}).stdout == "False\n"
+
+
+@pytest.mark.full  # a second server imports everything again. The recipes of the Hub use one in `make test`
+def test_meanwhile_other_early_variables_have_forks_too():
+    code = "import os, sys; print('deepspeed' in sys.modules, os.getppid(), os.environ['HF_HOME'])"
+    with warm.also({"HF_HOME": "/elsewhere"}):
+        (other,) = warm._others
+        assert python("-c", code, env={"HF_HOME": "/elsewhere"}).stdout == f"True {other._process.pid} /elsewhere\n"
+    assert other._process.returncode == 0
+    assert python("-c", code, env={"HF_HOME": "/elsewhere"}).stdout.startswith("False ")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import warm
 from hub_server import TOKEN, Hub, serving
 from launching import metrics, python, run_ranks
 
@@ -48,12 +49,32 @@ def published(tmp_path_factory) -> dict[str, dict[str, bytes]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def warm_hub(tmp_path_factory):
+    """A server, and a link that is HF_HOME. Programs with these two are forks of a warm process that knows them."""
+    home = tmp_path_factory.mktemp("hub") / "home"
+    with serving() as served, warm.also(served.environment(home)):
+        yield served, home
+
+
 @pytest.fixture
-def server(published):
-    with serving() as served:
-        for name, files in published.items():
-            served.add(name, files)
-        yield served
+def server(published, warm_hub):
+    """What is published, and nothing else."""
+    served, _ = warm_hub
+    served.clear()
+    for name, files in published.items():
+        served.add(name, files)
+    return served
+
+
+@pytest.fixture
+def home(warm_hub, tmp_path):
+    """HF_HOME, which leads to an empty folder of this test."""
+    _, link = warm_hub
+    (tmp_path / "home").mkdir()
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "home")
+    return link
 
 
 def weights_of(server: Hub, *names: str) -> int:
@@ -77,9 +98,9 @@ def recipe(server: Hub, home: Path, algorithm: str, model: str, *flags: object, 
         pytest.param("grpo", "openvla", marks=pytest.mark.full),
     ],
 )
-def test_a_recipe_needs_no_other_command(server, tmp_path, algorithm, model):
+def test_a_recipe_needs_no_other_command(server, home, tmp_path, algorithm, model):
     more = ("--group_size", 2) if algorithm == "grpo" else ()
-    run = recipe(server, tmp_path / "home", algorithm, model, *more, "--run_dir", tmp_path / "run")
+    run = recipe(server, home, algorithm, model, *more, "--run_dir", tmp_path / "run")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     name = OFT if model == "openvlaoft" else WARMUP
     assert f"fetch   {name} from {server.url}: 1 file" in run.stdout and len(metrics(tmp_path / "run")) == 1
@@ -87,10 +108,9 @@ def test_a_recipe_needs_no_other_command(server, tmp_path, algorithm, model):
 
 
 @pytest.mark.slow
-def test_two_ranks_fetch_once_over_a_broken_connection_then_none_offline(server, published, tmp_path):
+def test_two_ranks_fetch_once_over_a_broken_connection_then_none_offline(server, home, published, tmp_path):
     weights = published[OFT]["model.safetensors"]
     server.cuts[hashlib.sha256(weights).hexdigest()] = [len(weights) // 2]
-    home = tmp_path / "home"
     run = recipe(server, home, "ppo", "openvlaoft", "--run_dir", tmp_path / "one", ranks=2)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     bodies = server.bodies()
@@ -109,9 +129,9 @@ def test_two_ranks_fetch_once_over_a_broken_connection_then_none_offline(server,
 
 
 @pytest.mark.slow
-def test_a_failed_download_is_one_sentence_of_all_ranks(server, tmp_path):
+def test_a_failed_download_is_one_sentence_of_all_ranks(server, home, tmp_path):
     del server.repos["model", ADAPTER]
-    run = recipe(server, tmp_path / "home", "ppo", "openvlaoft", "--run_dir", tmp_path / "run", ranks=2)
+    run = recipe(server, home, "ppo", "openvlaoft", "--run_dir", tmp_path / "run", ranks=2)
     errors = [line for line in run.stderr.splitlines() if line.startswith("error")]
     assert run.returncode == 2 and len(errors) == 1, run.stderr[-2000:]
     assert f"--lora_path {ADAPTER} is neither a folder here nor a model that" in errors[0]
@@ -119,12 +139,12 @@ def test_a_failed_download_is_one_sentence_of_all_ranks(server, tmp_path):
 
 
 @pytest.mark.full
-def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(server, published, tmp_path):
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(server, home, published, tmp_path):
     server.add("a/l1", published[OFT] | {"action_head--1_checkpoint.pt": b"x" * 2000})
     server.add("a/bin", {"config.json": published[OFT]["config.json"], "pytorch_model.bin": b"x" * 2000})
     for name, said in (("a/l1", "an L1 regression head"), ("a/bin", "no .safetensors but pytorch_model.bin, a pickle")):
         words = ["train_ppo.py", "--model_path", name, "--run_dir", tmp_path / "run"]
-        run = python(*words, env=server.environment(tmp_path / "home"))
+        run = python(*words, env=server.environment(home))
         assert run.returncode == 2 and said in run.stderr and name in run.stderr, run.stderr[-2000:]
     assert not weights_of(server, "a/l1")
 
@@ -212,9 +232,9 @@ def test_an_upload_that_can_not_work_is_refused_at_the_start(monkeypatch, tmp_pa
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_a_run_is_pushed_and_loads_by_its_name(server, tmp_path):
+def test_a_run_is_pushed_and_loads_by_its_name(server, home, tmp_path):
     """Two ranks train and push. evaluate.py then needs the name and nothing else of what the policy knows."""
-    env = server.environment(tmp_path / "home", HF_TOKEN=TOKEN)
+    env = server.environment(home, HF_TOKEN=TOKEN)
     words = ["train_ppo.py", "--config", "yaml/quickstart_ppo_openvlaoft.yaml", *TINY[6:], "--push_to_hub", "me/mine"]
     run = run_ranks(2, *words, "--run_dir", tmp_path / "run", env=env)
     assert run.returncode == 0 and "pushed      " in run.stdout, run.stdout[-2000:] + run.stderr[-2000:]

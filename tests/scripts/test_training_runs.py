@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -49,9 +47,9 @@ def four_iterations(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> tuple[Path, str]:
-    """The command of the README: two ranks, ZeRO-3, one worker process each, every process a fresh interpreter."""
+    """The command of the README: two ranks, ZeRO-3, every process a fresh interpreter."""
     run_dir, port = tmp_path_factory.mktemp("runs") / "two_ranks", free_port()
-    flags = ["--run_dir", str(run_dir), "--num_iterations", "2", "--num_env_workers", "1", "--video_episodes", "2"]
+    flags = ["--run_dir", str(run_dir), "--num_iterations", "2", "--video_episodes", "2"]
     run = train(*flags, ranks=2, launcher=True, port=port)
     assert not shared_memory_of(port)
     return run_dir, run.stdout
@@ -87,7 +85,10 @@ def test_a_run_leaves_everything_behind(two_ranks):
 
 
 def test_resume_goes_on_as_if_nothing_had_happened(four_iterations, tmp_path):
-    """1..4 in one go; 1..2, then killed while writing, then --resume for 3..4: identical in everything but time."""
+    """1..4 in one go; 1..2, then killed while writing, then --resume for 3..4: identical in everything but time.
+
+    The resumed run simulates in a worker process, a fresh interpreter as every worker of a user's run.
+    """
     run_dir = tmp_path / "resumed"
     train("--run_dir", str(run_dir), "--num_iterations", "2")
     whole = without_time(metrics(four_iterations))
@@ -97,7 +98,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(four_iterations, tmp_path):
     (run_dir / "checkpoints" / "iteration_000003.partial" / "state.json").write_text("{}")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 3, "global_step": 192, "train/loss": 1e9}\n{"iteration": 4, "glo')
-    train("--resume", str(run_dir), "--num_iterations", "4")
+    train("--resume", str(run_dir), "--num_iterations", "4", "--num_env_workers", "1")
     resumed = without_time(metrics(run_dir))
     assert [line["iteration"] for line in resumed] == [1, 2, 3, 4]
     for ours, theirs in zip(resumed, whole):
@@ -107,7 +108,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(four_iterations, tmp_path):
 
 
 def test_same_seed_twice_is_identical_on_two_ranks_and_another_seed_is_not(two_ranks, four_iterations, tmp_path):
-    """The second time in another place: by forks instead of the launcher, and without worker processes."""
+    """The second time by forks instead of the launcher."""
     train("--run_dir", str(tmp_path / "again"), "--num_iterations", "2", ranks=2)
     assert without_time(metrics(tmp_path / "again")) == without_time(metrics(two_ranks[0]))
     train("--run_dir", str(tmp_path / "other"), "--num_iterations", "1", "--seed", "1")
@@ -342,7 +343,7 @@ def test_unknown_yaml_key_and_missing_config(tmp_path):
 
 
 def test_doctor_finds_this_machine_well():
-    run = subprocess.run([sys.executable, "doctor.py"], cwd=ROOT, capture_output=True, text=True)
+    run = python("doctor.py")
     assert run.returncode == 0, run.stdout
     rows = {line.split()[1]: line.split()[0] for line in run.stdout.splitlines()}
     assert list(rows) == list(doctor.CHECKS) and set(rows.values()) <= {"ok", "note"}
