@@ -124,6 +124,26 @@ class ManiSkillTask:
         command[:, 6] = float(space.high[6]) if action[0, 6] > 0 else float(space.low[6])
         return command
 
+    def robot_units(self, commands: np.ndarray) -> np.ndarray:
+        """The actions whose command is this: the inverse of `_command`, for recorded commands float32 [T, 7].
+
+        Returns float32 [T, 7]: m, rad, gripper 1 (opens) or 0. What the controller would clip is clipped.
+        """
+        actions = commands.copy()
+        config, space = self._arm.config, self.env.single_action_space
+        if config.normalize_action:
+            lower, upper = np.float32(config.pos_lower), np.float32(config.pos_upper)
+            actions[:, :3] = lower + (np.clip(commands[:, :3], -1, 1) + 1) / 2 * (upper - lower)
+            length = np.linalg.norm(commands[:, 3:6], axis=1, keepdims=True)
+            actions[:, 3:6] = commands[:, 3:6] / np.maximum(length, 1) * np.float32(config.rot_lower)
+        actions[:, 6] = commands[:, 6] > (space.low[6] + space.high[6]) / 2
+        return actions
+
+    @property
+    def camera_name(self) -> str:
+        """The camera whose images the policy sees."""
+        return next(iter(self.env.scene.sensors))
+
     @property
     def _arm(self) -> PDEEPoseController:
         """The controller of the arm."""
