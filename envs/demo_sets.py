@@ -1,9 +1,9 @@
 """Open demonstrations for training, whichever format they have. Two of three formats are rewritten once, in a cache.
 
-    --demos demos/tiny          what collect_demos.py wrote: read as it is
-    --demos demos/pushcube      what ManiSkill's RecordEpisode wrote: rewritten by `envs/recorded.py`
-    --demos demos/some.h5       one such file by its name, such as one of replay_trajectory
-    --demos my_lerobot_set      LeRobot's format: rewritten by `envs/lerobot/read.py`
+--demos demos/tiny          what collect_demos.py wrote: read as it is
+--demos demos/pushcube      what ManiSkill's RecordEpisode wrote: rewritten by `envs/recorded.py`
+--demos demos/some.h5       one such file by its name, such as one of replay_trajectory
+--demos my_lerobot_set      LeRobot's format: rewritten by `envs/lerobot/read.py`
 """
 
 from __future__ import annotations

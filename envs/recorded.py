@@ -99,10 +99,7 @@ def read_episode(reader: EpisodeReader, entry: RecordedEpisode, camera: str) -> 
     """Images uint8 [T + 1, H, W, 3] and actions float32 [T, 7] of one episode. Raises UserError for other forms."""
     name, steps = f"traj_{entry.episode_id}", entry.elapsed_steps
     found = []
-    for key, dtype, shape in (
-        (camera, "uint8", (steps + 1, None, None, 3)),
-        ("actions", "float32", (steps, 7)),
-    ):
+    for key, dtype, shape in ((camera, "uint8", (steps + 1, None, None, 3)), ("actions", "float32", (steps, 7))):
         dataset = reader.dataset(name, key)
         if dataset is None:
             raise UserError(f"{reader.path} has no {name}/{key}: {reader.remedy}")

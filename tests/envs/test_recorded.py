@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from launching import python
+from launching import metrics, python
 
+import train_ppo
+import train_sft
 from envs import make_envs, maniskill_task
 from envs.demo_sets import open_demos
 from envs.maniskill_task import ManiSkillTask
 from envs.recorded import recorded_file
 from examples import record_demos
 from schemas import UserError
+from vla.cli import parse_args
 
 ENV_ID, TEXT, CAMERA = "PushCube-v1", "push the cube onto the target", "obs/sensor_data/base_camera/rgb"
 SIZE = 16
@@ -175,3 +178,27 @@ def test_the_command_records_what_maniskill_replays(tmp_path):
     assert "Replayed 3 episodes, 3/3=100.00%" in run.stdout, run.stdout + run.stderr
     run = python("-m", "examples.record_demos", *words)
     assert run.returncode == 2 and "holds demonstrations already: name another folder" in run.stderr
+
+
+def test_the_presets_agree_with_each_other():
+    sft = parse_args(train_sft.Args, ["--config", str(ROOT / "yaml/sft_pushcube.yaml")], "")
+    ppo = parse_args(train_ppo.Args, ["--config", str(ROOT / "yaml/ppo_pushcube.yaml")], "")
+    for name in ("env_id", "instruction", "image_size", "max_episode_steps", "eval_temperature", "dtype"):
+        assert getattr(sft, name) == getattr(ppo, name), name
+    assert sft.env_id == sft.unnorm_key == ENV_ID == record_demos.ENV_ID and sft.instruction == TEXT
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_from_demonstrations_to_ppo(recorded, tmp_path):
+    """The commands of docs/environments.md, smaller: every step starts from what the one before wrote."""
+    small = ["--image_size", str(SIZE), str(SIZE), "--num_eval_episodes", "2", "--num_eval_envs", "2"]
+    small += ["--max_episode_steps", "8", "--video_episodes", "0", "--micro_batch_size", "8"]
+    words = ["--batch_size", "8", "--num_updates", "2", "--updates_per_iteration", "1", "--run_dir", tmp_path / "sft"]
+    run = python("train_sft.py", "--config", "yaml/sft_pushcube.yaml", *small, *words, "--demos", recorded)
+    assert run.returncode == 0, run.stderr[-3000:]
+    small += ["--num_envs", "2", "--num_steps", "16", "--num_minibatches", "1", "--critic_warmup_iterations", "0"]
+    words = ["--num_iterations", "1", "--run_dir", tmp_path / "ppo", "--model_path", tmp_path / "sft" / "export"]
+    run = python("train_ppo.py", "--config", "yaml/ppo_pushcube.yaml", *small, *words)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(metrics(tmp_path / "sft")) == 2 and len(metrics(tmp_path / "ppo")) == 1
