@@ -31,8 +31,8 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 import torch
 
 from envs import check_envs, control_mode, episode_facts, eval_episode_ids, every_instruction, make_envs
+from envs.demo_sets import open_demos
 from envs.demonstrations import Demos
-from envs.lerobot import open_demos
 from schemas import UserError, flags
 from vla.backends import check_backends
 from vla.cli import flag_value, parse_args, pick
@@ -82,8 +82,8 @@ class Args:
     num_updates: flags.Count = 2000
     """Optimizer steps of the run."""
     demos: flags.Text = "demos"
-    """Folder that collect_demos.py made, or a data set in LeRobot's format (version 3). Its action statistics have the
-    name of its env_id, or of the folder if the set was made elsewhere."""
+    """Folder that collect_demos.py made, trajectories that ManiSkill recorded (a folder or the .h5 file), or a data set
+    in LeRobot's format (version 3). Its action statistics have the name of its env_id, or of a LeRobot set's folder."""
     model_path: flags.Text = "openvla-tiny"
     """Model folder in the published layout, a model on the Hugging Face Hub (name or name@revision), or random weights:
     openvla-tiny or openvla-oft-tiny."""
@@ -335,7 +335,7 @@ def main(args: Args) -> None:
         check_backends(args.logger_backends)
         check_push(args.push_to_hub)
         ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
-        demos = open_demos(Path(args.demos), args.demos_camera)
+        demos = open_demos(Path(args.demos), args.demos_camera, args.env_id, args.instruction)
         demos.check_world(**pick(args, demos.check_world))
         if len(demos) < args.batch_size:
             raise UserError(f"--demos {args.demos} has only {len(demos)} steps: lower --batch_size {args.batch_size}")

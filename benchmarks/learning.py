@@ -37,6 +37,7 @@ NUM_EPISODES = 256
 DESCRIPTION = "run_from_iteration_000000"
 # of a run's flags, those that evaluate.py needs for a policy that is no run folder
 EVAL_FLAGS = ("model_type", "unnorm_key", "dtype", "max_prompt_length", "asset_pack", "sim_freq", "max_episode_steps")
+EVAL_FLAGS += ("instruction",)
 BEGIN, END = "<!-- drawn by benchmarks/learning.py -->", "<!-- end of what is drawn -->"
 
 
@@ -58,6 +59,13 @@ def commands_of(curve: dict, seed: int, run_dir: str | None = None) -> list[list
     return [first, *([*begin, "--resume", place, *words_of(flags)] for flags in curve.get("then", []))]
 
 
+def make_start(curve: dict) -> None:
+    """Make the policy that the curve starts from, with the commands of its `start`, unless it exists."""
+    if "start" in curve and not (ROOT / curve["start"]["makes"]).exists():
+        for line in curve["start"]["commands"]:
+            execute(line.split())
+
+
 def execute(command: list[str]) -> None:
     """In the repository, on CPU ranks; raises SystemExit with what failed."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -75,14 +83,15 @@ def evaluated(
     command = ["deepspeed", "--num_gpus", str(RANKS), "evaluate.py", "--checkpoint", checkpoint, "--settings", settings]
     command += ["--num_episodes", str(num_episodes), "--temperature", *map(str, temperatures), "--video_failures", "0"]
     command += ["--no-ignore_terminations", "--output", str(output), "--image_size", *map(str, flags["image_size"])]
-    command += words_of({name: flags[name] for name in EVAL_FLAGS})
+    command += words_of({name: flags[name] for name in EVAL_FLAGS if flags.get(name) is not None})
     execute(command)
     return json.loads((output / "results.json").read_text())
 
 
 def success_of(checkpoint: str, flags: dict, output: Path, num_episodes: int | None) -> dict[str, dict]:
     """File of a kept run -> success by temperature and, with num_episodes, of the 16 settings at T = 1."""
-    setting = f"{flags['env_id'].removeprefix(FAMILY)}:{flags['obj_set']}"
+    env_id, obj_set = flags["env_id"], flags["obj_set"]
+    setting = f"{env_id.removeprefix(FAMILY)}:{obj_set}" if env_id.startswith(FAMILY) else env_id
     results = evaluated(checkpoint, flags, output / "training", setting, NUM_EPISODES, TEMPERATURES)
     kept = ("episodes", "success_once", "wilson_95", "return", "episode_ids")
     found = {
@@ -107,6 +116,7 @@ def run(only: list[str] | None, seeds: list[int] | None, again: bool) -> None:
             kept = RESULTS / name / f"seed_{seed}"
             if (only and name not in only) or (seeds and seed not in seeds) or (kept.is_dir() and not again):
                 continue
+            make_start(curve)
             with tempfile.TemporaryDirectory() as temporary:
                 run_dir, new = Path(temporary) / "run", Path(temporary) / "kept"
                 for command in commands_of(curve, seed, str(run_dir)):
@@ -225,6 +235,7 @@ def seeds_table(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> lis
 def commands(runs: dict[str, dict[int, dict]], specs: dict[str, dict]) -> list[str]:
     lines = ["```bash"]
     for name, seeds in runs.items():
+        lines += specs[name].get("start", {}).get("commands", [])
         first, *rest = [" ".join(command) for command in commands_of(specs[name], min(seeds))]
         lines += [f"{first}    # seeds {list(seeds)}", *rest]
     return [*lines, "```"]

@@ -33,7 +33,7 @@ from types import EllipsisType
 import h5py
 import numpy as np
 
-from envs import episodes, variants
+from envs import control_mode, episodes, variants
 from envs.expert import Expert
 from envs.registration import CONTROL_MODE
 from envs.vector import ACTION_LIMITS, VectorEnv
@@ -425,8 +425,11 @@ class EpisodeReader:
     def _wrong(self, what: str) -> UserError:
         return UserError(f"{self.path} {what}: {self.remedy}")
 
-    def check_episodes(self, episodes: list[Episode]) -> None:
-        """Raise UserError unless `episodes` names every group of the file once and their steps fit into memory."""
+    def check_episodes(self, episodes: list[Episode], mode: str = CONTROL_MODE) -> None:
+        """Raise UserError unless `episodes` names every group of the file once and their steps fit into memory.
+
+        mode: the control mode that the actions must be of.
+        """
         named = collections.Counter(f"traj_{entry.episode_id}" for entry in episodes)
         groups = set(self.file)
         twice = [name for name, count in named.items() if count > 1]
@@ -438,10 +441,10 @@ class EpisodeReader:
             if names:
                 raise self._wrong(f"and trajectory.json do not agree: {names[0]} {problem}")
         for entry in episodes:
-            if entry.control_mode != CONTROL_MODE:
+            if entry.control_mode != mode:
                 raise self._wrong(
                     f"has actions of control mode {entry.control_mode!r} in traj_{entry.episode_id}, they must be of "
-                    f"{CONTROL_MODE!r}"
+                    f"{mode!r}"
                 )
         steps = sum(entry.elapsed_steps for entry in episodes)
         if steps > MAX_STEPS:
@@ -479,7 +482,7 @@ class EpisodeReader:
         """
         found: dict[str, h5py.Dataset] = {}
         for key in checked:
-            dataset = self._dataset(name, key)
+            dataset = self.dataset(name, key)
             if dataset is not None:
                 found[key] = dataset
         described = {key: {"dtype": dtype_name(each), "shape": list(each.shape)} for key, each in found.items()}
@@ -503,7 +506,7 @@ class EpisodeReader:
         except OSError as error:
             raise self._wrong(f"is damaged: {dataset.name} cannot be read ({error})") from error
 
-    def _dataset(self, name: str, key: str) -> h5py.Dataset | None:
+    def dataset(self, name: str, key: str) -> h5py.Dataset | None:
         """The dataset at name/key, or None where there is none. Links are never followed.
 
         Raises:
@@ -596,7 +599,8 @@ class Demos:
         statistics = read_json(folder / "dataset_statistics.json", Statistics, remedy)
         self.statistics = {key: entry.model_dump(mode="json") for key, entry in statistics.items()}
         self.reader = EpisodeReader(folder / "trajectory.h5", tuple(self.recipe["image_size"]), remedy)
-        self.reader.check_episodes(content.episodes)
+        made_in = self.recipe["env_id"]
+        self.reader.check_episodes(content.episodes, CONTROL_MODE if made_in is None else control_mode(made_in))
         self.episodes = content.episodes
         self.num_episodes = len(content.episodes)
         self.instructions: list[str] = []

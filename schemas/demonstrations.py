@@ -103,6 +103,26 @@ class Trajectories(Schema):
     episodes: Annotated[list[Episode], Field(min_length=1)]
 
 
+class RecordedEpisode(Schema):
+    """One episode of a file that ManiSkill's RecordEpisode wrote."""
+
+    episode_id: Whole
+    control_mode: str
+    elapsed_steps: flags.EpisodeSteps
+    success: bool | None = None
+
+
+class RecordedEnv(Schema):
+    env_id: str
+
+
+class Recorded(Schema):
+    """The .json beside that file."""
+
+    env_info: RecordedEnv
+    episodes: Annotated[list[RecordedEpisode], Field(min_length=1)]
+
+
 class ActionStatistics(Schema):
     """Statistics of each of the seven action dimensions, in robot units."""
 

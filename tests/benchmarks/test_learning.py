@@ -120,6 +120,21 @@ def test_the_page_is_what_its_runs_and_curves_give(monkeypatch, tmp_path):
     assert (tmp_path / "RESULTS.md").read_text() == (root / "RESULTS.md").read_text()
 
 
+def test_what_a_curve_starts_from_is_made_once(place, monkeypatch):
+    """A policy that the repository does not ship. Its commands stand before that of the run."""
+    executed = []
+    monkeypatch.setattr(learning, "execute", executed.append)
+    keep_run(place / "results" / "ppo" / "seed_0", 0.25, 0.75)
+    page = drawn_with(place, "start: {makes: policy, commands: [python record.py, python clone.py]}")
+    assert "```bash\npython record.py\npython clone.py\ndeepspeed" in page
+    curve = learning.curves()["ppo"]
+    learning.make_start(curve)
+    assert executed == [["python", "record.py"], ["python", "clone.py"]]
+    (place / "policy").mkdir()
+    learning.make_start(curve)
+    assert len(executed) == 2
+
+
 def test_nothing_to_draw_is_one_sentence(place):
     with pytest.raises(SystemExit, match="holds no run yet"):
         learning.draw()

@@ -19,8 +19,9 @@ import pytest
 from launching import python
 from made_up import write_demos
 
+from envs.demo_sets import open_demos
 from envs.demonstrations import PICTURES, Demos, Recipe
-from envs.lerobot import layout, open_demos, statistics
+from envs.lerobot import layout, statistics
 from envs.lerobot.__main__ import main
 from envs.lerobot.layout import CAMERA
 from envs.lerobot.read import read_set

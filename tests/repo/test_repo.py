@@ -435,7 +435,8 @@ def test_every_third_party_import_is_pinned():
     pinned = {
         line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines()
     }
-    own = {"vla", "envs", "schemas", "benchmarks", *(script.stem for script in [*SCRIPTS, *ROOT.glob("tests/**/*.py")])}
+    own = {"vla", "envs", "schemas", "benchmarks", "examples"}
+    own |= {script.stem for script in [*SCRIPTS, *ROOT.glob("tests/**/*.py")]}
     of_module = {"yaml": "pyyaml", "PIL": "pillow"}
     for path in [*MODULES, *ROOT.glob("tests/**/*.py")]:
         for module in imported(path):
