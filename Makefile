@@ -42,19 +42,21 @@ train: setup
 	deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus "$$ranks" "$$script" --config "$$PRESET" $(ARGS)
 
 # Makes the tiny policies of the quickstarts and RESULTS.md again: demonstrations, fine-tuning, and a model card each.
-# The policy for 16 objects is trained twice more from its result, the last time on more demonstrations.
+# The policy of `make train` is trained once more from its result. The policy for 16 objects is trained twice more, the
+# last time on more demonstrations.
 CLONE = deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml \
 	--export_dir checkpoints/$(2)
-AGAIN := --model_path checkpoints/openvla-oft-tiny-main-warmup --learning_rate 1e-3 --num_updates
+AGAIN = --model_path checkpoints/$(1) --learning_rate 1e-3 --num_updates
 warmup: setup
 	python collect_demos.py --config yaml/demos_tiny.yaml
 	$(call CLONE,openvlaoft,openvla-oft-tiny-warmup) $(ARGS)
+	$(call CLONE,openvlaoft,openvla-oft-tiny-warmup) $(call AGAIN,openvla-oft-tiny-warmup) 3000 $(ARGS)
 	$(call CLONE,openvla,openvla-tiny-warmup) $(ARGS)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
 	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(ARGS)
-	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(AGAIN) 6000 $(ARGS)
+	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(call AGAIN,openvla-oft-tiny-main-warmup) 6000 $(ARGS)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml --num_demos 5000
-	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(AGAIN) 7000 $(ARGS)
+	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(call AGAIN,openvla-oft-tiny-main-warmup) 7000 $(ARGS)
 
 # Draws RESULTS.md from the runs in results/.
 results: setup
