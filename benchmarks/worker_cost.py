@@ -117,6 +117,7 @@ def main() -> None:
         "asset_dir": flags.asset_dir,
         "image_size": flags.image_size,
         "sim_freq": 100,
+        "worker_timeout": 3000.0,  # on a loaded machine
     }
     versions = {} if flags.against is None else {"before": flags.against.resolve()}
     cases = [(count, False) for count in flags.workers] + [(count, True) for count in flags.evaluating]

@@ -26,6 +26,7 @@ import mmap
 import os
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
@@ -86,7 +87,7 @@ class Worker:
             self.process = Process(WORKER, WORKER_TITLE)
             self.generation += 1
 
-    def receive(self, key: int, seconds: float, name) -> tuple:
+    def receive(self, key: int, seconds: float, name: Callable[[], str]) -> tuple:
         """The next answer of a group: (kind, key, value, details). Raises ProcessLost."""
         while key not in self._answers:
             answer = self.process.receive(seconds, name)
