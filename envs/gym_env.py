@@ -28,18 +28,9 @@ from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.registration import register_env
 
-from envs import state_dicts, variants
+from envs import rules, state_dicts, variants
 from envs.assets import catalog, shaders
-from envs.put_on_plate import (
-    MOVE_STEP,
-    REWARD_GRASP,
-    REWARD_STREAK,
-    REWARD_SUCCESS,
-    PutOnPlateInScene,
-    chosen_bodies,
-    instruction_of,
-    potential_of,
-)
+from envs.put_on_plate import MOVE_STEP, PutOnPlateInScene, chosen_bodies, instruction_of
 from envs.registration import CAMERA, MAX_EPISODE_STEPS, MODULE, class_name
 from envs.rotations import yaw_quaternion
 
@@ -176,7 +167,9 @@ class PutOnPlateEnv(PutOnPlateInScene):
 
     def compute_normalized_dense_reward(self, obs: dict, action: torch.Tensor, info: dict) -> torch.Tensor:
         """The dense reward over the largest return of an episode, so that returns are at most 1."""
-        return self.compute_dense_reward(obs, action, info) / (REWARD_GRASP + REWARD_STREAK + REWARD_SUCCESS)
+        return self.compute_dense_reward(obs, action, info) / (
+            rules.REWARD_GRASP + rules.REWARD_STREAK + rules.REWARD_SUCCESS
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # observations
@@ -361,7 +354,7 @@ class PutOnPlateEnv(PutOnPlateInScene):
         self._measure_boxes(*(sapien.Pose(q=task["rest_rotations"][k : k + 4]) for k in (0, 4)))
         self.grasped, self.grasped_once, self.streak_once, self.success = (flag > 0.5 for flag in task["flags"])
         self.streak = round(task["streak"][0])
-        self.potential = potential_of(self.grasped_once, self.streak_once, self.success)
+        self.potential = rules.potential_of(self.grasped_once, self.streak_once, self.success)
         self._step_count = self._judged_step = round(task["steps"][0])
         self._elapsed_steps[:] = self._step_count
         self._shown_elsewhere = None

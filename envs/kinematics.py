@@ -19,6 +19,8 @@ import torch
 from mani_skill.agents.controllers.pd_ee_pose import PDEEPoseController
 from mani_skill.utils.structs.articulation import Articulation
 
+from envs.rotations import matrix_entries
+
 # pinocchio's solver as ManiSkill calls it
 CLOSE_ENOUGH = 1e-4  # it stops below this error
 LEFT_PER_ITERATION = 0.9  # share of the error that one iteration leaves
@@ -99,18 +101,7 @@ def _product(a: Sequence[np.float32] | np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def rotation_matrix(q: torch.Tensor) -> torch.Tensor:
     """[..., 3, 3] of unit quaternions wxyz [..., 4]."""
-    w, x, y, z = q.unbind(-1)
-    rows = (
-        1 - 2 * (y * y + z * z),
-        2 * (x * y - w * z),
-        2 * (x * z + w * y),
-        2 * (x * y + w * z),
-        1 - 2 * (x * x + z * z),
-        2 * (y * z - w * x),
-        2 * (x * z - w * y),
-        2 * (y * z + w * x),
-        1 - 2 * (x * x + y * y),
-    )
+    rows = matrix_entries(*q.unbind(-1))
     return torch.stack(rows, -1).reshape(*q.shape[:-1], 3, 3)
 
 

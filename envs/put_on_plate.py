@@ -12,7 +12,15 @@ Differences from RL4VLA's env (arXiv 2505.19789), with their reasons:
 - The object is moved during the episode by each env's own step count.
 - In MultiCarrot test, one distractor in eight was the object itself. Here it is another body (see `variants.decode`).
 - The reward is part of the task. Resolution and sim_freq are parameters, and control stays at 5 Hz.
-- `hulls="gpu"`, the default, has the published convex hulls of meshes on a CPU, too (`envs/assets/hulls.py`).
+- `hulls="gpu"`, the default, has the published convex hulls of meshes on a CPU, too (`envs/assets/hulls.py`). The
+  solver still is PhysX's CPU solver, where the published results come from its GPU solver.
+- Where a commanded pose is out of reach, the arm stays as it is. RL4VLA's solver on a GPU takes its last iterate, so
+  there the arm goes part of the way. This matters for policies that wander: with uniformly random actions it happened
+  in half of the steps, and in none of 1,920 commands of a policy after its warm-up.
+- A texture is stretched over the box around the robot and objects of its own image. RL4VLA stretches it over the
+  largest box of all envs that run together, and cuts it to each one's own. So its textures are coarser, and depend on
+  the other envs. With one env both are the same.
+- An episode id beyond the last start state is an error. RL4VLA takes it modulo their number.
 
 `protocol="rlinf"` follows RLinf (arXiv 2510.06710) where it differs from RL4VLA, for comparison with its table:
 - Nothing settles. The first image shows bodies in the air, at 0.90 m in the ids that spawn like Main-v3.
@@ -28,17 +36,15 @@ dictionaries. A test shows that both give the same bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import sapien
 import torch
-import torch.nn.functional as F
 from mani_skill.render.shaders import ShaderConfig
 from mani_skill.utils.structs.pose import Pose
 
-from envs import assets, shadows, variants
+from envs import assets, images, rules, shadows, variants
 from envs.assets import catalog, hulls, shaders
 from envs.kinematics import added_pose
 from envs.registration import CAMERA
@@ -51,13 +57,6 @@ PARKED_POSE = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])  # out of the way
 SETTLE_SECONDS, SETTLE_MORE_SECONDS = 0.1, 1.2  # 50 and 600 substeps at 500 Hz
 STILL_LINEAR, STILL_ANGULAR = 1e-3, 1e-2  # m/s, rad/s, summed over bodies: below both the first settling is enough
 MOVE_STEP = 5  # the object is moved after this control step, if the variant moves it
-
-GRASP_MIN_FORCE = 0.5  # N per finger
-GRASP_MIN_COSINE = math.cos(math.radians(85))  # between the force on a finger and its opening direction
-GRASP_STREAK = 5  # control steps in a row
-ON_MIN_FORCE = 0.03  # N between object and receptacle
-ON_XY_SLACK, ON_Z_SLACK = 0.01, 0.05  # m
-REWARD_GRASP, REWARD_STREAK, REWARD_SUCCESS = 0.1, 0.1, 1.0
 
 
 class PutOnPlateInScene(PutOnPlateScene):
@@ -299,9 +298,9 @@ class PutOnPlateInScene(PutOnPlateScene):
         grasped, success = self._grasped_and_on()
         self.streak = self.streak + 1 if grasped else 0
         self.grasped_once |= grasped
-        self.streak_once |= self.streak >= GRASP_STREAK
+        self.streak_once |= self.streak >= rules.GRASP_STREAK
         self.grasped, self.success = grasped, success
-        potential = potential_of(self.grasped_once, self.streak_once, success)
+        potential = rules.potential_of(self.grasped_once, self.streak_once, success)
         reward = potential - self.potential
         self.potential = potential
         return reward, success
@@ -312,30 +311,21 @@ class PutOnPlateInScene(PutOnPlateScene):
         left, right = self._fingers
         impulses = impulses_from(obj, (left.entity, right.entity, receptacle), self.scene.px.get_contacts())
         forces = {entity: impulse * self.sim_freq for entity, impulse in impulses.items()}
-        left_holds = self._pressed_open(left, forces[left.entity], 1)
-        right_holds = self._pressed_open(right, forces[right.entity], -1)
-        touches = bool(np.linalg.norm(forces[receptacle]) > ON_MIN_FORCE)
-        return left_holds and right_holds, self._over_receptacle() and touches
+        left_holds = self._holds(left, forces[left.entity], 1)
+        right_holds = self._holds(right, forces[right.entity], -1)
+        places = obj.pose.p, receptacle.pose.p
+        above = rules.over_receptacle(*places, self._object_half, self._receptacle_half)
+        return left_holds and right_holds, above and rules.touches(forces[receptacle])
 
     @staticmethod
-    def _pressed_open(finger: sapien.physx.PhysxArticulationLinkComponent, force: np.ndarray, sign: int) -> bool:
+    def _holds(finger: sapien.physx.PhysxArticulationLinkComponent, force: np.ndarray, sign: int) -> bool:
         """Whether the object pushes this finger outwards hard enough.
 
         sign: 1 for the left finger, which opens along its +y axis, and -1 for the right one.
         """
-        size = np.linalg.norm(force)
-        if size < GRASP_MIN_FORCE:
+        if not force.any():
             return False
-        opening = sign * finger.entity_pose.to_transformation_matrix()[:3, 1]
-        return bool(opening @ force >= GRASP_MIN_COSINE * size)
-
-    def _over_receptacle(self) -> bool:
-        """Whether the object is above the receptacle and low enough."""
-        obj, receptacle = self._bodies[:2]
-        offset = obj.pose.p - receptacle.pose.p
-        near = np.linalg.norm(offset[:2]) <= self._receptacle_half.max() + ON_XY_SLACK
-        low = offset[2] - self._receptacle_half[2] - self._object_half[2] <= ON_Z_SLACK
-        return bool(near and offset[2] > 0 and low)
+        return rules.pressed_open(sign * finger.entity_pose.to_transformation_matrix()[:3, 1], force)
 
     # -----------------------------------------------------------------------------------------------------------------
     # image
@@ -378,15 +368,13 @@ class PutOnPlateInScene(PutOnPlateScene):
         """The observation, uint8 [H, W, 3], of color uint8 [H, W, 3] and segmentation int16 [H, W, 1] (RL4VLA 1.4)."""
         ids = segmentation[..., 0]
         foreground = (ids != 0) & (ids != self._stage.per_scene_id)  # robot and objects
-        image = self._overlay.copy()
-        for channel in range(3):  # eight times faster than one np.where with broadcasting
-            np.copyto(image[..., channel], color[..., channel], where=foreground)
+        image = images.compose(color, foreground, self._overlay)
         if self._casters:
             self._add_shadows(image, ids, foreground)
         if not self._texture_weight:
             return image
-        blend = self._blend_whole if self.variant.texture_on == "whole" else self._blend_foreground
-        return blend(image, foreground, *_bounding_box(foreground))
+        blend = images.blend_whole if self.variant.texture_on == "whole" else images.blend_foreground
+        return blend(image, foreground, self._texture, self._texture_weight)
 
     def _add_shadows(self, image: np.ndarray, ids: np.ndarray, foreground: np.ndarray) -> None:
         """Draw the casters' shadows onto the table and onto what lies flat on it.
@@ -403,62 +391,17 @@ class PutOnPlateInScene(PutOnPlateScene):
             spot = shadows.spot_of((*pose.p.tolist(), *pose.q.tolist()), middle, half, eye)
             shadows.darken(image, ids, foreground, flat, spot)
 
-    def _mixed(self, image: np.ndarray, texture: np.ndarray) -> np.ndarray:
-        """The weighted mean of image and texture, rounded towards zero: uint8 [H, W, 3]."""
-        weight = np.float32(self._texture_weight)
-        mixed = image * (1 - weight) + texture * weight
-        return np.clip(mixed, 0, 255).astype(np.uint8)
-
-    def _blend_foreground(
-        self, image: np.ndarray, foreground: np.ndarray, top: int, bottom: int, left: int, right: int
-    ) -> np.ndarray:
-        """Stretch the texture over the box around the foreground, and mix it into the foreground."""
-        texture = torch.from_numpy(self._texture).permute(2, 0, 1)[None]
-        stretched = F.interpolate(texture, size=(bottom - top, right - left), mode="bilinear")
-        box = np.s_[top:bottom, left:right]
-        mixed = self._mixed(image[box], stretched[0].permute(1, 2, 0).numpy())
-        image[box] = np.where(foreground[box][..., None], mixed, image[box])
-        return image
-
-    def _blend_whole(
-        self, image: np.ndarray, foreground: np.ndarray, top: int, bottom: int, left: int, right: int
-    ) -> np.ndarray:
-        """Mix in a piece of the texture of twice the size. Its corner is at the middle of the box."""
-        height, width, _ = image.shape
-        y = np.clip((top + bottom - 1) // 2, 1, height - 1)
-        x = np.clip((left + right - 1) // 2, 1, width - 1)
-        return self._mixed(image, self._texture[y : y + height, x : x + width])
-
     # -----------------------------------------------------------------------------------------------------------------
     # state
     # -----------------------------------------------------------------------------------------------------------------
 
     def privileged_state(self) -> np.ndarray:
-        """The state for a critic, which a policy does not see: float32 [45]. Poses are p, q (wxyz) in the world frame.
-
-        poses of tool, object and receptacle                        3 x 7
-        joint positions                                             8
-        half sizes of object and receptacle                         6
-        offsets from tool to object, from object to receptacle      6
-        grasped now, ever, long enough, and for how many steps      4
-        """
-        tool, obj, receptacle = self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose
-        flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, GRASP_STREAK))
-        parts = (
-            tool.p,
-            tool.q,
-            obj.p,
-            obj.q,
-            receptacle.p,
-            receptacle.q,
-            self._robot.qpos,
-            self._object_half,
-            self._receptacle_half,
-            obj.p - tool.p,
-            receptacle.p - obj.p,
-            flags,
-        )
-        return np.concatenate(parts, dtype=np.float32, casting="unsafe")
+        """The state for a critic, which a policy does not see: float32 [45], see `rules.privileged_state`."""
+        poses = (self._tool.entity_pose, self._bodies[0].pose, self._bodies[1].pose)
+        tool, obj, receptacle = (np.concatenate([pose.p, pose.q]) for pose in poses)
+        half_sizes = np.stack([self._object_half, self._receptacle_half])
+        flags = (self.grasped, self.grasped_once, self.streak_once, min(self.streak, rules.GRASP_STREAK))
+        return rules.privileged_state(tool, self._robot.qpos, obj, receptacle, half_sizes, flags)
 
     def describe(self) -> dict:
         """The present state as plain data. Poses are p, q (wxyz) in the world frame."""
@@ -482,21 +425,6 @@ class PutOnPlateInScene(PutOnPlateScene):
 # ---------------------------------------------------------------------------------------------------------------------
 # start states and asset packs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """top, bottom, left, right of a mask bool [H, W], bottom and right excluded. The first pixel if it is empty."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    columns = np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return 0, 1, 0, 1
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def potential_of(grasped_once: bool, streak_once: bool, success: bool) -> float:
-    """The sum of all rewards that these flags are worth."""
-    potential = REWARD_GRASP * float(grasped_once) + REWARD_STREAK * float(streak_once)
-    return potential + REWARD_SUCCESS * float(success and grasped_once)
 
 
 def world_half_size(pose: sapien.Pose, model: catalog.Model) -> np.ndarray:

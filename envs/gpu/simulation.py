@@ -1,7 +1,8 @@
 """The task in ManiSkill's batched GPU simulation: many envs in one PhysX scene, every operation on rows of tensors.
 
-`envs/put_on_plate.py` has one scene per env. This file uses its constants, scene and rules (`envs/gpu/rules.py` has the
-rules as tensors). The batch runs on CUDA. A batch of one row runs on the CPU too, which is how tests compare the two.
+`envs/put_on_plate.py` has one scene per env. This file has the same scene, and the same rules and images in their forms
+for many rows (`envs/rules.py`, `envs/images.py`). The batch runs on CUDA. A batch of one row runs on the CPU too, which
+is how tests compare the two.
 
 Differences from one scene per env, with their reasons:
 - A GPU scene cannot change, so every row holds every body of any episode of the object set. Bodies that an episode does
@@ -34,8 +35,7 @@ from mani_skill.utils.structs.actor import Actor
 from mani_skill.utils.structs.link import Link
 from mani_skill.utils.structs.types import GPUMemoryConfig, SimConfig
 
-from envs import shadows, variants
-from envs.gpu import rules
+from envs import images, rules, shadows, variants
 from envs.gpu.start_states import Settled
 from envs.kinematics import BatchedPoseController, rotation_matrix
 from envs.put_on_plate import (
@@ -322,13 +322,13 @@ class BatchedPutOnPlate(PutOnPlateScene):
         left_finger, right_finger = self._fingers
         left_opening = rotation_matrix(left_finger.pose.q)[..., 1]  # along its +y
         right_opening = -rotation_matrix(right_finger.pose.q)[..., 1]  # along its -y
-        left_holds = rules.pressed_open(left_opening, on_left)
-        right_holds = rules.pressed_open(right_opening, on_right)
+        left_holds = rules.pressed_open_rows(left_opening, on_left)
+        right_holds = rules.pressed_open_rows(right_opening, on_right)
         self.grasped = left_holds & right_holds
         object_position, receptacle_position = self._chosen_states()[..., :3].unbind(1)
         object_half, receptacle_half = self._half_sizes.unbind(1)
-        above = rules.over_receptacle(object_position, receptacle_position, object_half, receptacle_half)
-        self.success = above & rules.touches(on_receptacle)
+        above = rules.over_receptacle_rows(object_position, receptacle_position, object_half, receptacle_half)
+        self.success = above & rules.touches_rows(on_receptacle)
         self.rewards = self.latches.update(self.grasped, self.success)
 
     def _chosen_states(self) -> torch.Tensor:
@@ -353,12 +353,12 @@ class BatchedPutOnPlate(PutOnPlateScene):
         segmentation = obs["segmentation"][..., 0].to(self.device)
         stage = self._arena.per_scene_id[:, None, None]
         foreground = (segmentation != 0) & (segmentation != stage)  # robot and objects
-        image = rules.compose(obs["rgb"].to(self.device), foreground, self._overlays[self._table])
+        image = images.compose_rows(obs["rgb"].to(self.device), foreground, self._overlays[self._table])
         if self.pack.casts_shadows:
             image = self._with_shadows(image, segmentation, foreground)
         if self._textures is None:
             return image
-        return rules.textured(
+        return images.textured_rows(
             image, foreground, self._textures, self._texture, self._texture_weight, self.variant.texture_on
         )
 
@@ -381,7 +381,7 @@ class BatchedPutOnPlate(PutOnPlateScene):
         for pose, box, present in casters:
             middle, half = box.unbind(1)[:3], box.unbind(1)[3:]
             spot = shadows.spot_of(pose.double().unbind(1), middle, half, eye)
-            image = rules.shaded(image, upright, spot._replace(darkness=spot.darkness * present))
+            image = images.shaded_rows(image, upright, spot._replace(darkness=spot.darkness * present))
         return image
 
     def privileged_states(self) -> torch.Tensor:
@@ -389,7 +389,7 @@ class BatchedPutOnPlate(PutOnPlateScene):
         obj, receptacle = self._chosen_states()[..., :7].unbind(1)
         latches = self.latches
         flags = (self.grasped, latches.grasped_once, latches.streak_once, latches.streak.clamp(max=rules.GRASP_STREAK))
-        return rules.privileged_state(
+        return rules.privileged_state_rows(
             self.agent.robot.links_map["ee_gripper_link"].pose.raw_pose,
             self.agent.robot.get_qpos(),
             obj,

@@ -50,8 +50,8 @@ def numbers(low: float, high: float):
 )
 def test_rewards_and_latches_equal_the_scalar_ones(steps):
     """Any course of grasps and successes; a row begins anew where its third number is 0."""
-    from envs.gpu.rules import Latches
     from envs.put_on_plate import PutOnPlateInScene
+    from envs.rules import Latches
 
     count = len(steps[0][0])
     fresh = dict(grasped_once=False, streak=0, streak_once=False, potential=0.0)
@@ -78,35 +78,32 @@ def test_rewards_and_latches_equal_the_scalar_ones(steps):
 def test_pressed_fingers_equal_the_scalar_ones(rows):
     import sapien
 
-    from envs.gpu.rules import pressed_open
     from envs.kinematics import rotation_matrix
-    from envs.put_on_plate import GRASP_MIN_COSINE, GRASP_MIN_FORCE, PutOnPlateInScene
+    from envs.put_on_plate import PutOnPlateInScene
+    from envs.rules import GRASP_MIN_COSINE, GRASP_MIN_FORCE, pressed_open_rows
 
     forces, q = torch.tensor([row[:3] for row in rows]), torch.tensor([row[3:] for row in rows])
     assume((q.norm(dim=1) > 0.1).all())
     q = q / q.norm(dim=1, keepdim=True)
     opening = rotation_matrix(q)[..., 1]
     for sign in (1, -1):
-        got = pressed_open(sign * opening, forces)
+        got = pressed_open_rows(sign * opening, forces)
         for i, force in enumerate(forces.numpy().astype(float)):
             size = np.linalg.norm(force)
             axis = sign * opening[i].numpy() @ force
             if min(abs(size - GRASP_MIN_FORCE), abs(axis - GRASP_MIN_COSINE * size)) < 1e-5:
                 continue  # on the edge: rounding decides
             finger = SimpleNamespace(entity_pose=sapien.Pose(q=q[i].numpy()))
-            assert got[i] == PutOnPlateInScene._pressed_open(finger, force, sign)
+            assert got[i] == PutOnPlateInScene._holds(finger, force, sign)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[numbers(-0.15, 0.15)] * 6, *[numbers(0.001, 0.08)] * 6), min_size=1, max_size=6))
 def test_over_receptacle_equals_the_scalar_one(rows):
-    import sapien
-
-    from envs.gpu.rules import over_receptacle
-    from envs.put_on_plate import ON_XY_SLACK, ON_Z_SLACK, PutOnPlateInScene
+    from envs.rules import ON_XY_SLACK, ON_Z_SLACK, over_receptacle, over_receptacle_rows
 
     values = torch.tensor(rows)
-    got = over_receptacle(*values.reshape(-1, 4, 3).unbind(1))
+    got = over_receptacle_rows(*values.reshape(-1, 4, 3).unbind(1))
     for i, row in enumerate(values.numpy().astype(float)):
         obj, receptacle, object_half, receptacle_half = row.reshape(4, 3)
         offset = obj - receptacle
@@ -117,15 +114,13 @@ def test_over_receptacle_equals_the_scalar_one(rows):
         )
         if np.abs(edges).min() < 1e-6:
             continue
-        bodies = [SimpleNamespace(pose=sapien.Pose(obj)), SimpleNamespace(pose=sapien.Pose(receptacle))]
-        env = SimpleNamespace(_bodies=bodies, _receptacle_half=receptacle_half, _object_half=object_half)
-        assert got[i] == PutOnPlateInScene._over_receptacle(env)
+        assert got[i] == over_receptacle(obj, receptacle, object_half, receptacle_half)
 
 
 @pytest.mark.parametrize("texture_on, scale", [("foreground", 1), ("whole", 2)])
 def test_pictures_equal_the_scalar_ones(texture_on, scale):
     """Boxes of every size, nothing seen, everything seen, and rows without a texture; more rows than go at once."""
-    from envs.gpu import rules as rules
+    from envs import images
     from envs.put_on_plate import PutOnPlateInScene
 
     random = np.random.RandomState(0)
@@ -139,9 +134,9 @@ def test_pictures_equal_the_scalar_ones(texture_on, scale):
         seen[i, top:bottom, left:right] = random.rand(bottom - top, right - left) < 0.7
     seen[1] = True
     tensors = [torch.from_numpy(x) for x in (seen, textures, which, weight)]
-    picture = rules.compose(torch.from_numpy(color), tensors[0], torch.from_numpy(overlay))
-    got = rules.textured(picture, *tensors, texture_on).numpy()
-    assert weight.min() == 0 and (weight > 0).sum() > rules.ROWS_AT_ONCE
+    picture = images.compose_rows(torch.from_numpy(color), tensors[0], torch.from_numpy(overlay))
+    got = images.textured_rows(picture, *tensors, texture_on).numpy()
+    assert weight.min() == 0 and (weight > 0).sum() > images.ROWS_AT_ONCE
     for i in range(count):
         env = SimpleNamespace(
             _overlay=overlay[i],
@@ -151,8 +146,6 @@ def test_pictures_equal_the_scalar_ones(texture_on, scale):
             variant=SimpleNamespace(texture_on=texture_on),
             _casters=(),
         )
-        for name in ("_mixed", "_blend_whole", "_blend_foreground"):
-            setattr(env, name, getattr(PutOnPlateInScene, name).__get__(env))
         segmentation = np.where(seen[i], 7, random.choice([0, 3], seen[i].shape)).astype(np.int16)[..., None]
         want = PutOnPlateInScene._compose(env, color[i], segmentation)
         difference = np.abs(want.astype(int) - got[i])
