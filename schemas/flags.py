@@ -66,7 +66,9 @@ def that_of_before(edition: int | None, info: ValidationInfo) -> int | None:
     return edition or edition_before(info.data).get("edition")
 
 
-SavedEdition = Annotated[int | None, AfterValidator(that_of_before), Field(ge=1, validate_default=True)]
+SavedEdition = Annotated[
+    Annotated[int, Field(ge=1)] | None, AfterValidator(that_of_before), Field(validate_default=True)
+]
 
 
 # ---- the model
