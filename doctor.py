@@ -6,7 +6,7 @@
 
     # every row. The first time, DeepSpeed compiles an operation for CPUs (a minute or two)
     python doctor.py
-    # published meshes and photographs for --asset_pack bridge. What is there already is kept
+    # published meshes and photographs for --asset_pack bridge, and what SAPIEN lacks for a GPU. Nothing comes twice
     python doctor.py --download
     # memory that a run needs on 8 GPUs of 80 GiB in a node of 512 GiB, and the first flag to change if it does not fit
     python doctor.py --config yaml/maniskill_ppo_openvla.yaml --num_gpus 8 --gpu_memory 80 --host_memory 512
@@ -78,6 +78,7 @@ print(json.dumps({
     "ops": ops, "why": why,
 }))
 """
+LOAD_PHYSX = "import sapien; sapien.physx.enable_gpu()"  # it downloads the library where that is missing
 ONE_RANK = """
 import torch
 from vla.distributed import all_reduce_sum, rank, setup_distributed
@@ -280,6 +281,23 @@ def check_renderer() -> Finding:
     return ok("SAPIEN rendered a frame")
 
 
+def check_physics() -> Finding:
+    """Load PhysX's library for GPUs, which only `--sim_backend physx_cuda` needs."""
+    from envs.gpu.library import library_path, library_url
+
+    if not torch_facts()["gpus"]:
+        return ok("PhysX simulates on the CPU")
+    use, path = "only --sim_backend physx_cuda needs it, which is experimental", library_path()
+    if not path.exists():
+        remedy = f"run `python doctor.py --download`, or unzip {library_url()} there: {use}"
+        return note(f"PhysX simulates on the CPU, its library for GPUs is not in {path.parent}", remedy)
+    run = ask([sys.executable, "-c", LOAD_PHYSX], PROBE_SECONDS)
+    if run.returncode:
+        why = last_line(run.stderr, run.returncode)
+        return note(f"PhysX simulates on the CPU, {path} cannot be loaded ({why})", f"delete and fetch it again: {use}")
+    return ok(f"PhysX simulates on the CPU, and its library for GPUs is in {path.parent}")
+
+
 def render_one_frame(device: str) -> str | None:
     """Render in a subprocess with a time limit, since a broken driver may abort or hang. None, or the error."""
     command = [sys.executable, "-c", RENDER_ONE_FRAME, device]
@@ -479,6 +497,7 @@ CHECKS = {
     "compiler": check_compiler,
     "ops": check_ops,
     "renderer": check_renderer,
+    "physics": check_physics,
     "shm": check_shm,
     "launch": check_launch,
     "disk": check_disk,
@@ -500,15 +519,29 @@ def examine(name: str) -> Finding:
 
 
 def download(asset_dir: str | None, mirror: str | None) -> int:
+    """Fetch the published assets and, where there is a GPU, PhysX's library for it. Returns the exit code."""
     from envs.assets.download import default_asset_dir, fetch_assets
+    from envs.gpu.library import fetch_library
     from schemas import UserError
 
-    try:
-        fetch_assets(asset_dir or default_asset_dir(), lambda line: print(line, flush=True), mirror=mirror)
-    except (RuntimeError, UserError) as error:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    parts = [lambda: fetch_assets(asset_dir or default_asset_dir(), say, mirror=mirror)]
+    if driver_facts() is not None:
+        parts.append(lambda: say(f"PhysX's library for GPUs: {fetch_library(mirror)}"))
+    failures = []
+    for part in parts:
+        try:
+            part()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (RuntimeError, OSError) as error:
+            failures.append(error)
+    for error in failures:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    return 1 if failures else 0
 
 
 def memory_plan(
@@ -566,7 +599,7 @@ def make_parser() -> argparse.ArgumentParser:
     rows.add_argument("-h", "--help", action="help", help="Show this text and exit.")
     rows.add_argument("--renderer", action="store_true", help="Check only the renderer, as `make setup` does.")
     assets = parser.add_argument_group("assets")
-    assets.add_argument("--download", action="store_true", help="Download the published meshes and photographs.")
+    assets.add_argument("--download", action="store_true", help="Download what --asset_pack bridge and a GPU need.")
     assets.add_argument("--asset_dir", metavar="DIR", help="Folder for them. Without it, ManiSkill's folder is used.")
     assets.add_argument("--mirror", metavar="URL", help="Server that replaces huggingface.co and github.com.")
     memory = parser.add_argument_group("memory of a run")

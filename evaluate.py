@@ -185,8 +185,8 @@ class Args:
     sim_freq: flags.Hertz = 500
     """Physics steps per second, a multiple of 5. Control runs at 5 Hz. Results at different rates do not compare."""
     sim_backend: Literal["physx_cpu", "physx_cuda", "auto"] = "physx_cpu"
-    """Simulator: physx_cpu (repeats bit for bit), physx_cuda (one batch per rank on the GPU) or auto (the GPU if there
-    is one)."""
+    """Simulator: physx_cpu repeats bit for bit. physx_cuda, one batch per rank on the GPU, is experimental: it was not
+    run on a GPU yet. auto is physx_cuda where there is a GPU."""
     render_backend: Literal["cpu", "cuda", "auto"] = "auto"
     """Device that renders images for physx_cpu: cpu, cuda, or auto (the GPU if SAPIEN can render on it)."""
     max_episode_steps: flags.EpisodeSteps = 80

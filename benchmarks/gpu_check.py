@@ -4,9 +4,10 @@
     python benchmarks/gpu_check.py --only graphs offload
     python benchmarks/gpu_check.py --preset 100m        # for a GPU too small for 7B
 
-It needs no downloads: weights are random, and assets are made by code. Every part is a separate process with a time
-limit. A part that fails is listed as "not done" with its reason, and the others continue. The exit code is 2 without a
-GPU, and 1 if a part failed.
+Weights are random, and assets are made by code. Only the simulation on the GPU needs a download, of PhysX's library for
+GPUs: `python doctor.py --download` fetches it with the published assets, and the part is "not done" without it. Every
+part is a separate process with a time limit. A part that fails is listed as "not done" with its reason, and the others
+continue. The exit code is 2 without a GPU, and 1 if a part failed.
 
     card           measured matrix peak and memory bandwidth of one GPU
     graphs         CUDA graphs give the same results as single kernels, bit for bit
@@ -15,7 +16,7 @@ GPU, and 1 if a part failed.
     zero3          the preset with ZeRO-3 on one GPU, rollout and update in turns, next to doctor.py's plan
     quickstart     the real script on the GPU
     render         images from the GPU, physics on the CPU, and the difference from the CPU's images
-    batch          physics and images of all envs in one batch on the GPU
+    batch          physics and images of all envs in one batch on the GPU (experimental)
 """
 
 import argparse

@@ -46,6 +46,7 @@ MAIN = "PutOnPlateInScene25Main-v3"
 WORLD = dict(image_size=(16, 16), sim_freq=100)
 MARK = "SOLOVLA_STORM"  # in the environment of everything that is started here
 DEADLY = (signal.SIGKILL, signal.SIGSEGV)
+PATIENCE = 300.0  # seconds without an answer, where nothing is made to hang
 STEPS = 3  # of a rollout, two actions each
 
 
@@ -100,8 +101,9 @@ class Storm:
     """Training envs, evaluation beside them, and settlers."""
 
     def __init__(self, seed: int, hang: float):
-        """hang: seconds after which a process without an answer counts as lost."""
-        self.choose, self.hang = random.Random(seed), hang
+        """hang: seconds after which a process without an answer counts as lost, or 0 if none is stopped."""
+        self.choose, self.hang = random.Random(seed), hang or PATIENCE
+        self.signals = [*DEADLY, *processes.IGNORED, *([signal.SIGSTOP] if hang else [])]
         self.ids = eval_episode_ids(MAIN, "train", 8)
         self.counts: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
@@ -139,7 +141,7 @@ class Storm:
     def round(self, number: int) -> None:
         """Strike one process, while something happens that needs it."""
         kind = self.choose.choices(("worker", "settler", "server"), (6, 3, 1))[0]
-        sent = self.choose.choice((*DEADLY, signal.SIGSTOP, *processes.IGNORED))
+        sent = self.choose.choice(self.signals)
         happens = self.settle if kind == "settler" else self.choose.choice((self.rollout, self.evaluation))
         victims = {
             "worker": [worker.process.pid for worker in self.envs.workers],
@@ -213,14 +215,15 @@ class Storm:
 def storm(rounds: int, seed: int, hang: float, say: Callable[[str], None] = print) -> list[str]:
     """Run so many rounds. Returns what was wrong."""
     mark = os.environ[MARK] = uuid.uuid4().hex
-    processes.START_SECONDS = workers.START_SECONDS = start_states.START_SECONDS = 10 * hang
-    processes.SERVER_SECONDS = start_states.SECONDS = hang
+    patience = hang or PATIENCE
+    processes.START_SECONDS = workers.START_SECONDS = start_states.START_SECONDS = 10 * patience
+    processes.SERVER_SECONDS = start_states.SECONDS = patience
     shared_memory = set(os.listdir("/dev/shm"))
     one = Storm(seed, hang)
     try:
         for number in range(1, rounds + 1):
             one.round(number)
-            if number % 10 == 0:
+            if number % 10 == 0 or number == rounds:
                 say(f"{number} rounds: {dict(one.counts)}")
     finally:
         one.close()
@@ -239,7 +242,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200, help="Number of strikes. (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the strikes. (default: %(default)s)")
     parser.add_argument(
-        "--hang", type=float, default=20.0, help="Seconds after which a hang is one. (default: %(default)s)"
+        "--hang", type=float, default=20.0, help="Seconds after which a hang is one, 0 for no hangs. (default: 20)"
     )
     given = parser.parse_args()
     problems = storm(given.rounds, given.seed, given.hang)

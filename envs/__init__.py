@@ -84,8 +84,8 @@ def make_envs(
         worker_timeout: seconds after which a worker without an answer is replaced, like one that died. For envs in this
             process all stacks go to stderr and the process ends with exit code 1.
         sim_backend: "physx_cpu" has one scene per env and repeats exactly, to the last bit. "physx_cuda" simulates and
-            renders all envs in one batch on the GPU. It is for the family only, and only its start states repeat
-            exactly (`envs/gpu/simulation.py`). "auto" is the GPU where there is a CUDA device that can be used.
+            renders all envs of the family in one batch on the GPU. It is experimental: it was never run on a GPU, and
+            episodes do not repeat exactly (`envs/gpu/simulation.py`). "auto" is the GPU where there is a CUDA device.
         render_backend: what renders the images of physx_cpu: "cpu" (Mesa's lavapipe, or the first GPU where lavapipe
             is missing), "cuda" (this process's GPU), or "auto" (the GPU where SAPIEN can render on it).
         auto_reset: an env whose episode has ended starts the next one at once. Otherwise it rests until reset().
@@ -162,6 +162,10 @@ def check_envs(env_id: str, num_envs: int, **settings) -> None:
     spec = group.EnvSpec(env_id, num_envs, **chosen, sim_backend=simulator)
     spec.check(workers, stages, settings["worker_timeout"])
     group.check_module(env_id)
+    if simulator == "physx_cuda":
+        from envs.gpu.library import check_library  # imports sapien
+
+        check_library()
     if settings["asset_pack"] == "bridge":
         from envs.assets.bridge import BridgeAssets  # imports sapien
 

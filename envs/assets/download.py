@@ -33,10 +33,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from schemas import UserError
 from schemas.hub import amount, data_folder, once, one_line, patiently, progress_class, repo_of
+
+if TYPE_CHECKING:
+    from mani_skill.utils.assets.data import DataSource
 
 HUGGING_FACE = "https://huggingface.co"
 DATA_SET, FOLDER = "RLinf/maniskill_assets", "carrot"
@@ -234,6 +238,8 @@ def install(archive: Archive, root: Path, mirror: str | None = None) -> str:
     Raises:
         RuntimeError: the archive could not be downloaded, or its content is not the published one.
     """
+    from mani_skill.utils.assets.data import DATA_SOURCES
+
     target = root / archive.target
     missing = lacking(archive, target)
     if not missing:
@@ -243,27 +249,23 @@ def install(archive: Archive, root: Path, mirror: str | None = None) -> str:
     own = target.with_name(f"{target.name}.partial")
     shutil.rmtree(own, ignore_errors=True)
     try:
-        packed, url = fetch_archive(archive, own, mirror)
-        num_left_out = _unpack(packed, own / "unpacked", url)
+        packed, url = fetch_zip(DATA_SOURCES[archive.uid], own, mirror)
+        num_left_out = unpack(packed, own / "unpacked", url)
         content = _content_folder(archive, own / "unpacked", url)
         os.replace(content, target)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
-        raise RuntimeError(f"{url} arrived damaged ({error}): run the command again") from error
     finally:
         shutil.rmtree(own, ignore_errors=True)
     return f"fetched, in {target}" + (f" (left out {num_left_out} links)" if num_left_out else "")
 
 
-def fetch_archive(archive: Archive, folder: Path, mirror: str | None) -> tuple[Path, str]:
-    """The zip, which ManiSkill's downloader puts into `folder` and compares with its checksum, and its url.
+def fetch_zip(source: DataSource, folder: Path, mirror: str | None) -> tuple[Path, str]:
+    """A zip, which ManiSkill's downloader puts into `folder` and compares with its checksum, and its url.
 
     Raises:
         RuntimeError: it could not be downloaded.
     """
     from mani_skill.utils import download_asset
-    from mani_skill.utils.assets.data import DATA_SOURCES
 
-    source = DATA_SOURCES[archive.uid]
     url = mirrored(source.url, mirror)
     # ManiSkill unpacks a url that ends in .zip. The empty fragment prevents that, because names are checked first
     own = dataclasses.replace(source, url=f"{url}#", filename="packed.zip", target_path="packed", output_dir=folder)
@@ -319,12 +321,20 @@ def _content_folder(archive: Archive, unpacked: Path, url: str) -> Path:
     return folder
 
 
-def _unpack(packed: Path, unpacked: Path, url: str) -> int:
+def unpack(packed: Path, unpacked: Path, url: str) -> int:
     """Unpack all ordinary files of a zip. Returns the number of links and devices, which are left out.
 
     Raises:
-        RuntimeError: a name leaves the folder, the zip is encrypted, or it is larger than any published archive.
+        RuntimeError: the zip is damaged or encrypted, a name leaves the folder, or it is larger than any published
+            archive.
     """
+    try:
+        return _unpack(packed, unpacked, url)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+        raise RuntimeError(f"{url} arrived damaged ({error}): run the command again") from error
+
+
+def _unpack(packed: Path, unpacked: Path, url: str) -> int:
     with zipfile.ZipFile(packed) as content:
         entries = content.infolist()
         size = sum(entry.file_size for entry in entries)  # zipfile reads no more of an entry than this

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from envs import episodes, variants
+from envs.gpu.library import check_library
 from envs.group import ACTION_DIM, EPISODE_METRICS, EnvSpec, empty_result
 from envs.processes import MAX_LOSSES
 
@@ -316,11 +317,15 @@ def open_batch(
     """Build a BatchedGroup and its simulation.
 
     backends: of simulation and rendering, as ManiSkill names them. The default is this process's CUDA device.
+
+    Raises:
+        RuntimeError: PhysX's library for GPUs is missing, or an env cannot be built.
     """
     from envs.gpu.simulation import BatchedPutOnPlate
     from envs.gpu.start_states import Settlers
 
     if backends is None:
+        check_library()
         device = torch.cuda.current_device()
         backends = f"physx_cuda:{device}", f"sapien_cuda:{device}"
     settings = {key: getattr(spec, key) for key in ("obj_set", "asset_pack", "asset_dir", "sim_freq", "protocol")}

@@ -14,13 +14,15 @@ Differences from one scene per env, with their reasons:
   where they were.
 - ManiSkill resets the commanded tool pose of all rows with any of them. Here it resets those rows only.
 - Inverse kinematics give the results of the CPU's solver (`envs/kinematics.py`).
-- One process can hold PhysX's GPU simulation or its CPU simulation, not both. Evaluate with the same sim_backend, or on
-  the CPU with worker processes.
+- PhysX's GPU simulation must be the first one of its process. Evaluate with the same sim_backend, or on the CPU with
+  worker processes.
 
-The start state of an episode id does not depend on the number of rows. On a GPU, PhysX rounds positions far from the
-origin, to 4 um at the edge of 128 rows. The course of an episode is not exact: PhysX on a GPU adds contact forces in no
-fixed order. So the same actions lead to slightly different states from run to run, and to clearly different ones after
-a contact. Other rows may also change a row's last bits.
+**Experimental: nothing of this was run on a GPU yet.**
+
+The start state of an episode id is the same in every row to 4 um (with up to 128 rows). On a GPU all rows share one
+coordinate system, 20 m apart, and a float32 that is 120 m from the origin has steps of 7.6 um. The course of an episode
+is not exact: PhysX on a GPU adds contact forces in no fixed order. So the same actions lead to slightly different
+states from run to run, and to clearly different ones after a contact. Other rows may also change a row's last bits.
 """
 
 from __future__ import annotations
@@ -144,6 +146,8 @@ class BatchedPutOnPlate(PutOnPlateScene):
         self.rewards = torch.zeros(n, dtype=torch.float64, device=device)
         self.success = torch.zeros(n, dtype=torch.bool, device=device)
         self.grasped = torch.zeros(n, dtype=torch.bool, device=device)
+        # rows whose contact forces are those of an earlier substep, bool [N], and these forces, 3 x [N, 3]
+        self._earlier_forces: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
         self._num_steps = 0  # control steps of the whole batch
         self._judged_step = 0  # the step that success and rewards belong to
 
@@ -273,6 +277,7 @@ class BatchedPutOnPlate(PutOnPlateScene):
             self._shown_elsewhere = where, self._bodies.read()[where, self._chosen[where, 0], :7].clone()
         self._set_object_poses(where, self._moves_to[where])
         if self.protocol == "rl4vla":
+            self._earlier_forces = ~moving, self._read_forces()
             self._substeps_of(moving, round(SETTLE_SECONDS * self.sim_freq))
 
     def _set_object_poses(self, where: torch.Tensor, poses: torch.Tensor) -> None:
@@ -303,6 +308,11 @@ class BatchedPutOnPlate(PutOnPlateScene):
         self.scene._reset_mask = all_rows
         self._apply()
 
+    def _read_forces(self) -> tuple[torch.Tensor, ...]:
+        """Forces (N) of the last substep, [N, 3] each: of the object on left finger, right finger and receptacle."""
+        obj, receptacle = self._chosen.unbind(1)  # [N] each
+        return tuple(self._forces.read(self._row, obj, receptacle))
+
     def evaluate(self) -> dict:
         """All flags, bool [N] each. Contacts and poses are read once per control step, however often it is called."""
         if self._judged_step != self._num_steps:
@@ -317,8 +327,12 @@ class BatchedPutOnPlate(PutOnPlateScene):
 
     def _judge(self) -> None:
         """Update flags and rewards from contacts and poses."""
-        obj, receptacle = self._chosen.unbind(1)  # [N] each
-        on_left, on_right, on_receptacle = self._forces.read(self._row, obj, receptacle)
+        forces = self._read_forces()
+        if self._earlier_forces is not None:  # of rows that were put back after the substeps of others
+            rows, earlier = self._earlier_forces
+            forces = [torch.where(rows[:, None], before, now) for before, now in zip(earlier, forces)]
+            self._earlier_forces = None
+        on_left, on_right, on_receptacle = forces
         left_finger, right_finger = self._fingers
         left_opening = rotation_matrix(left_finger.pose.q)[..., 1]  # along its +y
         right_opening = -rotation_matrix(right_finger.pose.q)[..., 1]  # along its -y

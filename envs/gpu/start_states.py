@@ -6,8 +6,8 @@ simulated before. So `envs.put_on_plate` lets them fall as it always does, on a 
 (`envs/assets/hulls.py`), and the rows get the result. At 500 Hz one start state takes 20 to 60 ms of one core. Results
 are kept, and a start state that will be needed can be requested in advance.
 
-The settling runs in other processes, because one process cannot hold PhysX's GPU and CPU simulation. (ManiSkill's own
-tests run separately for that reason.) A settler is a process of `envs/processes.py`, and one that is lost is replaced.
+The settling runs in other processes, so that it does not stop the rank. (PhysX's GPU simulation must also be the first
+one of its process.) A settler is a process of `envs/processes.py`, and one that is lost is replaced.
 """
 
 from __future__ import annotations

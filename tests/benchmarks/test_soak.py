@@ -5,9 +5,9 @@ from launching import python
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounds", [6, pytest.param(200, marks=pytest.mark.full)])
-def test_a_storm_among_workers_and_settlers_leaves_nothing_behind(rounds):
-    run = python("benchmarks/storm.py", "--rounds", str(rounds), timeout=7200)
+@pytest.mark.parametrize("rounds, hang", [(4, 0), pytest.param(200, 20, marks=pytest.mark.full)])
+def test_a_storm_among_workers_and_settlers_leaves_nothing_behind(rounds, hang):
+    run = python("benchmarks/storm.py", "--rounds", str(rounds), "--hang", str(hang), "--seed", "5", timeout=7200)
     assert run.returncode == 0 and "nothing was wrong" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]
 
 

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHARED
@@ -252,6 +253,97 @@ def test_the_robots_checksum_is_that_of_the_published_files():
     assert download.git_tree(ASSETS / "robots/widowx").hex() == download.ARCHIVES[0].git_tree
 
 
+# ---------------------------------------------------------------------- PhysX's library for GPUs
+def test_the_librarys_place_is_sapiens(monkeypatch, tmp_path):
+    """Where SAPIEN itself would download it from, and which file it would load."""
+    import ctypes
+
+    import sapien
+
+    from envs.gpu import library
+
+    loaded, asked = [], []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sapien.physx, "is_gpu_enabled", lambda: False)
+    monkeypatch.setattr(sapien.physx, "_enable_gpu", lambda: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: loaded.append(name))
+    monkeypatch.setattr(
+        sapien.physx.requests, "get", lambda url: asked.append(url) or SimpleNamespace(content=zipped({}))
+    )
+    sapien.physx.enable_gpu()
+    assert asked == [library.library_url()] and loaded[-1] == str(library.library_path())
+
+
+@pytest.fixture
+def library_at(server, monkeypatch, tmp_path):
+    """The library's path in a home of its own, and the page from which it comes."""
+    from envs.gpu import library
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    page = library.library_url().removeprefix("https://github.com")
+    server.pages[page] = zipped({"libPhysXGpu_64.so": b"\x7fELF" + b"x" * 5000})
+    return library.library_path(), page
+
+
+def test_the_library_arrives_whole_for_several_ranks(server, library_at):
+    """A second process fetches it while the first one waits for its answer."""
+    from envs.gpu import library
+
+    path, page = library_at
+    said = []
+
+    def first_request(method: str, asked: str) -> None:
+        server.on_request = lambda method, asked: None
+        assert asked == page and not path.exists()
+        said.append(library.fetch_library(server.url))
+
+    with pytest.raises(RuntimeError, match=r"libPhysXGpu_64\.so is missing: run `python doctor\.py --download`, or"):
+        library.check_library()
+    server.on_request = first_request
+    said.append(library.fetch_library(server.url))
+    assert said == [f"fetched, in {path.parent}"] * 2 and path.stat().st_size == 5004
+    assert list(path.parent.iterdir()) == [path]
+    library.check_library()
+    server.requests.clear()
+    assert library.fetch_library(server.url).startswith("was there") and not server.requests
+
+
+@pytest.mark.parametrize(
+    "page, problem",
+    [
+        (None, r"cannot be fetched \(HTTP status 404\)"),
+        (zipped({"libPhysXGpu_64.so": b"<html>"}), "holds no library libPhysXGpu_64.so"),
+        (zipped({"readme": b"\x7fELF"}), "holds no library libPhysXGpu_64.so"),
+        (b"<html>sign in</html>", "arrived damaged"),
+        ("cut", "cannot be fetched .*got only 100 out of"),
+    ],
+)
+def test_a_library_that_does_not_arrive_leaves_nothing(server, library_at, page, problem):
+    from envs.gpu import library
+
+    path, name = library_at
+    if page == "cut":
+        server.cuts[name] = [100] * download.ATTEMPTS
+    elif page is None:
+        del server.pages[name]
+    else:
+        server.pages[name] = page
+    with pytest.raises(RuntimeError, match=problem):
+        library.fetch_library(server.url)
+    assert not list(path.parent.iterdir())
+
+
+def test_doctor_fetches_the_library_where_there_is_a_gpu(server, library_at, tmp_path, monkeypatch, capsys):
+    import doctor
+
+    path, _ = library_at
+    for driver in (None, {"gpus": ["NVIDIA H100"]}):
+        monkeypatch.setattr(doctor, "driver_facts", lambda driver=driver: driver)
+        assert doctor.main(["--download", "--asset_dir", str(tmp_path / "x"), "--mirror", server.url]) == 0
+        assert path.exists() == (driver is not None)
+    assert f"PhysX's library for GPUs: fetched, in {path.parent}\n" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------- as a user types it
 @pytest.mark.parametrize("mirror", ["nonsense", "", "file:///etc", "ftp://a", "https://", "http://a:b", "http://a b/"])
 def test_a_mirror_that_is_no_address_is_refused_before_anything_is_made(tmp_path, mirror):
@@ -268,7 +360,7 @@ def test_doctor_downloads(tmp_path):
         run = python(*command, env={"no_proxy": "127.0.0.1,localhost", "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL)
     assert run.returncode == 1 and run.stdout.startswith("carrot: 4 files, 1.0 MB, in "), run.stderr
     assert "holds other files than" in run.stdout and "hash does not match" in run.stdout
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    line = next(line for line in run.stderr.splitlines() if line.startswith("error: "))
     assert line.startswith("error: 2 of 3 parts are missing in ") and content(tmp_path / "x") == FILES
     run = python(*command[:-1], "nonsense")
     assert run.returncode == 2 and run.stderr.startswith("error: --mirror 'nonsense' is not a url")

@@ -1,5 +1,6 @@
 """The batch of envs for the GPU: its rules against the scalar ones, its one-row form against the ordinary env, its
-bookkeeping against EnvGroup's, its index arithmetic on buffers that stand in for the GPU's; on a GPU, the contract.
+bookkeeping against EnvGroup's, its index arithmetic on buffers that stand in for the GPU's. `test_batch_on_a_gpu.py`
+has the contract on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from envs.group import EnvGroup, EnvSpec
 
 NAME = "PutOnPlateInScene25"
 MAIN = NAME + "Main-v3"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing of the GPU can be run")
 
 
 def numbers(low: float, high: float):
@@ -521,6 +521,7 @@ def make_fakes(monkeypatch) -> SimpleNamespace:
     controller = SimpleNamespace(reset=lambda: reset_rows.append(env.scene._reset_mask.tolist()))
     env.agent = SimpleNamespace(robot=robot, controller=controller)
     env._bodies = SimpleNamespace(read=states.clone, write=lambda where, new: states.__setitem__(where, new))
+    env._forces = SimpleNamespace(read=lambda row, obj, receptacle: torch.zeros(3, len(row), 3))
     env._begin_without_episodes()
     return SimpleNamespace(env=env, states=states, robot=robot, reset_rows=reset_rows, step=step)
 
@@ -583,6 +584,30 @@ def test_each_row_is_moved_at_its_own_step(rows_of_fakes):
     torch.testing.assert_close(fakes.states[2, column, :3], torch.tensor(starts[2].moves_to) + 10)
     torch.testing.assert_close(fakes.states[2, column, 7:], before[2, column, 7:] + 10)  # velocities stay
     assert env._step_count.tolist() == [1, 4, 5, 5, 6, 9]
+
+
+def test_contacts_of_resting_rows_are_those_before_the_extra_substeps(rows_of_fakes):
+    """All rows hold and touch until the object of row 2 is moved. It falls, and nothing touches anything afterwards."""
+    fakes, env = rows_of_fakes, rows_of_fakes.env
+    begin(fakes, list(range(6)), [132_860, 5000, 77_777, 9, 10, 11])
+    env._moves_to[3] = torch.nan
+    env._step_count[:] = torch.tensor([0, 3, 4, 4, 5, 8])
+    substeps, step = [], env.scene.step
+    env.scene.step = lambda: substeps.append(1) or step()
+
+    def read(row, obj, receptacle) -> list[torch.Tensor]:
+        return [torch.tensor([[0.0, y, 0.0]]).repeat(len(row), 1) * (not substeps) for y in (5.0, -5.0, 5.0)]
+
+    upright = SimpleNamespace(pose=SimpleNamespace(q=torch.tensor([[1.0, 0, 0, 0]]).repeat(6, 1)))
+    env._forces, env._fingers = SimpleNamespace(read=read), (upright, upright)
+    env._half_sizes[:] = 0.03
+    fakes.states[torch.arange(6)[:, None], env._chosen, :3] = torch.tensor([[0.0, 0.0, 0.05], [0.0, 0.0, 0.0]])
+    env._after_control_step()
+    env.evaluate()
+    assert env.grasped.tolist() == env.success.tolist() == [True, True, False, True, True, True]
+    env._num_steps += 1  # the next step moves nothing: what PhysX says now counts for all
+    env.evaluate()
+    assert not env.grasped.any() and not env.success.any()
 
 
 def test_rlinf_shows_the_move_for_one_step(rows_of_fakes):
@@ -894,55 +919,3 @@ def test_vector_env_over_a_batch(monkeypatch):
         again = batch.describe()[0]
         assert again["episode_id"] == after["episode_id"] and again["elapsed_steps"] == after["elapsed_steps"]
         np.testing.assert_allclose(again["tcp_pose"], after["tcp_pose"], atol=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# on a GPU
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_the_contract_on_a_gpu():
-    """Start states of the ids to the bit, group members alike, partial reset, expert success, finite numbers."""
-    ids = [5, 5, 183_316, 700_001]
-    common = dict(image_size=(96, 96), sim_freq=100)
-    with world.make_envs(MAIN, 4, num_env_workers=1, **common) as cpu:
-        first = cpu.reset(ids)
-        want = cpu.describe()
-    with world.make_envs(MAIN, 4, sim_backend="physx_cuda", num_env_workers=2, **common) as envs:
-        obs = envs.reset(ids)
-        got = envs.describe()
-        for ours, theirs in zip(got, want):
-            assert ours["instruction"] == theirs["instruction"]
-            np.testing.assert_allclose(ours["object_pose"], theirs["object_pose"], atol=1e-6)
-            np.testing.assert_allclose(ours["tcp_pose"], theirs["tcp_pose"], atol=1e-5)
-        assert (obs["image"].int() - first["image"].int()).abs().float().mean() < 3
-        assert torch.equal(obs["image"][0], obs["image"][1])
-        experts = [Expert() for _ in ids]
-        success = np.zeros(4, bool)
-        for _ in range(40):
-            actions = np.stack([expert(state) for expert, state in zip(experts, envs.describe())])[:, None]
-            success |= envs.step(actions)[2].numpy()
-        assert success.all()
-        before = envs.describe()[1]
-        envs.reset([42], env_indices=[0])
-        assert envs.describe()[0]["episode_id"] == 42
-        np.testing.assert_allclose(envs.describe()[1]["qpos"], before["qpos"], atol=1e-4)
-        again = envs.reset(ids)["image"]
-        assert (again.int() - obs["image"].int()).abs().max() <= 2
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("short", ["MultiPlate-v1", "PositionChangeTo-v1", "VisionWhole05-v1"])
-def test_random_episodes_on_a_gpu(short):
-    random = np.random.RandomState(0)
-    common = dict(obj_set="test", image_size=(48, 48), sim_freq=100, max_episode_steps=9, auto_reset=True)
-    with world.make_envs(NAME + short, 16, sim_backend="physx_cuda", num_env_workers=4, **common) as envs:
-        envs.reset()
-        for _ in range(12):
-            actions = random.randn(16, 4, 7) * [0.03, 0.03, 0.03, 0.2, 0.2, 0.2, 1]
-            obs, rewards, _, _, infos = envs.step(actions)
-            assert rewards.isfinite().all() and not infos["dropped"].any()
-            assert (obs["image"].float().std(dim=(1, 2, 3)) > 0).all()

@@ -467,7 +467,9 @@ class Still:
         return torch.zeros(self.count, 2, 7)
 
 
-@pytest.mark.parametrize("kind", ["crash", "begin", "nan", pytest.param("hang", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "kind", ["crash", "begin", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("nan", "hang"))]
+)
 def test_an_episode_that_loses_its_worker_again_and_again_is_given_up(fault, kind):
     """It is reported as lost, and the episodes beside it in the same worker are not."""
     fault.write_text(f"{kind} 8")

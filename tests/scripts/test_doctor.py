@@ -233,6 +233,26 @@ def test_renderer_on_a_machine_with_a_gpu(monkeypatch):
     assert "renders only on the CPU, which is slow. On the GPU: SAPIEN finds no Vulkan device" in row.found
 
 
+def test_physics_library(torch_says, monkeypatch, tmp_path):
+    """It is loaded where there is a GPU. Nothing is downloaded, and nothing has to be fixed."""
+    from envs.gpu.library import library_path
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch_says()
+    assert doctor.check_physics() == doctor.ok("PhysX simulates on the CPU")
+    torch_says(DRIVER, gpus=[["NVIDIA H100", 80 * 2**30]])
+    row = doctor.check_physics()
+    assert row.state == "note" and str(library_path().parent) in row.found and "doctor.py --download" in row.remedy
+    assert not (tmp_path / ".sapien").exists()
+    library_path().parent.mkdir(parents=True)
+    library_path().write_bytes(b"\x7fELF")
+    monkeypatch.setattr(doctor, "LOAD_PHYSX", "raise OSError('libcuda.so: cannot open shared object file')")
+    row = doctor.check_physics()
+    assert row.state == "note" and "cannot be loaded (OSError: libcuda.so: cannot open" in row.found
+    monkeypatch.setattr(doctor, "LOAD_PHYSX", "pass")
+    assert doctor.check_physics().state == "ok"
+
+
 @pytest.mark.parametrize(
     "free, total, state, remedy",
     [(64, 64, "FIX", "--shm-size"), (100, 8000, "FIX", "delete"), (200, 200, "ok", ""), (8000, 8000, "ok", "")],
