@@ -163,9 +163,9 @@ class Storm:
                 restarts = None
         self.counts[f"{kind} {sent.name}"] += 1
         self.counts["losses"] += sum(issubclass(one.category, RuntimeWarning) for one in said)
-        if restarts is not None and self.restarts() != restarts and happens not in self.unaware:
-            if sent in processes.IGNORED:
-                self.problems.append(f"round {number}: {sent.name} ended a {kind}")
+        noticed = restarts is not None and self.restarts() != restarts
+        if noticed and sent in processes.IGNORED and happens not in self.unaware:
+            self.problems.append(f"round {number}: {sent.name} ended a {kind}")
         self.unaware.discard(happens)
         if sent not in processes.IGNORED:
             self.unaware = {self.rollout, self.evaluation}
