@@ -17,7 +17,7 @@ Differences from one scene per env, with their reasons:
 - PhysX's GPU simulation must be the first one of its process. Evaluate with the same sim_backend, or on the CPU with
   worker processes.
 
-**Experimental: nothing of this was run on a GPU yet.**
+**Experimental: nothing of this was run on a GPU yet.** `benchmarks/gpu_check.py --only world` is what to run first.
 
 The start state of an episode id is the same in every row to 4 um (with up to 128 rows). On a GPU all rows share one
 coordinate system, 20 m apart, and a float32 that is 120 m from the origin has steps of 7.6 um. The course of an episode
@@ -346,20 +346,20 @@ class BatchedPutOnPlate(PutOnPlateScene):
     # image, description
     # -----------------------------------------------------------------------------------------------------------------
 
-    def render_images(self) -> torch.Tensor:
-        """The cameras' images, uint8 [N, H, W, 3]. Table images are wherever no robot and no object is."""
+    def render_images(self, rows: torch.Tensor) -> torch.Tensor:
+        """The cameras' images of rows [R], uint8 [R, H, W, 3]. Table images are wherever no robot and no object is."""
+        rows = rows.to(self.device)
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self._sensors[CAMERA].capture()
         obs = self._sensors[CAMERA].get_obs(rgb=True, depth=False, position=False, segmentation=True)
-        segmentation = obs["segmentation"][..., 0].to(self.device)
-        stage = self._arena.per_scene_id[:, None, None]
+        segmentation = obs["segmentation"][..., 0].to(self.device)[rows]
+        stage = self._arena.per_scene_id[rows, None, None]
         foreground = (segmentation != 0) & (segmentation != stage)  # robot and objects
-        image = images.compose_rows(obs["rgb"].to(self.device), foreground, self._overlays[self._table])
+        image = images.compose_rows(obs["rgb"].to(self.device)[rows], foreground, self._overlays[self._table[rows]])
         if self._textures is None:
             return image
-        return images.textured_rows(
-            image, foreground, self._textures, self._texture, self._texture_weight, self.variant.texture_on
-        )
+        which, weight = self._texture[rows], self._texture_weight[rows]
+        return images.textured_rows(image, foreground, self._textures, which, weight, self.variant.texture_on)
 
     def privileged_states(self) -> torch.Tensor:
         """`PutOnPlateInScene.privileged_state` of every row: float32 [N, 45]."""

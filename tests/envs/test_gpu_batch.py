@@ -267,7 +267,7 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
         batch.start_episodes([0], [start], [settled_state(one, start)])
         assert batch.describe()[0] == one.describe() and batch.instructions == [one.instruction]
         np.testing.assert_allclose(batch.privileged_states()[0].numpy(), one.privileged_state(), atol=1e-6)
-        assert np.abs(batch.render_images()[0].numpy().astype(int) - one.render_image()).max() <= 1
+        assert np.abs(batch.render_images(torch.tensor([0]))[0].numpy().astype(int) - one.render_image()).max() <= 1
         expert, success = Expert(), False
         for step in range(40):
             action = expert(one.describe() | {"elapsed_steps": step})
@@ -284,7 +284,7 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
                 if ours[key] is not None:
                     np.testing.assert_allclose(ours[key][:3], theirs[key][:3], atol=5e-3)
             if step % 5 == 4:  # the move in mid-episode is one of them
-                difference = batch.render_images()[0].numpy().astype(int) - one.render_image()
+                difference = batch.render_images(torch.tensor([0]))[0].numpy().astype(int) - one.render_image()
                 assert np.abs(difference).mean() < 0.2
             if success:
                 break
@@ -674,9 +674,9 @@ class ToyRows:
     def finite(self):
         return ~self.lost
 
-    def render_images(self):
+    def render_images(self, rows):
         self.pictures += 1
-        return torch.from_numpy(np.stack([toy.render_image() for toy in self.toys]))
+        return torch.from_numpy(np.stack([self.toys[i].render_image() for i in rows]))
 
     def privileged_states(self):
         return torch.from_numpy(np.stack([toy.privileged_state() for toy in self.toys]))
@@ -797,6 +797,24 @@ def test_a_chunk_costs_one_picture_of_all_rows():
     batch.world.pictures = 0
     batch.step(np.zeros((4, 8, 7), np.float32))  # two end after seven, one goes on
     assert batch.world.pictures == 2
+
+
+def test_what_ends_costs_one_more_picture():
+    """Of last images, drawn before the next episodes begin. One picture then shows all rows."""
+    _, batch = both_groups(3, max_episode_steps=12, ignore_terminations=True, auto_reset=True)
+    batch.reset([1, 2, 3], [0, 1, 2])
+
+    def pictures(chunk_size: int) -> int:
+        before = batch.world.pictures
+        batch.step(np.zeros((3, chunk_size, 7), np.float32))
+        return batch.world.pictures - before
+
+    assert pictures(8) == 1
+    assert pictures(8) == 2  # all end after four steps
+    assert pictures(6) == 1
+    batch.reset([7], [2])
+    assert pictures(6) == 2  # two end with the chunk
+    assert pictures(8) == 2  # the third one ends after six steps, while the others go on
 
 
 def test_the_next_episode_is_settled_beforehand():
