@@ -449,12 +449,12 @@ def times_of(rows: int) -> Callable[[Settings], list[Line]]:
 
 
 PARTS: dict[str, tuple[Callable[[Settings], list[Line]], int]] = {  # and its time limit, seconds
-    "world_draw": (world_draw, 100),
+    "world_draw": (world_draw, 90),
     "world_start": (world_start, 60),
     "world_rest": (world_rest, 50),
     "world_rest_bridge": (world_rest_bridge, 80),
     "world_move": (world_move, 40),
-    "world_expert": (world_expert, 90),
+    "world_expert": (world_expert, 80),
     "world_reset": (world_reset, 40),
     "world_times_16": (times_of(16), 40),
     "world_times_64": (times_of(64), 40),
@@ -462,7 +462,6 @@ PARTS: dict[str, tuple[Callable[[Settings], list[Line]], int]] = {  # and its ti
     "world_times_512": (times_of(512), 80),
     "world_close": (world_close, 50),
 }
-ALL_SECONDS = 720
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -894,6 +894,30 @@ def test_what_can_not_run_is_said(monkeypatch):
         world.make_envs(MAIN, 2, sim_backend="physx_cuda", pipeline_stages=2)
 
 
+def test_a_batch_without_the_library_is_one_sentence(monkeypatch, tmp_path):
+    """Both where a script checks its flags and where envs are made, and before SAPIEN downloads anything."""
+    import sapien
+
+    def download() -> None:
+        raise AssertionError("SAPIEN would download the library")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sapien.physx, "enable_gpu", download)
+    said = r"physx_cuda' needs PhysX's library for GPUs, and \S+\.so is missing: run `python doctor\.py --download`"
+    with pytest.raises(RuntimeError, match=said):
+        world.make_envs(MAIN, 1, sim_backend="physx_cuda")
+    given = dict(
+        obj_set="train", asset_pack="builtin", asset_dir=None, image_size=(16, 16), sim_freq=100, protocol="rl4vla"
+    )
+    given |= dict(max_episode_steps=4, auto_reset=False, ignore_terminations=False, seed=0, first_env=0)
+    running = dict(num_env_workers=1, pipeline_stages=1, worker_timeout=60.0, render_backend="auto")
+    with pytest.raises(RuntimeError, match=said):
+        world.check_envs(MAIN, 1, **given, **running, sim_backend="physx_cuda")
+    world.check_envs(MAIN, 1, **given, **running, sim_backend="physx_cpu")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 def test_auto_is_the_gpu_where_it_can(monkeypatch, cuda):
     from envs.group import resolve_backend
