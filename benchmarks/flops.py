@@ -4,6 +4,7 @@ torch's counter sees every matrix product of the real forward and backward, atte
 nothing here has to know how a model is built. An addition and a multiplication are two.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,15 +12,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vla.models.policy import VLAPolicy, uniform_noise
-from vla.training.memory_plan import LiveBytes, Recipe, meta_inputs, policy_of, set_checkpointing
+from vla.training.memory_plan import LiveBytes, meta_inputs, policy_of, recipe_of, set_checkpointing
 
 MODEL_FLAGS = ("model_path", "model_type", "chunk_size", "lora_rank", "lora_scope", "dtype", "max_prompt_length")
 
 
 def meta_policy_of(flags: dict, critic: bool = True) -> VLAPolicy:
     """The policy that these flags of a script ask for, without memory. Cached by memory_plan."""
-    unused = dict.fromkeys(Recipe.__dataclass_fields__, 0)  # what only a memory plan asks
-    return policy_of(Recipe(**{**unused, **{name: flags[name] for name in MODEL_FLAGS}, "critic": critic}))
+    return policy_of(replace(recipe_of(flags), critic=critic))
 
 
 def is_known(model_path: str) -> bool:

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py                      # everything in half an hour, to benchmarks/results/
     python benchmarks/gpu_check.py --only graphs offload
+    python benchmarks/gpu_check.py --only world         # the simulation alone, in 12 minutes
     python benchmarks/gpu_check.py --preset 100m        # for a GPU too small for 7B
 
 Weights are random, and assets are made by code. Only the simulation on the GPU needs a download, of PhysX's library for
@@ -17,6 +18,7 @@ continue. The exit code is 2 without a GPU, and 1 if a part failed.
     quickstart     the real script on the GPU
     render         images from the GPU, physics on the CPU, and the difference from the CPU's images
     batch          physics and images of all envs in one batch on the GPU (experimental)
+    world          what is open about that batch, in twelve parts of 12 minutes in total: benchmarks/gpu_world.py
 """
 
 import argparse
@@ -33,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench
+from benchmarks import bench, gpu_world
 from benchmarks.bench import Row
 from benchmarks.model_speed import PRESETS, random_inputs, random_policy
 from envs.variants import train_episode_id
@@ -215,6 +217,17 @@ def batch(flags: argparse.Namespace, seconds: float) -> Found:
     return [one], [Row("env steps in one batch", setting, one["env_steps_per_s"], "env steps/s")]
 
 
+def world(part: str) -> Callable[[argparse.Namespace, float], Found]:
+    """A part of benchmarks/gpu_world.py."""
+
+    def measured_part(flags: argparse.Namespace, seconds: float) -> Found:
+        settings = json.dumps({"asset_dir": flags.asset_dir})
+        lines = result_of(run(["benchmarks/gpu_world.py", part, "--settings", settings], seconds))["lines"]
+        return [{"part": part, "ranks": 1, "lines": lines}], [Row(*line) for line in lines]
+
+    return measured_part
+
+
 PARTS: dict[str, tuple[Callable[[argparse.Namespace, float], Found], int]] = {  # and its time limit, seconds
     "card": (card, 180),
     "graphs": (graphs, 600),
@@ -225,7 +238,9 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace, float], Found], int]] = {  
     "quickstart": (quickstart, 600),
     "render": (render, 300),
     "batch": (batch, 600),
+    **{part: (world(part), seconds) for part, (_, seconds) in gpu_world.PARTS.items()},
 }
+GROUPS = {"world": tuple(gpu_world.PARTS)}
 
 
 # ---------------------------------------------------------------------- parts, in their own process
@@ -359,6 +374,12 @@ ALONE = {"zero3": part_zero3, "render": part_render, "batch": part_batch}
 
 
 # ---------------------------------------------------------------------- the program
+def chosen_parts(only: list[str] | None) -> list[str]:
+    """Names of --only as parts, in their order. A group stands for its parts."""
+    names = {part for name in only or PARTS for part in GROUPS.get(name, (name,))}
+    return [part for part in PARTS if part in names]
+
+
 def main(flags: argparse.Namespace) -> int:
     if flags.part:
         result = ALONE[flags.part](flags)
@@ -372,9 +393,10 @@ def main(flags: argparse.Namespace) -> int:
     description = without_places(describe_run(vars(flags) | {"seed": 0}, {}, num_ranks=1))
     files = bench.new_files(flags.output, flags.machine or bench.machine_name(host, name))
     measured, rows, not_done = [], [], {}
-    for part in [part for part in PARTS if part in (flags.only or PARTS)]:
+    for part in chosen_parts(flags.only):
         check, seconds = PARTS[part]
         print(f"{part} ...", file=sys.stderr, flush=True)
+        found, more = [], []
         try:
             found, more = check(flags, seconds)
             measured, rows = measured + [{"job": part, **one} for one in found], rows + more
@@ -391,6 +413,8 @@ def main(flags: argparse.Namespace) -> int:
         }
         # after every part: a run that is cut off keeps what it has
         bench.write_results(files, content, lines)
+        own = {name: reason for name, reason in not_done.items() if name == part}
+        print("\n".join(bench.table(more, own)), file=sys.stderr, flush=True)
     print("\n".join(lines))
     print("written: " + " ".join(map(str, files)))
     return 1 if not_done else 0
@@ -398,7 +422,8 @@ def main(flags: argparse.Namespace) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="Parts to run. Without it, all are run.")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, *GROUPS], help="Parts to run. Without it, all are run.")
+    parser.add_argument("--asset_dir", help="Folder of the published meshes. Without it, ManiSkill's is searched.")
     parser.add_argument(
         "--preset", choices=PRESETS, default="openvla-7b", help="Sizes of the random weights. (default: %(default)s)"
     )

@@ -122,7 +122,7 @@ class Storm:
         self.settled = set()
         self.envs.reset()
         self.counters = [0] * 4
-        self.pending = False  # a process was struck, and that may be noticed in a later round
+        self.unaware = set()  # what happens in rounds and has not happened since a process was struck
 
     def settings(self) -> dict:
         return WORLD | {"worker_timeout": self.hang}
@@ -163,9 +163,12 @@ class Storm:
                 restarts = None
         self.counts[f"{kind} {sent.name}"] += 1
         self.counts["losses"] += sum(issubclass(one.category, RuntimeWarning) for one in said)
-        if sent in processes.IGNORED and restarts is not None and self.restarts() != restarts and not self.pending:
+        noticed = restarts is not None and self.restarts() != restarts
+        if noticed and sent in processes.IGNORED and happens not in self.unaware:
             self.problems.append(f"round {number}: {sent.name} ended a {kind}")
-        self.pending = sent not in processes.IGNORED
+        self.unaware.discard(happens)
+        if sent not in processes.IGNORED:
+            self.unaware = {self.rollout, self.evaluation}
 
     def restarts(self) -> int:
         return self.envs.num_restarts + self.beside.num_restarts

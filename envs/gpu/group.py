@@ -3,7 +3,8 @@
 Differences from EnvGroup, which simulates one env after the other:
 - All rows are simulated together. A row whose episode has ended holds still until the other episodes have ended too, or
   until it is reset. Its actions, rewards and images count for nothing, and `describe()` shows its present state.
-- A chunk costs one image of all rows, and one more for every step but the last in which an episode ended.
+- A chunk costs one image of all rows, and one more for every step in which an episode ended. The last step costs no
+  more where nothing begins afterwards.
 - `load_state_dict` begins each episode again and replays what was executed. On the GPU this is not exact to the bit
   (`envs/gpu/simulation.py` says what PhysX promises there). All replays end together, so they take as long as the
   longest one.
@@ -104,12 +105,9 @@ class BatchedGroup:
         return episodes.start_state(self.spec.env_id, self.spec.obj_set, episode_id, self.spec.protocol)
 
     def _show(self, chosen: list[int] | np.ndarray) -> None:
-        """Render the chosen rows into `images`."""
-        if not len(chosen):
-            return
-        rendered = self.world.render_images()  # uint8 [N, H, W, 3]
-        rows = torch.as_tensor(chosen).to(rendered.device)
-        self.images[chosen] = rendered[rows].cpu().numpy()
+        """Render the chosen rows into `images`. The camera draws all rows, but only these are composed and copied."""
+        if len(chosen):
+            self.images[chosen] = self.world.render_images(torch.as_tensor(chosen)).cpu().numpy()
 
     def seen(self) -> dict:
         """As EnvGroup's."""
@@ -149,9 +147,14 @@ class BatchedGroup:
                 self._show(np.flatnonzero(ended))
                 shown |= ended
         dropped = out["dropped"]  # rows whose episode was lost in this chunk
-        self._show(np.flatnonzero(began & ~shown & ~dropped))
-        self._finish(began & ~self.running & ~dropped, last_states, out)
+        ended = began & ~self.running & ~dropped
+        anew = dropped | (ended & self.spec.auto_reset)  # rows in which an episode begins now
+        unseen = began & ~shown & ~dropped  # rows whose state at the end of the chunk is to be shown
+        first = unseen & ended if anew.any() else unseen  # before anything begins, because that moves ended rows
+        self._show(np.flatnonzero(first))
+        self._finish(ended, last_states, out)
         self._replace(np.flatnonzero(dropped), out)
+        self._show(np.flatnonzero((unseen & ~first) | anew))
         return out | self.seen()
 
     def _control_step(self, j: int, actions: np.ndarray, active: np.ndarray, out: dict) -> np.ndarray:
@@ -221,7 +224,6 @@ class BatchedGroup:
         self.final_images[rows] = self.images[rows]
         if self.spec.auto_reset:
             self._begin(rows.tolist(), [None] * len(rows))
-            self._show(rows)
 
     def _replace(self, rows: np.ndarray, out: dict) -> None:
         """Begin new episodes in the place of dropped ones. Raises RuntimeError after too many losses in a row."""
@@ -239,7 +241,6 @@ class BatchedGroup:
         warnings.warn(f"the simulation lost envs {names}: these episodes are dropped.", RuntimeWarning, stacklevel=2)
         self._begin(rows.tolist(), [self.episode_ids[i] if self.explicit[i] else None for i in rows])
         self._give_up(given_up, out)
-        self._show(np.union1d(rows, given_up).astype(int))
 
     def _count_loss(self, i: int) -> int:
         """How often the present episode of row i was lost."""

@@ -17,7 +17,7 @@ Differences from one scene per env, with their reasons:
 - PhysX's GPU simulation must be the first one of its process. Evaluate with the same sim_backend, or on the CPU with
   worker processes.
 
-**Experimental: nothing of this was run on a GPU yet.**
+**Experimental: nothing of this was run on a GPU yet.** `benchmarks/gpu_check.py --only world` is what to run first.
 
 The start state of an episode id is the same in every row to 4 um (with up to 128 rows). On a GPU all rows share one
 coordinate system, 20 m apart, and a float32 that is 120 m from the origin has steps of 7.6 um. The course of an episode
@@ -359,39 +359,43 @@ class BatchedPutOnPlate(PutOnPlateScene):
     # image, description
     # -----------------------------------------------------------------------------------------------------------------
 
-    def render_images(self) -> torch.Tensor:
-        """The cameras' images, uint8 [N, H, W, 3]. Table images are wherever no robot and no object is."""
+    def render_images(self, rows: torch.Tensor) -> torch.Tensor:
+        """The cameras' images of rows [R], uint8 [R, H, W, 3]. Table images are wherever no robot and no object is."""
+        rows = rows.to(self.device)
         self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         self._sensors[CAMERA].capture()
         obs = self._sensors[CAMERA].get_obs(rgb=True, depth=False, position=False, segmentation=True)
-        segmentation = obs["segmentation"][..., 0].to(self.device)
-        stage = self._arena.per_scene_id[:, None, None]
+        segmentation = obs["segmentation"][..., 0].to(self.device)[rows]
+        stage = self._arena.per_scene_id[rows, None, None]
         foreground = (segmentation != 0) & (segmentation != stage)  # robot and objects
-        image = images.compose_rows(obs["rgb"].to(self.device), foreground, self._overlays[self._table])
+        image = images.compose_rows(obs["rgb"].to(self.device)[rows], foreground, self._overlays[self._table[rows]])
         if self.pack.casts_shadows:
-            image = self._with_shadows(image, segmentation, foreground)
+            image = self._with_shadows(image, segmentation, foreground, rows)
         if self._textures is None:
             return image
-        return images.textured_rows(
-            image, foreground, self._textures, self._texture, self._texture_weight, self.variant.texture_on
-        )
+        which, weight = self._texture[rows], self._texture_weight[rows]
+        return images.textured_rows(image, foreground, self._textures, which, weight, self.variant.texture_on)
 
-    def _with_shadows(self, image: torch.Tensor, ids: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+    def _with_shadows(
+        self, image: torch.Tensor, ids: torch.Tensor, foreground: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
         """Draw the shadows of objects and finger tips onto the tables and onto receptacles.
 
         Args:
-            image: uint8 [N, H, W, 3].
-            ids: integers [N, H, W], what each pixel shows.
-            foreground: bool [N, H, W], robot and objects.
+            image: uint8 [K, H, W, 3], of the K rows `rows`.
+            ids: integers [K, H, W], what each pixel shows.
+            foreground: bool [K, H, W], robot and objects.
+            rows: int64 [K] or bool [N].
         """
-        flat = self._scene_ids[self._row[:, None], self._flat]  # [N, 2]
+        numbers, chosen = self._row[rows], self._casters[rows]
+        flat = self._scene_ids[numbers[:, None], self._flat[rows]]  # [K, 2]
         upright = foreground & (ids != flat[:, :1, None]) & (ids != flat[:, 1:, None])
         eye = shadows.eye_of(*self.image_size)
-        boxes = self._shadow_boxes[self._casters]  # [N, 2, 6]
-        states = self._bodies.read()[self._row[:, None], self._casters]
-        casters = [(states[:, k, :7], boxes[:, k], self._casters[:, k] >= 0) for k in range(2)]
+        boxes = self._shadow_boxes[chosen]  # [K, 2, 6]
+        states = self._bodies.read()[numbers[:, None], chosen]
+        casters = [(states[:, k, :7], boxes[:, k], chosen[:, k] >= 0) for k in range(2)]
         for finger, box in zip(self._fingers, self._shadow_boxes[-2:]):
-            casters.append((finger.pose.raw_pose, box.expand(self.num_envs, 6), self._row >= 0))
+            casters.append((finger.pose.raw_pose[rows], box.expand(len(numbers), 6), numbers >= 0))
         for pose, box, present in casters:
             middle, half = box.unbind(1)[:3], box.unbind(1)[3:]
             spot = shadows.spot_of(pose.double().unbind(1), middle, half, eye)

@@ -268,7 +268,7 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
         batch.start_episodes([0], [start], [settled_state(one, start)])
         assert batch.describe()[0] == one.describe() and batch.instructions == [one.instruction]
         np.testing.assert_allclose(batch.privileged_states()[0].numpy(), one.privileged_state(), atol=1e-6)
-        assert np.abs(batch.render_images()[0].numpy().astype(int) - one.render_image()).max() <= 1
+        assert np.abs(batch.render_images(torch.tensor([0]))[0].numpy().astype(int) - one.render_image()).max() <= 1
         expert, success = Expert(), False
         for step in range(40):
             action = expert(one.describe() | {"elapsed_steps": step})
@@ -285,7 +285,7 @@ def test_one_row_does_as_the_ordinary_env(short, obj_set, protocol, episode_ids)
                 if ours[key] is not None:
                     np.testing.assert_allclose(ours[key][:3], theirs[key][:3], atol=5e-3)
             if step % 5 == 4:  # the move in mid-episode is one of them
-                difference = batch.render_images()[0].numpy().astype(int) - one.render_image()
+                difference = batch.render_images(torch.tensor([0]))[0].numpy().astype(int) - one.render_image()
                 assert np.abs(difference).mean() < 0.2
             if success:
                 break
@@ -676,9 +676,9 @@ class ToyRows:
     def finite(self):
         return ~self.lost
 
-    def render_images(self):
+    def render_images(self, rows):
         self.pictures += 1
-        return torch.from_numpy(np.stack([toy.render_image() for toy in self.toys]))
+        return torch.from_numpy(np.stack([self.toys[i].render_image() for i in rows]))
 
     def privileged_states(self):
         return torch.from_numpy(np.stack([toy.privileged_state() for toy in self.toys]))
@@ -801,6 +801,24 @@ def test_a_chunk_costs_one_picture_of_all_rows():
     assert batch.world.pictures == 2
 
 
+def test_what_ends_costs_one_more_picture():
+    """Of last images, drawn before the next episodes begin. One picture then shows all rows."""
+    _, batch = both_groups(3, max_episode_steps=12, ignore_terminations=True, auto_reset=True)
+    batch.reset([1, 2, 3], [0, 1, 2])
+
+    def pictures(chunk_size: int) -> int:
+        before = batch.world.pictures
+        batch.step(np.zeros((3, chunk_size, 7), np.float32))
+        return batch.world.pictures - before
+
+    assert pictures(8) == 1
+    assert pictures(8) == 2  # all end after four steps
+    assert pictures(6) == 1
+    batch.reset([7], [2])
+    assert pictures(6) == 2  # two end with the chunk
+    assert pictures(8) == 2  # the third one ends after six steps, while the others go on
+
+
 def test_the_next_episode_is_settled_beforehand():
     _, batch = both_groups(2, auto_reset=True)
     batch.reset([None, None], [0, 1])
@@ -876,6 +894,30 @@ def test_what_can_not_run_is_said(monkeypatch):
         world.make_envs("PickCube-v1", 1, sim_backend="physx_cuda", instruction="pick up the cube")
     with pytest.raises(ValueError, match="leave it at 1"):
         world.make_envs(MAIN, 2, sim_backend="physx_cuda", pipeline_stages=2)
+
+
+def test_a_batch_without_the_library_is_one_sentence(monkeypatch, tmp_path):
+    """Both where a script checks its flags and where envs are made, and before SAPIEN downloads anything."""
+    import sapien
+
+    def download() -> None:
+        raise AssertionError("SAPIEN would download the library")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sapien.physx, "enable_gpu", download)
+    said = r"physx_cuda' needs PhysX's library for GPUs, and \S+\.so is missing: run `python doctor\.py --download`"
+    with pytest.raises(RuntimeError, match=said):
+        world.make_envs(MAIN, 1, sim_backend="physx_cuda")
+    given = dict(
+        obj_set="train", asset_pack="builtin", asset_dir=None, image_size=(16, 16), sim_freq=100, protocol="rl4vla"
+    )
+    given |= dict(max_episode_steps=4, auto_reset=False, ignore_terminations=False, seed=0, first_env=0)
+    running = dict(num_env_workers=1, pipeline_stages=1, worker_timeout=60.0, render_backend="auto")
+    with pytest.raises(RuntimeError, match=said):
+        world.check_envs(MAIN, 1, **given, **running, sim_backend="physx_cuda")
+    world.check_envs(MAIN, 1, **given, **running, sim_backend="physx_cpu")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cuda", [False, True])
