@@ -15,7 +15,7 @@ import torch
 from mani_skill.utils import common
 
 from envs.gpu.simulation import BatchedPutOnPlate
-from envs.put_on_plate import GRASP_MIN_FORCE, ON_MIN_FORCE
+from envs.rules import GRASP_MIN_FORCE, ON_MIN_FORCE
 from envs.registration import CAMERA
 from envs.scene import WidowX250S
 
