@@ -15,8 +15,8 @@ import torch
 from mani_skill.utils import common
 
 from envs.gpu.simulation import BatchedPutOnPlate
-from envs.rules import GRASP_MIN_FORCE, ON_MIN_FORCE
 from envs.registration import CAMERA
+from envs.rules import GRASP_MIN_FORCE, ON_MIN_FORCE
 from envs.scene import WidowX250S
 
 
