@@ -141,7 +141,8 @@ def main(args: Args) -> None:
         count, tried = folder.begin()
     asked = EndRequest()
     pending, found = [], 0
-    with envs, tqdm(total=args.num_demos, initial=count, desc="demonstrations", dynamic_ncols=True) as bar:
+    total = dict(total=args.num_demos, initial=count)
+    with envs, tqdm(**total, desc="demonstrations", dynamic_ncols=True, disable=None) as bar:  # none without a terminal
         for number, demo in enumerate(attempts(envs, recipe, tried, asked), start=1):
             if demo.success:
                 pending.append(demo)
@@ -155,6 +156,8 @@ def main(args: Args) -> None:
                 )
             if pending and (len(pending) == PART_SIZE or count + found == args.num_demos):
                 keep(folder, pending)
+                if bar.disable:
+                    print(f"{count + found} of {args.num_demos} demonstrations, success {found / number:.2f}", flush=True)
             if count + found == args.num_demos:
                 break
         keep(folder, pending)  # the rest, if the script was asked to end
