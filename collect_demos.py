@@ -157,7 +157,8 @@ def main(args: Args) -> None:
             if pending and (len(pending) == PART_SIZE or count + found == args.num_demos):
                 keep(folder, pending)
                 if bar.disable:
-                    print(f"{count + found} of {args.num_demos} demonstrations, success {found / number:.2f}", flush=True)
+                    rate = f"success {found / number:.2f}"
+                    print(f"{count + found} of {args.num_demos} demonstrations, {rate}", flush=True)
             if count + found == args.num_demos:
                 break
         keep(folder, pending)  # the rest, if the script was asked to end
