@@ -62,7 +62,8 @@ def demos(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("demos") / "set"
     run = collect(output, "--num_demos", "6")
     assert run.returncode == 0, run.stderr
-    assert "6 of 6 demonstrations, success 1.00\n" in run.stdout and "\r" not in run.stderr  # no bar without a terminal
+    assert "6 of 6 demonstrations, success 0.86\n" in run.stdout  # of seven tries
+    assert "\r" not in run.stderr  # no bar without a terminal
     return output
 
 
