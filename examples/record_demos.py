@@ -1,6 +1,6 @@
 """Demonstrations of ManiSkill's PushCube-v1 by a scripted expert. Copy this file for another task.
 
-    python examples/record_demos.py --output demos/pushcube
+    python -m examples.record_demos --output demos/pushcube
     deepspeed --num_gpus 2 train_sft.py --config yaml/sft_pushcube.yaml
 
 ManiSkill's own RecordEpisode writes the files, so `python -m mani_skill.trajectory.replay_trajectory --traj_path
@@ -24,6 +24,7 @@ from envs import is_held_out
 
 ENV_ID = "PushCube-v1"
 STEP = 0.05  # m, the longest step that the expert asks for. The controller allows 0.1
+HOPELESS = 64  # tries of a process without a success, after which it gives up
 
 
 def expert(env: BaseEnv) -> np.ndarray:
@@ -73,7 +74,9 @@ def record(part: int, parts: int, args: argparse.Namespace) -> None:
             success = bool(info["success"])
         env.flush_trajectory(save=success)
         kept, tried = kept + success, tried + 1
-        if kept % 50 == 0:
+        if not kept and tried == HOPELESS:
+            raise RuntimeError(f"the expert failed in all of {tried} tries in {ENV_ID}: look at what `expert` returns")
+        if success and kept % 50 == 0:
             print(f"process {part}: {kept} of {wanted} demonstrations, the expert succeeds in {kept / tried:.2f}")
     env.close()
 

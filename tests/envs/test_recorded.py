@@ -163,6 +163,14 @@ def test_a_start_does_not_search_all_memory_for_garbage(monkeypatch):
     assert not any(found is older for found in gc.get_objects())
 
 
+def test_an_expert_that_never_succeeds_ends_the_recording(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_demos, "HOPELESS", 2)
+    monkeypatch.setattr(record_demos, "expert", lambda env: np.zeros(3))
+    args = argparse.Namespace(output=str(tmp_path), num_demos=2, image_size=SIZE, max_episode_steps=2, noise=0.0)
+    with pytest.raises(RuntimeError, match="failed in all of 2 tries in PushCube-v1"):
+        record_demos.record(0, 1, args)
+
+
 def test_the_example_is_short():
     assert len((ROOT / "examples/record_demos.py").read_text().splitlines()) <= 120
 

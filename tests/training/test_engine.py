@@ -350,13 +350,13 @@ def test_sharding_comes_first_for_whole_weights_and_late_for_an_adapter():
 
 
 def test_the_memory_plan_compares_host_memory_too():
-    """Two ranks with 8 and 4 workers, since only 4 envs evaluate, cannot do without their own 3 GiB each."""
+    """Two ranks with 8 workers, in which 4 envs evaluate too, cannot do without their own 3 GiB each."""
     need = recipe("zero3_cpu_adam", num_envs=16, num_env_workers=16, num_eval_envs=8)
     plan = make_plan(need, 2)
-    assert plan.host["processes (assumed)"] == 2 * (3 * GIB + 12 * int(1.2 * GIB))
+    assert plan.host["processes (assumed)"] == 2 * (3 * GIB + 8 * int(1.2 * GIB))
     fits, sentence = host_advice(need, 2, 1000.0, host_need(plan))
     assert fits and sentence.startswith("host memory fits: ")
-    fits, sentence = host_advice(need, 2, 1000.0, 20.0)
+    fits, sentence = host_advice(need, 2, 1000.0, 12.0)
     assert not fits and ": --num_env_workers 2 needs " in sentence, sentence
     without_workers = make_plan(replace(need, num_env_workers=0), 2)
     fits, sentence = host_advice(need, 2, 1000.0, host_need(without_workers) - 1e-6)
@@ -370,7 +370,7 @@ def test_evaluation_envs_are_counted_as_the_scripts_make_them():
     one, three = (make_plan(recipe("zero3", num_envs=2, num_eval_envs=number), 2) for number in (2, 3))
     assert one == three and one.update["renderers (assumed)"] == int(0.3 * GIB)
     workers = make_plan(recipe("zero3", num_envs=4, num_eval_envs=2, num_env_workers=2), 2)
-    assert workers.update["renderers (assumed)"] == 3 * int(0.3 * GIB)
+    assert workers.update["renderers (assumed)"] == 2 * int(0.3 * GIB)
 
 
 def test_doctor_prints_the_plan_of_a_preset():

@@ -213,7 +213,7 @@ def headline(results: dict) -> str:
             f"success {percent(rate, list(wilson_interval(rate, count)))} % (success_once, {count} episodes of "
             f"{len(settings)} settings, {temperature_name(temperature)})"
         )
-        if lost := sum(one["lost"] for one in settings):
+        if lost := sum(one.get("lost", 0) for one in settings):
             lines.append(f"of these, {lost} lost the simulation again and again, which counts as failed")
     return "\n".join(lines)
 
