@@ -114,6 +114,17 @@ class Expert:
         """Account for noise: the arm also moved by `offset` (m, root frame, [3]). The next actions undo that."""
         self.commanded = self.commanded + offset * (-1.0, -1.0, 1.0)
 
+    @classmethod
+    def grasp_of(cls, state: dict, finger_angle: float) -> tuple[np.ndarray, float]:
+        """Where the tool grasps an object at rest: its place [3] (m, world frame), and the angle of its fingers (rad).
+
+        The angle is the direction about the vertical in which they close, the nearest to `finger_angle` that fits.
+        """
+        expert = cls()
+        expert.seen_xy, expert.finger_angle = np.asarray(state["object_pose"][:2]), finger_angle
+        expert._look(state)
+        return np.array([*expert.grasp_xy, expert.grasp_z]), finger_angle + expert.yaw_left
+
     # Each phase returns (goal position [3], gripper), and switches to the next phase when its goal is reached.
 
     def _switch(self, phase: Callable[[dict], tuple[np.ndarray, float]]) -> None:

@@ -273,22 +273,33 @@ class PutOnPlateInScene(PutOnPlateScene):
         arm = self.agent.controller.controllers["arm"]
         gripper = self.agent.controller.controllers["gripper"]
         arm._target_pose = Pose.create(added_pose(arm._target_pose.raw_pose, action))
-        solver, qpos = arm.kinematics, self._robot.qpos
-        angles, solved, _ = solver.pmodel.compute_inverse_kinematics(
-            solver.end_link_idx,
-            arm._target_pose.sp,
-            initial_qpos=qpos[self._solver_order],
-            active_qmask=solver.qmask,
-            max_iterations=100,
-        )
-        # where the pose is out of reach, the arm stays as it is
-        targets = angles[self._solver_arm].astype(np.float32) if solved else qpos[self._arm]
+        qpos = self._robot.qpos
+        targets = self._angles_for(arm._target_pose.sp, qpos)
+        if targets is None:  # out of reach: the arm stays as it is
+            targets = qpos[self._arm]
         for joint, target in zip(arm.joints, targets):
             joint._objs[0].drive_target = [[target]]
         opening = min(max(float(action[0, 6]), -1.0), 1.0)
         width = self._grip_middle + self._grip_reach * np.float32(opening)
         for joint in gripper.joints:
             joint._objs[0].drive_target = [[width]]
+
+    def _angles_for(self, pose: sapien.Pose, qpos: np.ndarray) -> np.ndarray | None:
+        """The arm's joint angles (rad, float32 [6]) that bring the tool to `pose`, or None if it is out of reach.
+
+        Args:
+            pose: in the frame of the robot's root.
+            qpos: [8], all joints where the search begins.
+        """
+        solver = self.agent.controller.controllers["arm"].kinematics
+        angles, solved, _ = solver.pmodel.compute_inverse_kinematics(
+            solver.end_link_idx,
+            pose,
+            initial_qpos=qpos[self._solver_order],
+            active_qmask=solver.qmask,
+            max_iterations=100,
+        )
+        return angles[self._solver_arm].astype(np.float32) if solved else None
 
     def _judge(self) -> tuple[float, bool]:
         """Read the contacts and update all flags. The reward is the increase of the potential (RL4VLA 1.5).

@@ -293,9 +293,9 @@ class About(Schema):
     """solovla.json: what a policy's folder knows about itself. The names are those of flags."""
 
     version: str  # of SoloVLA
-    model_type: Literal["openvla", "openvla_oft"]
+    model_type: Literal["openvla", "openvla_oft"] | None  # None: either, since the language model is random
     unnorm_key: flags.Text
-    chunk_size: flags.Chunk
+    chunk_size: flags.Chunk | None  # None: any
     max_prompt_length: flags.PromptLength
     image_resize: Literal["tensor", "pil"]
     oft_stop_token: bool

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,11 +73,14 @@ def foreign_file(folder: Path) -> str | None:
     return None if has_weights else "no weights"
 
 
-def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path) -> None:
+def export_policy(
+    policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path, write_card: Callable | None = None
+) -> None:
     """Write `folder` completely or not at all, and replace an older policy. All ranks together, after the last metrics.
 
     Args:
         weights: stages.whole_state_dict() on rank 0. Other ranks can pass anything.
+        write_card: another function than card() for the text beside the policy, with its arguments.
 
     Raises:
         UserError: the folder cannot be written. An older policy is unchanged.
@@ -84,7 +88,7 @@ def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: 
     error = None
     if rank() == 0:
         try:
-            replaced = replace_policy(policy, weights, run_dir, folder)
+            replaced = replace_policy(policy, weights, folder, (write_card or card)(run_dir, folder))
         except (OSError, RuntimeError, UserError) as failure:  # RuntimeError: how safetensors reports a full disk
             error = failure
     if message := agree(None if error is None else str(error)):
@@ -93,7 +97,7 @@ def export_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: 
         print(f"policy      {folder}{', which replaces the one that was there' if replaced else ''}", flush=True)
 
 
-def replace_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path) -> bool:
+def replace_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], folder: Path, text: str) -> bool:
     """export_policy() on rank 0. Returns whether there was a policy before.
 
     Temporary files are in a new folder beside `folder`, so nothing else is overwritten.
@@ -102,7 +106,7 @@ def replace_policy(policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir:
     own = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_policy(policy, weights, own / "new", merge_lora=True)
-        (own / "new" / "README.md").write_text(card(run_dir, folder))
+        (own / "new" / "README.md").write_text(text)
         exists = os.path.lexists(folder)
         if exists:
             os.replace(folder, own / "old")
