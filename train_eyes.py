@@ -184,9 +184,13 @@ def eyes_loss(
 
 
 def distance(said: torch.Tensor, facts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of a smooth distance. All have the shape of `said`, or one that expands to it."""
+    """The mean over views of each view's weighted mean of a smooth distance.
+
+    Args:
+        said, weights: [B, ...]. facts: a shape that expands to theirs.
+    """
     apart = F.smooth_l1_loss(said, facts.expand_as(said), reduction="none", beta=SMOOTH)
-    return (apart * weights).sum() / weights.sum().clamp(min=1)
+    return ((apart * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1).clamp(min=1)).mean()
 
 
 def errors_of(said: torch.Tensor, shares: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,100 @@
+"""Pre-training of the eyes: its loss by hand, and the script on CPU ranks."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import run_ranks
+from safetensors.torch import load_file
+
+import train_eyes
+from envs.views import FACTS, THINGS
+from train_eyes import Answers, Eyes, errors_of, eyes_loss
+from vla.models.loading import load_policy
+
+T, F = len(THINGS), len(FACTS)
+SMALL = "--num_scenes 4 --num_updates 4 --updates_per_iteration 2 --batch_size 8 --warmup_updates 1".split()
+
+
+def answers(patches: int = 4) -> Answers:
+    return Answers(torch.zeros(1, patches, T), torch.zeros(1, patches, F), torch.zeros(1, F))
+
+
+def test_the_loss_by_hand():
+    """One patch of four shows the receptacle, 1 unit in x from where it is said to be. Nothing else is shown."""
+    shares = torch.zeros(1, 4, T)
+    shares[0, 2, THINGS.index("receptacle")] = 0.5
+    facts = torch.zeros(1, F)
+    facts[0, FACTS.index(("receptacle", "x"))] = 1.0
+    facts[0, FACTS.index(("object", "x"))] = 9.0  # no patch shows the object, so nobody has to know
+    loss, metrics = eyes_loss(answers(), shares, facts)
+    assert metrics["train/seeing"].item() == pytest.approx(math.log(2))
+    # smooth L1 with beta 0.1: |d| - 0.05, the mean over the two facts of a receptacle
+    assert metrics["train/locating"].item() == metrics["train/together"].item() == pytest.approx(0.95 / 2)
+    assert loss.item() == pytest.approx(math.log(2) + 0.95)
+
+
+def test_errors_leave_out_what_is_not_shown():
+    shares = torch.zeros(1, 4, T)
+    shares[0, 1, THINGS.index("tool")] = 0.2
+    errors = errors_of(torch.zeros(1, F), shares, torch.full((1, F), -0.5))[0]
+    for (thing, _), error in zip(FACTS, errors.tolist()):
+        assert error == 0.5 if thing == "tool" else math.isnan(error)
+
+
+def test_the_mean_is_what_a_language_model_reads_that_attends_alike():
+    """A first layer that attends to all places alike sees the mean of the normalised patches, whatever their size."""
+    eyes = Eyes(load_policy("openvla-tiny", value_head=False).model)
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    told = eyes(images).together
+    with torch.no_grad():
+        eyes.projector.fc3.weight *= 7
+        eyes.projector.fc3.bias *= 7
+    assert torch.allclose(eyes(images).together, told, atol=1e-4)
+    assert eyes(images).shown.shape == (2, 64, T) and eyes(images).said.shape == (2, 64, F)
+
+
+def test_other_light_moves_nothing():
+    image = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
+    image[0, 4:8, 8:12] = 200
+    changed = train_eyes.in_other_light(image, torch.tensor([[1.0, 1.0, 0.4, -0.3, 0.5, 0.8]]))
+    inside = changed[0, 4:8, 8:12]
+    assert not torch.equal(changed, image) and (inside == inside[0, 0]).all()
+    outside = changed[0, 8:, :8]
+    assert (outside == outside[0, 0]).all() and (inside[0, 0] > outside[0, 0]).all()
+
+
+def train(folder: Path, ranks: int) -> list[dict]:
+    """A small run. Returns its lines of metrics, without times."""
+    run = run_ranks(ranks, "train_eyes.py", "--run_dir", str(folder), *SMALL)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{tag: value for tag, value in line.items() if tag != "seconds"} for line in lines]
+
+
+@pytest.mark.slow
+def test_ranks_share_scenes_and_updates(tmp_path):
+    """One rank and two draw the same views and learn the same from them."""
+    one, two = train(tmp_path / "one", 1), train(tmp_path / "two", 2)
+    assert [line["iteration"] for line in one] == [1, 2]
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    for name in ("images", "shares", "facts"):
+        ours, theirs = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("one", "two"))
+        assert len(ours) == 128 and np.array_equal(ours, theirs)
+    check_export(tmp_path / "one" / "export")
+
+
+def check_export(folder: Path) -> None:
+    """Only the eyes have learned, and the policy fits both model types."""
+    before, after = load_policy("openvla-tiny").state_dict(), load_file(folder / "model.safetensors")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[f"model.{name}"])}
+    assert changed and all(name.startswith(("vision_backbone.", "projector.")) for name in changed)
+    assert load_policy(str(folder), "openvla_oft", chunk_size=4).chunk_size == 4
+    assert load_policy(str(folder)).chunk_size == 1
+    card = (folder / "README.md").read_text()
+    for wanted in ("`train_eyes.py", "128 of edition 2", "16 objects | carrot, kitchen shovel", "4 of 8 views"):
+        assert wanted in card, card
