@@ -61,7 +61,8 @@ LEFT_OUT = {
         "vla/models/layers.py",
         "vla/models/cuda_graphs.py",
         "vla/models/action_tokens.py",
-        "vla/models/policy.py VLAPolicy.prompt_ids VLAPolicy.collate resize",
+        "vla/models/policy.py VLAPolicy.prompt_ids VLAPolicy.collate",
+        "schemas/pixels.py",
         "vla/training/engine.py GatheredLinear.forward TorchLinear.forward",
     ),
     "the simulated task: scene, physics, reward, and which episode comes next": (

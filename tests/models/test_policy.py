@@ -10,9 +10,10 @@ from made_up import observation
 from safetensors.torch import load_file, save_file
 
 from schemas import UserError
+from schemas.pixels import resize
 from vla.models.action_tokens import NUM_BINS, ActionTokens
 from vla.models.loading import load_policy
-from vla.models.policy import PolicyInputs, resize, sample_bins
+from vla.models.policy import PolicyInputs, sample_bins
 from vla.models.saving import save_policy
 from vla.models.tiny import BRIDGE_ORIG, TINY_PRESETS
 

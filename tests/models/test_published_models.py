@@ -15,11 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from schemas import UserError
+from schemas.pixels import resize
 from vla.models.about import ABOUT
 from vla.models.loading import load_policy
 from vla.models.lora import LORA_TARGETS
 from vla.models.openvla import OpenVLA
-from vla.models.policy import PolicyInputs, resize
+from vla.models.policy import PolicyInputs
 from vla.models.saving import save_policy, save_weights
 from vla.models.tiny import TINY_OPENVLA, tiny_side_files
 from vla.models.tokenizer import read_tokenizer

@@ -18,13 +18,12 @@ lines of code.
 
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from schemas import UserError
+from schemas.pixels import resize
 from vla.models.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
 from vla.models.tokenizer import PROMPT, check_no_action_ids, encode_prompt
 
@@ -327,25 +326,6 @@ def sample_bins(logprobs: Tensor, noise: Tensor, greedy: bool) -> Tensor:
     cumulative = logprobs.double().exp().cumsum(dim=-1)
     bins = torch.searchsorted(cumulative, (noise * cumulative[..., -1])[..., None], right=True)[..., 0]
     return bins.clamp(max=NUM_BINS - 1)
-
-
-def resize(images: Tensor, size: tuple[int, int], how: str = "tensor") -> Tensor:
-    """uint8 [N, H, W, 3] -> uint8 [N, h, w, 3], bicubic with antialias, aspect not kept ("resize-naive").
-
-    Args:
-        how: "tensor" resizes floats and rounds back to uint8, as RLinf does. "pil" is Pillow's fixed-point arithmetic
-            on the CPU, as in OpenVLA's own code. They differ in 14 % of the values, by at most 2 of 255.
-    """
-    if tuple(images.shape[1:3]) == tuple(size):
-        return images
-    if how == "pil":
-        resized = [
-            Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in images.cpu().numpy()
-        ]
-        return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(images.device)
-    pixels = images.permute(0, 3, 1, 2).float()
-    pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
-    return pixels.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def fan_kl(logprobs: Tensor, centers: Tensor, sigma: float) -> Tensor:
