@@ -405,7 +405,6 @@ def rollout(
     noise: Tensor,
     temperature: float,
     buffer: RolloutBuffer,
-    device: torch.device,
 ) -> list[dict[str, float]]:
     """Play one episode per env, from given start states, into the buffer. An env whose episode has ended rests, and
     the policy does not act in it (rows_to_act).
@@ -439,7 +438,7 @@ def rollout(
             running[half][outcome.infos["ended"]] = False
         if t < buffer.num_chunks and running[half].any():
             chosen = rows_to_act(running[half])  # [k]
-            inputs = actor.prepare(rows_of(obs, chosen), device)
+            inputs = actor.prepare(rows_of(obs, chosen))
             tokens, logprobs, _ = actor.act(inputs, temperature, noise[t, rows][chosen])  # [k, C, D] each
             actions = torch.zeros(noise[t, rows].shape)  # [n, C, D], those of a resting env do nothing
             actions[chosen] = actor.decode(tokens).to(actions)
@@ -654,7 +653,7 @@ def main(args: Args) -> None:
                 ids = [episode_id for episode_id in starts for _ in range(args.group_size)]
                 rolled = buffer if attempt == 0 else spare
                 decisions = preemption.until_requested(range(T + 1))
-                episodes += rollout(actor, envs, ids, decisions, noise, args.temperature, rolled, device)
+                episodes += rollout(actor, envs, ids, decisions, noise, args.temperature, rolled)
                 env_steps += int(rolled.valid.sum())
                 if attempt == 0:
                     first_live = live_groups(buffer, args.group_size)

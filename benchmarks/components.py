@@ -34,10 +34,11 @@ from benchmarks import flops
 from benchmarks.model_speed import matrix_peak, seconds
 from envs import make_envs
 from envs.expert import Expert
+from schemas.pixels import resize
 from vla.cli import derive_sizes, parse_args, pick
 from vla.distributed import UserError, all_reduce_max, barrier, rank, run_main, setup_distributed, world_size
 from vla.models.loading import load_policy
-from vla.models.policy import VLAPolicy, resize, uniform_noise
+from vla.models.policy import VLAPolicy, uniform_noise
 from vla.models.value_head import value_errors
 from vla.training.engine import DTYPES, backward, build_engine, read_deepspeed_config, zero_stage
 from vla.training.optimizer_state import Snapshot
@@ -194,7 +195,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
                 barrier()
             with watch("rest"):
                 noise = uniform_noise(args.num_envs, policy.chunk_size, generator)[first_env:][:N]
-                inputs = policy.prepare(obs, device)
+                inputs = policy.prepare(obs)
             with watch("act"):
                 tokens, logprobs, values = policy.act(inputs, args.temperature, noise)
             with watch("rest"):

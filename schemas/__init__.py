@@ -10,6 +10,7 @@
     schemas/assets.py          published assets
     schemas/hub.py             models and data sets on the Hugging Face Hub, and the files that are fetched from it
     schemas/lock.py            one writer per folder
+    schemas/pixels.py          the images that a policy reads
 
 A schema is a pydantic model or an annotated type. `vla` and `envs` may import this package, which imports neither.
 

@@ -5,6 +5,7 @@ published contain no paths of one machine. html_text() escapes HTML.
 """
 
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ def one_line(text: str) -> str:
 
 
 def flag_in_words(value: object) -> str:
-    """A flag's value on the command line: several values with spaces between them.
+    """A flag's value as it is typed, or as a preset has it.
 
-    >>> flag_in_words((96, 96)), flag_in_words(True)
-    ('96 96', 'True')
+    >>> flag_in_words((96, 96)), flag_in_words(True), flag_in_words(None), flag_in_words([])
+    ('96 96', 'true', 'none', 'none')
     """
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(flag_in_words, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
 
 
 def started_with(num_ranks: int) -> str:

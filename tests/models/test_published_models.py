@@ -15,11 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from schemas import UserError
+from schemas.pixels import resize
 from vla.models.about import ABOUT
 from vla.models.loading import load_policy
 from vla.models.lora import LORA_TARGETS
 from vla.models.openvla import OpenVLA
-from vla.models.policy import PolicyInputs, resize
+from vla.models.policy import PolicyInputs
 from vla.models.saving import save_policy, save_weights
 from vla.models.tiny import TINY_OPENVLA, tiny_side_files
 from vla.models.tokenizer import read_tokenizer
@@ -393,7 +394,7 @@ def test_frozen_towers_run_once(path, model_type, lora_rank, monkeypatch):
     inputs = policy.preprocess(observation(2))
     with torch.no_grad():
         tokens, logprobs, values = policy.act(inputs, 1.0)
-        cached = policy.prepare(inputs, policy.device)
+        cached = policy.prepare(inputs)
         assert cached.features.shape[1:] == policy.feature_shape()
         buffer = RolloutBuffer(1, 2, policy.chunk_size, policy.image_size, 30, feature_shape=policy.feature_shape())
         chunk = torch.zeros(2, policy.chunk_size)
@@ -408,7 +409,7 @@ def test_trained_towers_are_not_cached():
     for lora_rank in (0, 4):
         policy = load_policy("openvla-tiny", lora_rank=lora_rank)
         inputs = policy.preprocess(observation(1))
-        assert policy.prepare(inputs, policy.device).features is None
+        assert policy.prepare(inputs).features is None
 
 
 # ------------------------------------------------------------------ refusals

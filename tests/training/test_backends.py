@@ -68,7 +68,7 @@ def test_tensorboard_gets_the_flags_as_hyperparameters(tmp_path):
     content = of_run.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
     hparams = parse_session_start_info_plugin_data(content).hparams
     assert hparams["learning_rate"].number_value == 1e-4 and hparams["critic"].string_value == "state"
-    assert hparams["image_size"].string_value == "96 96" and hparams["norm_adv"].string_value == "True"
+    assert hparams["image_size"].string_value == "96 96" and hparams["norm_adv"].string_value == "true"
     assert hparams["model_path"].string_value == ".../models/openvla-7b" and "resume" not in hparams
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.special import stdtrit
+
 from schemas import UserError
 from vla.evaluation.statistics import wilson_interval
 from vla.reports.curves import CYCLE, Curve
@@ -22,9 +24,6 @@ eval_freq num_eval_episodes num_eval_envs video_episodes video_size export_dir a
 render_backend micro_batch_size gradient_checkpointing offload local_rank""".split()
 ABSENT = "-"  # of a flag that a script or an older version does not have
 MOST_IN_NAME = 3  # flags in the name of a group
-# 0.975 quantiles of Student's t distribution with 1, 2, ... degrees of freedom. From 30 on it is nearly normal
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-STUDENT_T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
 Value = Callable[[dict], float | None]  # of a line of metrics.jsonl or evaluations.jsonl
 
 
@@ -229,9 +228,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     >>> f"{low:.3f} {high:.3f}"
     '0.352 0.848'
     """
-    degrees = len(values) - 1
-    quantile = STUDENT_T[degrees - 1] if degrees <= len(STUDENT_T) else 1.96
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
 

@@ -1,6 +1,5 @@
 """report.html of a run: what it is, where it stands, what it learned and costs, and what its episodes look like."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from vla.evaluation.statistics import difference_interval, percent, wilson_inter
 from vla.files.whole import write_whole
 from vla.reports.page import Media, State, origin_of, render, time_text
 from vla.reports.run_record import FACTS, Clip, RunRecord
-from vla.text import started_with, without_keys
+from vla.text import flag_in_words, started_with, without_keys
 
 KINDS = {"train_ppo.py": "PPO", "train_grpo.py": "GRPO", "train_sft.py": "Cloning"}
 # flags that say where a run is, or that the script itself sets
@@ -242,15 +241,8 @@ def origin_of_run(record: RunRecord) -> dict[str, str]:
 
 # ---------------------------------------------------------------------- flags
 def flag_text(value: object) -> str:
-    """A flag's value as it is typed.
-
-    >>> flag_text(None), flag_text(True), flag_text([96, 96])
-    ('none', 'true', '96 96')
-    """
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(flag_text, value)) or "none"
-    text = value if isinstance(value, str) else json.dumps(value).replace("null", "none")
-    return without_keys(text)
+    """A flag's value as it is typed, without the keys that it may hold."""
+    return without_keys(flag_in_words(value))
 
 
 def typed_flags(record: RunRecord) -> set[str]:
