@@ -41,22 +41,17 @@ train: setup
 	echo "the launcher starts: it loads DeepSpeed, which takes a few seconds"; \
 	deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus "$$ranks" "$$script" --config "$$PRESET" $(ARGS)
 
-# Makes the tiny policies of the quickstarts and RESULTS.md again: demonstrations, fine-tuning, and a model card each.
-# The policy of `make train` is trained once more from its result. The policy for 16 objects is trained twice more, the
-# last time on more demonstrations.
-CLONE = deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus 2 train_sft.py --config yaml/sft_tiny_$(1).yaml \
-	--export_dir checkpoints/$(2)
-AGAIN = --model_path checkpoints/$(1) --learning_rate 1e-3 --num_updates
+# Makes the tiny policies of the quickstarts and RESULTS.md again: eyes that have seen random scenes, demonstrations,
+# fine-tuning, and a model card each.
+LEARN = deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus 2 train_$(1).py --config yaml/$(2).yaml \
+	--export_dir checkpoints/$(3) $(ARGS)
 warmup: setup
+	$(call LEARN,eyes,eyes_tiny,tiny-eyes)
 	python collect_demos.py --config yaml/demos_tiny.yaml
-	$(call CLONE,openvlaoft,openvla-oft-tiny-warmup) $(ARGS)
-	$(call CLONE,openvlaoft,openvla-oft-tiny-warmup) $(call AGAIN,openvla-oft-tiny-warmup) 3000 $(ARGS)
-	$(call CLONE,openvla,openvla-tiny-warmup) $(ARGS)
+	$(call LEARN,sft,sft_tiny_openvlaoft,openvla-oft-tiny-warmup)
+	$(call LEARN,sft,sft_tiny_openvla,openvla-tiny-warmup)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
-	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(ARGS)
-	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(call AGAIN,openvla-oft-tiny-main-warmup) 6000 $(ARGS)
-	python collect_demos.py --config yaml/demos_tiny_main.yaml --num_demos 5000
-	$(call CLONE,openvlaoft_main,openvla-oft-tiny-main-warmup) $(call AGAIN,openvla-oft-tiny-main-warmup) 7000 $(ARGS)
+	$(call LEARN,sft,sft_tiny_openvlaoft_main,openvla-oft-tiny-main-warmup)
 
 # Draws RESULTS.md from the runs in results/.
 results: setup

@@ -39,19 +39,19 @@ from envs.assets.catalog import OBJECTS, RECEPTACLES, TABLES
 from envs.variants import lookup
 from envs.views import FACTS, THINGS, UNIT, VIEWS_PER_SCENE, Scenes
 from schemas import flags
-from train_sft import batch_indices, check_sizes, learning_rate_at
+from schemas.pixels import resize
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.model_card import commit_of, export_folder, export_policy
 from vla.logger import Averages, describe_run
 from vla.models.loading import load_policy
 from vla.models.openvla import OpenVLA
-from vla.models.policy import resize
 from vla.start.launch import launched
 from vla.text import counted, markdown_code
 from vla.training import augmentation
 from vla.training.checkpoint import begin_run, open_run
 from vla.training.engine import backward, build_engine, read_deepspeed_config
+from vla.training.passes import batch_indices, check_sizes, learning_rate_at
 
 SHOWN = 0.03  # share of a patch above which it counts as showing a thing
 HELD_OUT = 16  # one scene in so many is not trained on

@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -50,15 +50,8 @@ from vla.start.launch import launched
 from vla.text import counted
 from vla.training import augmentation
 from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
-from vla.training.engine import (
-    DTYPES,
-    NonFiniteGuard,
-    backward,
-    build_engine,
-    decay_at,
-    read_deepspeed_config,
-    zero_stage,
-)
+from vla.training.engine import DTYPES, NonFiniteGuard, backward, build_engine, read_deepspeed_config, zero_stage
+from vla.training.passes import batch_indices, check_sizes, learning_rate_at
 from vla.training.preemption import Preemption
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
@@ -229,27 +222,6 @@ class CloneBatch(NamedTuple):
     weights: torch.Tensor  # [B, C], 0 after the end of an episode
 
 
-def learning_rate_at(
-    update: int, *, num_updates: int, learning_rate: float, schedule: str, warmup_updates: int
-) -> float:
-    """Learning rate of an update (0 to num_updates - 1). It rises linearly, then follows the schedule."""
-    if update < warmup_updates:
-        return learning_rate * (update + 1) / (warmup_updates + 1)
-    return learning_rate * decay_at(schedule, (update - warmup_updates) / max(num_updates - warmup_updates, 1))
-
-
-@lru_cache(maxsize=1)  # called once per update
-def order_of_pass(number: int, num_samples: int, seed: int) -> torch.Tensor:
-    """The order of one pass over the data, int64 [num_samples]."""
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
-
-
-def batch_indices(update: int, num_samples: int, batch_size: int, seed: int) -> torch.Tensor:
-    """The samples of one update, int64 [batch_size]. Every pass over the data has a new order and drops its rest."""
-    number, position = divmod(update, num_samples // batch_size)
-    return order_of_pass(number, num_samples, seed)[position * batch_size : (position + 1) * batch_size]
-
-
 def clone_loss(
     losses: torch.Tensor, predicted: torch.Tensor, batch: CloneBatch, decoded: torch.Tensor, total_weight: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -284,17 +256,6 @@ def check_labels(policy: VLAPolicy, demos: Demos, unnorm_key: str) -> None:
             f"{share:.0%} of the demonstrations' actions are out of range in dimension {int(axis)} of --unnorm_key "
             f"{unnorm_key}: use the statistics of the demonstrations ({', '.join(demos.statistics)}), or smaller steps"
         )
-
-
-def check_sizes(*, num_updates: int, updates_per_iteration: int, batch_size: int, world_size: int) -> None:
-    """Raise UserError for sizes that do not divide."""
-    if num_updates % updates_per_iteration:
-        raise UserError(
-            f"--num_updates {num_updates} is not a multiple of --updates_per_iteration {updates_per_iteration}: "
-            "change one of them"
-        )
-    if batch_size % world_size:
-        raise UserError(f"--batch_size {batch_size} is not divisible by {world_size} ranks: change one")
 
 
 def read_batch(

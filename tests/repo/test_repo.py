@@ -249,6 +249,7 @@ def known_flags() -> set[str]:
     """Every flag of a script, of a program in benchmarks/, of doctor.py, and of the tools that the docs start."""
     import collect_demos
     import evaluate
+    import train_eyes
     import train_grpo
     import train_ppo
     import train_sft
@@ -259,7 +260,7 @@ def known_flags() -> set[str]:
     flags |= {"logdir"}  # of tensorboard
     flags |= {"rm", "user", "nv", "bind"}  # docker, apptainer
     flags |= {"raw", "repo", "use"}  # any4lerobot, lerobot
-    for script in (train_ppo, train_grpo, train_sft, collect_demos, evaluate):
+    for script in (train_ppo, train_grpo, train_sft, train_eyes, collect_demos, evaluate):
         flags |= script.Args.__dataclass_fields__.keys()
     programs = [ROOT / name for name in ("doctor.py", "compare.py", "envs/lerobot/__main__.py")]
     programs += ROOT.glob("benchmarks/*.py")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_sft
 from envs.demonstrations import Demos, Recipe
 from envs.lerobot.write import write_set
-from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
+from train_sft import CloneBatch, clone_loss
 from vla import VERSION
 from vla.distributed import UserError
 from vla.evaluation import model_card
@@ -30,6 +30,7 @@ from vla.models.action_tokens import ActionTokens
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, uniform_noise
 from vla.training import augmentation
+from vla.training.passes import batch_indices, learning_rate_at
 
 ENV_ID = "PutOnPlateInScene25Single-v1"
 PRESETS = ["yaml/sft_tiny_openvla.yaml", "yaml/sft_tiny_openvlaoft.yaml"]

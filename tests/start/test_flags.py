@@ -18,6 +18,7 @@ from launching import python
 
 import collect_demos
 import evaluate
+import train_eyes
 import train_grpo
 import train_ppo
 import train_sft
@@ -31,7 +32,7 @@ from vla.start.flag_files import checked_values, read_yaml, resolved, saved_laye
 from vla.start.resume import check_resumed
 from vla.training.memory_plan import Recipe, make_plan
 
-SCRIPTS = (train_ppo, train_grpo, train_sft, evaluate, collect_demos)
+SCRIPTS = (train_ppo, train_grpo, train_sft, train_eyes, evaluate, collect_demos)
 PRESETS = sorted(ROOT.glob("yaml/maniskill_*.yaml")) + sorted(ROOT.glob("yaml/quickstart_*.yaml"))
 
 

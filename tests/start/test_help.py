@@ -8,13 +8,14 @@ import pytest
 import collect_demos
 import doctor
 import evaluate
+import train_eyes
 import train_grpo
 import train_ppo
 import train_sft
 from vla.cli import parse_args
 from vla.start.help import MAX_COLUMNS, flag_groups
 
-SCRIPTS = (train_ppo, train_grpo, train_sft, evaluate, collect_demos)
+SCRIPTS = (train_ppo, train_grpo, train_sft, train_eyes, evaluate, collect_demos)
 PREPOSITIONS = "a about above after an as at before below by for from in into of on over per see since that the to with"
 
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

@@ -71,7 +71,9 @@ def test_unbuffered_output_is_not_held_back(tmp_path):
     process.communicate(timeout=300)
 
 
-@pytest.mark.parametrize("script", ["train_ppo.py", "train_grpo.py", "train_sft.py", "evaluate.py", "collect_demos.py"])
+@pytest.mark.parametrize(
+    "script", ["train_ppo.py", "train_grpo.py", "train_sft.py", "train_eyes.py", "evaluate.py", "collect_demos.py"]
+)
 def test_the_first_line_comes_before_the_packages(script):
     text = (ROOT / script).read_text()
     first = text.index(f'print("{script} starts: loading packages')
