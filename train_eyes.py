@@ -47,7 +47,7 @@ from vla.logger import Averages, describe_run
 from vla.models.loading import load_policy
 from vla.models.openvla import OpenVLA
 from vla.start.launch import launched
-from vla.text import counted, markdown_code
+from vla.text import counted, markdown_code, without_places
 from vla.training import augmentation
 from vla.training.checkpoint import begin_run, open_run
 from vla.training.engine import backward, build_engine, read_deepspeed_config
@@ -273,6 +273,7 @@ def in_words(metrics: dict[str, float]) -> str:
 
 def card(description: dict, seen: str, seconds: tuple[float, float]) -> str:
     """A description of the run as Markdown. seconds: of drawing and of updates."""
+    description = without_places(description)
     args = description["args"]
     ranges = lookup(args["env_id"], "train")
     shown = {
