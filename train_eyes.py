@@ -53,6 +53,7 @@ from vla.training.checkpoint import begin_run, open_run
 from vla.training.engine import backward, build_engine, read_deepspeed_config
 from vla.training.passes import batch_indices, check_sizes, learning_rate_at
 
+OBJ_SET = "train"  # what the other settings hold out is not shown
 SHOWN = 0.03  # share of a patch above which it counts as showing a thing
 HELD_OUT = 16  # one scene in so many is not trained on
 OF_FACT = [THINGS.index(thing) for thing, _ in FACTS]  # the thing of each fact
@@ -155,7 +156,7 @@ def draw_views(folder: Path, num_scenes: int, size: int, side: int, args: Args) 
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8 if name == "images" else np.float32, shape)
     dist.barrier()
     views = Views(*(np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes))
-    scenes = Scenes(args.env_id, "train", args.image_size, side, args.seed)
+    scenes = Scenes(args.env_id, OBJ_SET, args.image_size, side, args.seed)
     for number in range(rank(), num_scenes, world_size()):
         images, *labels = (np.stack(part) for part in zip(*scenes.views(number)))
         rows = slice(number * VIEWS_PER_SCENE, (number + 1) * VIEWS_PER_SCENE)
@@ -203,7 +204,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     with user_errors():
         launch = launched()
-        lookup(args.env_id, "train")
+        lookup(args.env_id, OBJ_SET)
         check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
         ds_config = read_deepspeed_config("ds_configs/zero0.json", "float32")
         device = setup_distributed(args.seed)
@@ -253,7 +254,10 @@ def main(args: Args) -> None:
                 file.write("\n")
         print0(f"update {(iteration + 1) * args.updates_per_iteration} of {args.num_updates}: {in_words(metrics)}")
 
-    policy.files.about.update(model_type=None, chunk_size=None)  # the language model is random: both types can use it
+    seen = dict(env_id=args.env_id, obj_set=OBJ_SET, asset_pack="builtin", edition=flags.BUILTIN_EDITION)
+    seen |= dict(image_size=args.image_size, views=len(views.images))
+    # the language model is random, so both types can use it
+    policy.files.about.update(model_type=None, chunk_size=None, seen=seen)
     text = card(description, in_words(metrics), (drawn, time.perf_counter() - began - drawn))
     export_policy(policy, policy.state_dict(), run_dir, export_dir, lambda run_dir, folder: text)
 
@@ -275,11 +279,11 @@ def card(description: dict, seen: str, seconds: tuple[float, float]) -> str:
     """A description of the run as Markdown. seconds: of drawing and of updates."""
     description = without_places(description)
     args = description["args"]
-    ranges = lookup(args["env_id"], "train")
+    ranges = lookup(args["env_id"], OBJ_SET)
     shown = {
-        "objects": [OBJECTS[k].name for k in ranges.objects],
-        "receptacles": [RECEPTACLES[k].name for k in ranges.receptacles],
-        "tables": [TABLES[k].name for k in ranges.tables],
+        "object": [OBJECTS[k].name for k in ranges.objects],
+        "receptacle": [RECEPTACLES[k].name for k in ranges.receptacles],
+        "table": [f"{TABLES[k].key[:3]} {TABLES[k].name}" for k in ranges.tables],
     }
     drawing, updates = (f"{part / 60:.1f}" for part in seconds)
     facts = {
@@ -290,8 +294,8 @@ def card(description: dict, seen: str, seconds: tuple[float, float]) -> str:
         "started from": f"{args['model_path']}, random weights",
         "views": f"{args['num_scenes'] * VIEWS_PER_SCENE} of edition {flags.BUILTIN_EDITION} of the builtin pack, "
         f"{args['image_size'][0]} x {args['image_size'][1]} pixels, arm anywhere above the table",
-        **{f"{len(names)} {kind}": ", ".join(names) for kind, names in shown.items()},
-        "not shown": "textures, and episodes held out for evaluation",
+        **{counted(len(names), kind): ", ".join(names) for kind, names in shown.items()},
+        "not shown": "other objects, receptacles and tables, textures, instructions",
         "updates": f"{args['num_updates']} of {args['batch_size']} views",
         "minutes": f"{drawing} of drawing, {updates} of updates, {counted(description['num_ranks'], 'rank')} on "
         f"{description['device']}, {description['started']}",

@@ -289,6 +289,17 @@ class World(Schema):
     control: str  # what an action means: ManiSkill's control mode
 
 
+class Seen(Schema):
+    """What the eyes of a policy have seen before any demonstration."""
+
+    env_id: flags.EnvId
+    obj_set: Literal["train", "test", "all"]
+    asset_pack: Literal["builtin", "bridge"]
+    edition: flags.SavedEdition
+    image_size: tuple[flags.Pixels, flags.Pixels]  # width, height
+    views: flags.Count
+
+
 class About(Schema):
     """solovla.json: what a policy's folder knows about itself. The names are those of flags."""
 
@@ -301,3 +312,4 @@ class About(Schema):
     oft_stop_token: bool
     dtype: Literal["float32", "bfloat16"]
     world: World | None = None  # None if it is not known
+    seen: Seen | None = None  # of a policy that train_eyes.py wrote
