@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from launching import run_ranks
 from safetensors.torch import load_file
 
 import train_eyes
+import train_sft
 from envs.views import FACTS, THINGS
+from schemas import flags
 from train_eyes import Answers, Eyes, errors_of, eyes_loss
+from vla.cli import parse_args
+from vla.models.about import read_about
 from vla.models.loading import load_policy
 
 T, F = len(THINGS), len(FACTS)
@@ -76,20 +81,9 @@ def train(folder: Path, ranks: int) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_ranks_share_scenes_and_updates(tmp_path):
-    """One rank and two draw the same views and learn the same from them."""
-    one, two = train(tmp_path / "one", 1), train(tmp_path / "two", 2)
-    assert [line["iteration"] for line in one] == [1, 2]
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
-    for name in ("images", "shares", "facts"):
-        ours, theirs = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("one", "two"))
-        assert len(ours) == 128 and np.array_equal(ours, theirs)
-    check_export(tmp_path / "one" / "export")
-
-
-def check_export(folder: Path) -> None:
-    """Only the eyes have learned, and the policy fits both model types."""
+def test_only_the_eyes_learn_and_both_models_can_have_them(tmp_path):
+    assert [line["iteration"] for line in train(tmp_path / "run", 1)] == [1, 2]
+    folder = tmp_path / "run" / "export"
     before, after = load_policy("openvla-tiny").state_dict(), load_file(folder / "model.safetensors")
     changed = {name for name, value in after.items() if not torch.equal(value, before[f"model.{name}"])}
     assert changed and all(name.startswith(("vision_backbone.", "projector.")) for name in changed)
@@ -98,3 +92,26 @@ def check_export(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     for wanted in ("`train_eyes.py", "128 of edition 2", "16 objects | carrot, kitchen shovel", "4 of 8 views"):
         assert wanted in card, card
+    about = read_about(folder)
+    assert about.model_type is None and about.seen.views == 128 and about.seen.edition == 2
+    assert parse_args(train_sft.Args, ["--model_path", str(folder)], "").model_type == train_sft.Args().model_type
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_ranks_share_scenes_and_updates(tmp_path):
+    """One rank and two draw the same views and learn the same from them."""
+    one, two = train(tmp_path / "one", 1), train(tmp_path / "two", 2)
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    for name in ("images", "shares", "facts"):
+        ours, theirs = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("one", "two"))
+        assert len(ours) == 128 and np.array_equal(ours, theirs)
+
+
+def test_the_shipped_eyes_know_what_they_have_seen():
+    about = read_about(ROOT / "checkpoints/tiny-eyes")
+    assert about.model_type is None and about.chunk_size is None and about.seen.edition == flags.BUILTIN_EDITION
+    for preset in ("openvla", "openvlaoft"):
+        args = parse_args(train_sft.Args, ["--config", str(ROOT / f"yaml/sft_tiny_{preset}.yaml")], "")
+        assert args.model_path == "checkpoints/tiny-eyes" and args.chunk_size == (4 if "oft" in preset else 1)
