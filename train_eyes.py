@@ -7,8 +7,8 @@
     python train_eyes.py --help
 
 Published towers have seen millions of images, and a tiny model's towers are random. Here they see random scenes of the
-simulator (`envs/views.py`), and answer for each patch what it shows and where that is. Linear layers on the projector's
-output give the answers, and are thrown away in the end. The result is a policy whose language model is still random. It
+simulator (`envs/views.py`), and answer for each patch what it shows and where that is. A linear layer on the
+projector's output gives the answers, and is thrown away in the end. The result is a policy whose language model is still random. It
 fits both model types, and train_sft.py starts from it.
 
 The scenes are drawn first, into the run folder. The seed and the number of an update decide which views it reads. So
@@ -110,29 +110,22 @@ class Args:
 
 
 class Eyes(nn.Module):
-    """Towers and projector of a policy, with two linear layers that answer.
-
-    The first layer of an untrained language model attends to all places alike, and so reads the mean of the normalised
-    patches. Therefore this mean has to tell the facts, too.
-    """
+    """Towers and projector of a policy, with a linear layer that answers for each patch."""
 
     def __init__(self, model: OpenVLA):
         super().__init__()
         self.vision_backbone, self.projector = model.vision_backbone, model.projector
-        self.of_patch = nn.Linear(model.hidden_size, len(THINGS) + len(FACTS))
-        self.of_mean = nn.Linear(model.hidden_size, len(FACTS))
+        self.head = nn.Linear(model.hidden_size, len(THINGS) + len(FACTS))
 
-    def forward(self, images: torch.Tensor) -> "Answers":
-        """images: uint8 [B, H, W, 3] at the towers' size."""
-        patches = self.projector(self.vision_backbone(images))  # [B, P, H]
-        shown, said = self.of_patch(patches).split([len(THINGS), len(FACTS)], dim=-1)
-        return Answers(shown, said, self.of_mean(F.rms_norm(patches, patches.shape[-1:]).mean(dim=1)))
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of images uint8 [B, H, W, 3] at the towers' size, what each patch says.
 
-
-class Answers(NamedTuple):
-    shown: torch.Tensor  # [B, P, T], logits of whether a patch shows a thing
-    said: torch.Tensor  # [B, P, F], the facts as each patch says them
-    together: torch.Tensor  # [B, F], as all patches say them
+        Returns:
+            shown [B, P, T], logits of whether it shows a thing.
+            said [B, P, F], the facts.
+        """
+        answers = self.head(self.projector(self.vision_backbone(images)))
+        return answers.split([len(THINGS), len(FACTS)], dim=-1)
 
 
 class Views(NamedTuple):
@@ -168,36 +161,32 @@ def draw_views(folder: Path, num_scenes: int, size: int, side: int, args: Args) 
 
 
 def eyes_loss(
-    answers: Answers, shares: torch.Tensor, facts: torch.Tensor
+    shown: torch.Tensor, said: torch.Tensor, shares: torch.Tensor, facts: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What each patch shows, and how far facts are from the true ones: of a thing, in the patches that show it.
+    """Whether each patch knows what it shows, and how far the facts that it says are from the true ones.
+
+    A patch is asked for the facts about the things that it shows. Every view counts alike.
 
     Args:
-        shares: [B, P, T]. facts: [B, F].
+        shown, said: of Eyes. shares: [B, P, T]. facts: [B, F].
     """
-    shown = (shares > SHOWN).float()  # [B, P, T]
-    losses = {
-        "seeing": F.binary_cross_entropy_with_logits(answers.shown, shown),
-        "locating": distance(answers.said, facts[:, None], shown[..., OF_FACT]),
-        "together": distance(answers.together, facts, shown.amax(dim=1)[:, OF_FACT]),
-    }
-    return sum(losses.values()), {f"train/{name}": loss.detach() for name, loss in losses.items()}
+    targets = (shares > SHOWN).float()  # [B, P, T]
+    seeing = F.binary_cross_entropy_with_logits(shown, targets)
+    asked = targets[..., OF_FACT]  # [B, P, F]
+    apart = F.smooth_l1_loss(said, facts[:, None].expand_as(said), reduction="none", beta=SMOOTH)
+    locating = ((apart * asked).sum(dim=(1, 2)) / asked.sum(dim=(1, 2)).clamp(min=1)).mean()
+    return seeing + locating, {"train/seeing": seeing.detach(), "train/locating": locating.detach()}
 
 
-def distance(said: torch.Tensor, facts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The mean over views of each view's weighted mean of a smooth distance.
+def errors_of(shown: torch.Tensor, said: torch.Tensor, shares: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """Distance of each fact, [B, F], as the patches that seem to show its thing say it. NaN if none shows it.
 
-    Args:
-        said, weights: [B, ...]. facts: a shape that expands to theirs.
+    The arguments are those of eyes_loss().
     """
-    apart = F.smooth_l1_loss(said, facts.expand_as(said), reduction="none", beta=SMOOTH)
-    return ((apart * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1).clamp(min=1)).mean()
-
-
-def errors_of(said: torch.Tensor, shares: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
-    """Distance of facts said, [B, F]. NaN for those of a thing that no patch shows."""
+    weights = shown.sigmoid() ** 2  # [B, P, T]
+    weights = (weights / weights.sum(dim=1, keepdim=True))[..., OF_FACT]
     is_shown = (shares.amax(dim=1) > SHOWN)[:, OF_FACT]
-    return torch.where(is_shown, (said - facts).abs(), torch.nan)
+    return torch.where(is_shown, ((weights * said).sum(dim=1) - facts).abs(), torch.nan)
 
 
 def main(args: Args) -> None:
@@ -235,7 +224,7 @@ def main(args: Args) -> None:
             index = batch_indices(update, len(views.images) - num_tests, args.batch_size, args.seed) + num_tests
             draws = augmentation.draw(args.batch_size, torch.Generator().manual_seed(args.seed + 7919 * update))
             images, shares, facts = views.read(index[mine], device)
-            loss, metrics = eyes_loss(engine(in_other_light(images, draws[mine].to(device))), shares, facts)
+            loss, metrics = eyes_loss(*engine(in_other_light(images, draws[mine].to(device))), shares, facts)
             backward(engine, loss, last=True)
             averages.add(metrics)
 
@@ -245,7 +234,7 @@ def main(args: Args) -> None:
         with torch.no_grad():
             for rows in torch.arange(num_tests).split(args.batch_size):
                 images, shares, facts = views.read(rows, device)
-                errors.append(errors_of(engine(images).together, shares, facts))
+                errors.append(errors_of(*engine(images), shares, facts))
         medians = torch.cat(errors).nanmedian(dim=0).values.tolist()
         metrics |= {f"eval/{thing}_{fact}": error for (thing, fact), error in zip(FACTS, medians)}
         if rank() == 0:
