@@ -8,8 +8,8 @@
 
 Published towers have seen millions of images, and a tiny model's towers are random. Here they see random scenes of the
 simulator (`envs/views.py`), and answer for each patch what it shows and where that is. A linear layer on the
-projector's output gives the answers, and is thrown away in the end. The result is a policy whose language model is still random. It
-fits both model types, and train_sft.py starts from it.
+projector's output gives the answers, and is thrown away in the end. The result is a policy whose language model is
+still random. It fits both model types, and train_sft.py starts from it.
 
 The scenes are drawn first, into the run folder. The seed and the number of an update decide which views it reads. So
 any number of ranks trains on the same batches.

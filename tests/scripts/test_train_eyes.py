@@ -15,7 +15,7 @@ import train_eyes
 import train_sft
 from envs.views import FACTS, THINGS
 from schemas import flags
-from train_eyes import Answers, Eyes, errors_of, eyes_loss
+from train_eyes import Eyes, errors_of, eyes_loss
 from vla.cli import parse_args
 from vla.models.about import read_about
 from vla.models.loading import load_policy
@@ -24,42 +24,40 @@ T, F = len(THINGS), len(FACTS)
 SMALL = "--num_scenes 4 --num_updates 4 --updates_per_iteration 2 --batch_size 8 --warmup_updates 1".split()
 
 
-def answers(patches: int = 4) -> Answers:
-    return Answers(torch.zeros(1, patches, T), torch.zeros(1, patches, F), torch.zeros(1, F))
-
-
 def test_the_loss_by_hand():
-    """One patch of four shows the receptacle, 1 unit in x from where it is said to be. Nothing else is shown."""
-    shares = torch.zeros(1, 4, T)
+    """One patch of four shows the receptacle, 1 unit in x from where it is said to be. The other view shows nothing."""
+    shown, said, shares = torch.zeros(2, 4, T), torch.zeros(2, 4, F), torch.zeros(2, 4, T)
     shares[0, 2, THINGS.index("receptacle")] = 0.5
-    facts = torch.zeros(1, F)
+    facts = torch.zeros(2, F)
     facts[0, FACTS.index(("receptacle", "x"))] = 1.0
-    facts[0, FACTS.index(("object", "x"))] = 9.0  # no patch shows the object, so nobody has to know
-    loss, metrics = eyes_loss(answers(), shares, facts)
+    facts[0, FACTS.index(("object", "x"))] = 9.0  # no patch shows the object, so none is asked
+    loss, metrics = eyes_loss(shown, said, shares, facts)
     assert metrics["train/seeing"].item() == pytest.approx(math.log(2))
-    # smooth L1 with beta 0.1: |d| - 0.05, the mean over the two facts of a receptacle
-    assert metrics["train/locating"].item() == metrics["train/together"].item() == pytest.approx(0.95 / 2)
-    assert loss.item() == pytest.approx(math.log(2) + 0.95)
+    # smooth L1 with beta 0.1: |d| - 0.05, the mean over the two facts of a receptacle, and over the two views
+    assert metrics["train/locating"].item() == pytest.approx(0.95 / 2 / 2)
+    assert loss.item() == pytest.approx(math.log(2) + 0.95 / 4)
 
 
-def test_errors_leave_out_what_is_not_shown():
-    shares = torch.zeros(1, 4, T)
-    shares[0, 1, THINGS.index("tool")] = 0.2
-    errors = errors_of(torch.zeros(1, F), shares, torch.full((1, F), -0.5))[0]
+def test_the_patches_that_seem_to_show_a_thing_are_asked_where_it_is():
+    shown, said, shares = torch.full((1, 4, T), -20.0), torch.full((1, 4, F), 7.0), torch.zeros(1, 4, T)
+    tool = THINGS.index("tool")
+    shares[0, 1, tool] = 0.2
+    shown[0, 1:3, tool] = 20.0  # one patch is wrong about it
+    said[0, 1], said[0, 2] = 1.0, 2.0
+    errors = errors_of(shown, said, shares, torch.full((1, F), 0.5))[0]
     for (thing, _), error in zip(FACTS, errors.tolist()):
-        assert error == 0.5 if thing == "tool" else math.isnan(error)
+        assert error == pytest.approx(1.0) if thing == "tool" else math.isnan(error)
 
 
-def test_the_mean_is_what_a_language_model_reads_that_attends_alike():
-    """A first layer that attends to all places alike sees the mean of the normalised patches, whatever their size."""
-    eyes = Eyes(load_policy("openvla-tiny", value_head=False).model)
-    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    told = eyes(images).together
-    with torch.no_grad():
-        eyes.projector.fc3.weight *= 7
-        eyes.projector.fc3.bias *= 7
-    assert torch.allclose(eyes(images).together, told, atol=1e-4)
-    assert eyes(images).shown.shape == (2, 64, T) and eyes(images).said.shape == (2, 64, F)
+def test_patches_answer_through_the_projector():
+    model = load_policy("openvla-tiny", value_head=False).model
+    shown, said = Eyes(model)(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
+    assert shown.shape == (2, 64, T) and said.shape == (2, 64, F)
+    (shown.sum() + said.sum()).backward()
+    unused = {id(parameter) for parameter in model.unused_parameters()}
+    for name, parameter in model.named_parameters():
+        is_eye = name.startswith(("vision_backbone.", "projector.")) and id(parameter) not in unused
+        assert (parameter.grad is not None) == is_eye, name
 
 
 def test_other_light_moves_nothing():
