@@ -439,6 +439,6 @@ def test_an_adapter_is_trained_and_merged(demos, tmp_path):
     train(demos, *flags, preset=PRESETS[0])
     assert not (tmp_path / "warm" / "adapter_config.json").exists()
     whole = load_policy(folder, "openvla", unnorm_key=ENV_ID)
-    fresh = load_policy("openvla-tiny", "openvla")
+    fresh = load_policy(str(ROOT / "checkpoints/tiny-eyes"), "openvla")
     changed = [not torch.equal(a, b) for a, b in zip(whole.model.parameters(), fresh.model.parameters())]
     assert any(changed) and len(changed) == len(list(fresh.model.parameters()))

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import collect_demos
+import train_eyes
 import train_grpo
 import train_sft
 from train_ppo import Args
@@ -23,7 +24,7 @@ def parse(*argv: str) -> Args:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_every_preset_parses(preset):
-    of_script = {"sft": train_sft.Args, "demos": collect_demos.Args}
+    of_script = {"sft": train_sft.Args, "eyes": train_eyes.Args, "demos": collect_demos.Args}
     args_class = train_grpo.Args if "_grpo_" in preset.name else of_script.get(preset.name.split("_")[0], Args)
     args = parse_args(args_class, ["--config", str(preset)], "test", offline=True)
     for key, value in yaml.safe_load(preset.read_text()).items():

@@ -295,7 +295,9 @@ def test_paths_lead_from_the_repository_whatever_the_working_directory(tmp_path,
     assert typed.model_path == str(tmp_path / "checkpoints/openvla-tiny-warmup")
     sft = parse_args(train_sft.Args, ["--config", "yaml/sft_tiny_openvla.yaml"], "")
     assert sft.demos == "demos/tiny" or Path(sft.demos) == ROOT / "demos/tiny"  # where there is one
-    assert sft.model_path == "openvla-tiny"
+    assert sft.model_path == str(ROOT / "checkpoints/tiny-eyes")
+    eyes = parse_args(train_eyes.Args, ["--config", "yaml/eyes_tiny.yaml"], "")
+    assert eyes.model_path == "openvla-tiny"  # random weights, no path
     made = parse_args(collect_demos.Args, ["--config", "yaml/demos_tiny.yaml"], "")
     assert made.output == str(ROOT / "demos/tiny")
 
