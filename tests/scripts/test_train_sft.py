@@ -346,7 +346,7 @@ def test_a_card_names_no_place_and_survives_lines_that_are_cut(tmp_path):
     assert "/home/me" not in text and str(tmp_path) not in text and str(ROOT) not in text
     assert "--demos .../demos/tiny --model_path checkpoints/openvla-7b" in text and "0.500 [0.15, 0.85] on 4" in text
     assert "| 1.0 of updates" in text or "1.0 of updates" in text
-    assert f"| version | {VERSION} |" in text
+    assert f"| version | {VERSION} |" in text and "| started from | checkpoints/openvla-7b |" in text
     description = tmp_path / "run" / "run_from_iteration_000000.json"
     older = json.loads(description.read_text())
     older.pop("version")

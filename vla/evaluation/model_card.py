@@ -185,6 +185,7 @@ def facts_of_imitation(flags: dict, sizes: dict, lines: list[dict]) -> dict[str,
     """What the policy imitated. lines: of metrics.jsonl, empty if a full disk cut the file off."""
     last = lines[-1] if lines else {}
     return {
+        "started from": markdown_text(flags["model_path"]),
         "demonstrations": f"{markdown_text(flags['demos'])}, {sizes.get('num_samples', '?')} steps",
         "updates": f"{flags['num_updates']} of {flags['batch_size']} decisions",
         "token accuracy, L1 in training": f"{last.get('train/token_accuracy', math.nan):.3f}, "
