@@ -13,6 +13,7 @@ import train_ppo
 import train_sft
 from envs import control_mode, maniskill_task
 from schemas import UserError
+from schemas.flags import BUILTIN_EDITION
 from schemas.policies import About
 from vla.cli import parse_args
 from vla.models.about import ABOUT, OF_MODEL, known_flags, read_about, world_of
@@ -152,7 +153,7 @@ def test_what_is_saved_is_what_load_policy_reads(tmp_path):
     assert again.files.about == policy.files.about and again.files.world is None
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").glob("*-warmup")), ids=lambda path: path.name)
 def test_shipped_policies_say_what_their_card_and_config_say(folder):
     about, config = read_about(folder), json.loads((folder / "config.json").read_text())
     card = (folder / "README.md").read_text()
@@ -164,9 +165,22 @@ def test_shipped_policies_say_what_their_card_and_config_say(folder):
     assert about.model_type == ("openvla_oft" if "chunk_size" in config else "openvla")
 
 
+def test_eyes_say_what_they_have_seen():
+    folder = ROOT / "checkpoints" / "tiny-eyes"
+    about, card = read_about(folder), (folder / "README.md").read_text()
+    assert (about.model_type, about.chunk_size, about.world) == (None, None, None)
+    seen = about.seen
+    size = f"{seen.image_size[0]} x {seen.image_size[1]} pixels"
+    assert f"| views | {seen.views} of edition {seen.edition} of the {seen.asset_pack} pack, {size}" in card
+    assert seen.edition == BUILTIN_EDITION and seen.obj_set == "train"
+    assert parse("--model_path", str(folder), script=train_sft).model_type == "openvla"
+    oft = parse("--model_path", str(folder), "--model_type", "openvla_oft", "--chunk_size", "4")
+    assert (oft.model_type, oft.chunk_size) == ("openvla_oft", 4)
+
+
 def test_other_envs_have_maniskills_control():
     assert control_mode("PickCube-v1") == maniskill_task.CONTROL_MODE and "control_mode" in envs.__all__
-    assert set(About.model_fields) == {"version", *OF_MODEL, "world"}
+    assert set(About.model_fields) == {"version", *OF_MODEL, "world", "seen"}
 
 
 @pytest.mark.parametrize(

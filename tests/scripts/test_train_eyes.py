@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 import train_eyes
 import train_sft
 from envs.views import FACTS, THINGS
-from schemas import flags
 from train_eyes import Eyes, errors_of, eyes_loss
 from vla.cli import parse_args
 from vla.models.about import read_about
@@ -107,9 +106,7 @@ def test_ranks_share_scenes_and_updates(tmp_path):
         assert len(ours) == 128 and np.array_equal(ours, theirs)
 
 
-def test_the_shipped_eyes_know_what_they_have_seen():
-    about = read_about(ROOT / "checkpoints/tiny-eyes")
-    assert about.model_type is None and about.chunk_size is None and about.seen.edition == flags.BUILTIN_EDITION
+def test_the_presets_of_cloning_start_from_the_shipped_eyes():
     for preset in ("openvla", "openvlaoft"):
         args = parse_args(train_sft.Args, ["--config", str(ROOT / f"yaml/sft_tiny_{preset}.yaml")], "")
-        assert args.model_path == "checkpoints/tiny-eyes" and args.chunk_size == (4 if "oft" in preset else 1)
+        assert Path(args.model_path).name == "tiny-eyes" and args.chunk_size == (4 if "oft" in preset else 1)
