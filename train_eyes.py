@@ -11,8 +11,8 @@ simulator (`envs/views.py`), and answer for each patch what it shows and where t
 projector's output gives the answers, and is thrown away in the end. The result is a policy whose language model is
 still random. It fits both model types, and train_sft.py starts from it.
 
-The scenes are drawn first, into the run folder. The seed and the number of an update decide which views it reads. So
-any number of ranks trains on the same batches.
+The scenes are drawn first, into files of the run folder, which are removed in the end. The seed and the number of an
+update decide which views it reads. So any number of ranks trains on the same batches.
 
     B views   P patches   T things   F facts (envs/views.py)   H hidden width
 """
@@ -38,7 +38,7 @@ from torch import nn
 from envs.assets.catalog import OBJECTS, RECEPTACLES, TABLES
 from envs.variants import lookup
 from envs.views import FACTS, THINGS, UNIT, VIEWS_PER_SCENE, Scenes
-from schemas import flags
+from schemas import UserError, flags
 from schemas.pixels import resize
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
@@ -195,19 +195,28 @@ def main(args: Args) -> None:
         launch = launched()
         lookup(args.env_id, OBJ_SET)
         check_sizes(**pick(args, check_sizes, world_size=launch.world_size))
+        num_tests = -(-args.num_scenes // HELD_OUT) * VIEWS_PER_SCENE  # the first ones
+        if args.num_scenes * VIEWS_PER_SCENE - num_tests < args.batch_size:
+            raise UserError(
+                f"--num_scenes {args.num_scenes} has only {args.num_scenes * VIEWS_PER_SCENE - num_tests} views to "
+                f"train on, and --batch_size is {args.batch_size}: raise the first or lower the second"
+            )
         ds_config = read_deepspeed_config("ds_configs/zero0.json", "float32")
         device = setup_distributed(args.seed)
         default_dir = f"runs/eyes_{args.env_id}_{time.strftime('%Y%m%d_%H%M%S')}"
         run_dir, _ = open_run(args.run_dir, None, default_dir, asdict(args))
         export_dir = export_folder(run_dir, args.export_dir, flag_value(sys.argv[1:], "export_dir") is not None)
         policy = load_policy(args.model_path, value_head=False, device=device, seed=args.seed)
+        side = math.isqrt(policy.feature_shape()[0])
+        if any(edge % side for edge in args.image_size):
+            raise UserError(
+                f"--image_size {args.image_size} has no {side} x {side} equal patches: use multiples of {side}"
+            )
         begin_run(run_dir, None)
     began = time.perf_counter()
     description = describe_run(asdict(args), {}, world_size(), asdict(Args()))
     print0(f"{run_dir}: {counted(world_size(), 'rank')} on {description['device']}, {args.num_scenes} scenes are drawn")
-    side = math.isqrt(policy.feature_shape()[0])
     views = draw_views(run_dir, args.num_scenes, policy.image_size[0], side, args)
-    num_tests = -(-args.num_scenes // HELD_OUT) * VIEWS_PER_SCENE  # the first ones
     drawn = time.perf_counter() - began
     print0(f"{len(views.images):,} views in {drawn:.0f} s, {num_tests:,} of them held out")
     eyes = Eyes(policy.model).to(device)
@@ -247,8 +256,11 @@ def main(args: Args) -> None:
     seen |= dict(image_size=args.image_size, views=len(views.images))
     # the language model is random, so both types can use it
     policy.files.about.update(model_type=None, chunk_size=None, seen=seen)
+    if rank() == 0:
+        for file in run_dir.glob("*.npy"):
+            file.unlink()
     text = card(description, in_words(metrics), (drawn, time.perf_counter() - began - drawn))
-    export_policy(policy, policy.state_dict(), run_dir, export_dir, lambda run_dir, folder: text)
+    export_policy(policy, policy.state_dict(), run_dir, export_dir, text)
 
 
 def in_other_light(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,13 +73,13 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def export_policy(
-    policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path, write_card: Callable | None = None
+    policy: VLAPolicy, weights: dict[str, torch.Tensor], run_dir: Path, folder: Path, text: str | None = None
 ) -> None:
     """Write `folder` completely or not at all, and replace an older policy. All ranks together, after the last metrics.
 
     Args:
         weights: stages.whole_state_dict() on rank 0. Other ranks can pass anything.
-        write_card: another function than card() for the text beside the policy, with its arguments.
+        text: the text beside the policy. None writes card().
 
     Raises:
         UserError: the folder cannot be written. An older policy is unchanged.
@@ -88,7 +87,7 @@ def export_policy(
     error = None
     if rank() == 0:
         try:
-            replaced = replace_policy(policy, weights, folder, (write_card or card)(run_dir, folder))
+            replaced = replace_policy(policy, weights, folder, text or card(run_dir, folder))
         except (OSError, RuntimeError, UserError) as failure:  # RuntimeError: how safetensors reports a full disk
             error = failure
     if message := agree(None if error is None else str(error)):
