@@ -5,6 +5,7 @@
     python benchmarks/object_views.py --sheet docs/builtin.png
     python benchmarks/object_views.py --sheet docs/bridge.png --asset_pack bridge --asset_dir assets
     python benchmarks/object_views.py --episode docs/episode.png
+    python benchmarks/object_views.py --scenes docs/scenes.png
 
 A view is an image of 64 x 64: one of 25 objects and 17 receptacles at places and with a yaw of Main-v3's start states,
 on one of 21 tables, with the arm's joints and fingers moved at random from the start pose. The classifier is told where
@@ -33,6 +34,7 @@ from envs.assets import catalog
 from envs.expert import Expert
 from envs.put_on_plate import START_QPOS, PutOnPlateInScene
 from envs.rotations import rotation_matrix, yaw_quaternion
+from envs.views import Scenes
 
 MAIN = "PutOnPlateInScene25Main-v3"
 SMALL = "PutOnPlateInScene25Single-v1"
@@ -43,6 +45,7 @@ VIEWS = 48  # of each pair of object and receptacle
 HELD_OUT = 8  # of these
 EPOCHS = 8
 MOST_BYTES = 400_000  # of the sheet
+SIDE = 8  # patches along a side of the tiny models' images
 START_REGION = np.s_[36:72, 25:64]  # where objects lie in an image of 96 x 96
 
 
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="contrast and detail of each table where objects lie")
     parser.add_argument("--sheet", type=Path, help="write images of the pack to this PNG")
     parser.add_argument("--episode", type=Path, help="write five images of an episode of the small task to this PNG")
+    parser.add_argument("--scenes", type=Path, help="write random scenes and what their patches show to this PNG")
     parser.add_argument("--asset_pack", default="builtin", choices=variants.ASSET_PACKS)
     parser.add_argument("--asset_dir", help="folder of the pack `bridge`")
     options = parser.parse_args()
@@ -64,6 +68,8 @@ def main() -> None:
         write_sheet(pack, options.sheet)
     if options.episode:
         write_episode(pack, options.episode)
+    if options.scenes:
+        write_scenes(options.scenes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +255,21 @@ def write_episode(pack: dict, path: Path) -> None:
         strip.paste(Image.fromarray(images[index]).resize((192, 192), Image.Resampling.NEAREST), (k * 196, 0))
     strip.save(path, optimize=True)
     print(f"{path}: steps {', '.join(map(str, chosen))}, success {success}")
+
+
+def write_scenes(path: Path) -> None:
+    """Seven random scenes that train_eyes.py shows. Below, patches with the object are red, plate green, tool blue."""
+    scenes = Scenes(MAIN, "train", (96, 96), SIDE, seed=0)
+    columns = []
+    for number in range(7):
+        view = next(scenes.views(number))
+        shown = (view.shares > 0.03).reshape(SIDE, SIDE, 3).repeat(12, 0).repeat(12, 1)
+        tinted = np.where(shown, view.image // 2 + 127, view.image // 2).astype(np.uint8)
+        columns.append(np.concatenate([view.image, np.full((4, 96, 3), 255, np.uint8), tinted]))
+        columns.append(np.full((196, 4, 3), 255, np.uint8))
+    scenes.close()
+    strip = Image.fromarray(np.concatenate(columns[:-1], axis=1))
+    strip.resize((2 * strip.width, 2 * strip.height), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 def mid_episode(env: PutOnPlateInScene, obj: int, table: int, steps: int) -> np.ndarray:
