@@ -478,10 +478,11 @@ def named_flags(text: str) -> dict[str, str]:
 def fitting(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[str, float] | None:
     """The flags that make a run fit into a GPU ("" if it fits as it is) and its peak in GiB. None: nothing does.
 
-    A flag that saves nothing here is left out: under LoRA, ZeRO-3 alone needs more than ZeRO-2.
+    A flag that saves nothing here is left out: under LoRA, ZeRO-3 alone needs more than ZeRO-2. So is one that a later
+    flag has made needless.
     """
     turned: dict[str, str] = {}
-    need = largest(make_plan(recipe, num_gpus))
+    asked, need = recipe, largest(make_plan(recipe, num_gpus))
     for flags, change in remedies(recipe):
         if need <= gpu_memory:
             break
@@ -490,7 +491,14 @@ def fitting(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[str, floa
         if need_then < need:
             recipe, need = changed, need_then
             turned |= named_flags(flags)
-    return (" ".join(turned.values()), need) if need <= gpu_memory else None
+    if need > gpu_memory:
+        return None
+    for name in ("num_env_workers", "micro_batch_size"):
+        changed = replace(recipe, **{name: getattr(asked, name)})
+        if f"--{name}" in turned and largest(make_plan(changed, num_gpus)) <= gpu_memory:
+            recipe = changed
+            del turned[f"--{name}"]
+    return " ".join(turned.values()), largest(make_plan(recipe, num_gpus))
 
 
 def table(plan: Plan, gpu_memory: float, host_memory: float) -> list[str]:
