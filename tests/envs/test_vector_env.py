@@ -361,7 +361,7 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         with pytest.warns(
             RuntimeWarning,
             match=r"(?s)envs 0 to 1 \(PutOnPlate\S+-v3, episodes 7, 8, process \d+\) gave no answer for 1.5 s, it hung "
-            r"here:.*in execute_or_fail",
+            r"here:.*in advance_or_fail",
         ):
             infos = envs.step(still)[4]
         assert time.monotonic() - begin > 1.5
@@ -387,7 +387,7 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         envs.reset([7, 8])
         pid = envs._groups[0].pid
         fault.write_text("crash")
-        with pytest.warns(RuntimeWarning, match=r"(?s)killed by SIGSEGV.*in execute_or_fail"):
+        with pytest.warns(RuntimeWarning, match=r"(?s)killed by SIGSEGV.*in advance_or_fail"):
             assert envs.step(still)[4]["dropped"].all()
         fault.write_text("raise")
         with pytest.raises(RuntimeError, match=r"(?s)3 losses in a row.*envs 0 to 1.*Traceback.*ArithmeticError: made"):
@@ -492,9 +492,9 @@ def test_an_episode_that_loses_its_worker_again_and_again_is_given_up(fault, kin
 def test_a_simulation_that_gives_numbers_that_are_not_finite_says_so(monkeypatch):
     with make(1) as envs:
         envs.reset([7])
-        slot = envs._groups[0]._group.slots[0]
-        monkeypatch.setattr(slot.env, "privileged_state", lambda: np.full(45, np.nan, np.float32))
-        with pytest.raises(RuntimeError, match=r"episode 7 of .* not finite, 2 actions after its start: use"):
+        (env,) = envs._groups[0]._group.world.envs
+        monkeypatch.setattr(env, "privileged_state", lambda: np.full(45, np.nan, np.float32))
+        with pytest.raises(RuntimeError, match=r"episode 7 of .* not finite, 1 actions after its start: use"):
             envs.step(np.zeros((1, 2, 7)))
 
 
@@ -636,7 +636,7 @@ def test_actions_are_metres_and_radians(cube, axis):
 
 def test_success_of_another_env_is_a_termination_and_gives_one(cube):
     """Reward is the increase of success; the task's own flag, switched by hand."""
-    task = cube._groups[0]._group.slots[0].env
+    task = cube._groups[0]._group.world.envs[0]
     flags = iter([False, True])
     evaluate = task.env.evaluate
     cube.reset([3])
