@@ -72,8 +72,8 @@ def make_envs(
     Args:
         beside: other envs, whose workers also simulate these. The two take turns, as training and evaluation do, and
             may differ in everything but `hulls`. Further workers are started only if more are asked for than there are.
-        pixels: size and resampling of the images in observations. The process that draws an image makes it. None
-            leaves images as the camera takes them.
+        pixels: how worker processes make the images in observations of the camera's, before they share them. Without
+            workers, or with None, images are the camera's.
         obj_set: "train" | "test" | "all", the set of objects, receptacles and tables that episodes use.
         asset_pack: "builtin" (made by code, no download) or "bridge" (the published meshes and photographs).
         asset_dir: the first folder to search for the files of "bridge", or a data set on the Hub, which is fetched.
@@ -138,7 +138,7 @@ def make_envs(
         privileged,
         reward_mode,
         hulls if asset_pack == "bridge" else None,
-        pixels,
+        pixels if simulator == "physx_cpu" and num_env_workers else None,
     )
     return VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout, beside)
 

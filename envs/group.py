@@ -70,8 +70,7 @@ class EnvGroup:
             self.episode_ids[i] = self._next_episode_id(i) if episode_id is None else episode_id
             self.counters[i] += episode_id is None
         self.world.begin(chosen, [self.spec.start_state(self.episode_ids[i]) for i in chosen])
-        self.lengths[chosen] = self.returns[chosen] = 0
-        self.success[chosen] = self.success_once[chosen] = False
+        self.lengths[chosen] = self.returns[chosen] = self.success[chosen] = self.success_once[chosen] = 0
         self.running[chosen] = True
         if self.spec.auto_reset:
             self.world.expect([self.spec.start_state(self._next_episode_id(i)) for i in chosen])
@@ -89,8 +88,7 @@ class EnvGroup:
 
     def seen(self) -> dict:
         """The rest of an observation besides `images`: all instructions and, with `privileged`, `state` [N, S]."""
-        seen = {"instructions": self.world.instructions}
-        return seen | {"state": self._states()} if self.spec.privileged else seen
+        return {"instructions": self.world.instructions} | ({"state": self._states()} if self.spec.privileged else {})
 
     def _states(self) -> np.ndarray:
         """The simulator's states and the share of the episodes that is over, float32 [N, S]."""
@@ -157,12 +155,12 @@ class EnvGroup:
         anew = dropped | (ended & self.spec.auto_reset)
         last = unseen & ended if anew.any() else unseen  # what begins moves a batch, so last images come first
         self._show(last)
-        self.final_images[ended] = self.images[ended]
-        rows, texts = np.flatnonzero(ended).tolist(), self.world.instructions
+        rows, texts = np.flatnonzero(ended), self.world.instructions
+        self.final_images[rows] = self.images[rows]
         columns = (self.success_once, self.success, self.returns, self.lengths, self.returns / self.lengths.clip(1))
-        out["ended"] += [(i, tuple(float(x[i]) for x in columns), texts[i], last_states[i]) for i in rows]
+        out["ended"] += [(i, tuple(float(x[i]) for x in columns), texts[i], last_states[i]) for i in rows.tolist()]
         if self.spec.auto_reset:
-            self._begin(rows, [None] * len(rows))
+            self._begin(rows.tolist(), [None] * len(rows))
         if dropped.any():
             self._replace(np.flatnonzero(dropped), out)
         self._show((unseen & ~last) | anew)

@@ -10,10 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import envs
+from envs.gpu import world as gpu_world
 from envs.gpu.world import BatchWorld
 from envs.group import EnvGroup, empty_result
 from envs.spec import EnvSpec
 from envs.world import SceneWorld
+from schemas.pixels import Pixels
+from vla.models.loading import load_policy
 
 MAIN = "PutOnPlateInScene25Main-v3"
 OFFSET = 2
@@ -333,3 +337,29 @@ def test_a_row_that_blows_up_is_dropped(explicit):
         batch.step(actions), batch.step(actions)
         with pytest.raises(RuntimeError, match="3 times in a row"):
             batch.step(actions)
+
+
+def test_images_of_a_batch_stay_on_its_device(monkeypatch):
+    """A tensor on "meta" has no values, so any way to the host raises."""
+
+    class OnDevice(ToyRows):
+        device = torch.device("meta")
+
+        def render_images(self, rows):
+            return super().render_images(rows).to("meta")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        gpu_world, "open_batch", lambda spec, count, settlers: BatchWorld(OnDevice(count), ToySettlers())
+    )
+    world = dict(image_size=(3, 2), sim_backend="physx_cuda", auto_reset=True, max_episode_steps=3)
+    # the policy on that device resizes, so pixels are not for the batch
+    with envs.make_envs(MAIN, 2, pixels=Pixels((1, 1), "pil"), num_env_workers=2, **world) as vector:
+        vector.reset()
+        obs, _, _, _, infos = vector.step(np.zeros((2, 3, 7)))
+        final = infos["final_observation"]["image"]
+        assert obs["image"].is_meta and obs["image"].shape == (2, 2, 3, 3)
+        assert final.is_meta and final.shape == (2, 2, 3, 3) and infos["ended"].tolist() == [0, 1]
+    policy = load_policy("openvla-tiny").to("meta")
+    inputs = policy.prepare(obs | {"task_description": ["put carrot on plate"] * 2})
+    assert inputs.images.is_meta and inputs.images.shape == (2, *policy.image_size, 3)

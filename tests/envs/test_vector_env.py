@@ -23,6 +23,7 @@ from sameness import as_saved, same
 import envs as world
 from envs import processes, variants, workers
 from envs.vector import VectorEnv
+from schemas.pixels import Pixels, resize
 from vla.evaluation.episodes import is_lost, lost_in_words, run_batch
 from vla.evaluation.vector_env import VectorEnv as Needed
 
@@ -32,8 +33,8 @@ CUBE = "PickCube-v1"
 TINY = dict(image_size=(24, 16), instruction="pick up the cube")
 
 
-def make(num_envs: int, **kwargs):
-    return world.make_envs(MAIN, num_envs, **(SMALL | kwargs))
+def make(num_envs: int, *args, **kwargs):
+    return world.make_envs(MAIN, num_envs, *args, **(SMALL | kwargs))
 
 
 def rows(result, half: slice):
@@ -313,6 +314,25 @@ def test_evaluation_runs_in_the_workers_of_training():
     assert not envs.step(chunks[5])[4]["dropped"].any()
     envs.close()
     assert not any(map(alive, pids)) and set(os.listdir("/proc/self/fd")) == files
+
+
+def test_workers_make_images_small_as_the_policy_would():
+    """To the last bit, also those of episodes that have ended. Envs without pixels have the camera's images."""
+    world = dict(max_episode_steps=2, auto_reset=True)
+    chunks = busy_actions(3, 2, 2)
+    with make(2, **world) as whole, make(2, num_env_workers=1) as host:
+        large = [whole.reset()["image"]]
+        for chunk in chunks:
+            obs, *_, infos = whole.step(chunk)
+            large += [obs["image"], infos["final_observation"]["image"]]
+        for pixels in (Pixels((16, 24), "tensor"), Pixels((20, 20), "pil"), None):
+            with make(2, host, pixels, num_env_workers=1, **world) as envs:
+                small = [envs.reset()["image"]]
+                for chunk in chunks:
+                    obs, *_, infos = envs.step(chunk)
+                    small += [obs["image"], infos["final_observation"]["image"]]
+            want = large if pixels is None else [resize(image, *pixels) for image in large]
+            assert all(map(torch.equal, small, want)) and len(small[2]) == 2
 
 
 @pytest.fixture
