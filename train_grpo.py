@@ -583,8 +583,8 @@ def main(args: Args) -> None:
         world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
         model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
-        envs = make_envs(args.env_id, N, **world)
-        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, beside=envs, **eval_world)
+        envs = make_envs(args.env_id, N, pixels=policy.pixels, **world)
+        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, envs, policy.pixels, **eval_world)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))

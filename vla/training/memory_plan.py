@@ -34,6 +34,7 @@ from vla.models.published import ADAPTER_CONFIG
 from vla.models.tiny import BRIDGE_ORIG, TINY_PRESETS
 from vla.models.value_head import ValueHead
 from vla.training.engine import read_deepspeed_config, zero_stage
+from vla.training.optimizer_state import can_be_copied
 from vla.training.rollout_buffer import RolloutBuffer
 
 GIB = 2**30
@@ -381,7 +382,8 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     host = {"Adam on the CPU": (16 + 4) * own} if recipe.cpu_adam else {}  # fp32 weights and moments, and gradients
     if moves_memory:
         host["moved out between the stages"] = 16 * own + frozen_bytes
-    host["start of the iteration"] = 12 * own  # the copy of preemption.py
+    if can_be_copied(numel(trained)):
+        host["start of the iteration"] = 12 * own  # the copy of preemption.py
     host["rollout buffer"] = buffer_bytes(policy, recipe, num_gpus)
     host["processes (assumed)"] = ASSUMED_RANK + workers * ASSUMED_WORKER
     ranks_per_node = min(num_gpus, gpus_per_node)
