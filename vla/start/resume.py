@@ -86,6 +86,7 @@ MAY_CHANGE |= dict.fromkeys(
         "gradient_checkpointing",
         "deepspeed_config",
         "offload",
+        "placement",
     ),
     "how the same work is distributed",
 )
