@@ -611,7 +611,7 @@ def main(args: Args) -> None:
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
     seen, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
-    buffer = seen if place.together else seen.for_envs(sizes.trained_envs)  # what this rank trains on
+    buffer = seen.for_envs(sizes.trained_envs) if place.deals else seen  # what this rank trains on
     max_resamples = args.max_resamples if args.dynamic_sampling else 0
     my_envs = slice(first_env, first_env + N)
     my_groups = range(first_env // args.group_size, (first_env + N) // args.group_size)

@@ -532,7 +532,7 @@ def main(args: Args) -> None:
     loss_flags |= dict(value_loss=pick(args, value_errors), vf_coef=0.0 if privileged else args.vf_coef)
     fan_sigma = args.fan_sigma if args.fan_coef else None
     seen = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
-    buffer = seen if place.together else seen.for_envs(sizes.trained_envs)  # what this rank trains on
+    buffer = seen.for_envs(sizes.trained_envs) if place.deals else seen  # what this rank trains on
     start_iteration, global_step, own_envs = 0, 0, slice(first_env, first_env + N)
     with user_errors():
         if checkpoint:

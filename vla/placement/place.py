@@ -67,7 +67,7 @@ class Together:
 
     simulates = acts = trains = True
     only_simulates = False
-    together = True
+    deals = False  # whether ranks train on what others saw
     meet = staticmethod(where_ranks_meet)
 
     def __init__(self, ranks: int):
@@ -133,8 +133,6 @@ class Together:
 class Apart:
     """A rank of a placement in which ranks differ."""
 
-    together = False
-
     def __init__(self, placement: Placement, launch: Launch, ends: ModuleType):
         self.ends, self.placement, self.ranks, self.rank = ends, placement, launch.world_size, launch.rank
         first = launch.rank // launch.ranks_here * launch.ranks_here
@@ -143,6 +141,7 @@ class Apart:
         self.acts = self.rank in placement.rollout
         self.trains = self.rank in placement.actor
         self.only_simulates = not (self.acts or self.trains)
+        self.deals = placement.rollout != placement.actor
         self.remote: VectorEnv | None = None  # envs at a rank that only simulates
         self.broadcast: Broadcast | None = None
 
@@ -293,7 +292,7 @@ class Apart:
 
     def dealer(self, *arguments: Any) -> Dealer | None:
         """What gives ranks that train what others saw, or None if every rank trains on what it saw itself."""
-        if self.placement.rollout == self.placement.actor:
+        if not self.deals:
             return None
         return Dealer(self.placement, self.rank, self.num_envs, self.wire, *arguments)
 
