@@ -411,7 +411,6 @@ def rollout(
     noise: Tensor,
     temperature: float,
     buffer: RolloutBuffer,
-    device: torch.device,
 ) -> list[dict[str, float]]:
     """Play one episode per env, from given start states, into the buffer. An env whose episode has ended rests, and
     the policy does not act in it (rows_to_act).
@@ -445,7 +444,7 @@ def rollout(
             running[half][outcome.infos["ended"]] = False
         if t < buffer.num_chunks and running[half].any():
             chosen = rows_to_act(running[half])  # [k]
-            inputs = actor.prepare(rows_of(obs, chosen), device)
+            inputs = actor.prepare(rows_of(obs, chosen))
             tokens, logprobs, _ = actor.act(inputs, temperature, noise[t, rows][chosen])  # [k, C, D] each
             actions = torch.zeros(noise[t, rows].shape)  # [n, C, D], those of a resting env do nothing
             actions[chosen] = actor.decode(tokens).to(actions)
@@ -581,9 +580,7 @@ def main(args: Args) -> None:
     rests = dict(privileged=False, auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
     with user_errors():
         place = placed(args.placement, args.offload, remote)
-        sizes, ds_config, world, eval_world, eval_ids = check_start(
-            args, place, args.group_size, privileged=False, **rests
-        )
+        sizes, ds_config, world, eval_world, eval_ids = check_start(args, place, args.group_size, **rests)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         fetch_weights("--model_path", args.model_path, args.lora_path)
         device = setup_distributed(args.seed, place.meet, shares_memory=place.trains)
@@ -679,7 +676,7 @@ def main(args: Args) -> None:
                 ids = [episode_id for episode_id in starts for _ in range(args.group_size)]
                 rolled = seen if attempt == 0 else spare
                 decisions = preemption.until_requested(range(T + 1))
-                episodes += rollout(actor, envs, ids, decisions, noise, args.temperature, rolled, device)
+                episodes += rollout(actor, envs, ids, decisions, noise, args.temperature, rolled)
                 env_steps += rolled.valid.sum(dim=(0, 2))
                 if attempt == 0:
                     first_live = live_groups(seen, args.group_size).repeat_interleave(args.group_size)

@@ -607,7 +607,7 @@ def main(args: Args) -> None:
                 if t == T:
                     next_values[rows] = value_of(obs)
                     continue
-                inputs = actor.prepare(obs, device)
+                inputs = actor.prepare(obs)
                 # tokens and logprobs [n, C, D], own_values [n, C]
                 tokens, logprobs, own_values = actor.act(inputs, args.temperature, noise[t, rows])
                 envs.step_async(actor.decode(tokens), half)

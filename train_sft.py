@@ -315,7 +315,7 @@ def read_batch(
     obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
     inputs = policy.preprocess(obs | {"task_description": [demos.instructions[i] for i in index]})
     if draws is not None:
-        inputs = inputs._replace(images=augmentation.augment(inputs.images, draws))
+        inputs = inputs._replace(images=augmentation.augment(inputs.images, draws.to(inputs.images.device)))
     labels, valid = (torch.from_numpy(part) for part in demos.chunks(index, policy.chunk_size))
     labels = policy.action_tokens.normalize(labels)
     tokens = policy.action_tokens.encode(labels)

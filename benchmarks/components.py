@@ -195,7 +195,7 @@ def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: i
                 barrier()
             with watch("rest"):
                 noise = uniform_noise(args.num_envs, policy.chunk_size, generator)[first_env:][:N]
-                inputs = policy.prepare(obs, device)
+                inputs = policy.prepare(obs)
             with watch("act"):
                 tokens, logprobs, values = policy.act(inputs, args.temperature, noise)
             with watch("rest"):

@@ -214,8 +214,8 @@ def rest_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int) -> float:
         inputs.measured("rest", found)
         return (found["rest_s"] + found["value_s"]) * envs / found["num_envs"]
     found = inputs.find("resize", image_size=list(flags["image_size"]))
-    if found is None:
-        inputs.note("rest", "assumed: free")
+    if found is None or flags["image_resize"] == "tensor":
+        inputs.note("rest", "assumed: free, because the model's device resizes pictures")
         return 0.0
     inputs.note("rest", f"{inputs.measured('resizing pictures', found)['file']}: resizing alone; assumed: else free")
     return found["seconds"] * envs

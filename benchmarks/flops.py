@@ -36,7 +36,7 @@ def act_flops(policy: VLAPolicy) -> float:
     noise = uniform_noise(1, policy.chunk_size, None).to("meta")
     counter = FlopCounterMode(display=False)
     with LiveBytes(item=policy.max_prompt_length), counter:
-        inputs = policy.eval().prepare(inputs._replace(features=None), noise.device)
+        inputs = policy.eval().prepare(inputs._replace(features=None))
         policy.act(inputs, 1.0, noise)
     return float(counter.get_total_flops())
 

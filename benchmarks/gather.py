@@ -63,7 +63,7 @@ def main(flags: argparse.Namespace) -> None:
             "image": torch.randint(0, 256, (flags.num_envs, 224, 224, 3), dtype=torch.uint8),
             "task_description": ["put carrot on plate"] * flags.num_envs,
         }
-    ).to(device)
+    )
 
     def once(decisions: int = flags.num_decisions) -> None:
         with rollout_stage(stages) as actor:

@@ -302,7 +302,7 @@ def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str) -> 
     """Samples per second of one LoRA update: forward, backward and AdamW on one micro batch of PPO's size."""
     inputs = random_inputs(policy, batch, device)
     with torch.no_grad():
-        inputs = policy.prepare(inputs, inputs.images.device)
+        inputs = policy.prepare(inputs)
         tokens, old_logprobs, _ = policy.act(inputs, 1.0)
     policy.train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)

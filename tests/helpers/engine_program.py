@@ -151,9 +151,9 @@ def one_arithmetic(**settings) -> dict:
     engine, stages = made(**settings)
     inputs, tokens = samples(0)
     with torch.no_grad():
-        acted, evaluated = plain.act(plain.prepare(inputs, DEVICE), 0.0), plain("evaluate", inputs, tokens)
+        acted, evaluated = plain.act(plain.prepare(inputs), 0.0), plain("evaluate", inputs, tokens)
     with rollout_stage(stages) as actor:
-        ours = actor.act(actor.prepare(inputs, DEVICE), 0.0)
+        ours = actor.act(actor.prepare(inputs), 0.0)
     with update_stage(stages):
         new = engine("evaluate", inputs, tokens)
         backward(engine, new.values.sum() + new.logprobs.sum(), last=True)
@@ -278,10 +278,10 @@ def memory(micro_batch_size: int = 2, **settings) -> dict:
             gone.append(engine.optimizer.grad_partitions_flat_buffer)
         measured["rollout_resident"] = bytes_alive(gone) - before
         with LiveBytes(tensors_alive()) as count:
-            actor.act(actor.prepare(inputs, DEVICE), 0.0)
+            actor.act(actor.prepare(inputs), 0.0)
         measured["rollout_peak"] = measured["rollout_resident"] + count.peak
     mb = PolicyInputs(*(None if field is None else field[:micro_batch_size] for field in inputs))
-    mb = stages.engine.module.prepare(mb, DEVICE) if zero_stage_of(engine) < 3 else mb
+    mb = stages.engine.module.prepare(mb) if zero_stage_of(engine) < 3 else mb
     with update_stage(stages):
         measured["update_resident"] = bytes_alive(stages.host.values()) - before
         peaks = []  # when ZeRO-3 lets go of gathered layers is a matter of timing: the largest of several is the peak

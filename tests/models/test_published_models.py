@@ -394,7 +394,7 @@ def test_frozen_towers_run_once(path, model_type, lora_rank, monkeypatch):
     inputs = policy.preprocess(observation(2))
     with torch.no_grad():
         tokens, logprobs, values = policy.act(inputs, 1.0)
-        cached = policy.prepare(inputs, policy.device)
+        cached = policy.prepare(inputs)
         assert cached.features.shape[1:] == policy.feature_shape()
         buffer = RolloutBuffer(1, 2, policy.chunk_size, policy.image_size, 30, feature_shape=policy.feature_shape())
         chunk = torch.zeros(2, policy.chunk_size)
@@ -409,7 +409,7 @@ def test_trained_towers_are_not_cached():
     for lora_rank in (0, 4):
         policy = load_policy("openvla-tiny", lora_rank=lora_rank)
         inputs = policy.preprocess(observation(1))
-        assert policy.prepare(inputs, policy.device).features is None
+        assert policy.prepare(inputs).features is None
 
 
 # ------------------------------------------------------------------ refusals

@@ -132,7 +132,7 @@ class Actor:
     def __init__(self):
         self.acted = []
 
-    def prepare(self, obs, device):
+    def prepare(self, obs):
         self.acted.append("".join(obs["task_description"]))
         ids = torch.zeros(len(obs["image"]), 5, dtype=torch.int64)
         return PolicyInputs(obs["image"], ids, ids > 0)
@@ -148,7 +148,7 @@ def test_an_episode_begun_anew_too_late_to_end_is_no_failure():
     """Its actions have no weight, nobody is compared with it, and it is in no statistics."""
     buffer, noise = RolloutBuffer(3, 4, 1, (8, 8), 5), torch.arange(84.0).view(3, 4, 1, 7)
     envs, actor = Scripted(), Actor()
-    episodes = rollout(actor, envs, [7, 7, 9, 9], range(4), noise, 1.0, buffer, torch.device("cpu"))
+    episodes = rollout(actor, envs, [7, 7, 9, 9], range(4), noise, 1.0, buffer)
     assert [episode["success_once"] for episode in episodes] == [1.0, 0.0, 0.0]
     assert buffer.dones.any(dim=0).tolist() == [True, True, True, False]
     assert buffer.valid[..., 0].tolist() == [

@@ -144,7 +144,7 @@ class NanPolicy(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def prepare(self, obs, device):
+    def prepare(self, obs):
         return obs
 
     def act(self, obs, temperature, noise):

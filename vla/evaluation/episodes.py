@@ -74,7 +74,7 @@ class PolicyActor:
 
     def __init__(self, policy, temperature: float, seed: int = 0, name: str = "the policy"):
         self.policy, self.temperature, self.seed, self.name = policy, temperature, seed, name
-        self.device, self.chunk_size = next(policy.parameters()).device, policy.chunk_size
+        self.chunk_size = policy.chunk_size
 
     def begin(self, episode_ids: Sequence[int]) -> None:
         self.seeds = [noise_seed(self.seed, int(episode_id)) for episode_id in episode_ids]
@@ -85,7 +85,7 @@ class PolicyActor:
 
     def act(self, obs: dict, envs: VectorEnv) -> torch.Tensor:
         noise = torch.cat([uniform_noise(1, self.policy.chunk_size, g) for g in self.generators])  # [N, C, D]
-        tokens, logprobs, _ = self.policy.act(self.policy.prepare(obs, self.device), self.temperature, noise)
+        tokens, logprobs, _ = self.policy.act(self.policy.prepare(obs), self.temperature, noise)
         if not logprobs.isfinite().all():
             raise UserError(
                 f"{self.name} gives probabilities that are not finite: use an earlier checkpoint"

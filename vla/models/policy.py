@@ -11,7 +11,8 @@
 The update calls the module itself, with the name of a mode: ZeRO-3 gathers weights in __call__ only.
 
 `obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
-preprocess() made of it. It may be on another device than the model. Tokens are vocabulary ids, integers. Actions are
+preprocess() made of it. It may be on another device than the model. Images travel as uint8, at the camera's size, and
+are resized where the model is. Tokens are vocabulary ids, integers. Actions are
 floats. Log-probabilities are over the 256 action ids only and in fp32. Rollout and update compute them with the same
 lines of code.
 """
@@ -37,7 +38,7 @@ class PolicyInputs(NamedTuple):
     features: Tensor | None = None  # [N, P, E] of frozen vision towers, in the model's precision
 
     def to(self, device: torch.device) -> "PolicyInputs":
-        return PolicyInputs(*(None if field is None else field.to(device) for field in self))
+        return PolicyInputs(*(None if field is None else moved(field, device) for field in self))
 
 
 class PolicyOutput(NamedTuple):
@@ -132,13 +133,13 @@ class VLAPolicy(nn.Module):
         return ids, mask
 
     def preprocess(self, obs: dict | PolicyInputs) -> PolicyInputs:
-        """obs of an env -> PolicyInputs on the obs' device. Idempotent.
+        """obs of an env -> PolicyInputs on the policy's device. Idempotent.
 
         Raises:
             ValueError: images that are not uint8 [N, H, W, 3], or not one instruction per image.
         """
         if isinstance(obs, PolicyInputs):
-            return obs
+            return obs.to(self.device)
         images = torch.as_tensor(obs["image"])
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
             raise ValueError(f'obs["image"] must be uint8 [N, H, W, 3], it is {images.dtype} {tuple(images.shape)}')
@@ -147,18 +148,20 @@ class VLAPolicy(nn.Module):
                 f'obs["task_description"] must be a list of {len(images)} strings, one per image, it is '
                 f"{obs['task_description']!r}"
             )
+        if self.image_resize == "tensor":
+            images = moved(images, self.device)  # "pil" needs the CPU
         images = resize(images, self.image_size, self.image_resize)
         ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
-        return PolicyInputs(images, ids.to(images.device), mask.to(images.device))
+        return PolicyInputs(images, ids, mask).to(self.device)
 
     def feature_shape(self) -> tuple[int, int]:
         """(P, E) of PolicyInputs.features for one image."""
         towers = (self.model.vision_backbone.featurizer, self.model.vision_backbone.fused_featurizer)
         return towers[0].num_patches, sum(tower.embed_dim for tower in towers)
 
-    def prepare(self, obs: dict | PolicyInputs, device: torch.device) -> PolicyInputs:
+    def prepare(self, obs: dict | PolicyInputs) -> PolicyInputs:
         """What the rollout acts on and keeps: also the features of frozen towers, so that nothing runs these again."""
-        inputs = self.preprocess(obs).to(device)
+        inputs = self.preprocess(obs)
         if not self.caches_features or inputs.features is not None:
             return inputs
         with torch.no_grad():
@@ -179,7 +182,7 @@ class VLAPolicy(nn.Module):
             temperature: 0 takes the likeliest tokens. Their log-probabilities are then those of temperature 1.
             noise: float64 [N, C, D], uniform in [0, 1), which decides the sample. None: from torch's generator.
         """
-        inputs = self.preprocess(obs).to(self.device)
+        inputs = self.preprocess(obs)
         if noise is None:
             noise = torch.rand(len(inputs.images), self.chunk_size, ACTION_DIM, dtype=torch.float64)
         return self("act", inputs, temperature=temperature, noise=noise.to(self.device))
@@ -188,7 +191,7 @@ class VLAPolicy(nn.Module):
         self, obs: dict | PolicyInputs, tokens: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropy [N, C, D] of given tokens int64 [N, C, D], and values [N, C]."""
-        inputs = self.preprocess(obs).to(self.device)
+        inputs = self.preprocess(obs)
         return self("evaluate", inputs, tokens=tokens.to(self.device), temperature=temperature)[:3]
 
     def reference_logprobs(self, obs: dict | PolicyInputs, tokens: Tensor, temperature: float) -> Tensor:
@@ -208,7 +211,7 @@ class VLAPolicy(nn.Module):
 
     def value(self, obs: dict | PolicyInputs) -> Tensor:
         """V(obs), fp32 [N, C]: one pass over the prompt, nothing is generated."""
-        return self("value", self.preprocess(obs).to(self.device))
+        return self("value", self.preprocess(obs))
 
     def clone(
         self, obs: dict | PolicyInputs, tokens: Tensor, label_sigma: float = 0.0, context_tokens: Tensor | None = None
@@ -226,7 +229,7 @@ class VLAPolicy(nn.Module):
         context = tokens if context_tokens is None else context_tokens
         return self(
             "clone",
-            self.preprocess(obs).to(self.device),
+            self.preprocess(obs),
             tokens=tokens.to(self.device),
             label_sigma=label_sigma,
             context_tokens=context.to(self.device),
@@ -326,6 +329,16 @@ def sample_bins(logprobs: Tensor, noise: Tensor, greedy: bool) -> Tensor:
     cumulative = logprobs.double().exp().cumsum(dim=-1)
     bins = torch.searchsorted(cumulative, (noise * cumulative[..., -1])[..., None], right=True)[..., 0]
     return bins.clamp(max=NUM_BINS - 1)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. A GPU fetches it from page-locked memory by itself, so nothing waits for the transfer.
+
+    torch reuses that memory only after the transfer. The other direction waits: a CPU could read too early.
+    """
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def fan_kl(logprobs: Tensor, centers: Tensor, sigma: float) -> Tensor:

@@ -35,7 +35,7 @@ class HiddenCritic:
 
     def value(self, actor: VLAPolicy, obs: dict) -> Tensor:
         """V of observations, fp32 [n], on the CPU. One pass over the prompt."""
-        return actor.value(actor.prepare(obs, actor.device))[:, 0].float().cpu()
+        return actor.value(actor.prepare(obs))[:, 0].float().cpu()
 
     def decision_values(self, obs: dict, values: Tensor) -> Tensor:
         """V of the observations of a decision, on the CPU. values: [n, C], the policy's own."""

@@ -331,7 +331,7 @@ def rollout_bytes(policy: VLAPolicy, batch: int) -> int:
     noise = torch.empty(batch, policy.chunk_size, ACTION_DIM, dtype=torch.float64, device="meta")
     with mock.patch.object(F, "scaled_dot_product_attention", fused_attention), torch.no_grad():
         with LiveBytes(known, item=policy.max_prompt_length) as count:
-            policy.eval().act(policy.prepare(inputs, torch.device("meta")), 1.0, noise)
+            policy.eval().act(policy.prepare(inputs), 1.0, noise)
     return count.peak
 
 
