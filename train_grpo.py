@@ -650,6 +650,10 @@ def main(args: Args) -> None:
                 logger.show_videos(iteration, global_step)
         return episodes is not None
 
+    def evaluate_if_due(iteration: int) -> bool:
+        """run_evaluation() after this iteration, if --eval_freq says so. False: the run was asked to end."""
+        return not due(iteration, args.eval_freq, sizes.num_iterations) or run_evaluation(iteration + 1)
+
     def save(iteration: int) -> Path:
         """Every iteration starts with a reset, so no env has a state to continue from."""
         return save_checkpoint(
@@ -687,9 +691,8 @@ def main(args: Args) -> None:
             if dealer is not None:  # other ranks train on what this one saw
                 episodes, env_steps, first_live = dealer.deal(iteration, episodes, env_steps, first_live)
         if not place.trains:
-            if due(iteration, args.eval_freq, sizes.num_iterations):
-                run_evaluation(iteration + 1)
-            continue  # the next thing that this rank does is wait for weights
+            evaluate_if_due(iteration)
+            continue  # this rank waits for weights
         preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(env_steps.sum()))  # actions executed, over all ranks
         global_step += env_steps
@@ -736,7 +739,7 @@ def main(args: Args) -> None:
             epochs = [dict.fromkeys(UPDATE_METRICS, 0.0)]
 
         # ------------------------------------------------------------------ log, evaluate, save
-        stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
+        stopped = not evaluate_if_due(iteration)
         metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics()
         metrics |= buffer.statistics(advantages, buffer.valid)
         metrics["train/actor/lr"] = rate

@@ -573,6 +573,10 @@ def main(args: Args) -> None:
                 logger.show_videos(iteration, global_step)
         return episodes is not None
 
+    def evaluate_if_due(iteration: int) -> bool:
+        """run_evaluation() after this iteration, if --eval_freq says so. False: the run was asked to end."""
+        return not due(iteration, args.eval_freq, sizes.num_iterations) or run_evaluation(iteration + 1)
+
     def save(iteration: int) -> Path:
         """Write the checkpoint after so many iterations."""
         return save_checkpoint(
@@ -599,9 +603,8 @@ def main(args: Args) -> None:
             # all N envs have their turn, or one half of them while the other is simulated
             for t, half, rows, obs, outcome in envs.pipeline(preemption.until_requested(range(T + 1))):
                 if outcome is not None:  # of decision t - 1
-                    before = decided[half]
-                    values = critic.chunk_values(t - 1, rows, outcome.infos, before)  # [n, C]
-                    fields = outcome_of_decision(outcome, before[:, 0], values, value_of, args.bootstrap)
+                    values = critic.chunk_values(t - 1, rows, outcome.infos, decided[half])  # [n, C]
+                    fields = outcome_of_decision(outcome, decided[half][:, 0], values, value_of, args.bootstrap)
                     seen.add_outcome(t - 1, rows, **fields)
                     episodes += row_dicts(outcome.infos["episode"])
                 if t == T:
@@ -617,9 +620,8 @@ def main(args: Args) -> None:
             if dealer is not None:  # other ranks train on what this one saw
                 episodes, next_values = dealer.deal(iteration, episodes, next_values)
         if not place.trains:
-            if due(iteration, args.eval_freq, sizes.num_iterations):
-                run_evaluation(iteration + 1)
-            continue  # the next thing that this rank does is wait for weights
+            evaluate_if_due(iteration)
+            continue  # this rank waits for weights
         preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps
@@ -627,15 +629,13 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ advantage
         advantages, returns = compute_gae(buffer, next_values, args.gamma, args.gae_lambda)  # [T, N, C] each
         used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
-        if args.norm_adv:
-            advantages = normalize(advantages, used)  # over all ranks
+        advantages = normalize(advantages, used) if args.norm_adv else advantages  # over all ranks
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
         rate = policy_rate(iteration, sizes.num_iterations, **pick(args, policy_rate))
         engine.optimizer.param_groups[0]["lr"] = rate
-        shuffling = shuffle_generator(args.seed, iteration)
-        epochs = []
+        shuffling, epochs = shuffle_generator(args.seed, iteration), []
         with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):
                 averages = Averages()
@@ -650,11 +650,10 @@ def main(args: Args) -> None:
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
-        with logger.timer("update"):
             value_metrics = critic.fit(returns, buffer.values, buffer.valid, shuffling)
 
         # ------------------------------------------------------------------ log, evaluate, save
-        stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
+        stopped = not evaluate_if_due(iteration)
         metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics() | buffer.statistics(advantages, used)
         metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
         metrics["train/actor/lr"] = rate
