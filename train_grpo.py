@@ -60,7 +60,9 @@ from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, VLAPolicy, rollout_noise
+from vla.placement.dealing import goes_ahead
 from vla.placement.place import Apart, Together, placed
+from vla.placement.weights import StaleGuard
 from vla.start.checks import (
     check_iterations_left,
     check_rollout_memory,
@@ -272,6 +274,9 @@ class Args:
     placement: flags.NonEmpty[flags.Text] = ("env,rollout,actor=all",)
     """Which ranks simulate (env), act (rollout) and train (actor), such as env=0-3 rollout=4-7 actor=all. By default,
     every rank does everything. docs/placements.md shows the other forms."""
+    rollout_ahead: Literal[0, 1] = 0
+    """Updates that the weights of a rollout may be old. With 1, ranks that only act (--placement) make the next rollout
+    while others train. No recipe uses it."""
     local_rank: flags.LocalRank = -1
     """Number of this rank on its machine. The launcher sets it."""
 
@@ -579,7 +584,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     rests = dict(privileged=False, auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
     with user_errors():
-        place = placed(args.placement, args.offload, remote)
+        place = placed(args.placement, args.offload, args.rollout_ahead, remote)
         sizes, ds_config, world, eval_world, eval_ids = check_start(args, place, args.group_size, **rests)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         fetch_weights("--model_path", args.model_path, args.lora_path)
@@ -604,7 +609,7 @@ def main(args: Args) -> None:
     build = partial(build_engine, policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
     stages = place.stages(policy, build, zero_stage(ds_config), args.offload)
     engine = stages.engine
-    guard = NonFiniteGuard(run_dir, rank())
+    guard = StaleGuard(run_dir, rank(), stages) if args.rollout_ahead else NonFiniteGuard(run_dir, rank())
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
     seen, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
@@ -630,7 +635,8 @@ def main(args: Args) -> None:
         )
         make_stopper = partial(Preemption, engine, run_dir, args.keep_checkpoints, say=logger.close)
         preemption = place.stopper(make_stopper, run_dir, stages)
-        dealer = place.dealer(seen, buffer, envs, preemption, stages)
+        ahead = partial(goes_ahead, **pick(args, goes_ahead, num_iterations=sizes.num_iterations))
+        dealer = place.dealer(seen, buffer, envs, preemption, stages, None, ahead)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args())))

@@ -6,6 +6,7 @@ from schemas import UserError
 from train_ppo import Args
 from vla.cli import parse_args, pick
 from vla.placement import place
+from vla.placement.dealing import goes_ahead
 from vla.placement.rules import EVERYWHERE, parse_placement
 from vla.start.launch import Launch
 
@@ -117,6 +118,16 @@ def test_envs_and_groups_stay_whole_on_every_role(words, group_size, sentence):
 
 def test_offload_needs_a_rank_that_acts_and_trains(monkeypatch):
     monkeypatch.setattr(place, "launched", lambda: Launch(0, 2, 2, 0))
-    assert isinstance(place.placed(EVERYWHERE, "stage", None), place.Together)
+    assert isinstance(place.placed(EVERYWHERE, "stage", 0, None), place.Together)
     with pytest.raises(UserError, match="--offload stage makes room"):
-        place.placed(("env,rollout=0", "actor=1"), "stage", None)
+        place.placed(("env,rollout=0", "actor=1"), "stage", 0, None)
+
+
+def test_a_rollout_ahead_needs_a_rank_that_only_acts(monkeypatch):
+    monkeypatch.setattr(place, "launched", lambda: Launch(0, 2, 2, 0))
+    for words in (EVERYWHERE, ("env=0", "rollout=1", "actor=all"), ("env=0", "rollout,actor=1")):
+        with pytest.raises(UserError, match="--rollout_ahead 1 needs ranks that act and do not train"):
+            place.placed(words, "none", 1, None)
+    assert isinstance(place.placed(("env,rollout=0", "actor=1"), "none", 1, None), place.Apart)
+    ahead = [goes_ahead(i, rollout_ahead=1, num_iterations=6, eval_freq=0, save_freq=3) for i in range(6)]
+    assert ahead == [True, True, False, True, True, False]  # not before a checkpoint, nor after the last iteration

@@ -5,11 +5,22 @@ from typing import Any
 
 from torch import Tensor
 
+from vla.logger import due
 from vla.placement.rules import Placement
 from vla.placement.weights import SendingStages, WiredStages
 from vla.placement.wire import EXPERIENCE, Wire
 from vla.training.critics import HiddenCritic, StateCritic
 from vla.training.rollout_buffer import RolloutBuffer
+
+
+def goes_ahead(iteration: int, *, rollout_ahead: int, num_iterations: int, eval_freq: int, save_freq: int) -> bool:
+    """Whether the next rollout begins before the update of this iteration.
+
+    It does not where an evaluation needs the ranks that act. Nor does it before a checkpoint, so that a run which
+    resumes there goes on like one that was not stopped.
+    """
+    ends = due(iteration, eval_freq, num_iterations) or due(iteration, save_freq, num_iterations)
+    return rollout_ahead > 0 and not ends
 
 
 class Dealer:
@@ -22,7 +33,7 @@ class Dealer:
         envs: theirs get the states that came with a rollout, where the ranks of the envs do not train.
         stopper: learns that another rank was asked to stop.
         critic: its states are dealt, too.
-        goes_ahead: whether the weights of the next rollout are sent before the update of this iteration.
+        ahead: whether the weights of the next rollout are sent before the update of this iteration.
     """
 
     def __init__(
@@ -37,10 +48,10 @@ class Dealer:
         stopper: Any,
         stages: WiredStages,
         critic: StateCritic | HiddenCritic | None = None,
-        goes_ahead: Callable[[int], bool] = lambda iteration: False,
+        ahead: Callable[[int], bool] = lambda iteration: False,
     ):
         self.rank, self.wire, self.seen, self.trained = rank, wire, seen, trained
-        self.envs, self.stopper, self.stages, self.goes_ahead = envs, stopper, stages, goes_ahead
+        self.envs, self.stopper, self.stages, self.ahead = envs, stopper, stages, ahead
         self.parts, self.keepers = placement.overlaps(num_envs), placement.keepers(num_envs)
         self.sends_weights = placement.sends_weights
         self.critic = critic if isinstance(critic, StateCritic) else None
@@ -82,9 +93,11 @@ class Dealer:
                 for target in targets:
                     target[:, part.trained] = self.wire.receive(part.rollout, EXPERIENCE)
         kept = self._hear(said)
-        if isinstance(self.stages, SendingStages) and self.goes_ahead(iteration):
-            self.stages.send()
-            self.stages.sent = True
+        if isinstance(self.stages, SendingStages):
+            self.stages.staleness = float(self.stages.was_sent)
+            if self.ahead(iteration):
+                self.stages.send()
+                self.stages.sent = True
         return kept, *dealt
 
     def _say(self, episodes: list[dict]) -> dict | None:

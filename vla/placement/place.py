@@ -45,13 +45,18 @@ from vla.training.stages import StageSwitcher, make_rollout_copy
 END_SECONDS = 60.0  # for the other ranks to hear that the run ends
 
 
-def placed(words: Sequence[str], offload: str, ends: ModuleType) -> "Together | Apart":
+def placed(words: Sequence[str], offload: str, rollout_ahead: int, ends: ModuleType) -> "Together | Apart":
     """What this rank does. Raises UserError for a placement that makes no sense.
 
     ends: the module envs.remote, which vla does not import.
     """
     launch = launched()
     placement = parse_placement(words, launch.world_size)
+    if rollout_ahead and not placement.sends_weights:
+        raise UserError(
+            f"--rollout_ahead {rollout_ahead} needs ranks that act and do not train: give some, as in --placement "
+            "env,rollout=0 actor=1"
+        )
     if placement.together:
         return Together(launch.world_size)
     if placement.sends_weights and offload == "stage":

@@ -9,6 +9,7 @@ update old, and act while the others train.
 
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,6 +21,7 @@ from torch import nn
 from vla.distributed import Engine, all_reduce_max, all_reduce_sum
 from vla.placement.wire import NAMES, WORDS, Wire, as_bytes
 from vla.training.critics import HiddenCritic, StateCritic
+from vla.training.engine import NonFiniteGuard
 from vla.training.stages import GIB, StageSwitcher
 
 BOUNDARIES = tuple(NAMES.values())
@@ -90,12 +92,14 @@ class SendingStages(WiredStages):
         self.broadcast, self.receivers = broadcast, receivers
         self.critic: StateCritic | HiddenCritic | None = None
         self.sent = False  # whether the weights of the next rollout are on their way already
+        self.was_sent = False  # whether those of the present one were
+        self.staleness = 0.0  # updates that the weights of the latest rollout were old
 
     def to_rollout(self) -> nn.Module:
         """Send the weights unless they were sent before the update. The policy that this returns does not act."""
-        if not self.sent:
+        self.was_sent, self.sent = self.sent, False
+        if not self.was_sent:
             self.send()
-        self.sent = False
         return self.engine.module
 
     def send(self) -> None:
@@ -110,6 +114,21 @@ class SendingStages(WiredStages):
                     with deepspeed.zero.GatheredParameters([parameter]):
                         if self.broadcast is not None:
                             self.broadcast(parameter)
+
+
+class StaleGuard(NonFiniteGuard):
+    """A guard under --rollout_ahead 1: the ratio error of a rollout with older weights has a name of its own."""
+
+    def __init__(self, run_dir: Path, rank: int, stages: SendingStages):
+        super().__init__(run_dir, rank)
+        self.stages = stages
+
+    def pop_metrics(self) -> dict[str, float]:
+        metrics = super().pop_metrics() | {"rollout/staleness": self.stages.staleness}
+        if self.stages.staleness:
+            name = "ratio_first_microbatch_error"
+            metrics[f"train/actor/stale_{name}"] = metrics.pop(f"train/actor/{name}")
+        return metrics
 
 
 class ReceivingStages(WiredStages):

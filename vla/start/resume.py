@@ -121,6 +121,7 @@ MAY_CHANGE |= dict.fromkeys(
         "max_resamples",
         "label_sigma",
         "image_aug",
+        "rollout_ahead",
     ),
     "how the policy learns from now on",
 )
