@@ -20,6 +20,7 @@ are augmented. So any number of ranks trains on the same batches.
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,9 +32,10 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 import torch
 
 from envs import check_envs, control_mode, episode_facts, eval_episode_ids, every_instruction, make_envs
-from envs.demo_sets import open_demos
+from envs.demo_sets import image_file, open_demos
 from envs.demonstrations import Demos
 from schemas import UserError, flags
+from schemas.pixels import Pixels
 from vla.backends import check_backends
 from vla.cli import flag_value, parse_args, pick
 from vla.distributed import print0, rank, run_main, setup_distributed, user_errors, world_size
@@ -44,7 +46,7 @@ from vla.evaluation.recording import Recorder
 from vla.logger import OF_LABELS, Averages, Logger, describe_run, due
 from vla.models.about import world_of
 from vla.models.loading import load_policy
-from vla.models.policy import PolicyInputs, VLAPolicy, sample_bins, uniform_noise
+from vla.models.policy import PolicyInputs, VLAPolicy, moved, sample_bins, uniform_noise
 from vla.start.checks import check_iterations_left, check_scene_memory, fetch_weights, prompt_room, what_applies
 from vla.start.launch import launched
 from vla.text import counted
@@ -60,6 +62,7 @@ from vla.training.engine import (
     zero_stage,
 )
 from vla.training.preemption import Preemption
+from vla.training.small_images import SmallImages, read_ahead
 from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage, whole_state_dict
 
 MAX_CLIPPED = 0.1  # largest share of labels that the statistics may clip in a dimension
@@ -219,14 +222,28 @@ class Args:
     """Number of this rank on its machine. The launcher sets it."""
 
 
+class Part(NamedTuple):
+    """One rank's micro batch, before anything was read. The seed and the number of the update decide all of it."""
+
+    update: int
+    index: torch.Tensor  # int64 [B], samples
+    draws: torch.Tensor | None  # [B, 6], random numbers for augment(). None leaves the images as they are
+    noise: torch.Tensor  # uniform [B, C, D], which decides the context tokens if label_sigma is above 0
+    total_weight: float  # of the whole update, divided by the number of ranks
+    last: bool  # whether it is the last one of its update
+
+
 class CloneBatch(NamedTuple):
-    """Input of one forward pass, on the device of the model."""
+    """Input of one forward pass."""
 
     inputs: PolicyInputs  # [B, ...]
     tokens: torch.Tensor  # int64 [B, C, D], the labels as tokens
     context_tokens: torch.Tensor  # int64 [B, C, D], read by the model as its own earlier tokens
     labels: torch.Tensor  # fp32 [B, C, D], the labels normalised to [-1, 1]
     weights: torch.Tensor  # [B, C], 0 after the end of an episode
+
+    def to(self, device: torch.device) -> "CloneBatch":
+        return CloneBatch(self.inputs.to(device), *(moved(field, device) for field in self[1:]))
 
 
 def learning_rate_at(
@@ -297,25 +314,49 @@ def check_sizes(*, num_updates: int, updates_per_iteration: int, batch_size: int
         raise UserError(f"--batch_size {batch_size} is not divisible by {world_size} ranks: change one")
 
 
+def parts_of(
+    update: int,
+    demos: Demos,
+    mine: slice,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    chunk_size: int,
+    seed: int,
+    image_aug: bool,
+) -> list[Part]:
+    """The micro batches of an update. mine: this rank's part of the batch."""
+    index = batch_indices(update, len(demos), batch_size, seed)
+    generator = torch.Generator().manual_seed(seed + 7919 * update)
+    draws = augmentation.draw(batch_size, generator)
+    noise = uniform_noise(batch_size, chunk_size, generator)
+    total = float(demos.chunks(index, chunk_size)[1].sum()) / world_size()
+    parts = list(zip(*(whole[mine].split(micro_batch_size) for whole in (index, draws, noise))))
+    return [
+        Part(update, part, part_draws if image_aug else None, part_noise, total, number == len(parts))
+        for number, (part, part_draws, part_noise) in enumerate(parts, 1)
+    ]
+
+
 def read_batch(
     demos: Demos,
+    images_of: Callable[[list[int]], torch.Tensor],
     policy: VLAPolicy,
     index: torch.Tensor,
-    draws: torch.Tensor | None,
-    device: torch.device,
-    label_sigma: float = 0.0,
+    draws: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
+    label_sigma: float = 0.0,
 ) -> CloneBatch:
-    """Read samples from the file.
+    """Read samples of the demonstrations, on the CPU.
 
     Args:
-        index: int64 [B]. draws: [B, 6], random numbers for augment(). None leaves the images as they are.
-        label_sigma: see Args. noise: uniform [B, C, D], which decides the context tokens if label_sigma is above 0.
+        images_of: images at the model's size, uint8 [B, h, w, 3], for B samples.
+        index, draws, noise: see Part. label_sigma: see Args.
     """
-    obs = {"image": torch.from_numpy(demos.images(index.tolist()))}
-    inputs = policy.preprocess(obs | {"task_description": [demos.instructions[i] for i in index]})
+    images = images_of(index.tolist())
     if draws is not None:
-        inputs = inputs._replace(images=augmentation.augment(inputs.images, draws.to(inputs.images.device)))
+        images = augmentation.augment(images, draws)
+    inputs = PolicyInputs(images, *policy.collate([policy.prompt_ids(demos.instructions[i]) for i in index]))
     labels, valid = (torch.from_numpy(part) for part in demos.chunks(index, policy.chunk_size))
     labels = policy.action_tokens.normalize(labels)
     tokens = policy.action_tokens.encode(labels)
@@ -323,8 +364,7 @@ def read_batch(
     if label_sigma:
         spread = policy.action_tokens.soft_targets(tokens, label_sigma).log()
         context_tokens = sample_bins(spread, noise, greedy=False) + policy.action_tokens.first_id
-    parts = (tokens, context_tokens, labels.float(), valid.float())
-    return CloneBatch(inputs.to(device), *(part.to(device) for part in parts))
+    return CloneBatch(inputs, tokens, context_tokens, labels.float(), valid.float())
 
 
 def main(args: Args) -> None:
@@ -376,9 +416,15 @@ def main(args: Args) -> None:
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
     stages = StageSwitcher(engine, rollout_copy, args.offload)
     guard = NonFiniteGuard(run_dir, rank())
-    schedule = pick(args, learning_rate_at)
+    schedule, batch_flags = pick(args, learning_rate_at), pick(args, parts_of)
     local_batch_size = args.batch_size // world_size()
     mine = slice(rank() * local_batch_size, (rank() + 1) * local_batch_size)
+    pixels = Pixels(policy.image_size, args.image_resize)
+    images = SmallImages(demos.images, len(demos), pixels, image_file(demos, repr(pixels), torch.__version__))
+
+    def read(part: Part) -> CloneBatch:
+        return read_batch(demos, images, policy, part.index, part.draws, part.noise, args.label_sigma)
+
     start_iteration, num_seen = 0, 0  # num_seen: decisions trained on, over all ranks
     with user_errors():
         if checkpoint:
@@ -425,26 +471,19 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ update: ranks in lock-step
         averages = Averages()
         with logger.timer("update"), update_stage(stages):
-            for update in range(iteration * args.updates_per_iteration, (iteration + 1) * args.updates_per_iteration):
-                rate = learning_rate_at(update, **schedule)
+            updates = range(iteration * args.updates_per_iteration, (iteration + 1) * args.updates_per_iteration)
+            parts = (part for update in updates for part in parts_of(update, demos, mine, **batch_flags))
+            for part, batch in read_ahead(read, parts):
+                rate = learning_rate_at(part.update, **schedule)
                 engine.optimizer.param_groups[0]["lr"] = rate
-                index = batch_indices(update, len(demos), args.batch_size, args.seed)
-                generator = torch.Generator().manual_seed(args.seed + 7919 * update)
-                draws = augmentation.draw(args.batch_size, generator)
-                noise = uniform_noise(args.batch_size, args.chunk_size, generator)
-                total = float(demos.chunks(index, args.chunk_size)[1].sum()) / world_size()
-                parts = list(zip(*(whole[mine].split(args.micro_batch_size) for whole in (index, draws, noise))))
-                for number, (part, part_draws, part_noise) in enumerate(parts, 1):
-                    part_draws = part_draws if args.image_aug else None
-                    batch = read_batch(demos, policy, part, part_draws, device, args.label_sigma, part_noise)
-                    losses, predicted = engine(
-                        "clone", batch.inputs, batch.tokens, args.label_sigma, batch.context_tokens
-                    )
-                    decoded = policy.action_tokens.decode(predicted).float().to(device)
-                    loss, metrics = clone_loss(losses, predicted, batch, decoded, total)
-                    guard.check_gradients(backward(engine, loss, last=number == len(parts)), batch, loss)
-                    averages.add(metrics)
-                preemption.exit_if_requested()
+                batch = batch.to(device)
+                losses, predicted = engine("clone", batch.inputs, batch.tokens, args.label_sigma, batch.context_tokens)
+                decoded = policy.action_tokens.decode(predicted).float().to(device)
+                loss, metrics = clone_loss(losses, predicted, batch, decoded, part.total_weight)
+                guard.check_gradients(backward(engine, loss, part.last), batch, loss)
+                averages.add(metrics)
+                if part.last:
+                    preemption.exit_if_requested()
         num_seen += args.updates_per_iteration * args.batch_size
 
         # ------------------------------------------------------------------ log, evaluate, save

@@ -62,6 +62,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "solovla" / "demos"
 
 
+def image_file(demos: Demos, *settings: str) -> Path:
+    """Where a set's images are kept as training reads them. settings: all that decides their bits."""
+    return cache_folder() / f"{demos.folder.resolve().name}-{fingerprint(demos.folder, *settings)}.images"
+
+
 def fingerprint(source: Path, *settings: str | None) -> str:
     """A name for a set: it changes with its place, the settings, and the size or time of any file."""
     beside = [source, source.with_suffix(".json")] if source.suffix == ".h5" else source.rglob("*")

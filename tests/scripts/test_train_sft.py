@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import train_sft
 from envs.demonstrations import Demos, Recipe
 from envs.lerobot.write import write_set
+from schemas.pixels import Pixels, resize
 from train_sft import CloneBatch, batch_indices, clone_loss, learning_rate_at
 from vla import VERSION
 from vla.distributed import UserError
@@ -29,7 +31,8 @@ from vla.logger import describe_run
 from vla.models.action_tokens import ActionTokens
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, uniform_noise
-from vla.training import augmentation
+from vla.training import augmentation, small_images
+from vla.training.small_images import SmallImages, read_ahead
 
 ENV_ID = "PutOnPlateInScene25Single-v1"
 PRESETS = ["yaml/sft_tiny_openvla.yaml", "yaml/sft_tiny_openvlaoft.yaml"]
@@ -54,6 +57,14 @@ SMALL = [
     "32",
     "24",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Small images go into a cache of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +92,11 @@ def policy_for(demos: Path, model_type: str = "openvla_oft", chunk_size: int = 4
         norm_stats=Demos(demos).statistics,
         value_head=False,
     )
+
+
+def read_by(recorded: Demos, policy) -> tuple:
+    """The first arguments of read_batch(), with images that are read and resized every time."""
+    return recorded, lambda index: resize(torch.from_numpy(recorded.images(index)), policy.image_size), policy
 
 
 # ------------------------------------------------------------------ by hand
@@ -123,7 +139,7 @@ def test_what_never_moves_is_not_spread():
 def test_hard_targets_are_the_models_own_cross_entropy(demos, model_type, chunk_size):
     """clone() equals the cross entropy of the network's logits over the whole vocabulary."""
     policy = policy_for(demos, model_type, chunk_size)
-    batch = train_sft.read_batch(Demos(demos), policy, torch.arange(3), None, torch.device("cpu"))
+    batch = train_sft.read_batch(*read_by(Demos(demos), policy), torch.arange(3))
     logits = policy.model(*batch.inputs, tokens=batch.tokens.flatten(1))[0]
     losses, predicted = policy.clone(batch.inputs, batch.tokens)
     expected = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none")
@@ -136,10 +152,10 @@ def test_hard_targets_are_the_models_own_cross_entropy(demos, model_type, chunk_
 def test_openvla_reads_tokens_drawn_from_its_targets(demos, model_type, chunk_size):
     """Spread as the targets are, for the model that reads them; the targets themselves stay exact."""
     policy = policy_for(demos, model_type, chunk_size)
-    index, device = torch.arange(6).repeat(200), torch.device("cpu")
+    index = torch.arange(6).repeat(200)
     noise = uniform_noise(len(index), chunk_size, torch.Generator().manual_seed(0))
-    exact = train_sft.read_batch(Demos(demos), policy, index, None, device)
-    batch = train_sft.read_batch(Demos(demos), policy, index, None, device, label_sigma=3.0, noise=noise)
+    exact = train_sft.read_batch(*read_by(Demos(demos), policy), index)
+    batch = train_sft.read_batch(*read_by(Demos(demos), policy), index, noise=noise, label_sigma=3.0)
     assert torch.equal(exact.context_tokens, exact.tokens) and torch.equal(batch.tokens, exact.tokens)
     bins = exact.tokens - policy.action_tokens.first_id
     tokens = policy.action_tokens
@@ -171,7 +187,7 @@ def test_clone_loss_by_hand():
 def test_labels_come_back_from_their_tokens(demos):
     """What is cloned, decoded in robot units, is what the expert wanted, to half a bin."""
     policy, recorded = policy_for(demos), Demos(demos)
-    batch = train_sft.read_batch(recorded, policy, torch.arange(len(recorded)), None, torch.device("cpu"))
+    batch = train_sft.read_batch(*read_by(recorded, policy), torch.arange(len(recorded)))
     labels, valid = recorded.chunks(np.arange(len(recorded)), 4)
     stats = recorded.statistics[ENV_ID]["action"]
     q01, q99 = np.array(stats["q01"]), np.array(stats["q99"])
@@ -183,7 +199,7 @@ def test_labels_come_back_from_their_tokens(demos):
 def test_a_policy_learns_what_it_is_shown(demos):
     """Sixty updates on four frames: the loss falls by half and the greedy actions come close."""
     policy, recorded = policy_for(demos), Demos(demos)
-    batch = train_sft.read_batch(recorded, policy, torch.tensor([0, 8, 16, 24]), None, torch.device("cpu"))
+    batch = train_sft.read_batch(*read_by(recorded, policy), torch.tensor([0, 8, 16, 24]))
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
     measured = []
     for _ in range(60):
@@ -195,6 +211,118 @@ def test_a_policy_learns_what_it_is_shown(demos):
         optimizer.step()
         measured.append((loss.item(), metrics["train/action_l1"].item()))
     assert measured[-1][0] < 0.5 * measured[0][0] and measured[-1][1] < 0.5 * measured[0][1]
+
+
+# ------------------------------------------------------------------ images that are kept, and read ahead
+class Camera:
+    """Nine images at the camera's size. It notes which were read."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (9, 48, 64, 3), dtype=torch.uint8, generator=generator)
+        self.images[4] = 0  # black, like a hole of a file
+        self.seen: list[int] = []
+
+    def __call__(self, index: list[int]) -> np.ndarray:
+        self.seen += index
+        return self.images[index].numpy()
+
+
+SMALL_SIZE = Pixels((20, 24), "tensor")
+ORDER = [5, 4, 5, 8, 0]
+
+
+def kept_by(camera: Camera, file: Path, pixels: Pixels = SMALL_SIZE) -> SmallImages:
+    return SmallImages(camera, len(camera.images), pixels, file)
+
+
+@pytest.mark.parametrize("how", ["tensor", "pil"])
+def test_each_image_is_read_once_and_stays_the_same(tmp_path, how):
+    """By two ranks and a later run, with the bits of resizing a batch."""
+    camera, pixels = Camera(), Pixels((20, 24), how)
+    expected = resize(camera.images, *pixels)
+    one, two = (kept_by(camera, tmp_path / "cache" / "set.images", pixels) for _ in range(2))
+    assert torch.equal(one(ORDER), expected[ORDER]) and sorted(camera.seen) == [0, 4, 5, 8]
+    assert torch.equal(two([8, 2, 4]), expected[[8, 2, 4]]) and camera.seen[4:] == [2]
+    later = kept_by(camera, tmp_path / "cache" / "set.images", pixels)
+    assert torch.equal(later(list(range(9))), expected) and sorted(camera.seen) == list(range(9))
+
+
+def test_a_damaged_record_is_made_again(tmp_path):
+    """Half a record, as of a process that died, a hole, and a bit that is wrong."""
+    camera, file = Camera(), tmp_path / "set.images"
+    images = kept_by(camera, file)
+    expected = images(list(range(9)))
+    content = bytearray(file.read_bytes())
+    content[3 * images.record + 100] ^= 1
+    content[4 * images.record : 5 * images.record] = bytes(images.record)
+    file.write_bytes(content[: 8 * images.record + 99])
+    camera.seen.clear()
+    again = kept_by(camera, file)
+    assert torch.equal(again(list(range(9))), expected) and camera.seen == [3, 4, 8]
+    assert torch.equal(again(list(range(9))), expected) and camera.seen == [3, 4, 8]
+
+
+def test_without_room_images_are_read_every_time(tmp_path, monkeypatch, capsys):
+    """A disk with room for five, one that turns out to be full, and a folder that cannot be written."""
+    camera = Camera()
+    expected = resize(camera.images, *SMALL_SIZE)
+    disk = Mock(f_bavail=10, f_frsize=kept_by(camera, tmp_path / "measure").record)
+    monkeypatch.setattr(small_images.os, "fstatvfs", lambda descriptor: disk)
+    few = kept_by(camera, tmp_path / "few")
+    for _ in range(2):
+        assert torch.equal(few(ORDER), expected[ORDER])
+    assert camera.seen == [0, 4, 5, 8, 5, 8] and "room for 5 of 9 images" in capsys.readouterr().out
+    monkeypatch.undo()
+    full = kept_by(camera, tmp_path / "full")
+    full(ORDER)
+    monkeypatch.setattr(small_images.os, "pwrite", Mock(side_effect=OSError(28, "No space left on device")))
+    camera.seen.clear()
+    for _ in range(2):
+        assert torch.equal(full([0, 1]), expected[[0, 1]])
+    assert camera.seen == [1, 1] and capsys.readouterr().out.count("No space left on device") == 1
+    (tmp_path / "file").touch()
+    none = kept_by(camera, tmp_path / "file" / "set.images")
+    assert torch.equal(none(ORDER), expected[ORDER]) and "cannot be written" in capsys.readouterr().out
+
+
+def test_what_is_read_ahead_comes_in_order_and_errors_at_their_place():
+    started = []
+
+    def read(job: int) -> int:
+        started.append(job)
+        if job == 5:
+            raise UserError("the file is damaged")
+        return job * job
+
+    received = []
+    with pytest.raises(UserError, match="the file is damaged"):
+        for job, result in read_ahead(read, range(100)):
+            received.append((job, result))
+    assert received == [(job, job * job) for job in range(5)] and max(started) <= 8
+    threads = threading.active_count()
+    for job, _ in read_ahead(read, range(4)):
+        if job == 1:
+            break  # as a run that is asked to end leaves its loop
+    assert threading.active_count() <= threads
+
+
+def test_a_batch_from_the_cache_is_the_one_that_is_read_anew(demos, tmp_path):
+    """With crops and colours, which are made from the small image in every pass."""
+    policy, recorded = policy_for(demos), Demos(demos)
+    images = SmallImages(recorded.images, len(recorded), Pixels(policy.image_size, "tensor"), tmp_path / "images")
+    sizes = dict(batch_size=8, micro_batch_size=3, chunk_size=4, seed=1, image_aug=True)
+    for update in (0, 5):  # 4 updates are a pass
+        parts = train_sft.parts_of(update, recorded, slice(0, 8), **sizes)
+        assert [len(part.index) for part in parts] == [3, 3, 2]
+        assert [part.last for part in parts] == [False, False, True]
+        for part in parts:
+            anew, kept = (
+                train_sft.read_batch(recorded, source, policy, part.index, part.draws, part.noise, 3.0)
+                for source in (read_by(recorded, policy)[1], images)
+            )
+            assert torch.equal(anew.inputs.images, kept.inputs.images)
+            assert torch.equal(anew.context_tokens, kept.context_tokens)
 
 
 # ------------------------------------------------------------------ augmentation
