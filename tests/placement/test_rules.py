@@ -131,3 +131,23 @@ def test_a_rollout_ahead_needs_a_rank_that_only_acts(monkeypatch):
     assert isinstance(place.placed(("env,rollout=0", "actor=1"), "none", 1, None), place.Apart)
     ahead = [goes_ahead(i, rollout_ahead=1, num_iterations=6, eval_freq=0, save_freq=3) for i in range(6)]
     assert ahead == [True, True, False, True, True, False]  # not before a checkpoint, nor after the last iteration
+
+
+def test_each_role_needs_its_own_memory_on_a_gpu():
+    """An actor has an optimizer and no renderer, a rank that only simulates has neither weights nor an optimizer."""
+    from vla.placement.memory import placed_table, ranks_by_roles, role_plan
+    from vla.training.memory_plan import Use, make_plan, recipe_of
+
+    recipe = recipe_of(vars(Args(model_path="openvla-tiny", num_envs=8, num_eval_envs=4)))
+    three = parsed("env=0 rollout=1 actor=2-3", 4)
+    plans = {roles: role_plan(recipe, three, roles) for roles in ranks_by_roles(three)}
+    env, rollout, actor = (plans[(role,)] for role in ("env", "rollout", "actor"))
+    assert {*env.rollout} == {*env.update} == {Use.CONTEXT, Use.RENDERERS}
+    assert (
+        Use.RENDERERS not in rollout.rollout and Use.MOMENTS not in rollout.rollout and Use.FORWARD in rollout.rollout
+    )
+    assert Use.COPY not in actor.update and actor.update[Use.MOMENTS] == make_plan(recipe, 2).update[Use.MOMENTS]
+    hybrid = parsed("env=0 rollout=1 actor=all", 2)
+    assert Use.COPY in role_plan(recipe, hybrid, ("env", "actor")).rollout
+    fits, lines = placed_table(recipe, three, 80.0)
+    assert fits and len(lines) == 5 and not placed_table(recipe, three, 0.1)[0]

@@ -107,8 +107,6 @@ def parse_placement(words: Sequence[str], ranks: int) -> Placement:
     Raises:
         UserError: a word cannot be read, a role or a rank is left out, or the roles do not fit together.
     """
-    if ranks == 1 and tuple(words) == EVERYWHERE:
-        return Placement(range(1), range(1), range(1), 1)
     places: dict[str, range] = {}
     for word in words:
         roles, given = read_word(word, ranks)
