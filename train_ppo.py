@@ -45,7 +45,6 @@ from vla.distributed import (
     all_reduce_sum,
     at_end,
     normalize,
-    print0,
     rank,
     run_main,
     setup_distributed,
@@ -520,8 +519,8 @@ def main(args: Args) -> None:
         run_dir, checkpoint = place.open_run(args.run_dir, args.resume, default_dir, asdict(args))
         deciding = "--num_iterations" if args.total_timesteps is None else "--total_timesteps"
         check_iterations_left(checkpoint, sizes.num_iterations, deciding)
-        in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
-        print0(what_applies(**pick(args, what_applies, sizes=in_words)))
+        in_words = place.in_words(sizes.in_words(world_size(), args.chunk_size, args.num_env_workers))
+        place.say(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
         world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
         model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)

@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from schemas import UserError
 from vla.cli import Sizes, derive_sizes
-from vla.distributed import REQUEUE, Engine, where_ranks_meet
+from vla.distributed import REQUEUE, Engine, print0, where_ranks_meet
 from vla.evaluation.vector_env import VectorEnv
 from vla.placement.dealing import Dealer
 from vla.placement.rules import Placement, parse_placement
@@ -82,8 +82,13 @@ class Together:
         """derive_sizes() of this rank."""
         return derive_sizes(**flags)
 
-    def in_words(self) -> str:
-        return "every rank simulates, acts and trains"
+    def in_words(self, sizes: str) -> str:
+        """The sizes of this rank's world in words, with the placement if there is one."""
+        return sizes
+
+    def say(self, text: str) -> None:
+        """Print a text once, on the first rank that trains."""
+        print0(text)
 
     def here(self, role: str, launch: Launch) -> int:
         """Number of ranks with this role on this machine."""
@@ -178,8 +183,12 @@ class Apart:
             num_eval_env_workers=min(workers, eval_envs),
         )
 
-    def in_words(self) -> str:
-        return str(self.placement)
+    def in_words(self, sizes: str) -> str:
+        return f"{sizes}\nroles   {self.placement}"
+
+    def say(self, text: str) -> None:
+        if self.trains:
+            print0(text)
 
     def here(self, role: str, launch: Launch) -> int:
         return sum(rank in self.machine for rank in getattr(self.placement, role))
