@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 override PRESET := $(value PRESET)
 export PRESET RANKS GPUS ARGS
 
-.PHONY: setup train warmup results reproduce test test-all bench lint docs clean
+.PHONY: setup train warmup results reproduce test test-all rehearse bench lint docs clean
 
 setup: .venv/.ready
 
@@ -74,6 +74,10 @@ test: setup
 # The same with the full grids.
 test-all: setup
 	$(PYTEST) $(ARGS)
+
+# The first launch of every published recipe with tiny weights: some minutes each. test-all includes it.
+rehearse: setup
+	DS_ACCELERATOR=cpu python benchmarks/rehearse.py $(ARGS)
 
 # Measures speed for one table, in a quarter of an hour. The machine must not do anything else.
 bench: setup

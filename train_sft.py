@@ -468,6 +468,7 @@ def main(args: Args) -> None:
 
     for iteration in range(start_iteration, num_iterations):
         preemption.snapshot(iteration, num_seen, [])
+        preemption.exit_if_requested()  # in an update that could not be undone
         # ------------------------------------------------------------------ update: ranks in lock-step
         averages = Averages()
         with logger.timer("update"), update_stage(stages):

@@ -190,7 +190,8 @@ def name_of(flags: dict) -> str:
 
 def model_entry(inputs: Inputs, part: str, flags: dict, ranks: int) -> dict | None:
     same = {"model_path": name_of(flags), "model_type": flags["model_type"], "chunk_size": flags["chunk_size"]}
-    return inputs.find(part, {"ranks": ranks}, **same)
+    preferred = {"gradient_checkpointing": flags["gradient_checkpointing"], "ranks": ranks}
+    return inputs.find(part, preferred, **same)
 
 
 def act_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int, assumed: Assumed) -> float:
@@ -224,19 +225,23 @@ def rest_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int) -> float:
 def micro_batch_seconds(inputs: Inputs, flags: dict, decisions: float, ranks: int, assumed: Assumed) -> float:
     """Forward and backward of so many decisions through DeepSpeed, without what ranks say to each other if that was not
     measured."""
-    same = {"gradient_checkpointing": flags["gradient_checkpointing"]}
+    again = flags["gradient_checkpointing"]
     bare = model_entry(inputs, "update", flags, ranks)
-    if bare and bare["gradient_checkpointing"] == same["gradient_checkpointing"]:
-        engine = model_entry(inputs, "engine", flags, ranks)
-        per_decision = inputs.measured("update", bare)["seconds"] / bare["micro_batch_size"]
-        if engine is None:
-            return decisions * per_decision
-        inputs.measured("DeepSpeed", engine)
-        return max(0.0, engine["seconds"] - engine["micro_batch_size"] * per_decision) + decisions * per_decision
-    policy = flops.meta_policy_of(flags)
-    inputs.note("update", f"assumed: counted arithmetic at {at_peak(assumed)}; DeepSpeed: free")
-    counted = flops.update_flops(policy, flags["gradient_checkpointing"])
-    return decisions * counted / assumed.peak / assumed.utilisation
+    if bare is None:
+        policy = flops.meta_policy_of(flags)
+        inputs.note("update", f"assumed: counted arithmetic at {at_peak(assumed)}; DeepSpeed: free")
+        return decisions * flops.update_flops(policy, again) / assumed.peak / assumed.utilisation
+    per_decision = inputs.measured("update", bare)["seconds"] / bare["micro_batch_size"]
+    if bare["gradient_checkpointing"] != again:
+        policy = flops.meta_policy_of(flags)
+        factor = flops.update_flops(policy, again) / flops.update_flops(policy, not again)
+        inputs.note("recomputed activations", f"assumed: {factor:.2f} times what was measured, as the arithmetic")
+        return decisions * per_decision * factor
+    engine = model_entry(inputs, "engine", flags, ranks)
+    if engine is None:
+        return decisions * per_decision
+    inputs.measured("DeepSpeed", engine)
+    return max(0.0, engine["seconds"] - engine["micro_batch_size"] * per_decision) + decisions * per_decision
 
 
 def communication(inputs: Inputs, flags: dict, stage: int, ranks: int, assumed: Assumed) -> dict[str, float]:
@@ -258,7 +263,9 @@ def communication(inputs: Inputs, flags: dict, stage: int, ranks: int, assumed: 
 
 # ---------------------------------------------------------------------- an iteration
 def predict(inputs: Inputs, flags: dict, ranks: int, cores: float, assumed: Assumed, render: str = "cpu") -> dict:
-    """Seconds of an iteration's rollout and update, on the slowest of equal ranks.
+    """Seconds of an iteration on the slowest of equal ranks: rollout, update, and both.
+
+    With one pipeline stage, also those of the parts: acting, simulation, images, learning, ranks (what they exchange).
 
     Args:
         flags: of the script. cores: of one rank.
@@ -271,27 +278,38 @@ def predict(inputs: Inputs, flags: dict, ranks: int, cores: float, assumed: Assu
     talk = communication(inputs, flags, stage, ranks, assumed)
     engine = model_entry(inputs, "engine", flags, ranks) or {"step_seconds": 0.0, "between_seconds": 0.0}
     costs = env_costs(inputs, flags, at_once(flags, ranks, cores), render)
-    rollout = decisions * decision_seconds(inputs, flags, costs, envs, ranks, cores, assumed)
-    rollout += act_seconds(inputs, flags, envs, ranks, assumed)  # the value of the frame after the last decision
-    rollout += engine["between_seconds"] + talk["iteration"]
+    one_act = act_seconds(inputs, flags, envs, ranks, assumed)
+    between = engine["between_seconds"] + talk["iteration"]
     share = envs * decisions / flags["num_minibatches"] / sizes.micro_batches  # decisions of one micro batch
-    one = micro_batch_seconds(inputs, flags, share, ranks, assumed) + talk["micro batch"]
-    step = sizes.micro_batches * one + engine["step_seconds"] + talk["step"]
-    update = flags["update_epochs"] * flags["num_minibatches"] * step
-    return {"rollout": rollout, "update": update, "iteration": rollout + update}
-
-
-def decision_seconds(
-    inputs: Inputs, flags: dict, costs: EnvCosts, envs: int, ranks: int, cores: float, assumed: Assumed
-) -> float:
-    """act, simulate, rest one after the other; with two pipeline stages one half acts while the other is simulated."""
-    transport, workers = transport_seconds(inputs, flags, envs), flags["num_env_workers"]
+    steps = flags["update_epochs"] * flags["num_minibatches"]
+    learning = steps * sizes.micro_batches * micro_batch_seconds(inputs, flags, share, ranks, assumed)
+    learning += steps * engine["step_seconds"]
+    exchange = steps * (sizes.micro_batches * talk["micro batch"] + talk["step"])
+    parts = {}
     if flags["pipeline_stages"] == 1:
-        acting = act_seconds(inputs, flags, envs, ranks, assumed) + rest_seconds(inputs, flags, envs, ranks)
-        return acting + simulate_seconds(costs, flags, envs, workers, cores, transport)
+        workers, transport = flags["num_env_workers"], transport_seconds(inputs, flags, envs)
+        parts = {
+            "acting": (decisions + 1) * one_act,  # the last one for the value of the frame after the last decision
+            "simulation": decisions * simulate_seconds(costs, flags, envs, workers, cores, transport),
+            "images": decisions * rest_seconds(inputs, flags, envs, ranks),
+            "learning": learning,
+            "ranks": between + exchange,
+        }
+        rollout = parts["acting"] + parts["simulation"] + parts["images"] + between
+    else:
+        rollout = decisions * overlapped_seconds(inputs, flags, costs, envs, cores, ranks, assumed) + one_act + between
+    update = learning + exchange
+    return {"rollout": rollout, "update": update, "iteration": rollout + update} | parts
+
+
+def overlapped_seconds(
+    inputs: Inputs, flags: dict, costs: EnvCosts, envs: int, cores: float, ranks: int, assumed: Assumed
+) -> float:
+    """A decision with two pipeline stages: one half of the envs acts while the other half is simulated."""
+    transport = transport_seconds(inputs, flags, envs)
     half, busy = envs / 2, at_once(flags, ranks, cores)  # it acts while others simulate, which slows both
     acting = act_seconds(inputs, flags, half, busy, assumed) + rest_seconds(inputs, flags, half, busy)
-    simulating = simulate_seconds(costs, flags, math.ceil(half), workers // 2, cores, transport / 2)
+    simulating = simulate_seconds(costs, flags, math.ceil(half), flags["num_env_workers"] // 2, cores, transport / 2)
     work = 2 * acting + envs * costs.decision(flags["chunk_size"])
     return max(2 * acting, acting + simulating, work / cores)  # no core does two things at once
 
@@ -326,7 +344,8 @@ def assumed_of(files: list[dict], options: argparse.Namespace) -> Assumed:
 def plan(files: list[dict], options: argparse.Namespace, assumed: Assumed) -> list[str]:
     """One line per number of GPUs, and where the inputs come from."""
     script = "train_grpo" if "grpo" in Path(options.config).name else "train_ppo"  # whose defaults hold
-    flags = vars(parse_args(importlib.import_module(script).Args, ["--config", options.config, *options.more], ""))
+    words = ["--config", options.config, *options.more]
+    flags = vars(parse_args(importlib.import_module(script).Args, words, "", offline=True))
     preset_ranks = re.search(r"^# ranks: *([1-9]\d*) *$", Path(options.config).read_text(), re.M)
     envs_per_gpu = max(1, flags["num_envs"] // int(preset_ranks[1] if preset_ranks else 1))
     inputs, task = Inputs(files), (script, flags["env_id"], flags["sim_freq"])

@@ -1,24 +1,28 @@
-"""Check on an NVIDIA GPU what CPUs cannot test, and measure its speed.
+"""Measure on an NVIDIA GPU what CPUs cannot show, the most valuable things first, in twelve minutes.
 
-    python benchmarks/gpu_check.py                      # everything in half an hour, to benchmarks/results/
-    python benchmarks/gpu_check.py --only graphs offload
+    python benchmarks/gpu_check.py                      # the first list below, to benchmarks/results/
+    python benchmarks/gpu_check.py --only more          # the second list
     python benchmarks/gpu_check.py --only world         # the simulation alone, in 12 minutes
     python benchmarks/gpu_check.py --preset 100m        # for a GPU too small for 7B
+    python benchmarks/gpu_check.py --dry                # the first list with tiny models on CPUs, to see that it runs
 
 Weights are random, and assets are made by code. Only the simulation on the GPU needs a download, of PhysX's library for
 GPUs: `python doctor.py --download` fetches it with the published assets, and the part is "not done" without it. Every
-part is a separate process with a time limit. A part that fails is listed as "not done" with its reason, and the others
-continue. The exit code is 2 without a GPU, and 1 if a part failed.
+part is a separate process with a time limit. A table follows each part. A part that fails is listed as "not done" with
+its reason, and the others continue. The exit code is 2 without a GPU, and 1 if a part failed.
 
     card           measured matrix peak and memory bandwidth of one GPU
+    logprobs       how far log-probabilities of the rollout are from those of the update: benchmarks/gpu_logprobs.py
+    ppo_*_zero2    one GPU's share of an iteration of a recipe, 7B random weights: benchmarks/gpu_iteration.py
+    world_draw     1, 4, 8 and 16 processes that draw on the GPU
+    ppo_*_zero3    the same iterations under ZeRO-3
+
     graphs         CUDA graphs give the same results as single kernels, bit for bit
     offload        losses with and without --offload stage are equal bit for bit, and memory is freed
     openvla, openvla_oft    act with and without graphs, a LoRA update, on random weights of the preset
-    zero3          the preset with ZeRO-3 on one GPU, rollout and update in turns, next to doctor.py's plan
-    quickstart     the real script on the GPU
     render         images from the GPU, physics on the CPU, and the difference from the CPU's images
-    batch          physics and images of all envs in one batch on the GPU (experimental)
-    world          what is open about that batch, in twelve parts of 12 minutes in total: benchmarks/gpu_world.py
+
+    world          what is open about simulation on the GPU, in twelve parts: benchmarks/gpu_world.py
 """
 
 import argparse
@@ -26,7 +30,6 @@ import json
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,14 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import bench, gpu_world
 from benchmarks.bench import Row
-from benchmarks.model_speed import PRESETS, random_inputs, random_policy
+from benchmarks.model_speed import PRESETS
 from envs.variants import train_episode_id
-from vla.distributed import rank, setup_distributed
 from vla.logger import describe_run
 from vla.text import without_places
-from vla.training.engine import backward, build_engine, read_deepspeed_config
-from vla.training.memory_plan import Recipe, make_plan
-from vla.training.stages import GIB, StageSwitcher, make_rollout_copy, rollout_stage, update_stage
 
 NO_CARD = (
     "error: torch sees no NVIDIA card here (torch.cuda.is_available() is False): run this on a machine that has one; "
@@ -75,8 +74,40 @@ def result_of(printed: str) -> dict:
 
 # ---------------------------------------------------------------------- parts, seen from here
 def card(flags: argparse.Namespace, seconds: float) -> Found:
-    found = bench.measure_parts(1, ("limits",), {"dtype": "bfloat16"}, seconds, "cuda")
+    found = bench.measure_parts(1, ("limits",), {"dtype": "bfloat16"}, seconds, "cpu" if flags.dry else "cuda")
     return found, bench.limit_rows(found)
+
+
+def logprobs(flags: argparse.Namespace, seconds: float) -> Found:
+    measured, rows = [], []
+    for model_type in ("openvla", "openvla_oft"):
+        words = ["--preset", "fixture" if flags.dry else flags.preset, "--model_type", model_type]
+        words += ["--device", "cpu" if flags.dry else "cuda"]
+        one = result_of(run(["benchmarks/gpu_logprobs.py", *words], seconds / 2, "cpu" if flags.dry else "cuda"))
+        measured.append({"part": "logprobs", "ranks": 1, **one})
+        rows += [Row(*line) for line in one["lines"]]
+    return measured, rows
+
+
+def iteration(recipe: str, stage: int) -> Callable[[argparse.Namespace, float], Found]:
+    def measured_iteration(flags: argparse.Namespace, seconds: float) -> Found:
+        words = ["--recipe", recipe, "--zero_stage", str(stage), *["--tiny"] * flags.dry]
+        one = result_of(run(["benchmarks/gpu_iteration.py", *words], seconds, "cpu" if flags.dry else "cuda"))
+        return [one], iteration_rows(one)
+
+    return measured_iteration
+
+
+def iteration_rows(one: dict) -> list[Row]:
+    setting = f"{one['recipe']}, ZeRO-{one['zero_stage']}, {one['num_envs']} envs x {one['num_steps']}, "
+    setting += f"{one['num_env_workers']} workers"
+    rows = [Row("iteration", setting, one["env_steps"] / (one["rollout_s"] + one["update_s"]), "env steps/s")]
+    for stage in ("rollout", "update"):
+        rate = one[f"{stage}_flops"] / one[f"{stage}_s"] / 1e12
+        rows += [Row(stage, setting, one[f"{stage}_s"], "s"), Row(f"{stage}, arithmetic", setting, rate, "TFLOP/s")]
+        peak, planned = one[f"{stage}_peak_gib"], one[f"{stage}_planned_gib"]
+        rows.append(Row(f"{stage}, memory", setting, peak, "GiB", "doctor.py's plan", peak / planned))
+    return [*rows, Row("first ratios, farthest from 1", setting, one["ratio_first_microbatch_error"], "")]
 
 
 def graphs(flags: argparse.Namespace, seconds: float) -> Found:
@@ -169,28 +200,6 @@ def update_rows(one: dict, setting: str) -> list[Row]:
     ]
 
 
-def zero3(flags: argparse.Namespace, seconds: float) -> Found:
-    measured, rows = [], []
-    for how in ("stage", "none"):
-        one = itself("zero3", flags, seconds / 2, "--batch", str(flags.batch), "--offload", how)
-        measured.append({"part": "zero3", "ranks": 1, "preset": flags.preset, "offload": how, **one})
-        setting = f"{flags.preset}, LoRA, offload {how}, {flags.batch} decisions"
-        for stage in ("rollout", "update"):
-            rows.append(Row(f"ZeRO-3 {stage}", setting, one[f"{stage}_s"], "s"))
-            peak, planned = one[f"{stage}_peak_gib"], one.get(f"{stage}_planned_gib")
-            planned_row = ("doctor.py's plan", peak / planned) if planned else ()
-            rows.append(Row(f"ZeRO-3 {stage}, memory", setting, peak, "GiB", *planned_row))
-    return measured, rows
-
-
-def quickstart(flags: argparse.Namespace, seconds: float) -> Found:
-    short = {**bench.SHORT, "dtype": "bfloat16", "offload": "stage"}
-    one = bench.measure_iterations(1, short, seconds, "cuda")
-    one["part"] = "iteration on a card"  # plan.py has no parts to check it with
-    rate = one["env_steps"] / one["iteration_s"]
-    return [one], [Row("quickstart iteration", "ZeRO-3, offload stage, bfloat16", rate, "env steps/s")]
-
-
 def render(flags: argparse.Namespace, seconds: float) -> Found:
     """Two processes: SAPIEN draws on one device per process."""
     setting = "640 x 480, physics on the CPU, 500 Hz"
@@ -211,96 +220,40 @@ def render(flags: argparse.Namespace, seconds: float) -> Found:
     return [one], rows
 
 
-def batch(flags: argparse.Namespace, seconds: float) -> Found:
-    one = itself("batch", flags, seconds, "--num_envs", str(flags.num_envs))
-    setting = f"{flags.num_envs} envs, 640 x 480, 500 Hz, physx_cuda"
-    return [one], [Row("env steps in one batch", setting, one["env_steps_per_s"], "env steps/s")]
-
-
 def world(part: str) -> Callable[[argparse.Namespace, float], Found]:
     """A part of benchmarks/gpu_world.py."""
 
     def measured_part(flags: argparse.Namespace, seconds: float) -> Found:
-        settings = json.dumps({"asset_dir": flags.asset_dir})
-        lines = result_of(run(["benchmarks/gpu_world.py", part, "--settings", settings], seconds))["lines"]
+        settings = {"asset_dir": flags.asset_dir} | ({"stand_in": True} if flags.dry else {})
+        words = ["benchmarks/gpu_world.py", part, "--settings", json.dumps(settings)]
+        lines = result_of(run(words, seconds, "cpu" if flags.dry else "cuda"))["lines"]
         return [{"part": part, "ranks": 1, "lines": lines}], [Row(*line) for line in lines]
 
     return measured_part
 
 
-PARTS: dict[str, tuple[Callable[[argparse.Namespace, float], Found], int]] = {  # and its time limit, seconds
-    "card": (card, 180),
+FIRST: dict[str, tuple[Callable[[argparse.Namespace, float], Found], int]] = {  # and its time limit, seconds
+    "card": (card, 45),
+    "logprobs": (logprobs, 110),
+    "ppo_openvlaoft_zero2": (iteration("ppo_openvlaoft", 2), 110),
+    "ppo_openvla_zero2": (iteration("ppo_openvla", 2), 110),
+    "world_draw": (world("world_draw"), gpu_world.PARTS["world_draw"][1]),
+    "ppo_openvlaoft_zero3": (iteration("ppo_openvlaoft", 3), 110),
+    "ppo_openvla_zero3": (iteration("ppo_openvla", 3), 110),
+}
+MORE: dict[str, tuple[Callable[[argparse.Namespace, float], Found], int]] = {
     "graphs": (graphs, 600),
     "offload": (offload, 900),
     "openvla": (model("openvla"), 900),
     "openvla_oft": (model("openvla_oft"), 900),
-    "zero3": (zero3, 1200),
-    "quickstart": (quickstart, 600),
     "render": (render, 300),
-    "batch": (batch, 600),
-    **{part: (world(part), seconds) for part, (_, seconds) in gpu_world.PARTS.items()},
 }
-GROUPS = {"world": tuple(gpu_world.PARTS)}
+WORLD = {part: (world(part), seconds) for part, (_, seconds) in gpu_world.PARTS.items()}
+PARTS = FIRST | MORE | WORLD
+GROUPS = {"first": tuple(FIRST), "more": tuple(MORE), "world": tuple(WORLD)}
 
 
 # ---------------------------------------------------------------------- parts, in their own process
-def part_zero3(flags: argparse.Namespace) -> dict:
-    """A LoRA policy of random weights under ZeRO-3: rollout and update in turns, the first turn left out."""
-    device = setup_distributed(0)
-    config = read_deepspeed_config("ds_configs/zero3.json", "bfloat16", flags.offload)
-    policy = random_policy(flags.preset, "openvla", device.type, torch.bfloat16, 32, "all")
-    policy.model.enable_gradient_checkpointing()
-    rollout_copy = make_rollout_copy(policy, 3, flags.offload)
-    rates = dict(learning_rate=1e-6, value_learning_rate=1e-6, weight_decay=0.0, max_grad_norm=1.0)
-    engine = build_engine(policy, config, micro_batch_size=flags.batch, **rates)
-    stages, seconds = StageSwitcher(engine, rollout_copy, flags.offload), {"rollout": 0.0, "update": 0.0}
-    inputs = random_inputs(policy, flags.batch, device.type)
-    for turn in range(3):
-        began = time.perf_counter()
-        with rollout_stage(stages) as actor:
-            tokens, old_logprobs, _ = actor.act(inputs, 1.0)
-            old_logprobs = old_logprobs.clone()
-            tokens.cpu()  # waits for the card
-        acted = time.perf_counter()
-        with update_stage(stages):
-            new = engine("evaluate", inputs, tokens)
-            loss = (new.logprobs - old_logprobs).exp().mean() + new.values.pow(2).mean()
-            norm = backward(engine, loss, last=True)
-        if turn:
-            seconds["rollout"] += (acted - began) / 2
-            seconds["update"] += (time.perf_counter() - acted) / 2
-    memory = stages.pop_metrics()
-    result = {f"{name}_s": value for name, value in seconds.items()} | {"gradient_norm": norm}
-    result |= {f"{stage}_peak_gib": memory[f"memory/{stage}_peak_gib"] for stage in seconds}
-    return result | (planned_gib(flags) if flags.preset == "openvla-7b" else {})
-
-
-def planned_gib(flags: argparse.Namespace) -> dict[str, float]:
-    """doctor.py's peaks for the same run of openvla-7b, without what torch does not allocate."""
-    recipe = Recipe(
-        model_path="openvla-7b",
-        model_type="openvla",
-        chunk_size=1,
-        lora_rank=32,
-        lora_scope="all",
-        dtype="bfloat16",
-        critic=True,
-        max_prompt_length=30,
-        gradient_checkpointing=True,
-        micro_batch_size=flags.batch,
-        num_envs=flags.batch,
-        num_eval_envs=1,
-        num_steps=1,
-        num_env_workers=0,
-        offload=flags.offload,
-        zero_stage=3,
-        cpu_adam=False,
-    )
-    plan = make_plan(recipe, 1)
-    system = sum(size for name, size in plan.rollout.items() if name.endswith("(assumed)"))
-    return {f"{stage}_planned_gib": (plan.peak(stage) - system) / GIB for stage in ("rollout", "update")}
-
-
 def part_render(flags: argparse.Namespace) -> dict:
     """One env, expert actions; some of its pictures go to a file."""
     import sapien
@@ -349,47 +302,24 @@ def part_render(flags: argparse.Namespace) -> dict:
     }
 
 
-def part_batch(flags: argparse.Namespace) -> dict:
-    """The arm held still, which a batch in lock-step does not care about."""
-    from envs import make_envs
-
-    actions = torch.zeros(flags.num_envs, 1, 7)
-    with make_envs(MAIN, flags.num_envs, sim_backend="physx_cuda", num_env_workers=4, auto_reset=True) as envs:
-        envs.reset()
-        for _ in range(3):
-            envs.step(actions)
-        began, turns = time.perf_counter(), 20
-        for _ in range(turns):
-            envs.step(actions)
-        seconds = time.perf_counter() - began
-    return {
-        "part": "batch",
-        "ranks": 1,
-        "num_envs": flags.num_envs,
-        "env_steps_per_s": turns * flags.num_envs / seconds,
-    }
-
-
-ALONE = {"zero3": part_zero3, "render": part_render, "batch": part_batch}
+ALONE = {"render": part_render}
 
 
 # ---------------------------------------------------------------------- the program
 def chosen_parts(only: list[str] | None) -> list[str]:
-    """Names of --only as parts, in their order. A group stands for its parts."""
-    names = {part for name in only or PARTS for part in GROUPS.get(name, (name,))}
+    """Names of --only as parts, in their order. A group stands for its parts. Without names it is the first group."""
+    names = {part for name in only or ["first"] for part in GROUPS.get(name, (name,))}
     return [part for part in PARTS if part in names]
 
 
 def main(flags: argparse.Namespace) -> int:
     if flags.part:
-        result = ALONE[flags.part](flags)
-        if rank() == 0:
-            print("RESULT " + json.dumps(result), flush=True)
+        print("RESULT " + json.dumps(ALONE[flags.part](flags)), flush=True)
         return 0
-    if not torch.cuda.is_available():
+    if not (flags.dry or torch.cuda.is_available()):
         print(NO_CARD, file=sys.stderr)
         return 2
-    host, name = bench.machine(), torch.cuda.get_device_name()
+    host, name = bench.machine(), "dry run" if flags.dry else torch.cuda.get_device_name()
     description = without_places(describe_run(vars(flags) | {"seed": 0}, {}, num_ranks=1))
     files = bench.new_files(flags.output, flags.machine or bench.machine_name(host, name))
     measured, rows, not_done = [], [], {}
@@ -422,7 +352,9 @@ def main(flags: argparse.Namespace) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*PARTS, *GROUPS], help="Parts to run. Without it, all are run.")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*PARTS, *GROUPS], help="Parts or lists to run. Without it, the first."
+    )
     parser.add_argument("--asset_dir", help="Folder of the published meshes. Without it, ManiSkill's is searched.")
     parser.add_argument(
         "--preset", choices=PRESETS, default="openvla-7b", help="Sizes of the random weights. (default: %(default)s)"
@@ -430,7 +362,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, default=16, help="Decisions per rollout step and per micro batch. (default: %(default)s)"
     )
-    parser.add_argument("--num_envs", type=int, default=64, help="Envs in the batch on the GPU. (default: %(default)s)")
+    parser.add_argument("--dry", action="store_true", help="Tiny models on CPUs: the code of the first list, no speed.")
     parser.add_argument(
         "--machine", help="Name of the machine in the file name of the results. Without it, the GPU gives the name."
     )
@@ -438,7 +370,6 @@ def parse() -> argparse.Namespace:
         "--output", type=Path, default=bench.RESULTS, help="Folder of the results. (default: %(default)s)"
     )
     parser.add_argument("--part", choices=ALONE, help=argparse.SUPPRESS)
-    parser.add_argument("--offload", default="none", help=argparse.SUPPRESS)
     parser.add_argument("--render_backend", default="sapien_cuda", help=argparse.SUPPRESS)
     parser.add_argument("--pictures", help=argparse.SUPPRESS)
     return parser.parse_args()

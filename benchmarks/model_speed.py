@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from transformers import LogitsProcessor, LogitsProcessorList
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -131,20 +130,24 @@ def check_meta(preset: str, model_type: str) -> dict:
 
 
 # ---------------------------------------------------------------------- speed
-def random_policy(
-    preset: str, model_type: str, device: str, dtype: torch.dtype, lora_rank: int, scope: str
-) -> VLAPolicy:
-    """A preset with random weights, made where and how they are wanted."""
-    config, chunk_size = PRESETS[preset], 8 if model_type == "openvla_oft" else 1
-    with init_empty_weights(include_buffers=False):
-        model = build_model(model_type, config, chunk_size, False, on_meta=False)
+def fill_randomly(model: torch.nn.Module, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Draw the weights of a model on the meta device, where and how they are wanted."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             spread = 0.5 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.0
             value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, max(spread, 1e-6))
             is_norm = parameter.dim() == 1 and name == "weight"
             module._parameters[name] = torch.nn.Parameter(torch.ones_like(value) if is_norm else value)
-    model, adapter_config = with_adapter(model.to(device), None, lora_rank, 32, scope, False, None)
+    return model.to(device)
+
+
+def random_policy(
+    preset: str, model_type: str, device: str, dtype: torch.dtype, lora_rank: int, scope: str
+) -> VLAPolicy:
+    """A preset with random weights, made where and how they are wanted."""
+    config, chunk_size = PRESETS[preset], 8 if model_type == "openvla_oft" else 1
+    model = fill_randomly(build_model(model_type, config, chunk_size, False, on_meta=True), dtype, device)
+    model, adapter_config = with_adapter(model, None, lora_rank, 32, scope, False, None)
     freeze(cast_parameters(model, dtype), adapter_config is not None, scope)
     return VLAPolicy(
         model,

@@ -55,7 +55,7 @@ class ReferenceStyle(BatchedPutOnPlate):
         actors = self._bodies.actors
         if self.starts[0] is None:
             return {}
-        grasped = torch.stack([self._is_grasping(actor) for actor in actors[: self._objects]])
+        grasped = torch.stack([self._is_grasping(actor) for actor in actors[: self._num_objects]])
         poses = torch.stack([actor.pose.raw_pose for actor in actors])
         obj, receptacle = self._chosen[0].tolist()
         offset = poses[obj, :, :3] - poses[receptacle, :, :3]

@@ -62,6 +62,9 @@ mkdir -p -- "$logs" || exit 2
 echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST," \
     "${resume[*]:-a new run}, logs in $logs"
 
+# Since Slurm 22.05, srun does not read the job's --cpus-per-task. Each rank would share one core with all its workers.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+
 # srun reads % in a file name as the start of a field, and %% as a plain %.
 # --wait: seconds that the other ranks have after the first has ended. srun's exit code is the highest of all ranks.
 # shellcheck disable=SC2016

@@ -281,10 +281,10 @@ def setup_distributed(
         if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         port = os.environ["MASTER_PORT"]
-        raise UserError(
-            f"port {port} is in use, perhaps by another run: put --master_port {int(port) + 1} between `deepspeed` and "
-            "the script's name"
-        ) from error
+        remedy = f"put --master_port {int(port) + 1} between `deepspeed` and the script's name"
+        if "SLURM_JOB_ID" in os.environ:  # slurm/run.sh derives the port from the number of the job
+            remedy = "submit the job again, since another job has another port"
+        raise UserError(f"port {port} is in use, perhaps by another run: {remedy}") from error
     if shares_memory:
         unlink_shared_memory()
     random.seed(seed)

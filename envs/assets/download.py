@@ -25,6 +25,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -100,7 +101,7 @@ def command_for(part: str, folder: Path | str) -> str:
 
 # ---------------------------------------------------------------------- what callers use
 def assets_at(asset_dir: str) -> str:
-    """A folder as it is. For a data set on the Hub: its folder in the cache, fetched by one process of this machine.
+    """A folder as it is. For a data set on the Hub: a folder with its files, fetched by one process of this machine.
 
     ManiSkill's two archives are fetched into ManiSkill's own folder if they are missing everywhere.
 
@@ -125,7 +126,43 @@ def assets_at(asset_dir: str) -> str:
 
         if all(lacking(archive, place / archive.target) for place in search_folders(folder)):
             once(f"{archive.uid} {own}", work)
-    return str(folder)
+    return str(without_links(folder))
+
+
+def without_links(folder: Path) -> Path:
+    """A folder with the files of a folder in the Hub's cache, where each file is a link.
+
+    SAPIEN (3.0.3) looks for the images of a mesh beside the file to which a link leads, and there they have other
+    names. So this folder has hard links, or copies if a file system has none. It lies in the cache, or in ManiSkill's
+    folder if the cache cannot be written.
+
+    Raises:
+        UserError: neither can be written.
+    """
+    places = [folder.parents[1] / "plain" / folder.name, default_asset_dir().parent / "hub" / folder.name]
+    failure: OSError | None = None
+    for place in places:
+        if place.is_dir():
+            return place
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+                made = shutil.copytree(folder, Path(temporary, "made"), copy_function=link_or_copy)
+                os.rename(made, place)
+        except OSError as error:
+            if not place.is_dir():  # else another process was faster
+                failure = failure or error
+                continue
+        return place
+    raise UserError(f"{failure.filename}: {failure.strerror}: set HF_HOME or MS_ASSET_DIR to a folder of yours")
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def fetch_assets(asset_dir: str | os.PathLike, say: Callable[[str], None], *, mirror: str | None = None) -> None:

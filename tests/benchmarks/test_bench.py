@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from launching import python
 
 import train_ppo
-from benchmarks import bench, cost_model, flops
+from benchmarks import bench, cost_model, flops, memory_table
 from vla.cli import parse_args
 from vla.distributed import UserError
 from vla.models.loading import load_policy
@@ -304,12 +305,40 @@ def test_gpu_check_goes_on_where_a_part_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "PARTS", {"card": (broken, 5), "openvla": (fine, 7)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Invented 80GB")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "card", "openvla", "--output", str(tmp_path)])
     assert gpu_check.main(gpu_check.parse()) == 1
     printed = capsys.readouterr().out
     assert "| card | not done: RuntimeError: out of / memory |" in printed and "| act | 7B | 12.5 |" in printed
     (path,) = tmp_path.glob("*nvidia-invented-80gb*.json")
     assert json.loads(path.read_text())["measured"] == [{"job": "openvla", "part": "act", "ranks": 1}]
+
+
+def test_the_docs_have_a_row_of_the_memory_table_for_every_recipe_and_size():
+    lines = (ROOT / "docs" / "full_size.md").read_text().splitlines()
+    for preset in memory_table.PRESETS:
+        for ranks in (8, 16, 32):
+            row = f"| {preset.stem.removeprefix('maniskill_')} | {ranks} | "
+            assert sum(line.startswith(row) for line in lines) == 1, row
+
+
+@pytest.mark.full
+def test_the_memory_table_of_the_docs_is_what_the_program_prints():
+    """One recipe: all take minutes."""
+    lines = (ROOT / "docs" / "full_size.md").read_text().splitlines()
+    (preset,) = [path for path in memory_table.PRESETS if path.stem == "maniskill_ppo_openvla"]
+    for ranks in (8, 16, 32):
+        cells = " | ".join(memory_table.cells(preset, ranks, [24.0, 40.0, 48.0, 80.0]))
+        assert f"| ppo_openvla | {ranks} | {cells} |" in lines
+
+
+def test_a_plan_of_a_published_recipe_needs_no_network(monkeypatch):
+    def fetch(*_, **__):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("schemas.hub.fetch", fetch)
+    monkeypatch.setattr(cost_model, "predict", lambda *_: {"rollout": 1.0, "update": 3.0, "iteration": 4.0})
+    options = cost_model.parse(["--config", "yaml/maniskill_ppo_openvla.yaml", "--num_gpus", "8"])
+    assert "| 8 | 128 | 16 | 1.0 s | 3.0 s | 5120.0 |" in "\n".join(cost_model.plan([], options, ASSUMED))
 
 
 def test_gpu_checks_models_are_read_by_the_plan():

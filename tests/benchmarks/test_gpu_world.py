@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT, SHARED
 from launching import python
 
-from benchmarks import bench, gpu_check, gpu_world
+import train_ppo
+from benchmarks import bench, gpu_check, gpu_iteration, gpu_world
+from vla.cli import parse_args
 
 ASSETS = SHARED / "assets" / "maniskill"
 STAND_IN = gpu_world.Settings.read('{"stand_in": true}')
@@ -29,7 +31,45 @@ def test_world_is_twelve_minutes(monkeypatch):
     parts = gpu_check.chosen_parts(gpu_check.parse().only)
     assert parts == ["card", *gpu_world.PARTS]
     assert sum(gpu_check.PARTS[part][1] for part in gpu_world.PARTS) <= 700  # and what starts them
-    assert gpu_check.chosen_parts(None) == list(gpu_check.PARTS)
+
+
+def test_the_first_list_is_twelve_minutes(monkeypatch):
+    """Without flags, the most valuable parts run, and the first of them is what shares are computed from."""
+    assert gpu_check.chosen_parts(None) == gpu_check.chosen_parts(["first"]) == list(gpu_check.FIRST)
+    assert sum(seconds for _, seconds in gpu_check.FIRST.values()) <= 700  # and what starts them
+    assert list(gpu_check.FIRST)[:2] == ["card", "logprobs"]
+
+
+@pytest.mark.parametrize("recipe", gpu_iteration.STEPS)
+def test_an_iteration_on_a_card_is_the_recipes(recipe):
+    """Only sizes and the places of models, assets and runs differ, and an optimizer step has as many decisions."""
+    words = gpu_iteration.flags_of(recipe, 2, tiny=False, run_dir="/tmp/x")
+    own, card = (vars(parse_args(train_ppo.Args, given, "", offline=True)) for given in (words[:2], words))
+    changed = {name for name, value in own.items() if card[name] != value}
+    places = {"model_path", "lora_path", "lora_rank", "asset_pack", "asset_dir", "run_dir"}
+    sizes = {"num_envs", "num_steps", "num_minibatches", "num_iterations", "num_eval_envs", "num_env_workers"}
+    assert changed <= places | sizes | {"eval_freq", "save_freq", "video_episodes"}
+
+    def decisions(flags: dict, ranks: int) -> float:
+        return flags["num_envs"] * flags["num_steps"] / flags["num_minibatches"] / ranks
+
+    assert decisions(card, 1) == decisions(own, gpu_iteration.GPUS)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_first_list_runs_dry(tmp_path):
+    run = python("benchmarks/gpu_check.py", "--dry", "--output", tmp_path, "--machine", "m", timeout=3600)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "not done" not in run.stdout
+    for part in (
+        "matrix peak",
+        "log-probability of an action, deviation",
+        "iteration",
+        "update, memory",
+        "images drawn",
+    ):
+        assert f"| {part} |" in run.stdout
 
 
 def test_a_part_of_world_is_a_program_with_its_settings(monkeypatch):
@@ -37,7 +77,8 @@ def test_a_part_of_world_is_a_program_with_its_settings(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "world", "--asset_dir", "/data/x"])
     flags, started = gpu_check.parse(), []
 
-    def run(words: list[str], seconds: float) -> str:
+    def run(words: list[str], seconds: float, accelerator: str) -> str:
+        assert accelerator == "cuda"
         parsed = gpu_world.parse(words[1:])
         started.append((words[0], parsed.part, seconds))
         settings = gpu_world.Settings.read(parsed.settings)

@@ -377,7 +377,31 @@ world = dict(obj_set="train", asset_pack="bridge", asset_dir=sys.argv[1], image_
              instruction=None, privileged=False)
 check_envs("PutOnPlateInScene25Main-v3", 1, **world)
 print(make_envs.__module__, "checked")
+if "draw" in sys.argv:
+    with make_envs("PutOnPlateInScene25Main-v3", 1, **world) as envs:
+        print("drawn", envs.reset([0])["image"].float().std() > 10)
 """
+
+
+def test_meshes_from_the_cache_are_files_and_not_links(tmp_path, monkeypatch):
+    """SAPIEN looks for the images of a mesh beside the file to which a link leads."""
+    blobs, snapshot = tmp_path / "cache/datasets--a--b/blobs", tmp_path / "cache/datasets--a--b/snapshots/1234"
+    (snapshot / "carrot").mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "5678").write_bytes(b"mesh")
+    (snapshot / "carrot" / "textured.dae").symlink_to("../../../blobs/5678")
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path / "ms"))
+    for _ in range(2):
+        mesh = download.without_links(snapshot) / "carrot" / "textured.dae"
+        assert mesh.resolve() == mesh and mesh.samefile(blobs / "5678") and mesh.is_relative_to(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache/datasets--a--b/plain")
+    (tmp_path / "cache/datasets--a--b/plain").touch()  # nothing can be made there
+    mesh = download.without_links(snapshot) / "carrot" / "textured.dae"
+    assert mesh.read_bytes() == b"mesh" and mesh.is_relative_to(tmp_path / "ms/hub/1234")
+    shutil.rmtree(tmp_path / "ms")
+    (tmp_path / "ms").touch()
+    with pytest.raises(UserError, match="set HF_HOME or MS_ASSET_DIR to a folder of yours"):
+        download.without_links(snapshot)
 
 
 @pytest.mark.skipif(not ASSETS.exists(), reason=f"no published meshes at {ASSETS}")
@@ -394,10 +418,11 @@ def test_an_asset_dir_on_the_hub_is_fetched_once(tmp_path):
         script = tmp_path / "check.py"
         script.write_text(CHECK)
         env["PYTHONPATH"] = str(ROOT)
-        for num_fetched in (len(files), 0):
+        for num_fetched, words in ((len(files), ["draw"]), (0, [])):
             hub.requests.clear()
-            run = python(script, "RLinf/maniskill_assets", env=env)
+            run = python(script, "RLinf/maniskill_assets", *words, env=env)
             assert run.returncode == 0 and "checked" in run.stdout, run.stderr[-2000:]
+            assert not words or "drawn tensor(True)" in run.stdout
             assert sum(hub.bodies().values()) == num_fetched
         run = python(script, "RLinf/maniskill_assets", env=env | {"MS_ASSET_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"})
         assert run.returncode == 1 and "asset pack 'bridge' lacks" in run.stderr and not run.stdout

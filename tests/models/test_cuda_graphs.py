@@ -8,7 +8,7 @@ import torch
 from made_up import observation
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vla.models import cuda_graphs, openvla, openvla_oft
+from vla.models import cuda_graphs, openvla
 from vla.models.loading import build_model, load_policy
 from vla.models.policy import uniform_noise
 from vla.models.tiny import TINY_OPENVLA
@@ -34,8 +34,7 @@ def recorded(monkeypatch) -> list:
         return replay, outputs
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
-    for module in (openvla, openvla_oft):
-        monkeypatch.setattr(module, "can_capture", lambda tensor: not torch.is_grad_enabled())
+    monkeypatch.setattr(openvla, "can_capture", lambda tensor: not torch.is_grad_enabled())
     return captured
 
 
@@ -49,9 +48,8 @@ def assert_equal(ours, theirs) -> None:
 
 
 # ------------------------------------------------------------------ without a GPU
-@BOTH
-def test_recorded_calls_give_what_eager_ones_give(path, model_type, recorded):
-    policy, eager = (load_policy(path, model_type, cuda_graphs=on).eval() for on in (True, False))
+def test_recorded_calls_give_what_eager_ones_give(recorded):
+    policy, eager = (load_policy("openvla-tiny", cuda_graphs=on).eval() for on in (True, False))
     for num, seed, captures in ((2, 0, 1), (5, 1, 2), (2, 2, 2), (5, 3, 2)):  # one recording per batch size
         assert_equal(act(policy, num, seed), act(eager, num, seed))
         assert len(recorded) == captures
@@ -64,9 +62,15 @@ def test_recorded_calls_give_what_eager_ones_give(path, model_type, recorded):
     assert not eager.model.graphs
 
 
-@BOTH
-def test_weights_in_place_are_seen_and_moved_ones_recorded_anew(path, model_type, recorded):
-    policy, eager = (load_policy(path, model_type, lora_rank=2, cuda_graphs=on).eval() for on in (True, False))
+def test_one_pass_is_not_recorded(recorded):
+    """OpenVLA-OFT gained 0.7 % on an H100, for the memory of a whole pass."""
+    policy = load_policy("openvla-oft-tiny", "openvla_oft").eval()
+    act(policy, 2)
+    assert recorded == [] and policy.model.graphs is None
+
+
+def test_weights_in_place_are_seen_and_moved_ones_recorded_anew(recorded):
+    policy, eager = (load_policy("openvla-tiny", lora_rank=2, cuda_graphs=on).eval() for on in (True, False))
     act(policy, 2)
     with torch.no_grad():
         for one, other in zip(policy.parameters(), eager.parameters()):
@@ -142,11 +146,10 @@ def test_what_is_recorded_never_waits_for_the_host(path, model_type):
 # ------------------------------------------------------------------ with a GPU
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graph_equals_eager_on_a_gpu(path, model_type, dtype):
+def test_graph_equals_eager_on_a_gpu(dtype):
     policy, eager = (
-        load_policy(path, model_type, lora_rank=4, dtype=dtype, device="cuda", cuda_graphs=on).eval()
+        load_policy("openvla-tiny", lora_rank=4, dtype=dtype, device="cuda", cuda_graphs=on).eval()
         for on in (True, False)
     )
     for num, seed in ((2, 0), (5, 1), (2, 2)):

@@ -253,7 +253,17 @@ def known_flags() -> set[str]:
     import train_ppo
     import train_sft
 
-    flags = {"help", "num_gpus", "nodes", "gpus", "ntasks", "cpus", "local", "shm"}  # launchers, sbatch, hf, docker
+    flags = {
+        "help",
+        "num_gpus",
+        "nodes",
+        "gpus",
+        "ntasks",
+        "cpus",
+        "mem",
+        "local",
+        "shm",
+    }  # launchers, sbatch, hf, docker
     flags |= {"hostfile", "no_ssh", "node_rank", "master_addr", "master_port", "quiet"}  # of deepspeed
     flags |= {"traj_path", "save_video", "use_env_states", "use_first_env_state"}  # of ManiSkill's replay
     flags |= {"logdir"}  # of tensorboard

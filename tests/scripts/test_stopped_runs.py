@@ -3,11 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import fake_slurm
 import pytest
-from conftest import HELPERS, ROOT
+from conftest import ROOT
 from launching import PRESET, launcher_command, metrics, python, run_ranks, start_ranks, wait_for, without_time
 
 from vla.distributed import REQUEUE
@@ -64,15 +64,9 @@ def processes_with(text: str) -> list[int]:
 def cluster(tmp_path_factory):
     """sbatch, srun and scontrol on PATH; yields where they keep their state."""
     folder = tmp_path_factory.mktemp("cluster")
-    (folder / "bin").mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
-        tool = folder / "bin" / name
-        tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS}/fake_slurm.py" {name} "$@"\n')
-        tool.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-        patch.setenv("FAKE_SLURM", str(folder))
-        patch.setenv("PYTHON", sys.executable)
+        for name, value in fake_slurm.install(folder).items():
+            patch.setenv(name, value)
         yield folder
 
 

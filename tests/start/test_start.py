@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_slurm
 import pytest
 import torch
 import warm
-from conftest import HELPERS, ROOT
+from conftest import ROOT
 from launching import launcher_command, one_rank_environment, python, run_ranks
 from torch.utils.file_baton import FileBaton
 
@@ -541,18 +542,16 @@ def cluster(tmp_path, monkeypatch) -> Path:
     """A folder to submit jobs from; the interpreter only writes its words and some variables to `words.json`."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
-        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HELPERS}/fake_slurm.py" {name} "$@"\n')
-    (tools / "python").write_text(
+    interpreter = tools / "python"
+    interpreter.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
         "json.dump([sys.argv[1:], os.environ['MASTER_ADDR']], open('words.json', 'w'))\n"
         "sys.exit(int(os.environ.get('CODE', '0')))\n"
     )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(tools))
-    monkeypatch.setenv("PYTHON", str(tools / "python"))
+    interpreter.chmod(0o755)
+    variables = fake_slurm.install(tools) | {"PYTHON": str(interpreter), "FAKE_JOB": "4711"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     home = tmp_path / "home"
     home.mkdir()
     shutil.copytree(ROOT / "slurm", home / "slurm")
@@ -612,15 +611,15 @@ def test_a_job_leaves_a_run_alone_that_another_process_writes(cluster):
 
 def test_a_job_does_not_start_over_what_it_can_not_move(cluster, monkeypatch):
     (cluster / "runs" / "x").mkdir(parents=True)
-    (Path(os.environ["FAKE_SLURM"]) / "mv").write_text("#!/bin/sh\nexit 1\n")
-    (Path(os.environ["FAKE_SLURM"]) / "mv").chmod(0o755)
+    Path(os.environ["FAKE_SLURM"], "bin", "mv").write_text("#!/bin/sh\nexit 1\n")
+    Path(os.environ["FAKE_SLURM"], "bin", "mv").chmod(0o755)
     run = submit(cluster, "train_ppo.py", "--run_dir", "runs/x")
     assert run.returncode == 2 and run.stderr.startswith("error: runs/x has no checkpoint and cannot be renamed")
     assert not (cluster / "words.json").exists()
 
 
 def test_ranks_of_several_nodes_meet_on_the_first_one(cluster):
-    (Path(os.environ["FAKE_SLURM"]) / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    Path(os.environ["FAKE_SLURM"], "bin", "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
     assert submit(cluster, "train_ppo.py", "--run_dir", "runs/x", nodes=2).returncode == 0
     assert json.loads((cluster / "words.json").read_text())[1] == "node1"
 

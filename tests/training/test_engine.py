@@ -338,6 +338,10 @@ def test_the_memory_plan_names_the_flag_to_turn():
     assert not fits and "): --micro_batch_size 32 needs " in sentence, "ZeRO-3 saves nothing in a model this small"
     assert fitting(need, 2, just_too_small)[1] <= just_too_small and fitting(need, 2, 1000.0)[0] == ""
     assert "more or larger GPUs" in advice(need, 2, 0.1)[1]
+    # smaller micro batches come first, but fewer workers are enough
+    need = recipe("zero2", micro_batch_size=64, num_envs=8, num_env_workers=4)
+    enough = largest(make_plan(replace(need, num_env_workers=1), 2))
+    assert fitting(need, 2, enough) == ("--num_env_workers 1", enough)
 
 
 def test_sharding_comes_first_for_whole_weights_and_late_for_an_adapter():

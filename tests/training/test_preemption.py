@@ -11,9 +11,11 @@ import pytest
 import torch
 from launching import PRESET, SMALL, metrics, start_ranks, without_time
 
+import train_ppo
 from vla.distributed import REQUEUE, UserError
 from vla.evaluation.episodes import NEVER, PolicyActor, evaluate, noise_seed, replay, run_episodes
-from vla.training.preemption import StopRequest
+from vla.training import memory_plan, optimizer_state, preemption
+from vla.training.preemption import Preemption, StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -113,6 +115,47 @@ def test_a_replay_ends_between_two_steps(stop):
     assert [moment.step for moment in replay(envs, episodes, 1, stop)] == [0, 1, 2, 3] and envs.steps == 3
     assert [moment.step for moment in replay(envs, episodes)] == list(range(10))
     assert [moment.step for moment in replay(envs, episodes, 4)] == [0, 4, 8, 12]
+
+
+# ---------------------------------------------------------------------- what cannot be undone
+class FakeEngine:
+    """An engine with a model of six trained parameters."""
+
+    def __init__(self):
+        self.module, self.global_steps = torch.nn.Linear(2, 2), 0
+
+
+def test_an_update_of_a_large_model_is_finished(tmp_path, stop, monkeypatch):
+    """Asked in the second iteration's update: it ends at the start of the third, with what that began with."""
+    saved = []
+    monkeypatch.setattr(optimizer_state, "MAX_UNDONE", 5)
+    monkeypatch.setattr(preemption, "save_checkpoint", lambda engine, folder, *rest: saved.append(rest[:3]))
+    run = Preemption(FakeEngine(), tmp_path, keep=1)
+    for iteration in range(3):
+        run.snapshot(iteration, 10 * iteration, [{}])
+        assert run.start.copies == []
+        if iteration == 2:
+            with pytest.raises(SystemExit):
+                run.exit_if_requested()
+            continue
+        run.exit_if_requested()
+        for step in range(3):
+            if (iteration, step) == (1, 1):
+                run.stop_file.touch()
+            run.engine.global_steps += 1
+            run.exit_if_requested()
+    assert saved == [(2, 20, [{}])]
+
+
+def test_the_memory_plan_knows_which_models_are_copied(monkeypatch):
+    zero2 = "ds_configs/zero2.json"
+    args = train_ppo.Args(model_path="openvla-tiny", lora_rank=0, num_envs=8, deepspeed_config=zero2)
+    recipe = memory_plan.recipe_of(vars(args))
+    trained = sum(p.numel() for p in memory_plan.policy_of(recipe).parameters() if p.requires_grad)
+    monkeypatch.setattr(optimizer_state, "MAX_UNDONE", trained)
+    assert memory_plan.make_plan(recipe, 1).host["start of the iteration"] == 12 * trained
+    monkeypatch.setattr(optimizer_state, "MAX_UNDONE", trained - 1)
+    assert "start of the iteration" not in memory_plan.make_plan(recipe, 1).host
 
 
 # ---------------------------------------------------------------------- noise

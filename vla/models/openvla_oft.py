@@ -14,7 +14,6 @@ Source: moojink/openvla-oft with its fork of transformers (bidirectional attenti
 import torch
 
 from schemas import UserError
-from vla.models.cuda_graphs import GraphedCall, can_capture
 from vla.models.openvla import Choose, OpenVLA, positions
 
 STOP_ID = 2  # </s>
@@ -91,15 +90,13 @@ class OpenVLAOFT(OpenVLA):
         num_tokens: int,
         choose: Choose,
     ) -> torch.Tensor:
-        """Write all tokens at once: choose() is called once, with K = num_tokens. Returns hidden [B, H]."""
+        """Write all tokens at once: choose() is called once, with K = num_tokens. Returns hidden [B, H].
+
+        Nothing is recorded as a CUDA graph: one pass has few kernels for its arithmetic (docs/performance.md).
+        """
         if num_tokens != self.num_tokens:
             raise ValueError(f"this model was built for {self.num_tokens} action tokens, asked for {num_tokens}")
-        inputs = [images, prompt_ids, prompt_mask] + ([] if features is None else [features])
-        forward = self.forward
-        if self.cuda_graphs and can_capture(images):
-            key = ("forward", *prompt_ids.shape, features is None)
-            forward = self.kept_graphs().get(key, lambda: GraphedCall(self.forward))
-        logits, hidden = forward(*inputs)
+        logits, hidden = self.forward(images, prompt_ids, prompt_mask, features)
         choose(logits, 0)
         return hidden
 

@@ -64,7 +64,7 @@ class VLAPolicy(nn.Module):
         image_resize: "tensor" (RLinf's path) or "pil" (upstream's), see resize().
         caches_features: the vision towers are frozen, so the features of the rollout hold in the update. It is passed
             in, because in a rollout copy everything is frozen.
-        cuda_graphs: on a GPU act() launches recorded graphs. Without them it computes the same, kernel by kernel.
+        cuda_graphs: on a GPU act() of OpenVLA launches recorded graphs. Without them it computes the same bits.
     """
 
     def __init__(

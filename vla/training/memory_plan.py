@@ -34,6 +34,7 @@ from vla.models.published import ADAPTER_CONFIG
 from vla.models.tiny import BRIDGE_ORIG, TINY_PRESETS
 from vla.models.value_head import ValueHead
 from vla.training.engine import read_deepspeed_config, zero_stage
+from vla.training.optimizer_state import can_be_copied
 from vla.training.rollout_buffer import RolloutBuffer
 
 GIB = 2**30
@@ -381,7 +382,8 @@ def make_plan(recipe: Recipe, num_gpus: int, gpus_per_node: int = 8) -> Plan:
     host = {"Adam on the CPU": (16 + 4) * own} if recipe.cpu_adam else {}  # fp32 weights and moments, and gradients
     if moves_memory:
         host["moved out between the stages"] = 16 * own + frozen_bytes
-    host["start of the iteration"] = 12 * own  # the copy of preemption.py
+    if can_be_copied(numel(trained)):
+        host["start of the iteration"] = 12 * own  # the copy of preemption.py
     host["rollout buffer"] = buffer_bytes(policy, recipe, num_gpus)
     host["processes (assumed)"] = ASSUMED_RANK + workers * ASSUMED_WORKER
     ranks_per_node = min(num_gpus, gpus_per_node)
@@ -478,10 +480,11 @@ def named_flags(text: str) -> dict[str, str]:
 def fitting(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[str, float] | None:
     """The flags that make a run fit into a GPU ("" if it fits as it is) and its peak in GiB. None: nothing does.
 
-    A flag that saves nothing here is left out: under LoRA, ZeRO-3 alone needs more than ZeRO-2.
+    A flag that saves nothing here is left out: under LoRA, ZeRO-3 alone needs more than ZeRO-2. So is one that a later
+    flag has made needless.
     """
     turned: dict[str, str] = {}
-    need = largest(make_plan(recipe, num_gpus))
+    asked, need = recipe, largest(make_plan(recipe, num_gpus))
     for flags, change in remedies(recipe):
         if need <= gpu_memory:
             break
@@ -490,7 +493,14 @@ def fitting(recipe: Recipe, num_gpus: int, gpu_memory: float) -> tuple[str, floa
         if need_then < need:
             recipe, need = changed, need_then
             turned |= named_flags(flags)
-    return (" ".join(turned.values()), need) if need <= gpu_memory else None
+    if need > gpu_memory:
+        return None
+    for name in ("num_env_workers", "micro_batch_size"):
+        changed = replace(recipe, **{name: getattr(asked, name)})
+        if f"--{name}" in turned and largest(make_plan(changed, num_gpus)) <= gpu_memory:
+            recipe = changed
+            del turned[f"--{name}"]
+    return " ".join(turned.values()), largest(make_plan(recipe, num_gpus))
 
 
 def table(plan: Plan, gpu_memory: float, host_memory: float) -> list[str]:

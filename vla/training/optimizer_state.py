@@ -31,6 +31,9 @@ from vla.files.tensors import save_tensors
 from vla.files.trees import REMEDY, sentences
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# trained parameters up to which an update can be undone: 5.6 GiB of fp32 weights and moments, over all ranks. Adapters
+# of a 7B model have 1e8 to 4e8, whole fine-tuning has 7e9
+MAX_UNDONE = 500_000_000
 
 
 class Shard(NamedTuple):
@@ -157,14 +160,26 @@ def publish_weights(engine: Engine) -> None:
         zero_optimizer.update_lp_params()
 
 
+def can_be_copied(num_trained: int) -> bool:
+    """Whether a Snapshot copies a model with so many trained parameters."""
+    return num_trained <= MAX_UNDONE
+
+
 class Snapshot:
-    """A copy, in host memory, of what an update changes. An update that is interrupted is undone with it."""
+    """A copy, in host memory, of what an update changes. An update that is interrupted is undone with it.
+
+    A large model is not copied, because that would be a second optimizer in host memory, written in every iteration.
+    """
 
     def __init__(self):
         self.copies: list[dict[str, torch.Tensor]] = []  # allocated once, then reused
         self.steps: list[float] = []
 
     def take(self, engine: Engine) -> None:
+        self.taken_at = engine.global_steps
+        trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        if not can_be_copied(sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)):
+            return
         shards = local_shards(engine)
         if not self.copies:
             self.copies = [
@@ -176,8 +191,14 @@ class Snapshot:
             for key, tensor in shard.tensors.items():
                 copies[key].copy_(tensor)
 
+    def can_restore(self, engine: Engine) -> bool:
+        """Whether restore() leads back: there is a copy, or no optimizer step was made since. The same on all ranks."""
+        return bool(self.copies) or engine.global_steps == self.taken_at
+
     def restore(self, engine: Engine) -> None:
-        """Write the copy back. All ranks together."""
+        """Write the copy back, if there is one. All ranks together."""
+        if not self.copies:
+            return  # nothing has changed: see can_restore()
         for shard, copies, step in zip(local_shards(engine), self.copies, self.steps):
             shard.state["step"].fill_(step)
             for key, tensor in shard.tensors.items():

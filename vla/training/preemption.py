@@ -10,7 +10,9 @@ ranks agree after every optimizer step, so that they leave together.
 
 An interrupted iteration is undone: weights, moments and env states are restored to its start and saved. The run exits
 with code 75 (EX_TEMPFAIL of sysexits.h: "start me again"). `--resume` then repeats the iteration from its start, so at
-most one iteration is lost, and the log of a stopped run equals that of a run that was not stopped. An interrupted
+most one iteration is lost, and the log of a stopped run equals that of a run that was not stopped. A model with more
+than 500 million trained parameters has no copy to go back to (optimizer_state.Snapshot). Its rollouts end at once, too,
+but an update is finished, and the run ends at the start of the next iteration. An interrupted
 evaluation undoes nothing: the weights that it measures are saved, and `--resume` begins with that evaluation.
 evaluate.py watches its output folder in the same way.
 
@@ -140,7 +142,7 @@ class Preemption(StopRequest):
         super().__init__(run_dir)
 
     def snapshot(self, iteration: int, global_step: int, env_states: list[dict]) -> None:
-        """Copy trained weights and moments at the start of an iteration. An interrupted iteration restores them."""
+        """Copy an adapter or a small model at the start of an iteration. An interrupted iteration restores it."""
         self.began = (iteration, global_step, env_states)
         self.start.take(self.engine)
 
@@ -149,7 +151,7 @@ class Preemption(StopRequest):
 
         All ranks make this call together, or it does nothing (together=False).
         """
-        if not together or not self.agreed():
+        if not together or not self.agreed() or not self.start.can_restore(self.engine):
             return
         folder = checkpoint_dir(self.run_dir, self.began[0])
         if agree(damage(folder) if rank() == 0 else None):  # it is missing or incomplete
