@@ -42,7 +42,6 @@ class Broadcast:
         number, size = members.index(rank), len(members)
         if self.on_gpus:
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), number, size, options)
         else:
             self.group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), number, size, timeout)
