@@ -60,7 +60,7 @@ from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, VLAPolicy, rollout_noise
-from vla.placement.dealing import goes_ahead
+from vla.placement.assignment import goes_ahead
 from vla.placement.place import Apart, Together, placed
 from vla.placement.weights import StaleGuard
 from vla.start.checks import (
@@ -613,7 +613,7 @@ def main(args: Args) -> None:
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
     seen, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
-    buffer = seen.for_envs(sizes.trained_envs) if place.deals else seen  # what this rank trains on
+    buffer = seen.for_envs(sizes.trained_envs) if place.assigns else seen  # what this rank trains on
     max_resamples = args.max_resamples if args.dynamic_sampling else 0
     my_envs = slice(first_env, first_env + N)
     my_groups = range(first_env // args.group_size, (first_env + N) // args.group_size)
@@ -636,7 +636,7 @@ def main(args: Args) -> None:
         make_stopper = partial(Preemption, engine, run_dir, args.keep_checkpoints, say=logger.close)
         preemption = place.stopper(make_stopper, run_dir, stages)
         ahead = partial(goes_ahead, **pick(args, goes_ahead, num_iterations=sizes.num_iterations))
-        dealer = place.dealer(seen, buffer, envs, preemption, stages, None, ahead)
+        assigner = place.assigner(seen, buffer, envs, preemption, stages, None, ahead)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args())))
@@ -694,8 +694,8 @@ def main(args: Args) -> None:
                     fill_dead_groups(seen, spare, args.group_size)
                 if preemption.requested or live_groups(seen, args.group_size).all():
                     break
-            if dealer is not None:  # other ranks train on what this one saw
-                episodes, env_steps, first_live = dealer.deal(iteration, episodes, env_steps, first_live)
+            if assigner is not None:  # other ranks train on what this one saw
+                episodes, env_steps, first_live = assigner.assign(iteration, episodes, env_steps, first_live)
         if not place.trains:
             evaluate_if_due(iteration)
             continue  # this rank waits for weights

@@ -59,7 +59,7 @@ from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, rollout_noise
 from vla.models.value_head import value_errors
-from vla.placement.dealing import goes_ahead
+from vla.placement.assignment import goes_ahead
 from vla.placement.place import Apart, Together, placed
 from vla.placement.weights import StaleGuard
 from vla.start.checks import (
@@ -536,7 +536,7 @@ def main(args: Args) -> None:
     loss_flags |= dict(value_loss=pick(args, value_errors), vf_coef=0.0 if privileged else args.vf_coef)
     fan_sigma = args.fan_sigma if args.fan_coef else None
     seen = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
-    buffer = seen.for_envs(sizes.trained_envs) if place.deals else seen  # what this rank trains on
+    buffer = seen.for_envs(sizes.trained_envs) if place.assigns else seen  # what this rank trains on
     start_iteration, global_step, own_envs = 0, 0, slice(first_env, first_env + N)
     with user_errors():
         if checkpoint:
@@ -558,7 +558,7 @@ def main(args: Args) -> None:
         make_stopper = partial(Preemption, engine, run_dir, args.keep_checkpoints, state_critic, logger.close)
         preemption = place.stopper(make_stopper, run_dir, stages)
         ahead = partial(goes_ahead, **pick(args, goes_ahead, num_iterations=sizes.num_iterations))
-        dealer = place.dealer(seen, buffer, envs, preemption, stages, critic, ahead)
+        assigner = place.assigner(seen, buffer, envs, preemption, stages, critic, ahead)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
         logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args())))
@@ -622,8 +622,8 @@ def main(args: Args) -> None:
                 decided[half] = critic.decision_values(obs, own_values)
                 reference = seen.reference_of(actor, inputs, tokens, args.temperature)
                 seen.add_decision(t, rows, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
-            if dealer is not None:  # other ranks train on what this one saw
-                episodes, next_values = dealer.deal(iteration, episodes, next_values)
+            if assigner is not None:  # other ranks train on what this one saw
+                episodes, next_values = assigner.assign(iteration, episodes, next_values)
         if not place.trains:
             evaluate_if_due(iteration)
             continue  # this rank waits for weights

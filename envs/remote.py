@@ -187,7 +187,7 @@ class NoEnvs:
     env_id, num_envs, num_start_states = "", 0, 0
 
     def __init__(self) -> None:
-        self.states: list[dict] = []  # of the envs that this rank answers for, as they came with the last deal
+        self.states: list[dict] = []  # of the envs that this rank answers for, as they came with the last rollout
 
     def reset(self, *chosen: Any) -> None:
         return None

@@ -6,7 +6,7 @@ from schemas import UserError
 from train_ppo import Args
 from vla.cli import parse_args, pick
 from vla.placement import place
-from vla.placement.dealing import goes_ahead
+from vla.placement.assignment import goes_ahead
 from vla.placement.rules import EVERYWHERE, parse_placement
 from vla.start.launch import Launch
 
@@ -68,19 +68,19 @@ def test_a_file_may_hold_a_list_or_a_mapping(tmp_path):
 
 
 @pytest.mark.parametrize("rollouts", [1, 2, 3, 8, 16])
-def test_every_env_is_dealt_once_from_its_rollout_rank_to_its_actor(rollouts):
+def test_every_env_is_assigned_once_from_its_rollout_rank_to_its_actor(rollouts):
     for actors in range(1, 17):
         num_envs = rollouts * actors * 2
         words = f"env,rollout=0-{rollouts - 1} actor={rollouts}-{rollouts + actors - 1}"
         placement = parsed(words, rollouts + actors)
-        dealt = []
+        assigned = []
         for part in placement.overlaps(num_envs):
             acted = placement.rollout.index(part.rollout) * (num_envs // rollouts)
             trained = placement.actor.index(part.actor) * (num_envs // actors)
             envs = range(acted + part.acted.start, acted + part.acted.stop)
             assert envs == range(trained + part.trained.start, trained + part.trained.stop)
-            dealt += envs
-        assert dealt == list(range(num_envs))
+            assigned += envs
+        assert assigned == list(range(num_envs))
         assert placement.keepers(num_envs).keys() == {*placement.rollout}
 
 

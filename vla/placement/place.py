@@ -33,7 +33,7 @@ from schemas import UserError
 from vla.cli import Sizes, derive_sizes
 from vla.distributed import REQUEUE, Engine, print0, where_ranks_meet
 from vla.evaluation.vector_env import VectorEnv
-from vla.placement.dealing import Dealer
+from vla.placement.assignment import Assigner
 from vla.placement.rules import Placement, parse_placement
 from vla.placement.weights import Broadcast, ReceivingStages, SendingStages, WiredStages
 from vla.placement.wire import CALLS, EXPERIENCE, STEPS, WORDS, Wire
@@ -72,7 +72,7 @@ class Together:
 
     simulates = acts = trains = True
     only_simulates = False
-    deals = False  # whether ranks train on what others saw
+    assigns = False  # whether ranks train on what others saw
     meet = staticmethod(where_ranks_meet)
 
     def __init__(self, ranks: int):
@@ -130,8 +130,8 @@ class Together:
         """What the function returns on the ranks that play evaluations."""
         return function(*arguments)
 
-    def dealer(self, *arguments: Any) -> None:
-        """Nothing is dealt: every rank trains on what it saw."""
+    def assigner(self, *arguments: Any) -> None:
+        """Nothing is assigned: every rank trains on what it saw."""
 
     def end(self, cause: BaseException) -> None:
         """Tell ranks that wait for this one that the run ends."""
@@ -151,7 +151,7 @@ class Apart:
         self.acts = self.rank in placement.rollout
         self.trains = self.rank in placement.actor
         self.only_simulates = not (self.acts or self.trains)
-        self.deals = placement.rollout != placement.actor
+        self.assigns = placement.rollout != placement.actor
         self.remote: VectorEnv | None = None  # envs at a rank that only simulates
         self.broadcast: Broadcast | None = None
 
@@ -304,11 +304,11 @@ class Apart:
     def stopper(self, make: Callable[[], StopRequest], run_dir: Path, stages: StageSwitcher) -> Any:
         return make() if self.trains else Bystander(run_dir, stages)
 
-    def dealer(self, *arguments: Any) -> Dealer | None:
+    def assigner(self, *arguments: Any) -> Assigner | None:
         """What gives ranks that train what others saw, or None if every rank trains on what it saw itself."""
-        if not self.deals:
+        if not self.assigns:
             return None
-        return Dealer(self.placement, self.rank, self.num_envs, self.wire, *arguments)
+        return Assigner(self.placement, self.rank, self.num_envs, self.wire, *arguments)
 
     def agreed(self, function: Callable, *arguments: Any) -> Any:
         if not self.trains:

@@ -12,19 +12,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from vla.distributed import Engine, all_reduce_max, all_reduce_sum
-from vla.placement.wire import NAMES, WORDS, Wire, as_bytes
+from vla.distributed import Engine, all_reduce_max, all_reduce_sum, to_group_device
+from vla.placement.wire import WORDS, Wire, as_bytes
 from vla.training.critics import HiddenCritic, StateCritic
 from vla.training.engine import NonFiniteGuard
-from vla.training.stages import GIB, StageSwitcher
+from vla.training.stages import GIB, StageSwitcher, trained_parameters
 
-BOUNDARIES = tuple(NAMES.values())
+# what crosses -> its metrics: seconds and GiB
+TAGS = {
+    "observations": ("time/wire_observations", "time/wire_observations_gib"),
+    "experience": ("time/wire_experience", "time/wire_experience_gib"),
+    "weights": ("time/wire_weights", "time/wire_weights_gib"),
+}
 
 
 class Broadcast:
@@ -37,7 +40,7 @@ class Broadcast:
     def __init__(self, store: dist.Store, members: list[int], rank: int, timeout: timedelta, wire: Wire):
         self.wire = wire
         store = dist.PrefixStore("weights", store)
-        store.set(f"device of {rank}", get_accelerator().device_name())
+        store.set(f"device of {rank}", to_group_device(torch.zeros(1)).device.type)
         self.on_gpus = all(store.get(f"device of {member}") == b"cuda" for member in members)
         number, size = members.index(rank), len(members)
         if self.on_gpus:
@@ -71,11 +74,12 @@ class WiredStages(StageSwitcher):
         counts = [*self.counts, self.wire.pop_counts()]
         self.counts = []
         metrics = super().pop_metrics()
-        seconds = [max(count.get(f"seconds_{name}", 0.0) for count in counts) for name in BOUNDARIES]
-        sizes = [sum(count.get(f"bytes_{name}", 0.0) for count in counts) / GIB for name in BOUNDARIES]
+        seconds = [max(count.get(f"seconds_{name}", 0.0) for count in counts) for name in TAGS]
+        sizes = [sum(count.get(f"bytes_{name}", 0.0) for count in counts) / GIB for name in TAGS]
         slowest, total = all_reduce_max(torch.tensor(seconds)), all_reduce_sum(torch.tensor(sizes))
-        metrics |= {f"time/wire_{name}": value for name, value in zip(BOUNDARIES, slowest.tolist())}
-        return metrics | {f"time/wire_{name}_gib": value for name, value in zip(BOUNDARIES, total.tolist())}
+        for (of_seconds, of_sizes), longest, size in zip(TAGS.values(), slowest.tolist(), total.tolist()):
+            metrics |= {of_seconds: longest, of_sizes: size}
+        return metrics
 
 
 class SendingStages(WiredStages):
@@ -107,12 +111,9 @@ class SendingStages(WiredStages):
             critic = self.critic.weights() if isinstance(self.critic, StateCritic) else None
             for receiver in self.receivers:
                 self.wire.send({"critic": critic}, receiver, WORDS)
-        with torch.no_grad():
-            for parameter in self.engine.module.parameters():
-                if parameter.requires_grad:
-                    with deepspeed.zero.GatheredParameters([parameter]):
-                        if self.broadcast is not None:
-                            self.broadcast(parameter)
+        for parameter in trained_parameters(self.engine):
+            if self.broadcast is not None:
+                self.broadcast(parameter)
 
 
 class StaleGuard(NonFiniteGuard):
@@ -125,8 +126,8 @@ class StaleGuard(NonFiniteGuard):
     def pop_metrics(self) -> dict[str, float]:
         metrics = super().pop_metrics() | {"rollout/staleness": self.stages.staleness}
         if self.stages.staleness:
-            name = "ratio_first_microbatch_error"
-            metrics[f"train/actor/stale_{name}"] = metrics.pop(f"train/actor/{name}")
+            error = metrics.pop("train/actor/ratio_first_microbatch_error")
+            metrics["train/actor/stale_ratio_first_microbatch_error"] = error
         return metrics
 
 

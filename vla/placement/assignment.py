@@ -1,4 +1,4 @@
-"""Deals a rollout: every rank that trains gets the envs that it trains on, whoever acted in them."""
+"""Assigns a rollout: every rank that trains gets the envs that it trains on, whoever acted in them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def goes_ahead(iteration: int, *, rollout_ahead: int, num_iterations: int, eval_
     return rollout_ahead > 0 and not ends
 
 
-class Dealer:
+class Assigner:
     """Moves columns of buffers from ranks that act to ranks that train.
 
     A rank that acts keeps `seen`, and a rank that trains `trained`. A rank may be both, with other envs.
@@ -32,7 +32,7 @@ class Dealer:
         num_envs: over all ranks.
         envs: theirs get the states that came with a rollout, where the ranks of the envs do not train.
         stopper: learns that another rank was asked to stop.
-        critic: its states are dealt, too.
+        critic: its states are assigned, too.
         ahead: whether the weights of the next rollout are sent before the update of this iteration.
     """
 
@@ -61,7 +61,7 @@ class Dealer:
             )
             stages.critic = critic
 
-    def deal(self, iteration: int, episodes: list[dict], *columns: Tensor) -> tuple:
+    def assign(self, iteration: int, episodes: list[dict], *columns: Tensor) -> tuple:
         """Give every rank that trains its envs. All ranks together that act or train.
 
         Args:
@@ -76,9 +76,9 @@ class Dealer:
         if self.critic is not None:
             sources.append(self.critic.states)
             targets.append(self.critic.fitted)
-        dealt = [column.new_zeros(self.trained.num_envs, *column.shape[1:]) for column in columns]
+        assigned = [column.new_zeros(self.trained.num_envs, *column.shape[1:]) for column in columns]
         sources += [column[None] for column in columns]
-        targets += [column[None] for column in dealt]
+        targets += [column[None] for column in assigned]
         own = [part for part in self.parts if part.rollout == part.actor == self.rank]
         for part in self.parts:
             if part.rollout == self.rank != part.actor:
@@ -98,7 +98,7 @@ class Dealer:
             if self.ahead(iteration):
                 self.stages.send()
                 self.stages.sent = True
-        return kept, *dealt
+        return kept, *assigned
 
     def _say(self, episodes: list[dict]) -> dict | None:
         """Send what a rollout says once to the rank that keeps it. Returns it if that is this rank."""
