@@ -729,8 +729,11 @@ def evaluate_setting(
         what the policy saw in a few episodes. None where episodes can be replayed.
     """
     num_envs = min(max(1, args.num_envs // world_size()), -(-args.num_episodes // world_size()))
+    actor = next(iter(actors.values()))
+    pixels = actor.policy.pixels if isinstance(actor, PolicyActor) else None  # others do not look at images
     with user_errors():
-        opened = envs_of(args, one)(num_envs=num_envs, num_env_workers=min(args.num_env_workers, num_envs))
+        workers = min(args.num_env_workers, num_envs)
+        opened = envs_of(args, one)(num_envs=num_envs, num_env_workers=workers, pixels=pixels)
     with opened as envs:
         watch = None if envs.repeats else watch_few(ids, args.video_episodes, args.video_failures)
         run_setting(envs, one.name, ids, actors, log, progress, stop, watch)

@@ -603,8 +603,8 @@ def main(args: Args) -> None:
         world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
         model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
-        envs = place.envs(partial(make_training, N), pixels)
-        eval_envs, open_envs = place.eval_envs(make_eval, sizes.local_num_eval_envs, envs)
+        envs = place.envs(partial(make_training, N), policy.pixels, pixels)
+        eval_envs, open_envs = place.eval_envs(make_eval, sizes.local_num_eval_envs, envs, policy.pixels)
 
     build = partial(build_engine, policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
     stages = place.stages(policy, build, zero_stage(ds_config), args.offload)

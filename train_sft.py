@@ -410,7 +410,7 @@ def main(args: Args) -> None:
         model_flags |= dict(cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
         check_labels(policy, demos, args.unnorm_key)
-        eval_envs = make_envs(args.env_id, num_eval_envs, **eval_world)
+        eval_envs = make_envs(args.env_id, num_eval_envs, pixels=policy.pixels, **eval_world)
 
     rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
     engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))

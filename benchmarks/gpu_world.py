@@ -76,12 +76,11 @@ class Settings:
 
 # ---------------------------------------------------------------------- batches and ordinary envs
 def open_rows(settings: Settings, count: int, env_id: str = MAIN, asset_pack: str = "builtin"):
-    """A BatchedGroup of `count` rows, which rest until they are reset."""
-    from envs.gpu.group import open_batch
-    from envs.group import EnvSpec
+    """An EnvGroup over a batch of `count` rows, which rest until they are reset."""
+    from envs.gpu.world import open_batch
+    from envs.group import EnvGroup
+    from envs.spec import EnvSpec
 
-    width, height = settings.image_size
-    images = [np.zeros((count, height, width, 3), np.uint8) for _ in range(2)]
     spec = EnvSpec(
         env_id=env_id,
         num_envs=count,
@@ -99,7 +98,9 @@ def open_rows(settings: Settings, count: int, env_id: str = MAIN, asset_pack: st
         sim_backend="physx_cpu" if settings.stand_in else "physx_cuda",
         hulls="gpu" if asset_pack == "bridge" else None,
     )
-    return open_batch(spec, 0, *images, min(4, count), settings.backends)
+    world = open_batch(spec, count, min(4, count), settings.backends)
+    images = torch.zeros(2, count, *spec.image_shape, dtype=torch.uint8, device=world.device)
+    return EnvGroup(spec, 0, world, images)
 
 
 def ordinary_envs(settings: Settings, count: int):
@@ -129,7 +130,7 @@ def hold_still(group, steps: int) -> None:
 
 def chosen_states(group) -> torch.Tensor:
     """States of each row's object and receptacle, float32 [N, 2, 13] on the CPU."""
-    return group.world._chosen_states().cpu().clone()
+    return group.world.simulation._chosen_states().cpu().clone()
 
 
 def degrees_between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -217,13 +218,14 @@ def world_start(settings: Settings) -> list[Line]:
         theirs = envs.reset(ids)["image"].numpy().astype(float)
     group = open_rows(settings, count)
     begin(group, ids)
-    settled = np.stack([group.settlers.get(start).bodies[:2] for start in group.world.starts])  # [N, 2, 13]
+    starts = group.world.simulation.starts
+    settled = np.stack([group.world.settlers.get(start).bodies[:2] for start in starts])  # [N, 2, 13]
     apart = np.abs(chosen_states(group).numpy() - settled)
     setting = f"{count} rows, {settings.title}"
     lines = [
         ("start state against the settled one, positions", setting, 1e6 * float(apart[..., :3].max()), "um"),
         ("start state against the settled one, quaternions", setting, 1e6 * float(apart[..., 3:7].max()), "1e-6"),
-        ("image against the CPU's", setting, float(np.abs(group.images - theirs).mean()), "of 255, mean"),
+        ("image against the CPU's", setting, float(np.abs(group.images.cpu().numpy() - theirs).mean()), "of 255, mean"),
     ]
     group.close()
     return lines
@@ -237,9 +239,9 @@ def world_rest(settings: Settings, asset_pack: str = "builtin") -> list[Line]:
     for hulls in ("gpu", "cpu") if asset_pack == "bridge" else ("gpu",):
         if hulls == "cpu":  # what the batch would get from settlers without the switch
             settled_again(group, settings, starts)
-        before, parked = chosen_states(group), group.world._bodies.read().cpu().clone()
+        before, parked = chosen_states(group), group.world.simulation._bodies.read().cpu().clone()
         hold_still(group, 10)  # 2 s
-        after, all_after = chosen_states(group), group.world._bodies.read().cpu()
+        after, all_after = chosen_states(group), group.world.simulation._bodies.read().cpu()
         moved = 1e3 * (after - before)[:, 0, :3].norm(dim=-1)
         turned = degrees_between(before[:, 0, 3:7], after[:, 0, 3:7])
         setting = f"{asset_pack}, hulls of settlers {hulls}, {settings.title}"
@@ -249,7 +251,7 @@ def world_rest(settings: Settings, asset_pack: str = "builtin") -> list[Line]:
             ("objects at rest for 2 s, the most turned", setting, float(turned.max()), "degrees"),
         ]
         used = torch.zeros(parked.shape[:2], dtype=torch.bool)
-        used[torch.arange(len(starts))[:, None], group.world._chosen.cpu()] = True
+        used[torch.arange(len(starts))[:, None], group.world.simulation._chosen.cpu()] = True
         slid = 1e3 * (all_after - parked)[..., :2].norm(dim=-1)[~used]
         lines.append(("parked bodies, the farthest", setting, float(slid.max()), "mm"))
     group.close()
@@ -278,7 +280,7 @@ def settled_again(group, settings: Settings, starts: list) -> None:
     try:
         for start in starts:
             others.ask(start)
-        group.world.start_episodes(list(range(len(starts))), starts, [others.get(start) for start in starts])
+        group.world.simulation.start_episodes(list(range(len(starts))), starts, [others.get(start) for start in starts])
     finally:
         others.close()
 
@@ -351,7 +353,7 @@ def world_reset(settings: Settings) -> list[Line]:
     hold_still(group, 3)
 
     def known() -> dict[str, torch.Tensor]:
-        world = group.world
+        world = group.world.simulation
         values = {
             "bodies": world._bodies.read()[..., :7],
             "joint angles": world.agent.robot.get_qpos(),
@@ -386,7 +388,7 @@ def world_times(settings: Settings, rows: int) -> list[Line]:
     began = time.perf_counter()
     group = open_rows(settings, count)
     built = time.perf_counter() - began
-    world, setting = group.world, f"{count} rows, {settings.title}"
+    world, setting = group.world.simulation, f"{count} rows, {settings.title}"
     begin(group, training_ids(count))
     hold_still(group, 1)
     actions = torch.zeros(count, 7, device=world.device)

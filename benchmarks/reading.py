@@ -26,8 +26,8 @@ PATH = {
     "VectorEnv.step_wait VectorEnv._guarded VectorEnv._start_step VectorEnv._finish_step VectorEnv._observation "
     "VectorEnv._ended VectorEnv._checked",
     "envs/local.py": "LocalGroup.start LocalGroup.finish watched",
-    "envs/group.py": "EnvGroup.step EnvGroup.seen EnvGroup._run_chunk EnvGroup._end_episode empty_result EnvSlot.begin "
-    "EnvSlot.execute EnvSlot.state EnvSlot.metrics",
+    "envs/group.py": "EnvGroup.step EnvGroup.seen EnvGroup._states EnvGroup._execute EnvGroup._finish "
+    "EnvGroup._show EnvGroup._begin empty_result",
     "vla/models/policy.py": "PolicyInputs PolicyOutput VLAPolicy.preprocess VLAPolicy.prepare VLAPolicy.device "
     "VLAPolicy.act VLAPolicy.decode VLAPolicy.forward VLAPolicy._act VLAPolicy._evaluate VLAPolicy._action_logprobs "
     "VLAPolicy._values VLAPolicy.free_graphs uniform_noise rollout_noise sample_bins",
@@ -72,7 +72,9 @@ LEFT_OUT = {
         "envs/episodes.py",
         "envs/rules.py",
         "envs/images.py",
-        "envs/group.py EnvSpec EnvSlot.check_finite",
+        "envs/spec.py",
+        "envs/world.py",
+        "envs/group.py EnvGroup._next_episode_id",
         "envs/kinematics.py",
         "envs/rotations.py",
         "envs/assets",

@@ -18,6 +18,7 @@ from envs.variants import VARIANTS, is_held_out, train_episode_id
 
 if TYPE_CHECKING:
     from envs.vector import VectorEnv
+    from schemas.pixels import Pixels
 
 __all__ = [
     "VARIANTS",
@@ -38,6 +39,7 @@ def make_envs(
     env_id: str,
     num_envs: int,
     beside: VectorEnv | None = None,
+    pixels: Pixels | None = None,
     *,
     obj_set: str = "train",
     asset_pack: str = "builtin",
@@ -70,6 +72,8 @@ def make_envs(
     Args:
         beside: other envs, whose workers also simulate these. The two take turns, as training and evaluation do, and
             may differ in everything but `hulls`. Further workers are started only if more are asked for than there are.
+        pixels: how worker processes make the images in observations of the camera's, before they share them. Without
+            workers, or with None, images are the camera's.
         obj_set: "train" | "test" | "all", the set of objects, receptacles and tables that episodes use.
         asset_pack: "builtin" (made by code, no download) or "bridge" (the published meshes and photographs).
         asset_dir: the first folder to search for the files of "bridge", or a data set on the Hub, which is fetched.
@@ -105,15 +109,16 @@ def make_envs(
     Raises:
         ValueError, RuntimeError: settings that cannot work, missing files, or an env that cannot be built.
     """
-    from envs import group, vector
+    from envs.spec import EnvSpec, resolve_backend, resolve_render_backend
+    from envs.vector import VectorEnv
 
     if asset_pack == "bridge" and asset_dir is not None:  # once, since worker processes would ask the Hub again
         from envs.assets.download import assets_at
 
         asset_dir = assets_at(asset_dir)
-    simulator = group.resolve_backend(sim_backend, env_id, pipeline_stages)
-    renderer = group.resolve_render_backend(render_backend, simulator)
-    spec = group.EnvSpec(
+    simulator = resolve_backend(sim_backend, env_id, pipeline_stages)
+    renderer = resolve_render_backend(render_backend, simulator)
+    spec = EnvSpec(
         env_id,
         num_envs,
         obj_set,
@@ -133,8 +138,9 @@ def make_envs(
         privileged,
         reward_mode,
         hulls if asset_pack == "bridge" else None,
+        pixels if simulator == "physx_cpu" and num_env_workers else None,
     )
-    return vector.VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout, beside)
+    return VectorEnv(spec, num_env_workers, pipeline_stages, worker_timeout, beside)
 
 
 def control_mode(env_id: str) -> str:
@@ -150,18 +156,18 @@ def check_envs(env_id: str, num_envs: int, **settings) -> None:
     Raises:
         ValueError, RuntimeError: settings that cannot work or files that are missing.
     """
-    from envs import group
+    from envs import spec as of_envs
 
     stages, workers = settings["pipeline_stages"], settings["num_env_workers"]
-    simulator = group.resolve_backend(settings["sim_backend"], env_id, stages)
-    group.check_render_backend(settings["render_backend"], simulator)
-    spec_fields = group.EnvSpec.__dataclass_fields__.keys() - {"sim_backend", "render_backend"}
+    simulator = of_envs.resolve_backend(settings["sim_backend"], env_id, stages)
+    of_envs.check_render_backend(settings["render_backend"], simulator)
+    spec_fields = of_envs.EnvSpec.__dataclass_fields__.keys() - {"sim_backend", "render_backend"}
     chosen = {name: value for name, value in settings.items() if name in spec_fields}
     if settings["asset_pack"] != "bridge":
         chosen["hulls"] = None
-    spec = group.EnvSpec(env_id, num_envs, **chosen, sim_backend=simulator)
+    spec = of_envs.EnvSpec(env_id, num_envs, **chosen, sim_backend=simulator)
     spec.check(workers, stages, settings["worker_timeout"])
-    group.check_module(env_id)
+    of_envs.check_module(env_id)
     if simulator == "physx_cuda":
         from envs.gpu.library import check_library  # imports sapien
 

@@ -1,217 +1,24 @@
-"""The envs of one process and the settings of all envs. Shapes: C actions per decision.
+"""The books of the envs of one process: which episode each is in, what it executed, what came of it.
 
-`EnvGroup` simulates one env after the other, in this process or in a worker (`envs/workers.py`). `envs/vector.py` joins
-the groups of all processes.
+`EnvGroup` keeps them for any world (`envs/world.py`), in the rank's process or in a worker (`envs/workers.py`).
+`envs/vector.py` joins the groups of all processes. Shapes: N envs in this group, C actions per decision, S numbers of
+state.
+
+All envs take a step before any takes the next one. An env whose episode has ended executes nothing until it is reset,
+and under auto_reset until the chunk is over. In a batch on the GPU it holds still meanwhile, which `describe()` shows.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from envs import episodes, state_dicts, variants
-from envs.registration import CONTROL_FREQ
-
-if TYPE_CHECKING:
-    from envs.maniskill_task import ManiSkillTask
-    from envs.put_on_plate import PutOnPlateInScene
-
-ACTION_DIM = 7
-# settings under which replayed actions lead to the same state
-REPLAY_KEYS = (
-    "env_id",
-    "obj_set",
-    "asset_pack",
-    "sim_freq",
-    "max_episode_steps",
-    "ignore_terminations",
-    "protocol",
-    "hulls",
-    "seed",
-    "instruction",
-    "sim_backend",
-)
-SIM_BACKENDS = ("physx_cpu", "physx_cuda", "auto")
-RENDER_BACKENDS = ("cpu", "cuda", "auto")
-REWARD_MODES = ("sparse", "dense", "normalized_dense")
-EPISODE_METRICS = ("success_once", "success_at_end", "return", "episode_len", "reward")
-
-
-@dataclass(frozen=True)
-class EnvSpec:
-    """Everything that decides what the envs do. It is plain data, so it can be sent to a worker."""
-
-    env_id: str
-    num_envs: int
-    obj_set: str
-    asset_pack: str
-    asset_dir: str | None
-    image_size: tuple[int, int]  # width, height
-    sim_freq: int
-    max_episode_steps: int
-    auto_reset: bool
-    ignore_terminations: bool
-    protocol: str
-    seed: int
-    first_env: int
-    instruction: str | None = None
-    sim_backend: str = "physx_cpu"  # or "physx_cuda"
-    render_backend: str = "cpu"  # or "cuda:0", "cuda:1", ...: what renders the images of physx_cpu
-    privileged: bool = False  # observations also hold the simulator's state
-    reward_mode: str | None = None  # ManiSkill's, in an env that is not of the family
-    hulls: str | None = None  # "gpu" or "cpu" where the asset pack has meshes, else None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (self.image_size[1], self.image_size[0], 3)
-
-    def check(self, num_env_workers: int, pipeline_stages: int, worker_timeout: float) -> None:
-        """Raise ValueError for anything that cannot work, before the simulator is loaded."""
-        episodes.check_env_id(self.env_id, self.obj_set, self.instruction)
-        for name in ("num_envs", "max_episode_steps", "sim_freq"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        self._check_processes(num_env_workers, pipeline_stages, worker_timeout)
-        self._check_simulation()
-        self._check_reward_mode()
-        if self.sim_backend == "physx_cuda":
-            self._check_batch(pipeline_stages)
-        variants.check_protocol(self.protocol)
-        if self.hulls not in (None, "gpu", "cpu"):
-            raise ValueError(f"unknown hulls {self.hulls!r}: use gpu or cpu.")
-        if self.asset_pack not in variants.ASSET_PACKS:
-            raise ValueError(f"unknown asset_pack {self.asset_pack!r}: use one of {', '.join(variants.ASSET_PACKS)}.")
-
-    def _check_processes(self, num_env_workers: int, pipeline_stages: int, worker_timeout: float) -> None:
-        """Numbers of workers and half-batches, and the workers' time limit."""
-        if not 0 <= num_env_workers <= self.num_envs:
-            raise ValueError(
-                f"num_env_workers={num_env_workers} must be between 0 and num_envs={self.num_envs}: "
-                "a worker holds at least one env."
-            )
-        if pipeline_stages not in (1, 2):
-            raise ValueError(f"pipeline_stages={pipeline_stages} must be 1, or 2 for two half-batches.")
-        if self.num_envs < pipeline_stages or 0 < num_env_workers < pipeline_stages:
-            raise ValueError(
-                f"pipeline_stages={pipeline_stages} needs at least {pipeline_stages} envs and as many workers: "
-                f"num_envs={self.num_envs}, num_env_workers={num_env_workers} are too few."
-            )
-        if not worker_timeout > 0:
-            raise ValueError(f"worker_timeout={worker_timeout} must be more than 0 seconds.")
-
-    def _check_simulation(self) -> None:
-        """Rates, image size, and settings that only the family has."""
-        if self.sim_freq % CONTROL_FREQ:
-            raise ValueError(
-                f"sim_freq={self.sim_freq} must be a multiple of {CONTROL_FREQ} Hz, the control rate: use 100 or 500."
-            )
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size={self.image_size} must be (width, height), both at least 1.")
-        family_settings = (self.asset_pack, self.asset_dir, self.protocol)
-        if not episodes.in_family(self.env_id) and family_settings != ("builtin", None, "rl4vla"):
-            raise ValueError(
-                f"only the {episodes.FAMILY} family has asset_pack, asset_dir and protocol: "
-                f"leave them out for {self.env_id}."
-            )
-
-    def _check_reward_mode(self) -> None:
-        if self.reward_mode is None:
-            return
-        if episodes.in_family(self.env_id):
-            raise ValueError(f"{self.env_id} has a reward of its own: leave reward_mode={self.reward_mode!r} out.")
-        if self.reward_mode not in REWARD_MODES:
-            raise ValueError(f"unknown reward_mode {self.reward_mode!r}: use one of {', '.join(REWARD_MODES)}.")
-
-    def _check_batch(self, pipeline_stages: int) -> None:
-        """Conditions of the batched simulation on the GPU."""
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "sim_backend='physx_cuda' needs a CUDA device, and torch finds none here: use sim_backend='physx_cpu' "
-                "with num_env_workers, or run `python doctor.py`."
-            )
-        if not episodes.in_family(self.env_id):
-            raise ValueError(
-                f"sim_backend='physx_cuda' is for the {episodes.FAMILY} family: use 'physx_cpu' for {self.env_id}."
-            )
-        if self.hulls == "cpu":
-            raise ValueError(
-                "sim_backend='physx_cuda' simulates with the GPU's hulls: leave hulls='cpu' out, or use 'physx_cpu'."
-            )
-        if pipeline_stages != 1:
-            raise ValueError(
-                f"pipeline_stages={pipeline_stages} is for worker processes: with sim_backend='physx_cuda' all envs "
-                "are simulated together, so leave it at 1."
-            )
-
-    def next_episode_id(self, env_index: int, counter: int) -> int:
-        """Training episode number `counter` of env `env_index`, counted over all ranks."""
-        return variants.train_episode_id(
-            episodes.num_start_states(self.env_id, self.obj_set), self.seed, env_index, counter
-        )
-
-
-def resolve_backend(sim_backend: str, env_id: str, pipeline_stages: int) -> str:
-    """Turn "auto" into "physx_cuda" where this GPU can simulate these envs, and into "physx_cpu" elsewhere.
-
-    Raises:
-        ValueError: there is no such backend.
-    """
-    if sim_backend not in SIM_BACKENDS:
-        raise ValueError(f"unknown sim_backend {sim_backend!r}: use one of {', '.join(SIM_BACKENDS)}.")
-    if sim_backend != "auto":
-        return sim_backend
-    gpu_can_simulate = torch.cuda.is_available() and episodes.in_family(env_id) and pipeline_stages == 1
-    return "physx_cuda" if gpu_can_simulate else "physx_cpu"
-
-
-def check_module(env_id: str) -> None:
-    """Raise ValueError where "module:Id" names a module that does not exist. Nothing is imported."""
-    module = env_id.rpartition(":")[0]
-    if module and importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise ValueError(f"env_id {env_id!r}: there is no module {module}, so add its folder to PYTHONPATH.")
-
-
-def check_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> None:
-    """Raise ValueError for a backend that does not exist, or that needs a missing GPU."""
-    if render_backend not in RENDER_BACKENDS:
-        raise ValueError(f"unknown render_backend {render_backend!r}: use one of {', '.join(RENDER_BACKENDS)}.")
-    if render_backend == "cuda" and sim_backend != "physx_cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "render_backend='cuda' needs a CUDA device, and torch finds none here: use render_backend='cpu', or run "
-            "`python doctor.py`."
-        )
-
-
-def resolve_render_backend(render_backend: str, sim_backend: str = "physx_cpu") -> str:
-    """Turn "auto" and "cuda" into a device: "cpu", or this process's CUDA device such as "cuda:0".
-
-    "auto" is the GPU where SAPIEN can render on it. A batch on the GPU is always rendered there
-    (`open_batch` in `envs/gpu/group.py`), so its answer here is not used.
-
-    Raises:
-        ValueError: the backend does not exist, or SAPIEN cannot render on the GPU that was asked for.
-    """
-    check_render_backend(render_backend, sim_backend)
-    if sim_backend == "physx_cuda" or render_backend == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    import sapien
-
-    device = f"cuda:{torch.cuda.current_device()}"
-    try:
-        sapien.render.RenderSystem(sapien.Device(device))
-    except RuntimeError as error:
-        reason = f"SAPIEN cannot render on {device} ({error}): NVIDIA's Vulkan driver is missing or hidden"
-        if render_backend == "cuda":
-            raise ValueError(f"render_backend='cuda': {reason}, so run `python doctor.py`.") from error
-        warnings.warn(f"the CPU renders the images, which is slow: {reason}.", RuntimeWarning, stacklevel=3)
-        return "cpu"
-    return device
+from envs.spec import ACTION_DIM, EPISODE_METRICS, MAX_LOSSES, EnvSpec
+from envs.world import World
+from schemas.pixels import resize
 
 
 @dataclass(frozen=True)
@@ -224,144 +31,184 @@ class Position:
     running: bool
 
 
-class EnvSlot:
-    """One env and the episode it is in."""
-
-    def __init__(self, env: PutOnPlateInScene | ManiSkillTask, spec: EnvSpec, env_index: int):
-        """env_index counts over all ranks."""
-        self.env, self.spec, self.env_index = env, spec, env_index
-        self.counter = 0  # training episodes taken from this env's stream
-        self.episode_id: int | None = None
-        self.explicit = False  # the caller gave this episode's id
-        self.actions: list[np.ndarray] = []  # executed in this episode, float32 [7] each, as given
-        self.running = False
-
-    def begin(self, episode_id: int | None) -> None:
-        """Start the given episode, or with None the next one of this env's own training stream."""
-        self.explicit = episode_id is not None
-        if episode_id is None:
-            episode_id = self.spec.next_episode_id(self.env_index, self.counter)
-            self.counter += 1
-        spec = self.spec
-        self.env.start_episode(episodes.start_state(spec.env_id, spec.obj_set, episode_id, spec.protocol))
-        self.episode_id, self.actions, self.running = episode_id, [], True
-        self.episode_return, self.success_once, self.success = 0.0, False, False
-
-    def execute(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Simulate one control step with action float32 [7]. Returns reward, terminated, truncated (never both)."""
-        command = action.copy()
-        command[6] = 1.0 if action[6] > 0.5 else -1.0  # gripper: open / close
-        reward, self.success = self.env.advance(torch.from_numpy(command[None]))
-        self.actions.append(action.copy())
-        self.episode_return += reward
-        self.success_once |= self.success
-        terminated = self.success and not self.spec.ignore_terminations
-        truncated = not terminated and len(self.actions) >= self.spec.max_episode_steps
-        self.running = not (terminated or truncated)
-        return reward, terminated, truncated
-
-    def state(self) -> np.ndarray:
-        """The simulator's state and the share of the episode that is over, float32 [S]."""
-        progress = len(self.actions) / self.spec.max_episode_steps
-        return np.append(self.env.privileged_state(), np.float32(progress))
-
-    def check_finite(self) -> None:
-        """Raise RuntimeError where the physics blew up, since neither rewards nor images mean anything then."""
-        if not (np.isfinite(self.episode_return) and np.isfinite(self.env.privileged_state()).all()):
-            raise RuntimeError(
-                f"the simulation of episode {self.episode_id} of {self.spec.env_id} gave numbers that are not finite, "
-                f"{len(self.actions)} actions after its start: use num_env_workers, where such an episode is given up."
-            )
-
-    def position(self) -> Position:
-        return Position(self.counter, self.episode_id, self.explicit, self.running)
-
-    def metrics(self) -> tuple[float, ...]:
-        """Values in the order of EPISODE_METRICS."""
-        total, length = self.episode_return, float(len(self.actions))
-        return float(self.success_once), float(self.success), total, length, total / length
-
-
 class EnvGroup:
-    """The envs of one process: indices offset .. offset + count - 1 of the vector env."""
+    """The envs of one process: indices offset .. offset + N - 1 of the vector env."""
 
-    def __init__(
-        self, spec: EnvSpec, offset: int, images: np.ndarray, final_images: np.ndarray, busy: np.ndarray | None = None
-    ):
-        """Build the envs. What is written here is read by the vector env.
+    def __init__(self, spec: EnvSpec, offset: int, world: World, images: torch.Tensor):
+        """images: uint8 [2, N, h, w, 3] on the world's device, latest images and last ones of episodes that ended.
 
-        Args:
-            images, final_images: uint8 [count, H, W, 3].
-            busy: int32 [1], 1 + the env that is being simulated. Whoever calls a method sets it to 0 afterwards.
+        They are written here and read by the vector env.
         """
-        self.spec = spec
-        self.images = images
-        self.final_images = final_images
-        self.busy = np.zeros(1, np.int32) if busy is None else busy
-        first_index = spec.first_env + offset  # over all ranks
-        self.slots = [EnvSlot(_build_env(spec), spec, first_index + i) for i in range(len(images))]
+        self.spec, self.world = spec, world
+        self.images, self.final_images = images
+        count = len(self.images)
+        self._env_index = [spec.first_env + offset + i for i in range(count)]  # over all ranks
+        self.counters = np.zeros(count, np.int64)  # training episodes taken from each env's stream
+        self.episode_ids: list[int | None] = [None] * count
+        self.explicit = np.zeros(count, bool)  # the caller gave this episode's id
+        self.actions = np.zeros((count, spec.max_episode_steps, ACTION_DIM), np.float32)  # executed, as given
+        self.lengths = np.zeros(count, np.int64)  # control steps executed in this episode
+        self.running = np.zeros(count, bool)
+        self.success = np.zeros(count, bool)  # as of the last step
+        self.success_once = np.zeros(count, bool)
+        self.returns = np.zeros(count)
+        self._losses = np.zeros(count, np.int64)  # of each env since its last finite step
+        self._blamed: list[tuple[int | None, int]] = [(None, 0)] * count  # episodes that were lost, and how often
+
+    # ----------------------------------------------------------------------------------------------------- episodes
 
     def reset(self, episode_ids: list[int | None], chosen: list[int]) -> dict:
-        """Start an episode in the chosen envs. None takes the next one of an env's own stream. Returns `seen()`."""
-        for i, episode_id in zip(chosen, episode_ids):
-            self.busy[0] = i + 1
-            self.slots[i].begin(episode_id)
-            self.images[i] = self.slots[i].env.render_image()
+        """Begin an episode in the chosen envs. None takes the next one of an env's own stream. Returns `seen()`."""
+        self._begin(chosen, episode_ids)
+        self._show(chosen)
         return self.seen()
 
-    def seen(self) -> dict:
-        """The rest of an observation besides `images`: all instructions and, with `privileged`, `state` [count, S]."""
-        seen = {"instructions": [slot.env.instruction for slot in self.slots]}
-        if self.spec.privileged:
-            seen["state"] = np.stack([slot.state() for slot in self.slots])
-        return seen
+    def _begin(self, chosen: list[int], episode_ids: list[int | None]) -> None:
+        """Begin episodes in the chosen envs. Nothing is drawn."""
+        for i, episode_id in zip(chosen, episode_ids):
+            self.explicit[i] = episode_id is not None
+            self.episode_ids[i] = self._next_episode_id(i) if episode_id is None else episode_id
+            self.counters[i] += episode_id is None
+        self.world.begin(chosen, [self.spec.start_state(self.episode_ids[i]) for i in chosen])
+        self.lengths[chosen] = self.returns[chosen] = self.success[chosen] = self.success_once[chosen] = 0
+        self.running[chosen] = True
+        if self.spec.auto_reset:
+            self.world.expect([self.spec.start_state(self._next_episode_id(i)) for i in chosen])
 
-    def positions(self) -> list[Position]:
-        return [slot.position() for slot in self.slots]
+    def _next_episode_id(self, i: int) -> int:
+        """The next episode of env i's own training stream."""
+        return self.spec.next_episode_id(self._env_index[i], int(self.counters[i]))
+
+    def _show(self, chosen: list[int] | np.ndarray) -> None:
+        """Draw the chosen envs. A list of indices or a mask bool [N]."""
+        rows = np.arange(len(self.images))[chosen]
+        if len(rows):
+            images = self.world.images(rows)
+            self.images[rows] = images if self.spec.pixels is None else resize(images, *self.spec.pixels)
+
+    def seen(self) -> dict:
+        """The rest of an observation besides `images`: all instructions and, with `privileged`, `state` [N, S]."""
+        return {"instructions": self.world.instructions} | ({"state": self._states()} if self.spec.privileged else {})
+
+    def _states(self) -> np.ndarray:
+        """The simulator's states and the share of the episodes that is over, float32 [N, S]."""
+        progress = (self.lengths / self.spec.max_episode_steps).astype(np.float32)
+        return np.concatenate([self.world.states(), progress[:, None]], axis=1)
+
+    # ----------------------------------------------------------------------------------------------------- steps
 
     def step(self, actions: np.ndarray) -> dict:
-        """actions float32 [count, C, 7]. Each env runs its chunk until its episode ends. Only last frames are rendered.
+        """actions float32 [N, C, 7]. Each env runs its chunk until its episode ends. Only last frames are drawn.
 
-        Returns the keys of `empty_result` and of `seen()`, and with `privileged` states [count, C, S] before each
-        action.
+        Returns the keys of `empty_result` and of `seen()`, and with `privileged` states [N, C, S] before each action.
         """
         count, chunk_size, _ = actions.shape
         out = empty_result(count, chunk_size)
         if self.spec.privileged:
-            states = np.stack([slot.state() for slot in self.slots])  # [count, S]
-            out["states"] = np.repeat(states[:, None], chunk_size, axis=1)
-        for i, slot in enumerate(self.slots):
-            if not slot.running:
-                continue
-            self.busy[0] = i + 1
-            self._run_chunk(i, slot, actions[i], out)
-            if not slot.running:
-                self._end_episode(i, slot, out)
+            out["states"] = np.repeat(self._states()[:, None], chunk_size, axis=1)
+        unseen = self.running.copy()  # envs that have moved since they were drawn
+        last_states = dict.fromkeys(range(count))  # with `privileged`, of envs whose episode ended
+        for j in range(chunk_size):
+            active = self.running.copy()  # envs that execute action j
+            if not active.any():
+                break
+            if self.spec.privileged and j > 0:
+                out["states"][active, j] = self._states()[active]
+            out["rewards"][:, j], valid = self._execute(actions[:, j], active)
+            out["valid"][:, j], out["dropped"] = valid, out["dropped"] | (active & ~valid)
+            ended = valid & ~self.running
+            if self.spec.privileged and ended.any():
+                last_states |= zip(np.flatnonzero(ended).tolist(), self._states()[ended])
+            if j + 1 < chunk_size and self.running.any():  # before the others go on, because a batch moves as a whole
+                self._show(ended)
+                unseen &= ~ended
+        self._finish(unseen, last_states, out)
         return out | self.seen()
 
-    def _run_chunk(self, i: int, slot: EnvSlot, actions: np.ndarray, out: dict) -> None:
-        """Execute actions [C, 7] in env i until its episode ends, and render its image."""
-        for j, action in enumerate(actions):
-            if self.spec.privileged and j > 0:
-                out["states"][i, j] = slot.state()
-            reward, terminated, truncated = slot.execute(action)
-            out["rewards"][i, j] = reward
-            out["valid"][i, j] = True
-            if not slot.running:
-                out["terminations"][i] = terminated
-                out["truncations"][i] = truncated
-                break
-        slot.check_finite()
-        self.images[i] = slot.env.render_image()
+    def _execute(self, actions: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Simulate one control step of the active envs, actions [N, 7]. The others hold still.
 
-    def _end_episode(self, i: int, slot: EnvSlot, out: dict) -> None:
-        """Report the episode that ended in env i. With auto_reset, begin the next one."""
-        last_state = slot.state() if self.spec.privileged else None
-        out["ended"].append((i, slot.metrics(), slot.env.instruction, last_state))
-        self.final_images[i] = self.images[i]
+        Returns rewards [N], and the active envs whose numbers are finite, bool [N].
+        """
+        self.actions[active, self.lengths[active]] = actions[active]
+        self.lengths += active
+        commands = actions.copy()
+        commands[:, 6] = np.where(actions[:, 6] > 0.5, 1.0, -1.0)  # gripper: open / close
+        rewards, success, finite = self.world.advance(commands, active)
+        valid = active & finite
+        rewards = np.where(valid, rewards, 0.0)
+        self.returns += rewards
+        self.success = np.where(valid, success, self.success)
+        self.success_once |= self.success
+        self._losses[valid] = 0
+        solved = self.success & (not self.spec.ignore_terminations)
+        self.running = valid & ~solved & (self.lengths < self.spec.max_episode_steps)
+        return rewards, valid
+
+    def _finish(self, unseen: np.ndarray, last_states: dict[int, np.ndarray | None], out: dict) -> None:
+        """Report the episodes that ended in a chunk, begin the next ones, and draw what is unseen, bool [N]."""
+        dropped = out["dropped"].copy()
+        ended = out["valid"].any(axis=1) & ~self.running & ~dropped
+        out["terminations"] = ended & self.success & (not self.spec.ignore_terminations)
+        out["truncations"] = ended & ~out["terminations"]
+        unseen &= ~dropped
+        anew = dropped | (ended & self.spec.auto_reset)
+        last = unseen & ended if anew.any() else unseen  # what begins moves a batch, so last images come first
+        self._show(last)
+        rows, texts = np.flatnonzero(ended), self.world.instructions
+        self.final_images[rows] = self.images[rows]
+        columns = (self.success_once, self.success, self.returns, self.lengths, self.returns / self.lengths.clip(1))
+        out["ended"] += [(i, tuple(float(x[i]) for x in columns), texts[i], last_states[i]) for i in rows.tolist()]
         if self.spec.auto_reset:
-            slot.begin(None)
-            self.images[i] = slot.env.render_image()
+            self._begin(rows.tolist(), [None] * len(rows))
+        if dropped.any():
+            self._replace(np.flatnonzero(dropped), out)
+        self._show((unseen & ~last) | anew)
+
+    # ----------------------------------------------------------------------------------------------------- losses
+
+    def _replace(self, rows: np.ndarray, out: dict) -> None:
+        """Begin episodes in the place of dropped ones, of whose chunk nothing counts.
+
+        Raises:
+            RuntimeError: too many losses in a row.
+        """
+        out["rewards"][rows], out["valid"][rows] = 0.0, False
+        names = ", ".join(f"{self._env_index[i]} (episode {self.episode_ids[i]})" for i in rows)
+        self._losses[rows] += 1
+        given_up = [int(i) for i in rows if self.explicit[i] and self._count_loss(i) == MAX_LOSSES]
+        self._losses[given_up] = 0
+        rows = np.setdiff1d(rows, given_up).tolist()
+        if self._losses.max() >= MAX_LOSSES:
+            raise RuntimeError(
+                f"the simulation lost envs {names} {MAX_LOSSES} times in a row: their state is not finite."
+            )
+        warnings.warn(f"the simulation lost envs {names}: these episodes are dropped.", RuntimeWarning, stacklevel=2)
+        self._begin(rows, [self.episode_ids[i] if self.explicit[i] else None for i in rows])
+        self._begin_others(given_up)
+        for i in given_up:
+            state = self._states()[i] if self.spec.privileged else None
+            out["ended"].append((i, (0.0,) * len(EPISODE_METRICS), self.world.instructions[i], state))
+            out["truncations"][i] = out["lost"][i] = True
+            out["dropped"][i] = False
+            self.final_images[i] = self.images[i]
+            self._blamed[i] = (None, 0)
+
+    def _count_loss(self, i: int) -> int:
+        """How often the present episode of env i was lost."""
+        episode_id, times = self._blamed[i]
+        self._blamed[i] = self.episode_ids[i], times + 1 if episode_id == self.episode_ids[i] else 1
+        return self._blamed[i][1]
+
+    def _begin_others(self, rows: list[int]) -> None:
+        """Begin episodes of the streams in place of episodes that were given up. Without auto_reset they are at rest.
+
+        Nothing is drawn.
+        """
+        self._begin(rows, [None] * len(rows))
+        if not self.spec.auto_reset:
+            self.counters[rows] -= 1  # they are not played
+            self.running[rows] = False
 
     def take_over(self, positions: list[Position], begin: bool, lost: list[int]) -> dict:
         """Continue for a group whose worker is lost. With `begin`, every env that was in an episode begins one.
@@ -373,118 +220,71 @@ class EnvGroup:
 
         Returns `seen()`, or {} while no episode has begun.
         """
-        for i, (slot, position) in enumerate(zip(self.slots, positions)):
-            slot.counter = position.counter
-            self.busy[0] = i + 1
-            if i in lost:
-                self._begin_another(i, slot)
-            elif begin and position.episode_id is not None:
-                self._begin_like(i, slot, position)
-        return self.seen() if begin and positions[0].episode_id is not None else {}
+        self.counters[:] = [position.counter for position in positions]
+        begin = begin and positions[0].episode_id is not None
+        rows = [i for i in range(len(positions)) if begin and i not in lost]
+        self._begin_others(lost)
+        same = [positions[i].explicit or not positions[i].running for i in rows]
+        self._begin(rows, [positions[i].episode_id if again else None for i, again in zip(rows, same)])
+        for i in rows:
+            self.explicit[i], self.running[i] = positions[i].explicit, positions[i].running
+        self._show([*lost, *(i for i in rows if self.running[i])])
+        return self.seen() if begin else {}
 
-    def _begin_another(self, i: int, slot: EnvSlot) -> None:
-        """Begin an episode of the stream in env i, because its own episode kills workers."""
-        slot.begin(None)
-        self.images[i] = slot.env.render_image()
-        if not self.spec.auto_reset:
-            slot.counter -= 1  # it is not played
-            slot.running = False
+    def positions(self) -> list[Position]:
+        books = zip(self.counters.tolist(), self.episode_ids, self.explicit.tolist(), self.running.tolist())
+        return [Position(*entry) for entry in books]
 
-    def _begin_like(self, i: int, slot: EnvSlot, position: Position) -> None:
-        """Begin an episode in env i in the place of the one at `position`."""
-        same_episode = position.explicit or not position.running
-        slot.begin(position.episode_id if same_episode else None)
-        slot.explicit, slot.running = position.explicit, position.running
-        if slot.running:
-            self.images[i] = slot.env.render_image()
+    # ----------------------------------------------------------------------------------------------------- state
 
     def describe(self) -> list[dict]:
-        return [slot.env.describe() | {"elapsed_steps": len(slot.actions)} for slot in self.slots]
+        return [one | {"elapsed_steps": int(length)} for one, length in zip(self.world.describe(), self.lengths)]
 
     def env_states(self) -> list[dict[str, np.ndarray]]:
-        return [state_dicts.arrays(slot.env.get_state_dict()) for slot in self.slots]
+        return self.world.env_states()
 
     def state_dict(self) -> list[dict]:
-        keys = ("counter", "episode_id", "explicit")
+        books = zip(self.counters.tolist(), self.episode_ids, self.explicit.tolist(), self.actions, self.lengths)
         return [
-            {key: vars(slot)[key] for key in keys} | {"actions": np.asarray(slot.actions, np.float32)}
-            for slot in self.slots
+            {"counter": counter, "episode_id": episode_id, "explicit": explicit, "actions": actions[:length].copy()}
+            for counter, episode_id, explicit, actions, length in books
         ]
 
     def load_state_dict(self, states: list[dict]) -> dict:
-        """Begin each episode again and replay its actions. The state afterwards is the same to the last bit.
+        """Begin each episode again and replay its actions. Scenes of their own are then the same to the last bit.
+
+        A shorter episode begins later, so all end together. This takes a batch as long as the longest one. On a GPU it
+        is not exact (`envs/gpu/simulation.py` says what PhysX promises there).
 
         Returns `seen()`, or {} while no episode has begun.
         """
-        for i, (slot, state) in enumerate(zip(self.slots, states)):
-            slot.counter = state["counter"]
-            self.busy[0] = i + 1
-            if state["episode_id"] is None:
-                continue
-            slot.begin(state["episode_id"])
-            slot.explicit = state["explicit"]
-            for action in state["actions"]:
-                slot.execute(action)
-            self.images[i] = slot.env.render_image()
-        return self.seen() if states[0]["episode_id"] is not None else {}
+        self.counters[:] = [state["counter"] for state in states]
+        if states[0]["episode_id"] is None:
+            return {}
+        lengths = np.array([len(state["actions"]) for state in states])
+        longest = int(lengths.max())
+        replayed = np.zeros((longest, len(states), ACTION_DIM), np.float32)
+        for i, state in enumerate(states):
+            replayed[longest - lengths[i] :, i] = np.reshape(state["actions"], (-1, ACTION_DIM))
+        self.running[:] = False
+        for t in range(longest + 1):
+            rows = np.flatnonzero(lengths == longest - t).tolist()
+            self._begin(rows, [states[i]["episode_id"] for i in rows])
+            if t < longest:
+                self._execute(replayed[t], lengths >= longest - t)
+        self.explicit[:] = [state["explicit"] for state in states]
+        self._show(np.arange(len(states)))
+        return self.seen()
 
     def close(self) -> None:
-        for slot in self.slots:
-            slot.env.close()
-        self.slots = []
+        self.world.close()
 
 
 def empty_result(count: int, chunk_size: int) -> dict:
     """The result of a step of `count` envs in which nothing was executed."""
-    return {
+    flags = {name: np.zeros(count, bool) for name in ("terminations", "truncations", "dropped", "lost")}
+    return flags | {
         "rewards": np.zeros((count, chunk_size), np.float32),
         "valid": np.zeros((count, chunk_size), bool),
-        "terminations": np.zeros(count, bool),
-        "truncations": np.zeros(count, bool),
-        "dropped": np.zeros(count, bool),
-        "lost": np.zeros(count, bool),
         "ended": [],  # (index within the group, metrics, instruction, last state or None)
     }
-
-
-def _keep_imports() -> None:
-    """Take what is there before the first env out of garbage collections. Later garbage is found as before.
-
-    ManiSkill makes one whenever it builds or clears a scene. Beside DeepSpeed and transformers, each took 0.15 s.
-    """
-    if not gc.get_freeze_count():
-        import mani_skill.envs  # noqa: F401
-
-        gc.freeze()
-
-
-def _build_env(spec: EnvSpec) -> PutOnPlateInScene | ManiSkillTask:
-    """Make one ManiSkill env. The simulator is imported here, not together with `envs`."""
-    import sapien
-
-    _keep_imports()
-    try:
-        sapien.render.RenderSystem(sapien.Device(spec.render_backend))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"no Vulkan device can render here ({error}): to see what is missing, run `python doctor.py`"
-        ) from error
-    if not episodes.in_family(spec.env_id):
-        import envs.maniskill_task as maniskill_task
-
-        return maniskill_task.ManiSkillTask(
-            spec.env_id, spec.instruction, spec.image_size, spec.render_backend, spec.reward_mode
-        )
-    import envs.gym_env as gym_env
-
-    return gym_env.build(
-        spec.env_id,
-        obj_set=spec.obj_set,
-        asset_pack=spec.asset_pack,
-        asset_dir=spec.asset_dir,
-        image_size=spec.image_size,
-        sim_freq=spec.sim_freq,
-        protocol=spec.protocol,
-        hulls=spec.hulls,
-        render_backend=spec.render_backend,
-    )

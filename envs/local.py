@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+import torch
 
-from envs.group import EnvGroup, EnvSpec
-from envs.processes import START_SECONDS, image_arrays
+from envs.group import EnvGroup
+from envs.processes import START_SECONDS
+from envs.spec import EnvSpec
+from envs.world import SceneWorld, World
 
 
 @contextlib.contextmanager
@@ -37,15 +39,11 @@ class LocalGroup:
         num_settlers: processes that settle start states. Only a batch on the GPU has them.
         """
         self._timeout = timeout
-        size = 2 * count * int(np.prod(spec.image_shape))
-        self.images, self.final_images = image_arrays(bytearray(size), count, spec)
         with watched(max(timeout, START_SECONDS)):
-            if spec.sim_backend == "physx_cuda":
-                from envs.gpu.group import open_batch
-
-                self._group = open_batch(spec, offset, self.images, self.final_images, num_settlers)
-            else:
-                self._group = EnvGroup(spec, offset, self.images, self.final_images)
+            world = _open_world(spec, count, num_settlers)
+            images = torch.zeros(2, count, *spec.image_shape, dtype=torch.uint8, device=world.device)
+            self.images, self.final_images = images
+            self._group = EnvGroup(spec, offset, world, images)
 
     def built(self) -> None:
         """Nothing to wait for: the envs are already made."""
@@ -60,3 +58,11 @@ class LocalGroup:
 
     def close(self) -> None:
         self._group.close()
+
+
+def _open_world(spec: EnvSpec, count: int, num_settlers: int) -> World:
+    if spec.sim_backend != "physx_cuda":
+        return SceneWorld(spec, count)
+    from envs.gpu.world import open_batch
+
+    return open_batch(spec, count, num_settlers)

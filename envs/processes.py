@@ -21,7 +21,6 @@ import ctypes
 import faulthandler
 import gc
 import importlib
-import mmap
 import os
 import signal
 import socket
@@ -35,11 +34,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from envs.group import EnvSpec
-
-MAX_LOSSES = 3  # of one worker or one row of a batch, without a successful step between them
 START_SECONDS = 300.0  # a process may take at least this long to import the simulator, build envs, compile shaders
 STACK_SECONDS = 2.0  # a hanging process has this long to write its stacks
 STACK_BYTES = 1 << 16
@@ -57,13 +51,6 @@ SERVER_TITLE = "solovla server"
 SERVER_CODE = "import sys; from envs.processes import serve; serve(int(sys.argv[1]))"
 FRESH_CODE = "import sys; from envs.processes import run; run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 IMPORTED = ("envs.workers", "envs.gpu.start_states", "envs.gym_env", "envs.maniskill_task")  # by the server
-
-
-def image_arrays(buffer: bytearray | mmap.mmap, count: int, spec: EnvSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Two uint8 [count, H, W, 3] views of the first bytes of a buffer: observations and final observations."""
-    size = 2 * count * int(np.prod(spec.image_shape))
-    both = np.frombuffer(buffer, np.uint8, size).reshape(2, count, *spec.image_shape)
-    return both[0], both[1]
 
 
 def environment() -> dict[str, str]:

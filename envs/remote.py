@@ -93,7 +93,7 @@ class Service:
         return {name: getattr(envs, name) for name in names} | {"halves": halves}
 
     def _open(self, number: int, small: bool, settings: dict) -> None:
-        self.opened[number] = self.open_envs(**settings)
+        self.opened[number] = self.open_envs(**settings, pixels=self.pixels if small else None)
         self.small |= {number} if small else set()
 
     def _reset(self, number: int, episode_ids: list | None, env_indices: list | None) -> dict:

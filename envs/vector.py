@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from envs import episodes
-from envs.group import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
 from envs.local import LocalGroup
+from envs.spec import ACTION_DIM, EPISODE_METRICS, REPLAY_KEYS, EnvSpec
 from envs.workers import Worker, WorkerGroup
 from schemas import UserError
 from schemas.flags import hulls_before
@@ -287,40 +287,32 @@ class VectorEnv:
         def joined(key: str) -> Tensor:
             return torch.from_numpy(np.concatenate([result[key] for result in results]))
 
-        infos = {name: joined(name) for name in ("valid", "dropped", "lost")} | self._ended(chosen, results)
-        if self._spec.privileged:
-            infos["states"] = joined("states")
+        infos = {name: joined(name) for name in ("valid", "dropped", "lost", "states") if name in results[0]}
+        infos |= self._ended(chosen, results)
         obs = self._observation(chosen, results)
         return Outcome(obs, joined("rewards"), joined("terminations"), joined("truncations"), infos)
 
     def _observation(self, chosen: range, seen: list[dict]) -> dict:
         """The observation of the chosen groups' envs. seen: what each group's `seen()` gave."""
-        images = np.concatenate([self._groups[k].images for k in chosen])  # [n, H, W, 3], a copy
-        texts = [text for group_seen in seen for text in group_seen["instructions"]]
-        obs = {"image": torch.from_numpy(images), "task_description": texts}
+        images = torch.cat([self._groups[k].images for k in chosen])  # [n, h, w, 3], a copy
+        obs = {"image": images, "task_description": [text for one in seen for text in one["instructions"]]}
         if self._spec.privileged:
-            obs["state"] = torch.from_numpy(np.concatenate([group_seen["state"] for group_seen in seen]))
+            obs["state"] = torch.from_numpy(np.concatenate([one["state"] for one in seen]))
         return obs
 
     def _ended(self, chosen: range, results: list[dict]) -> dict:
         """The infos of the M envs whose episode ended in this call."""
         ended = [(k, *one) for k, result in zip(chosen, results) for one in result["ended"]]
         groups, rows, metrics, texts, states = zip(*ended) if ended else [()] * 5  # M entries each
-        first = self._bounds[chosen[0]][0]
-        indices = [self._bounds[k][0] - first + i for k, i in zip(groups, rows)]
-        images = [self._groups[k].final_images[i] for k, i in zip(groups, rows)]
-        images = np.array(images, np.uint8).reshape(len(ended), *self._spec.image_shape)
-        columns = torch.tensor(metrics, dtype=torch.float32).reshape(len(ended), len(EPISODE_METRICS)).unbind(dim=1)
-        final_observation = {"image": torch.from_numpy(images), "task_description": list(texts)}
+        finals = [self._groups[k].final_images[i : i + 1] for k, i in zip(groups, rows)]
+        final = {"image": torch.cat([self._groups[chosen[0]].images[:0], *finals]), "task_description": list(texts)}
         if self._spec.privileged:
-            states = np.stack(states) if states else results[0]["state"][:0]
-            final_observation["state"] = torch.from_numpy(states)
-        episode = dict(zip(EPISODE_METRICS, columns))
-        return {
-            "ended": torch.tensor(indices, dtype=torch.int64),
-            "final_observation": final_observation,
-            "episode": episode,
-        }
+            states = np.concatenate([results[0]["state"][:0], *(state[None] for state in states)])
+            final["state"] = torch.from_numpy(states)
+        first = self._bounds[chosen[0]][0]
+        ended = torch.tensor([self._bounds[k][0] - first + i for k, i in zip(groups, rows)], dtype=torch.int64)
+        columns = torch.tensor(metrics, dtype=torch.float32).reshape(len(ended), len(EPISODE_METRICS)).unbind(dim=1)
+        return {"ended": ended, "final_observation": final, "episode": dict(zip(EPISODE_METRICS, columns))}
 
     def _checked(self, actions: Tensor | np.ndarray, num_envs: int) -> np.ndarray:
         """The actions as float32 [num_envs, C, 7]. Raises ValueError or UserError, see step()."""

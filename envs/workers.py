@@ -32,9 +32,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import torch
 
-from envs.group import EPISODE_METRICS, EnvGroup, EnvSpec, Position, empty_result
-from envs.processes import MAX_LOSSES, START_SECONDS, Process, ProcessLost, image_arrays, plain, receive_fds
+from envs.group import EnvGroup, Position, empty_result
+from envs.processes import START_SECONDS, Process, ProcessLost, plain, receive_fds
+from envs.spec import EPISODE_METRICS, MAX_LOSSES, EnvSpec
+from envs.world import SceneWorld
 
 WORKER = "envs.workers:worker_main"
 WORKER_TITLE = "solovla worker"
@@ -127,7 +130,7 @@ class WorkerGroup:
         try:
             os.ftruncate(self._memory_fd, images + 4)
             memory = mmap.mmap(self._memory_fd, images + 4)
-            self.images, self.final_images = image_arrays(memory, count, spec)
+            self.images, self.final_images = shared_images(memory, count, spec)
             self._busy = busy_env(memory)
             self._open()
         except BaseException:
@@ -362,6 +365,12 @@ class WorkerGroup:
         os.close(self._memory_fd)
 
 
+def shared_images(memory: mmap.mmap, count: int, spec: EnvSpec) -> torch.Tensor:
+    """uint8 [2, count, h, w, 3], the first bytes of a group's memory: latest images and last ones of episodes."""
+    shape = 2, count, *spec.image_shape
+    return torch.frombuffer(memory, dtype=torch.uint8, count=int(np.prod(shape))).view(shape)
+
+
 def busy_env(memory: mmap.mmap) -> np.ndarray:
     """int32 [1], the last bytes of a group's memory: 1 + the env that is being simulated, or 0."""
     return np.frombuffer(memory, np.uint8)[-4:].view(np.int32)
@@ -390,7 +399,7 @@ def worker_main(connection: Connection) -> None:
         else:
             group = groups[key]
             value = getattr(group, method)(*args)
-            group.busy[0] = 0
+            group.world.busy[0] = 0
             connection.send(("ok", key, value, group.positions()))
 
 
@@ -398,4 +407,5 @@ def _open_group(memory_fd: int, fields: dict, offset: int, count: int) -> EnvGro
     spec = EnvSpec(**fields)
     memory = mmap.mmap(memory_fd, 0)
     os.close(memory_fd)
-    return EnvGroup(spec, offset, *image_arrays(memory, count, spec), busy_env(memory))
+    world = SceneWorld(spec, count, busy_env(memory))
+    return EnvGroup(spec, offset, world, shared_images(memory, count, spec))

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.processes import MAX_LOSSES, START_SECONDS, Process, ProcessLost, plain
+from envs.processes import START_SECONDS, Process, ProcessLost, plain
+from envs.spec import MAX_LOSSES
 from envs.variants import StartState
 
 if TYPE_CHECKING:

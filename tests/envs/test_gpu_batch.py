@@ -1,6 +1,6 @@
 """The batch of envs for the GPU: its rules against the scalar ones, its one-row form against the ordinary env, its
-bookkeeping against EnvGroup's, its index arithmetic on buffers that stand in for the GPU's. `test_batch_on_a_gpu.py`
-has the contract on a GPU.
+index arithmetic on buffers that stand in for the GPU's. `test_batch_on_a_gpu.py` has the contract on a GPU, and
+`test_group.py` the bookkeeping.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import envs as world
-from envs import group, variants
+from envs import spec, variants
 from envs.expert import Expert
-from envs.group import EnvGroup, EnvSpec
 
 NAME = "PutOnPlateInScene25"
 MAIN = NAME + "Main-v3"
@@ -623,243 +622,6 @@ def test_rlinf_shows_the_move_for_one_step(rows_of_fakes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# bookkeeping against EnvGroup's
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Toy:
-    """An env whose state is a number made of its episode id and its actions; success, reward and picture follow."""
-
-    state, success = 0, False
-
-    def start_episode(self, start) -> None:
-        self.start, self.state = start, start.episode_id % 9973
-        self.success, self.instruction = False, f"episode {start.episode_id}"
-
-    def advance(self, action: torch.Tensor) -> tuple[float, bool]:
-        self.state = (self.state * 31 + round(float(action.double().abs().sum()) * 1000)) % 9973
-        before, self.success = self.success, self.state % 5 == 0
-        return float(self.success) - float(before) + 0.001 * (self.state % 7), self.success
-
-    def render_image(self) -> np.ndarray:
-        return np.full((2, 3, 3), self.state % 256, np.uint8)
-
-    def privileged_state(self) -> np.ndarray:
-        return np.array([self.state, self.success], np.float32)
-
-    def describe(self) -> dict:
-        return {"episode_id": self.start.episode_id, "state": self.state}
-
-    def close(self) -> None:
-        pass
-
-
-class ToyRows:
-    """Toys behind the interface of BatchedPutOnPlate: all are advanced, whether anybody looks or not."""
-
-    def __init__(self, count: int):
-        self.toys, self.pictures, self.lost = [Toy() for _ in range(count)], 0, torch.zeros(count, dtype=torch.bool)
-
-    def start_episodes(self, chosen, starts, settled) -> None:
-        for i, start, state in zip(chosen, starts, settled):
-            assert state == start.episode_id
-            self.toys[i].start_episode(start)
-
-    def advance(self, actions):
-        assert ((actions[:, 6] == 1) | (actions[:, 6] == -1)).all()
-        results = [toy.advance(action[None]) for toy, action in zip(self.toys, actions)]
-        rewards, success = zip(*results)
-        return torch.tensor(rewards, dtype=torch.float64), torch.tensor(success)
-
-    def finite(self):
-        return ~self.lost
-
-    def render_images(self, rows):
-        self.pictures += 1
-        return torch.from_numpy(np.stack([self.toys[i].render_image() for i in rows]))
-
-    def privileged_states(self):
-        return torch.from_numpy(np.stack([toy.privileged_state() for toy in self.toys]))
-
-    def describe(self):
-        return [toy.describe() for toy in self.toys]
-
-    @property
-    def instructions(self):
-        return [toy.instruction for toy in self.toys]
-
-    def close(self) -> None:
-        pass
-
-
-class ToySettlers:
-    """Knows what was asked for."""
-
-    def __init__(self):
-        self.asked = set()
-
-    def ask(self, start) -> None:
-        self.asked.add(start)
-
-    def get(self, start):
-        assert start in self.asked
-        return start.episode_id
-
-    def close(self) -> None:
-        pass
-
-
-def both_groups(count: int, **changes):
-    from envs.gpu.group import BatchedGroup
-
-    spec = EnvSpec(MAIN, count, "train", "builtin", None, (3, 2), 100, 5, False, False, "rl4vla", 3, 10)
-    spec = dataclasses.replace(spec, privileged=True, **changes)
-    images = [np.zeros((count, 2, 3, 3), np.uint8) for _ in range(4)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("envs.group._build_env", lambda spec: Toy())
-        group = EnvGroup(spec, 2, *images[:2])
-    return group, BatchedGroup(spec, 2, *images[2:], ToyRows(count), ToySettlers())
-
-
-def assert_same_step(group, batch, actions) -> None:
-    want, got = group.step(actions), batch.step(actions)
-    assert want.keys() == got.keys()
-    executed = want["valid"]  # of an env at rest nobody asks for the state
-    np.testing.assert_array_equal(want.pop("states")[executed], got.pop("states")[executed])
-    assert_same_seen(group, {key: want.pop(key) for key in ("state", "instructions")}, got)
-    for key, value in want.items():
-        if isinstance(value, np.ndarray):
-            np.testing.assert_array_equal(value, got[key], err_msg=key)
-    assert [(i, text) for i, _, text, _ in want["ended"]] == [(i, text) for i, _, text, _ in got["ended"]]
-    for (_, ours, _, our_state), (_, theirs, _, their_state) in zip(want["ended"], got["ended"]):
-        np.testing.assert_allclose(ours, theirs, atol=1e-12)
-        np.testing.assert_array_equal(our_state, their_state)
-    np.testing.assert_array_equal(group.images, batch.images)
-    for i, *_ in want["ended"]:
-        np.testing.assert_array_equal(group.final_images[i], batch.final_images[i])
-
-
-def assert_same_seen(group, want: dict, got: dict) -> None:
-    running = [slot.running for slot in group.slots]
-    assert want["instructions"] == got["instructions"]
-    np.testing.assert_array_equal(want["state"][running], got["state"][running])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
-def test_batch_bookkeeping_equals_one_after_the_other(seed, count, chunk_size, auto_reset, ignore_terminations):
-    """Ends in mid-chunk, resting rows, partial resets, given ids, state and replay: all as EnvGroup."""
-    random = np.random.RandomState(seed)
-    changes = dict(auto_reset=auto_reset, ignore_terminations=ignore_terminations)
-    group, batch = both_groups(count, **changes)
-    everyone = list(range(count))
-    assert_same_seen(group, *(each.reset([None] * count, everyone) for each in (group, batch)))
-    for t in range(8):
-        assert_same_step(group, batch, random.uniform(-1, 1, (count, chunk_size, 7)).astype(np.float32))
-        running = [slot.running for slot in group.slots]
-        assert running == batch.running.tolist()
-        for i, (ours, theirs) in enumerate(zip(group.describe(), batch.describe())):
-            if running[i]:
-                assert ours == theirs
-        if t == 3:
-            chosen = sorted(random.choice(count, random.randint(1, count + 1), replace=False).tolist())
-            ids = [None if random.rand() < 0.5 else int(random.randint(800_000)) for _ in chosen]
-            assert_same_seen(group, *(each.reset(ids, chosen) for each in (group, batch)))
-            np.testing.assert_array_equal(group.images, batch.images)
-    states = group.state_dict()
-    for ours, theirs in zip(states, batch.state_dict()):
-        assert ours.keys() == theirs.keys()
-        assert all(np.array_equal(np.ravel(ours[key]), np.ravel(theirs[key])) for key in ours)
-    later, replayed = both_groups(count, **changes)
-    assert_same_seen(later, later.load_state_dict(states), replayed.load_state_dict(states))
-    np.testing.assert_array_equal(later.images, replayed.images)
-    for _ in range(3):
-        assert_same_step(later, replayed, random.uniform(-1, 1, (count, chunk_size, 7)).astype(np.float32))
-
-
-def test_replay_of_what_was_not_begun():
-    _, batch = both_groups(2)
-    state = batch.state_dict()
-    assert state[0]["episode_id"] is None and batch.load_state_dict(state) == {}
-
-
-def test_a_chunk_costs_one_picture_of_all_rows():
-    _, batch = both_groups(4, max_episode_steps=12, ignore_terminations=True)
-    batch.reset([1, 2, 3, 4], [0, 1, 2, 3])
-    batch.world.pictures = 0
-    batch.step(np.zeros((4, 8, 7), np.float32))
-    assert batch.world.pictures == 1
-    batch.step(np.zeros((4, 8, 7), np.float32))  # all end together after four steps
-    assert batch.world.pictures == 2
-    batch.reset([5, 6], [0, 1])
-    batch.step(np.zeros((4, 5, 7), np.float32))
-    batch.reset([7], [2])
-    batch.world.pictures = 0
-    batch.step(np.zeros((4, 8, 7), np.float32))  # two end after seven, one goes on
-    assert batch.world.pictures == 2
-
-
-def test_what_ends_costs_one_more_picture():
-    """Of last images, drawn before the next episodes begin. One picture then shows all rows."""
-    _, batch = both_groups(3, max_episode_steps=12, ignore_terminations=True, auto_reset=True)
-    batch.reset([1, 2, 3], [0, 1, 2])
-
-    def pictures(chunk_size: int) -> int:
-        before = batch.world.pictures
-        batch.step(np.zeros((3, chunk_size, 7), np.float32))
-        return batch.world.pictures - before
-
-    assert pictures(8) == 1
-    assert pictures(8) == 2  # all end after four steps
-    assert pictures(6) == 1
-    batch.reset([7], [2])
-    assert pictures(6) == 2  # two end with the chunk
-    assert pictures(8) == 2  # the third one ends after six steps, while the others go on
-
-
-def test_the_next_episode_is_settled_beforehand():
-    _, batch = both_groups(2, auto_reset=True)
-    batch.reset([None, None], [0, 1])
-    coming = {batch.spec.next_episode_id(12 + i, 1) for i in range(2)}
-    assert coming <= {start.episode_id for start in batch.settlers.asked}
-
-
-@pytest.mark.parametrize("explicit", [False, True])
-def test_a_row_that_blows_up_is_dropped(explicit):
-    """Its chunk counts for nothing, it starts over, the others go on. Three times end the run, or a given episode."""
-    group, batch = both_groups(3, max_episode_steps=100, ignore_terminations=True)
-    ids = [7, 8, 9] if explicit else [None] * 3
-    group.reset(ids, [0, 1, 2])
-    batch.reset(ids, [0, 1, 2])
-    actions = np.random.RandomState(0).uniform(-1, 1, (3, 4, 7)).astype(np.float32)
-    batch.world.lost[1] = True
-    want = group.step(actions)
-    with pytest.warns(RuntimeWarning, match="lost envs 13 "):
-        got = batch.step(actions)
-    assert got["dropped"].tolist() == [False, True, False] and not got["valid"][1].any() and not got["rewards"][1].any()
-    for i in (0, 2):
-        np.testing.assert_array_equal(got["rewards"][i], want["rewards"][i])
-    assert batch.running.all() and batch.lengths.tolist() == [4, 0, 4] and not got["ended"]
-    expected = 8 if explicit else batch.spec.next_episode_id(13, 1)
-    assert batch.episode_ids[1] == expected and (batch.images[1] == expected % 9973 % 256).all()
-    batch.world.lost[:] = False
-    assert not batch.step(actions)["dropped"].any()
-    batch.world.lost[1] = True
-    if explicit:
-        with pytest.warns(RuntimeWarning):
-            assert batch.step(actions)["dropped"][1]
-            got = batch.step(actions)
-        assert got["lost"].tolist() == [False, True, False] == got["truncations"].tolist() and not got["dropped"].any()
-        assert [(i, metrics) for i, metrics, *_ in got["ended"]] == [(1, (0.0,) * 5)]
-        assert batch.running.tolist() == [True, False, True]
-        return
-    with pytest.warns(RuntimeWarning):
-        batch.step(actions), batch.step(actions)
-        with pytest.raises(RuntimeError, match="3 times in a row"):
-            batch.step(actions)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # make_envs
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -869,16 +631,16 @@ def test_who_draws(monkeypatch):
     with pytest.raises(ValueError, match="unknown render_backend 'gpu': use one of cpu, cuda, auto"):
         world.make_envs(MAIN, 1, render_backend="gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert group.resolve_render_backend("auto") == "cpu"
+    assert spec.resolve_render_backend("auto") == "cpu"
     with pytest.raises(ValueError, match=r"needs a CUDA device.*render_backend='cpu'"):
         world.make_envs(MAIN, 1, render_backend="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # a device that is not there
     with pytest.warns(RuntimeWarning, match="images, which is slow: SAPIEN cannot render on cuda:3"):
-        assert group.resolve_render_backend("auto") == "cpu"
+        assert spec.resolve_render_backend("auto") == "cpu"
     with pytest.raises(ValueError, match=r"render_backend='cuda': SAPIEN cannot render on cuda:3.*doctor.py"):
-        group.resolve_render_backend("cuda")
-    assert group.resolve_render_backend("cpu") == "cpu"
+        spec.resolve_render_backend("cuda")
+    assert spec.resolve_render_backend("cpu") == "cpu"
 
 
 def test_what_can_not_run_is_said(monkeypatch):
@@ -920,7 +682,7 @@ def test_a_batch_without_the_library_is_one_sentence(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_auto_is_the_gpu_where_it_can(monkeypatch, cuda):
-    from envs.group import resolve_backend
+    from envs.spec import resolve_backend
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert resolve_backend("auto", MAIN, 1) == ("physx_cuda" if cuda else "physx_cpu")
@@ -930,11 +692,11 @@ def test_auto_is_the_gpu_where_it_can(monkeypatch, cuda):
 
 def test_vector_env_over_a_batch(monkeypatch):
     """make_envs, reset, chunks, auto_reset and replay through one row of the batch, simulated on the CPU."""
-    from envs.gpu import group as gpu_group
+    from envs.gpu import world as gpu_world
 
-    opened = gpu_group.open_batch
+    opened = gpu_world.open_batch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_group, "open_batch", lambda *args: opened(*args, backends=("physx_cpu", "cpu")))
+    monkeypatch.setattr(gpu_world, "open_batch", lambda *args: opened(*args, backends=("physx_cpu", "cpu")))
     common = dict(image_size=(48, 48), sim_freq=100, max_episode_steps=5, auto_reset=True)
     actions = np.random.RandomState(0).randn(4, 1, 3, 7).astype(np.float32) * [0.02, 0.02, 0.02, 0.1, 0.1, 0.1, 1]
     with (

@@ -368,7 +368,7 @@ def test_training_renders_no_camera_for_people(monkeypatch):
     with envs.make_envs(MAIN, 1, **SMALL) as vector:
         vector.reset()
         vector.step(np.zeros((1, 2, 7)))
-        env = vector._groups[0]._group.slots[0].env
+        env = vector._groups[0]._group.world.envs[0]
         assert env._backdrop is None and env._human_render_cameras == {}
     assert captured == []
 

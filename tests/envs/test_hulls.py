@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from launching import python
 import evaluate
 import train_ppo
 from envs import gym_env, make_envs, variants
-from envs.gpu import group as gpu_group
+from envs.gpu import world as gpu_world
 from envs.gpu.start_states import Settlers
-from envs.group import EnvSpec
 from envs.rotations import yaw_quaternion
+from envs.spec import EnvSpec
 from schemas import UserError
 from schemas.demonstrations import Recipe
 from schemas.evaluations import Identity
@@ -159,10 +160,12 @@ def test_workers_and_settlers_have_the_gpus_hulls():
 def test_settlers_have_the_hulls_of_their_batch(monkeypatch):
     asked = []
     monkeypatch.setattr("envs.gpu.start_states.Settlers", lambda *words, **settings: asked.append(settings))
-    monkeypatch.setattr("envs.gpu.simulation.BatchedPutOnPlate", lambda *words, **settings: None)
+    monkeypatch.setattr(
+        "envs.gpu.simulation.BatchedPutOnPlate", lambda *words, **settings: SimpleNamespace(device="cpu")
+    )
     for backend, pack, hulls in (("physx_cuda:0", "builtin", None), ("physx_cpu", "bridge", "cpu")):
         spec = spec_of(pack, hulls)
-        gpu_group.open_batch(spec, 0, np.zeros((1, 1, 1, 3)), np.zeros((1, 1, 1, 3)), 1, (backend, "cpu"))
+        gpu_world.open_batch(spec, 1, 1, (backend, "cpu"))
     assert [settings["hulls"] for settings in asked] == ["gpu", "cpu"]
 
 

@@ -56,7 +56,7 @@ def test_its_rewards_and_its_instruction():
         with make_envs(ENV_ID, 1, instruction="push", image_size=(8, 8), reward_mode=mode) as envs:
             envs.reset([5])
             found[mode] = [envs.step(towards)[1].item() for _ in range(4)]
-            env = envs._groups[0]._group.slots[0].env.env
+            env = envs._groups[0]._group.world.envs[0].env
             assert env.get_language_instruction() == ["push the red cube onto the green square"]
     assert found[None] == [0.0] * 4
     assert found["dense"] == sorted(found["dense"]) and 0 < found["dense"][0] < 3

@@ -76,7 +76,7 @@ def test_training_reads_metres_and_the_images_of_the_policy(recorded):
             rewards.append(reward.item())
         assert rewards == [0.0] * (steps - 1) + [1.0]
         assert np.array_equal(shown[:steps], demos.images(range(steps)))
-        task = envs._groups[0]._group.slots[0].env
+        task = envs._groups[0]._group.world.envs[0]
         turning = torch.tensor([[0.02, -0.03, 0.04, 0.05, -0.06, 0.01, 1.0]])
         assert np.allclose(task.robot_units(task._command(turning).numpy()), turning, atol=1e-6)
 

@@ -23,6 +23,7 @@ from sameness import as_saved, same
 import envs as world
 from envs import processes, variants, workers
 from envs.vector import VectorEnv
+from schemas.pixels import Pixels, resize
 from vla.evaluation.episodes import is_lost, lost_in_words, run_batch
 from vla.evaluation.vector_env import VectorEnv as Needed
 
@@ -32,8 +33,8 @@ CUBE = "PickCube-v1"
 TINY = dict(image_size=(24, 16), instruction="pick up the cube")
 
 
-def make(num_envs: int, **kwargs):
-    return world.make_envs(MAIN, num_envs, **(SMALL | kwargs))
+def make(num_envs: int, *args, **kwargs):
+    return world.make_envs(MAIN, num_envs, *args, **(SMALL | kwargs))
 
 
 def rows(result, half: slice):
@@ -315,6 +316,25 @@ def test_evaluation_runs_in_the_workers_of_training():
     assert not any(map(alive, pids)) and set(os.listdir("/proc/self/fd")) == files
 
 
+def test_workers_make_images_small_as_the_policy_would():
+    """To the last bit, also those of episodes that have ended. Envs without pixels have the camera's images."""
+    world = dict(max_episode_steps=2, auto_reset=True)
+    chunks = [busy_actions(2, 2, seed) for seed in range(2)]
+    with make(2, **world) as whole, make(2, num_env_workers=1) as host:
+        large = [whole.reset()["image"]]
+        for chunk in chunks:
+            obs, *_, infos = whole.step(chunk)
+            large += [obs["image"], infos["final_observation"]["image"]]
+        for pixels in (Pixels((16, 24), "tensor"), Pixels((20, 20), "pil"), None):
+            with make(2, host, pixels, num_env_workers=1, **world) as envs:
+                small = [envs.reset()["image"]]
+                for chunk in chunks:
+                    obs, *_, infos = envs.step(chunk)
+                    small += [obs["image"], infos["final_observation"]["image"]]
+            want = large if pixels is None else [resize(image, *pixels) for image in large]
+            assert all(map(torch.equal, small, want)) and len(small[2]) == 2
+
+
 @pytest.fixture
 def fault(tmp_path, monkeypatch) -> Path:
     """The file that makes workers fail (tests/helpers/faulty_worker.py)."""
@@ -361,7 +381,7 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         with pytest.warns(
             RuntimeWarning,
             match=r"(?s)envs 0 to 1 \(PutOnPlate\S+-v3, episodes 7, 8, process \d+\) gave no answer for 1.5 s, it hung "
-            r"here:.*in execute_or_fail",
+            r"here:.*in advance_or_fail",
         ):
             infos = envs.step(still)[4]
         assert time.monotonic() - begin > 1.5
@@ -387,7 +407,7 @@ def test_hangs_raises_and_three_losses_in_a_row(fault):
         envs.reset([7, 8])
         pid = envs._groups[0].pid
         fault.write_text("crash")
-        with pytest.warns(RuntimeWarning, match=r"(?s)killed by SIGSEGV.*in execute_or_fail"):
+        with pytest.warns(RuntimeWarning, match=r"(?s)killed by SIGSEGV.*in advance_or_fail"):
             assert envs.step(still)[4]["dropped"].all()
         fault.write_text("raise")
         with pytest.raises(RuntimeError, match=r"(?s)3 losses in a row.*envs 0 to 1.*Traceback.*ArithmeticError: made"):
@@ -492,9 +512,9 @@ def test_an_episode_that_loses_its_worker_again_and_again_is_given_up(fault, kin
 def test_a_simulation_that_gives_numbers_that_are_not_finite_says_so(monkeypatch):
     with make(1) as envs:
         envs.reset([7])
-        slot = envs._groups[0]._group.slots[0]
-        monkeypatch.setattr(slot.env, "privileged_state", lambda: np.full(45, np.nan, np.float32))
-        with pytest.raises(RuntimeError, match=r"episode 7 of .* not finite, 2 actions after its start: use"):
+        (env,) = envs._groups[0]._group.world.envs
+        monkeypatch.setattr(env, "privileged_state", lambda: np.full(45, np.nan, np.float32))
+        with pytest.raises(RuntimeError, match=r"episode 7 of .* not finite, 1 actions after its start: use"):
             envs.step(np.zeros((1, 2, 7)))
 
 
@@ -636,7 +656,7 @@ def test_actions_are_metres_and_radians(cube, axis):
 
 def test_success_of_another_env_is_a_termination_and_gives_one(cube):
     """Reward is the increase of success; the task's own flag, switched by hand."""
-    task = cube._groups[0]._group.slots[0].env
+    task = cube._groups[0]._group.world.envs[0]
     flags = iter([False, True])
     evaluate = task.env.evaluate
     cube.reset([3])

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import group, put_on_plate, workers
+from envs import workers
+from envs.put_on_plate import PutOnPlateInScene
 
-execute, begin = group.EnvSlot.execute, group.EnvSlot.begin
+advance, start_episode = PutOnPlateInScene.advance, PutOnPlateInScene.start_episode
 
 
 def fault_of(episode_id: int) -> str:
@@ -23,24 +24,24 @@ def fault_of(episode_id: int) -> str:
     return fault if chosen in ("", str(episode_id)) else ""
 
 
-def execute_or_fail(slot, action):
-    fault = fault_of(slot.episode_id)
+def advance_or_fail(env, action):
+    fault = fault_of(env.start.episode_id)
     if fault == "raise":
         raise ArithmeticError("made to fail")
     if fault == "hang":
         time.sleep(1000)
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    result = execute(slot, action)
+    result = advance(env, action)
     if fault == "nan":
-        slot.env.privileged_state = lambda: np.full(45, np.nan, np.float32)
+        env.privileged_state = lambda: np.full(45, np.nan, np.float32)
     return result
 
 
-def begin_or_fail(slot, episode_id):
-    if fault_of(episode_id) == "begin":
+def start_or_fail(env, start):
+    if fault_of(start.episode_id) == "begin":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return begin(slot, episode_id)
+    return start_episode(env, start)
 
 
 def flat_picture(env) -> np.ndarray:
@@ -48,6 +49,6 @@ def flat_picture(env) -> np.ndarray:
 
 
 def main(connection: Connection) -> None:
-    group.EnvSlot.execute, group.EnvSlot.begin = execute_or_fail, begin_or_fail
-    put_on_plate.PutOnPlateInScene.render_image = flat_picture
+    PutOnPlateInScene.advance, PutOnPlateInScene.start_episode = advance_or_fail, start_or_fail
+    PutOnPlateInScene.render_image = flat_picture
     workers.worker_main(connection)

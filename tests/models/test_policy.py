@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas import UserError
-from schemas.pixels import resize
+from schemas.pixels import Pixels, resize
 from vla.models.action_tokens import NUM_BINS, ActionTokens
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyInputs, moved, sample_bins
@@ -342,3 +342,16 @@ def test_fan_pulls_a_policy_into_a_gaussian(tiny):
         distances[-1].backward()
         optimizer.step()
     assert distances[-1] < 0.5 * distances[0]
+
+
+def test_who_makes_images_small(tiny, monkeypatch):
+    """Workers do what the rank's CPU would do. What they made is taken as it is."""
+    made = tiny.pixels
+    assert made == Pixels(tiny.image_size, "tensor")
+    obs = observation(2)
+    small = obs | {"image": resize(torch.as_tensor(obs["image"]), *made)}
+    assert torch.equal(tiny.preprocess(small).images, tiny.preprocess(obs).images)
+    monkeypatch.setattr(type(tiny), "device", torch.device("cuda"))
+    assert tiny.pixels is None
+    monkeypatch.setattr(tiny, "image_resize", "pil")
+    assert tiny.pixels == Pixels(tiny.image_size, "pil")

@@ -365,7 +365,7 @@ def a_wrong_flag():
 
 
 def a_refusal():
-    from envs.group import check_module
+    from envs.spec import check_module
 
     check_module("no_such_module:Task-v1")
 

@@ -160,7 +160,7 @@ class Seen:
             if step == 0:  # it begins, perhaps again
                 kept.clear()
             if not kept or kept[-1][0] < step:  # else it has ended
-                image = np.asarray(obs["image"][env]).copy()
+                image = torch.as_tensor(obs["image"][env]).cpu().numpy().copy()
                 kept.append((step, image, obs["task_description"][env], float(returns[env])))
 
 

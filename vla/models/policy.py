@@ -11,10 +11,10 @@
 The update calls the module itself, with the name of a mode: ZeRO-3 gathers weights in __call__ only.
 
 `obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
-preprocess() made of it. It may be on another device than the model. Images travel as uint8, at the camera's size, and
-are resized where the model is. Tokens are vocabulary ids, integers. Actions are
-floats. Log-probabilities are over the 256 action ids only and in fp32. Rollout and update compute them with the same
-lines of code.
+preprocess() made of it. It may be on another device than the model. A GPU resizes the camera's images itself. What a
+CPU would resize, workers of envs can make small before (VLAPolicy.pixels). Tokens are vocabulary ids, integers. Actions
+are floats. Log-probabilities are over the 256 action ids only and in fp32. Rollout and update compute them with the
+same lines of code.
 """
 
 from typing import Literal, NamedTuple
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from schemas import UserError
-from schemas.pixels import resize
+from schemas.pixels import Pixels, resize
 from vla.models.action_tokens import ACTION_DIM, NUM_BINS, ActionTokens
 from vla.models.tokenizer import PROMPT, check_no_action_ids, encode_prompt
 
@@ -153,6 +153,12 @@ class VLAPolicy(nn.Module):
         images = resize(images, self.image_size, self.image_resize)
         ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
         return PolicyInputs(images, ids, mask).to(self.device)
+
+    @property
+    def pixels(self) -> Pixels | None:
+        """How workers of envs shall make this policy's images. None where its own GPU resizes the camera's images."""
+        gpu_resizes = self.image_resize == "tensor" and self.device.type == "cuda"
+        return None if gpu_resizes else Pixels(self.image_size, self.image_resize)
 
     def feature_shape(self) -> tuple[int, int]:
         """(P, E) of PolicyInputs.features for one image."""

@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from schemas import UserError
+from schemas.pixels import Pixels
 from vla.cli import Sizes, derive_sizes
 from vla.distributed import REQUEUE, Engine, print0, where_ranks_meet
 from vla.evaluation.vector_env import VectorEnv
@@ -101,13 +102,20 @@ class Together:
     def begin_run(self, run_dir: Path, checkpoint: Path | None) -> None:
         begin_run(run_dir, checkpoint)
 
-    def envs(self, make: Callable[[], VectorEnv], pixels: Any) -> VectorEnv:
-        """The envs of training. pixels: the images that the policy reads."""
-        return make()
+    def envs(self, make: Callable[..., VectorEnv], own: Pixels | None, sent: Pixels) -> VectorEnv:
+        """The envs of training.
 
-    def eval_envs(self, make: Callable[..., VectorEnv], num_envs: int, envs: VectorEnv) -> tuple[VectorEnv, Callable]:
+        Args:
+            own: as make_envs() takes them, for images that this rank reads itself.
+            sent: the images that travel.
+        """
+        return make(pixels=own)
+
+    def eval_envs(
+        self, make: Callable[..., VectorEnv], num_envs: int, envs: VectorEnv, own: Pixels | None
+    ) -> tuple[VectorEnv, Callable]:
         """The envs of evaluation, and what makes such envs for recording."""
-        return make(num_envs=num_envs, beside=envs), partial(make, beside=envs)
+        return make(num_envs=num_envs, beside=envs, pixels=own), partial(make, beside=envs)
 
     def stages(self, policy: nn.Module, build: Callable[[], Engine], zero_stage: int, offload: str) -> StageSwitcher:
         """The stages of an iteration, with the engine that `build` makes of the policy."""
@@ -236,11 +244,11 @@ class Apart:
     def line(self) -> "PairLine":
         return PairLine(self.wire, self.placement.partner(self.rank))
 
-    def envs(self, make: Callable[[], VectorEnv], pixels: Any) -> VectorEnv:
+    def envs(self, make: Callable[..., VectorEnv], own: Pixels | None, sent: Pixels) -> VectorEnv:
         if self.simulates and self.acts:
-            return make()
+            return make(pixels=own)
         if self.simulates:
-            return self.ends.ServedEnvs(self.ends.Service(make(), self.line(), pixels))
+            return self.ends.ServedEnvs(self.ends.Service(make(pixels=sent), self.line(), sent))
         if not self.acts:
             return self.ends.NoEnvs()
         alone = self.placement.partner(self.rank) in self.placement.only_simulate
@@ -248,7 +256,9 @@ class Apart:
         self.remote = envs if alone else None
         return envs
 
-    def eval_envs(self, make: Callable[..., VectorEnv], num_envs: int, envs: VectorEnv) -> tuple[VectorEnv, Callable]:
+    def eval_envs(
+        self, make: Callable[..., VectorEnv], num_envs: int, envs: VectorEnv, own: Pixels | None
+    ) -> tuple[VectorEnv, Callable]:
         """See Together. In a hybrid placement all ranks train, so each of them has whole weights and plays a share."""
         if self.remote is not None:
             numbers = itertools.count(2)
@@ -257,15 +267,13 @@ class Apart:
         if self.acts or self.placement.plays_everywhere:
             beside = envs.service.opened[0] if isinstance(envs, self.ends.ServedEnvs) else envs
             beside = beside if beside.workers else None
-            return make(num_envs=num_envs, beside=beside), partial(make, beside=beside)
+            return make(num_envs=num_envs, beside=beside, pixels=own), partial(make, beside=beside)
         return self.ends.NoEnvs(), make
 
-    def simulate(self, make: Callable[[], VectorEnv], make_eval: Callable[..., VectorEnv], pixels: Any) -> None:
+    def simulate(self, make: Callable[..., VectorEnv], make_eval: Callable[..., VectorEnv], sent: Pixels) -> None:
         """Simulate for the rank that acts, until it says that the run ends. Raises SystemExit with its exit code."""
-        envs = make()
-        service = self.ends.Service(
-            envs, self.line(), pixels, partial(make_eval, beside=envs if envs.workers else None)
-        )
+        envs = make(pixels=sent)
+        service = self.ends.Service(envs, self.line(), sent, partial(make_eval, beside=envs if envs.workers else None))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # those that train decide, and say it
             signal.signal(number, lambda *_: None)
         try:

@@ -140,7 +140,7 @@ class RolloutBuffer:
                 raise ValueError(
                     f"{name}: the buffer holds {tuple(slot.shape)} {slot.dtype}, got {tuple(value.shape)} {value.dtype}"
                 )
-            self.fields[name][t, envs] = value
+            self.fields[name][t, envs] = value.cpu()
 
     def clear(self) -> None:
         """Forget every decision. A decision that is not added again counts as not executed."""
