@@ -605,7 +605,6 @@ def main(args: Args) -> None:
             value_of = partial(critic.value, actor)
             if not args.auto_reset and iteration > 0:  # set-up began the first one's episodes, or read them back
                 envs.reset()
-            # all N envs have their turn, or one half of them while the other is simulated
             for t, half, rows, obs, outcome in envs.pipeline(preemption.until_requested(range(T + 1))):
                 if outcome is not None:  # of decision t - 1
                     values = critic.chunk_values(t - 1, rows, outcome.infos, decided[half])  # [n, C]
