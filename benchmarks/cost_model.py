@@ -232,10 +232,13 @@ def micro_batch_seconds(inputs: Inputs, flags: dict, decisions: float, ranks: in
         inputs.note("update", f"assumed: counted arithmetic at {at_peak(assumed)}; DeepSpeed: free")
         return decisions * flops.update_flops(policy, again) / assumed.peak / assumed.utilisation
     per_decision = inputs.measured("update", bare)["seconds"] / bare["micro_batch_size"]
-    if bare["gradient_checkpointing"] != again:
-        policy = flops.meta_policy_of(flags)
-        factor = flops.update_flops(policy, again) / flops.update_flops(policy, not again)
-        inputs.note("recomputed activations", f"assumed: {factor:.2f} times what was measured, as the arithmetic")
+    rank = flags["lora_rank"] or (32 if flags["lora_path"] else 0)
+    measured = (bare["gradient_checkpointing"], bool(bare.get("lora_rank", rank)))
+    if measured != (again, bool(rank)):
+        other = flops.meta_policy_of(flags | {"lora_rank": bare.get("lora_rank", rank), "lora_path": None})
+        factor = flops.update_flops(flops.meta_policy_of(flags), again) / flops.update_flops(other, measured[0])
+        what = f"learning, {'an adapter' if rank else 'all weights'}{', recomputed' * again}"
+        inputs.note(what, f"assumed: {factor:.2f} times what was measured, as the counted arithmetic")
         return decisions * per_decision * factor
     engine = model_entry(inputs, "engine", flags, ranks)
     if engine is None:

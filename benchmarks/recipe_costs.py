@@ -131,10 +131,10 @@ def differing(preset: Path, words: list[str]) -> str:
     )
     texts = []
     for name in names:
-        if own[name] != now[name]:
-            texts.append(
-                f"--{'no_' * (now[name] is False)}{name}" + ("" if now[name] in (True, False) else f" {now[name]}")
-            )
+        if isinstance(now[name], bool) and own[name] != now[name]:
+            texts.append(f"--{name}" if now[name] else f"--no_{name}")
+        elif own[name] != now[name]:
+            texts.append(f"--{name} {now[name]}")
     return " ".join(texts).replace("ds_configs/", "").replace(".json", "")
 
 

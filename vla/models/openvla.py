@@ -97,7 +97,7 @@ class DecodeCache:
         self.pairs[..., place:, :].zero_()
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *unused: dict
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *unused: dict, **settings: dict
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [B, heads, Q, H / heads] at `slots`. Returns all places, [B, heads, R, H / heads], without a copy."""
         for kept, new in zip(self.pairs[layer], (keys, values)):
