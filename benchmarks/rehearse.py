@@ -164,6 +164,10 @@ class Cluster(NamedTuple):
     folder: Path
     environment: dict[str, str]
 
+    def without_models(self) -> "Cluster":
+        """The same place with an empty cache of the Hub, so that a model has its published size and not that here."""
+        return self._replace(environment=self.environment | {"HF_HOME": str(self.folder / "empty")})
+
     def start(self, words: list[str], log: Path) -> subprocess.Popen:
         """A process with a group of its own, which writes into the log."""
         program = shutil.which(words[0], path=self.environment["PATH"])
@@ -227,7 +231,7 @@ class Rehearsal:
 
     def plan(self) -> str:
         words = ["doctor.py", "--config", self.preset, "--num_gpus", "8", "--gpu_memory", "80", "--host_memory", "512"]
-        self.cluster.run([sys.executable, *words], self.log)
+        self.cluster.without_models().run([sys.executable, *words], self.log)
         return ", ".join(re.findall(r"(?<=memory fits: )[\d.]+ of \d+ GiB", self.log.read_text())) + " of a GPU, a node"
 
     def launch(self) -> str:
@@ -271,7 +275,7 @@ class Rehearsal:
         """Of the recipe as it is, by the parts that were measured on cards and hosts."""
         steps = ITERATIONS * self.flags["num_envs"] * self.flags["num_steps"]
         words = ["benchmarks/cost_model.py", "--config", self.preset, "--num_gpus", "8", "--env_steps", str(steps)]
-        self.cluster.run([sys.executable, *words], self.log)
+        self.cluster.without_models().run([sys.executable, *words], self.log)
         row = re.findall(r"^\| 8 \|.*$", self.log.read_text(), re.M)[-1].split(" | ")
         return f"{ITERATIONS} iterations in {steps / float(row[5]) / 60:.1f} min, {row[5]} env steps/s"
 
