@@ -555,6 +555,8 @@ def memory_plan(
     from schemas import UserError, check_flags
     from schemas.flags import Count, Positive
     from vla.cli import parse_args
+    from vla.placement.memory import placed_table
+    from vla.placement.rules import parse_placement
     from vla.start import checks
     from vla.training.memory_plan import (
         ASSUMED_RANK_OF_LORA,
@@ -575,6 +577,11 @@ def memory_plan(
         words = ["--config", *configs, *more_flags]
         flags = vars(parse_args(importlib.import_module(script).Args, words, "", offline=True))
         recipe = recipe_of(flags)
+        placement = parse_placement(flags["placement"], num_gpus)
+        if not placement.together:
+            fits, lines = placed_table(recipe, placement, gpu_memory)
+            print("\n".join(lines))
+            return 0 if fits else 1
         print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory, of_node)))
         verdicts = (advice(recipe, num_gpus, gpu_memory), host_advice(recipe, num_gpus, gpu_memory, of_node))
     except UserError as error:

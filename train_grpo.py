@@ -45,13 +45,14 @@ from envs import (
     eval_episode_ids,
     every_instruction,
     make_envs,
+    remote,
     train_episode_id,
 )
 from envs.vector import VectorEnv
 from schemas import flags
 from vla.backends import check_backends
 from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
-from vla.distributed import all_reduce_sum, print0, rank, run_main, setup_distributed, user_errors, world_size
+from vla.distributed import all_reduce_sum, at_end, print0, rank, run_main, setup_distributed, user_errors, world_size
 from vla.evaluation.episodes import evaluate, mean_statistics
 from vla.evaluation.publish import check_push, push_policy
 from vla.evaluation.recording import Recorder
@@ -59,16 +60,20 @@ from vla.logger import Averages, Logger, describe_run, due, mean_over, row_dicts
 from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, VLAPolicy, rollout_noise
+from vla.placement.assignment import goes_ahead
+from vla.placement.place import Apart, Together, placed
+from vla.placement.weights import StaleGuard
 from vla.start.checks import (
     check_iterations_left,
     check_rollout_memory,
     check_scene_memory,
     fetch_weights,
+    pixels_of,
     prompt_room,
     what_applies,
 )
 from vla.start.launch import launched
-from vla.training.checkpoint import begin_run, load_checkpoint, open_run, save_checkpoint
+from vla.training.checkpoint import load_checkpoint, save_checkpoint
 from vla.training.engine import (
     DTYPES,
     NonFiniteGuard,
@@ -81,7 +86,7 @@ from vla.training.engine import (
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, only_teaching, shuffle_generator
-from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
+from vla.training.stages import rollout_stage, update_stage
 
 LOSSES = ("train/loss", "train/actor/policy_loss")
 # what an iteration without update logs as 0
@@ -266,6 +271,12 @@ class Args:
     """DeepSpeed file with the ZeRO settings. It holds no batch sizes and no learning rates."""
     offload: Literal["none", "stage"] = "none"
     """What leaves the GPU's memory: nothing, or with stage whatever only the other half of an iteration needs."""
+    placement: flags.NonEmpty[flags.Text] = ("env,rollout,actor=all",)
+    """Which ranks simulate (env), act (rollout) and train (actor), such as env=0-3 rollout=4-7 actor=all. All forms are
+    in docs/placements.md."""
+    rollout_ahead: Literal[0, 1] = 0
+    """Updates that the weights of a rollout may be old. With 1, ranks that only act (--placement) make the next rollout
+    while others train. No recipe uses it."""
     local_rank: flags.LocalRank = -1
     """Number of this rank on its machine. The launcher sets it."""
 
@@ -528,7 +539,9 @@ def count_without_signal(iterations: int, live_share: float) -> int:
     return iterations
 
 
-def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, dict, dict, dict, list[int]]:
+def check_start(
+    args: Args, place: Together | Apart, group_size: int, **of_world: bool
+) -> tuple[Sizes, dict, dict, dict, list[int]]:
     """Refuse what cannot work, within seconds: nothing here needs a process group, a model or a simulator.
 
     Args:
@@ -541,7 +554,7 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
     check_combinations(**pick(args, check_combinations))
     launch = launched()
     ranks = dict(rank=launch.rank, world_size=launch.world_size)
-    sizes = derive_sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
+    sizes = place.sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
     check_backends(args.logger_backends)
     check_push(args.push_to_hub)
     ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
@@ -550,14 +563,16 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
     eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
     if not world["auto_reset"]:
         check_whole_episodes(**pick(args, check_whole_episodes))
-    check_envs(args.env_id, sizes.local_num_envs, **world)
-    check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+    if place.simulates:
+        check_envs(args.env_id, sizes.local_num_envs, **world)
+        check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
     instructions = every_instruction(args.env_id, args.obj_set, args.instruction)
     args.max_prompt_length = prompt_room(args.model_path, instructions, args.max_prompt_length)
-    check_rollout_memory(args.model_path, launch.ranks_here * sizes.num_chunks * sizes.local_num_envs)
+    check_rollout_memory(args.model_path, place.here("rollout", launch) * sizes.num_chunks * sizes.local_num_envs)
+    simulating = place.here("env", launch)
     check_scene_memory(
-        launch.ranks_here * (sizes.local_num_envs + sizes.local_num_eval_envs),
-        launch.ranks_here * max(sizes.num_env_workers, sizes.num_eval_env_workers),
+        simulating * (sizes.local_num_envs + sizes.local_num_eval_envs),
+        simulating * max(sizes.num_env_workers, sizes.num_eval_env_workers),
         args.image_size,
         "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
     )
@@ -567,102 +582,125 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
-    rests = dict(auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
+    rests = dict(privileged=False, auto_reset=False, ignore_terminations=False)  # an env whose episode has ended
     with user_errors():
-        sizes, ds_config, world, eval_world, eval_ids = check_start(args, args.group_size, privileged=False, **rests)
+        place = placed(args.placement, args.offload, args.rollout_ahead, remote)
+        sizes, ds_config, world, eval_world, eval_ids = check_start(args, place, args.group_size, **rests)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         fetch_weights("--model_path", args.model_path, args.lora_path)
-        device = setup_distributed(args.seed)
+        device = setup_distributed(args.seed, place.meet, shares_memory=place.trains)
+        make_training, make_eval = (partial(make_envs, args.env_id, **settings) for settings in (world, eval_world))
+        pixels = pixels_of(args.model_path, args.image_resize)
+        if place.only_simulates:
+            return place.simulate(partial(make_training, N), make_eval, pixels)
         default_dir = f"runs/grpo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
-        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
+        run_dir, checkpoint = place.open_run(args.run_dir, args.resume, default_dir, asdict(args))
         deciding = "--num_iterations" if args.total_timesteps is None else "--total_timesteps"
         check_iterations_left(checkpoint, sizes.num_iterations, deciding)
-        in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
-        print0(what_applies(**pick(args, what_applies, sizes=in_words)))
+        in_words = place.in_words(sizes.in_words(world_size(), args.chunk_size, args.num_env_workers))
+        place.say(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False)
         world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
         model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
-        envs = make_envs(args.env_id, N, pixels=policy.pixels, **world)
-        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, envs, policy.pixels, **eval_world)
+        envs = place.envs(partial(make_training, N), policy.pixels, pixels)
+        eval_envs, open_envs = place.eval_envs(make_eval, sizes.local_num_eval_envs, envs, policy.pixels)
 
-    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
-    engine = build_engine(policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
-    stages = StageSwitcher(engine, rollout_copy, args.offload)
-    guard = NonFiniteGuard(run_dir, rank())
+    build = partial(build_engine, policy, ds_config, **pick(args, build_engine, value_learning_rate=None))
+    stages = place.stages(policy, build, zero_stage(ds_config), args.offload)
+    engine = stages.engine
+    guard = StaleGuard(run_dir, rank(), stages) if args.rollout_ahead else NonFiniteGuard(run_dir, rank())
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     fan_sigma = args.fan_sigma if args.fan_coef else None
-    buffer, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
+    seen, spare = (RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0) for _ in range(2))
+    buffer = seen.for_envs(sizes.trained_envs) if place.assigns else seen  # what this rank trains on
     max_resamples = args.max_resamples if args.dynamic_sampling else 0
     my_envs = slice(first_env, first_env + N)
     my_groups = range(first_env // args.group_size, (first_env + N) // args.group_size)
+    no_states: list[dict] = [{}] * sizes.trained_envs  # every iteration starts with a reset
     start_iteration, global_step, iterations_without_signal = 0, 0, 0
     with user_errors():
         if checkpoint:
-            start_iteration, global_step, _ = load_checkpoint(engine, checkpoint, first_env, N)
-        policy.preprocess(envs.reset())  # instructions that do not fit the prompt end the run here
-        begin_run(run_dir, checkpoint)
+            start_iteration, global_step, _ = load_checkpoint(engine, checkpoint, my_envs, args.num_envs)
+        policy.preprocess(place.shared(envs.reset(), envs))  # instructions that do not fit the prompt end the run here
+        place.begin_run(run_dir, checkpoint)
         logger = Logger(
             run_dir,
-            rank() == 0,
+            rank() == 0 and place.trains,
             sizes.num_iterations,
             start_iteration,
             global_step,
             args.logger_backends,
             **pick(args, Logger),
         )
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints, say=logger.close)
-        open_envs = partial(make_envs, args.env_id, beside=envs, **eval_world)
+        make_stopper = partial(Preemption, engine, run_dir, args.keep_checkpoints, say=logger.close)
+        preemption = place.stopper(make_stopper, run_dir, stages)
+        ahead = partial(goes_ahead, **pick(args, goes_ahead, num_iterations=sizes.num_iterations))
+        assigner = place.assigner(seen, buffer, envs, preemption, stages, None, ahead)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
-        logger.describe(describe_run(asdict(args), asdict(sizes), world_size(), asdict(Args())))
+        logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args())))
+        at_end(place.end)
 
     def run_evaluation(iteration: int) -> bool:
         """Run the held-out episodes with whole weights, and record a few of them. False: the run was asked to end."""
         with logger.timer("eval"):
             watch = recorder.watch()
             with rollout_stage(stages) as actor:
-                episodes = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, watch, preemption)
+                asked = (actor, eval_envs, eval_ids, args.eval_temperature, watch, preemption)
+                episodes = place.played(evaluate, *asked)
             if episodes is not None:
-                recorder.keep(iteration, episodes)
+                place.played(recorder.keep, iteration, episodes)
                 logger.write_evaluation(iteration, global_step, mean_statistics(episodes))
-                recorder.record(iteration, episodes, watch)
+                place.played(recorder.record, iteration, episodes, watch)
                 logger.show_videos(iteration, global_step)
         return episodes is not None
 
+    def evaluate_if_due(iteration: int) -> bool:
+        """run_evaluation() after this iteration, if --eval_freq says so. False: the run was asked to end."""
+        return not due(iteration, args.eval_freq, sizes.num_iterations) or run_evaluation(iteration + 1)
+
     def save(iteration: int) -> Path:
         """Every iteration starts with a reset, so no env has a state to continue from."""
-        return save_checkpoint(engine, run_dir, iteration, global_step, [{}] * N, args.keep_checkpoints)
+        return save_checkpoint(
+            engine, run_dir, iteration, global_step, [{}] * sizes.trained_envs, args.keep_checkpoints
+        )
 
     with logger.timer("eval"):
-        recorder.catch_up(start_iteration)  # the videos that a stopped run still owes
-    if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
+        place.played(recorder.catch_up, start_iteration)  # the videos that a stopped run still owes
+    if place.agreed(logger.owes_evaluation, args.eval_freq) and not run_evaluation(start_iteration):
         preemption.exit(checkpoint or save(0))
 
     for iteration in range(start_iteration, sizes.num_iterations):
-        preemption.snapshot(iteration, global_step, [{}] * N)
+        preemption.snapshot(iteration, global_step, no_states)
         # ------------------------------------------------------------------ rollout: weights are whole, ranks are free
-        episodes, env_steps = [], 0
+        episodes, env_steps = [], torch.zeros(N, dtype=torch.int64)  # [N], actions executed
+        first_live = torch.zeros(N, dtype=torch.bool)  # [N], envs in groups that were live at once
         with logger.timer("rollout"), rollout_stage(stages) as actor:
-            for attempt in range(1 + max_resamples):
+            for attempt in range(1 + max_resamples) if place.acts else ():
                 # (seed, iteration, attempt) decides everything random, the same on every rank
                 draw = iteration * (1 + args.max_resamples) + attempt
                 generator = torch.Generator().manual_seed(args.seed * 1_000_003 + draw)
                 noise = rollout_noise(T, args.num_envs, my_envs, args.chunk_size, generator)
                 starts = [train_episode_id(envs.num_start_states, args.seed, group, draw) for group in my_groups]
                 ids = [episode_id for episode_id in starts for _ in range(args.group_size)]
-                rolled = buffer if attempt == 0 else spare
+                rolled = seen if attempt == 0 else spare
                 decisions = preemption.until_requested(range(T + 1))
                 episodes += rollout(actor, envs, ids, decisions, noise, args.temperature, rolled)
-                env_steps += int(rolled.valid.sum())
+                env_steps += rolled.valid.sum(dim=(0, 2))
                 if attempt == 0:
-                    first_live = live_groups(buffer, args.group_size)
+                    first_live = live_groups(seen, args.group_size).repeat_interleave(args.group_size)
                 else:
-                    fill_dead_groups(buffer, spare, args.group_size)
-                if preemption.requested or live_groups(buffer, args.group_size).all():
+                    fill_dead_groups(seen, spare, args.group_size)
+                if preemption.requested or live_groups(seen, args.group_size).all():
                     break
+            if assigner is not None:  # other ranks train on what this one saw
+                episodes, env_steps, first_live = assigner.assign(iteration, episodes, env_steps, first_live)
+        if not place.trains:
+            evaluate_if_due(iteration)
+            continue  # this rank waits for weights
         preemption.exit_if_requested()
-        env_steps = int(all_reduce_sum(torch.tensor(env_steps)))  # actions executed, over all ranks
+        env_steps = int(all_reduce_sum(env_steps.sum()))  # actions executed, over all ranks
         global_step += env_steps
 
         # ------------------------------------------------------------------ advantage
@@ -673,7 +711,7 @@ def main(args: Args) -> None:
         weights = episode_weights(buffer.valid & kept[None, :, None], args.length_norm)  # [T, N, C]
         decisive = (advantages != 0).any(dim=-1)  # [T, N], decisions that a gradient comes from
         num_live, num_decisive, num_decisions = all_reduce_sum(
-            torch.stack([first_live.sum(), decisive.sum(), buffer.valid.any(dim=-1).sum()])
+            torch.stack([first_live.sum() // args.group_size, decisive.sum(), buffer.valid.any(dim=-1).sum()])
         ).tolist()
         teaching = teaching_decisions(advantages, weights, **pick(args, teaching_decisions))  # [T, N]
         of_trained, of_all = all_reduce_sum(torch.stack([weights[teaching].sum(), weights.sum()])).tolist()
@@ -689,7 +727,7 @@ def main(args: Args) -> None:
         with logger.timer("update"), update_stage(stages):
             for _ in range(num_epochs):
                 averages = Averages()
-                steps = minibatches(weights, first_env, shuffling, **pick(args, minibatches))
+                steps = minibatches(weights, sizes.first_trained, shuffling, **pick(args, minibatches))
                 steps = only_teaching(steps, teaching, **pick(args, only_teaching))
                 for mb in buffer.micro_batches(steps, advantages, advantages, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
@@ -707,7 +745,7 @@ def main(args: Args) -> None:
             epochs = [dict.fromkeys(UPDATE_METRICS, 0.0)]
 
         # ------------------------------------------------------------------ log, evaluate, save
-        stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
+        stopped = not evaluate_if_due(iteration)
         metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics()
         metrics |= buffer.statistics(advantages, buffer.valid)
         metrics["train/actor/lr"] = rate
@@ -720,9 +758,10 @@ def main(args: Args) -> None:
         if stopped:  # --resume makes the evaluation again
             preemption.exit(saved)
 
-    for opened in (logger, envs, eval_envs):
+    for opened in (logger, eval_envs, envs, place):
         opened.close()
-    push_policy(args.push_to_hub, run_dir)
+    if place.trains:
+        push_policy(args.push_to_hub, run_dir)
 
 
 if __name__ == "__main__":

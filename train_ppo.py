@@ -36,15 +36,15 @@ if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
 import torch
 from torch import Tensor
 
-from envs import check_envs, control_mode, episode_facts, eval_episode_ids, every_instruction, make_envs
+from envs import check_envs, control_mode, episode_facts, eval_episode_ids, every_instruction, make_envs, remote
 from envs.vector import Outcome
 from schemas import flags
 from vla.backends import check_backends
 from vla.cli import Sizes, check_combinations, check_whole_episodes, derive_sizes, parse_args, pick
 from vla.distributed import (
     all_reduce_sum,
+    at_end,
     normalize,
-    print0,
     rank,
     run_main,
     setup_distributed,
@@ -59,16 +59,20 @@ from vla.models.about import world_of
 from vla.models.loading import load_policy
 from vla.models.policy import PolicyOutput, rollout_noise
 from vla.models.value_head import value_errors
+from vla.placement.assignment import goes_ahead
+from vla.placement.place import Apart, Together, placed
+from vla.placement.weights import StaleGuard
 from vla.start.checks import (
     check_iterations_left,
     check_rollout_memory,
     check_scene_memory,
     fetch_weights,
+    pixels_of,
     prompt_room,
     what_applies,
 )
 from vla.start.launch import launched
-from vla.training.checkpoint import begin_run, load_checkpoint, load_critic, open_run, save_checkpoint
+from vla.training.checkpoint import load_checkpoint, load_critic, save_checkpoint
 from vla.training.critics import HiddenCritic, StateCritic
 from vla.training.engine import (
     DTYPES,
@@ -82,7 +86,7 @@ from vla.training.engine import (
 from vla.training.preemption import Preemption
 from vla.training.regularization import regularization
 from vla.training.rollout_buffer import MicroBatch, RolloutBuffer, minibatches, shuffle_generator
-from vla.training.stages import StageSwitcher, make_rollout_copy, rollout_stage, update_stage
+from vla.training.stages import rollout_stage, update_stage
 
 # evaluation runs every episode once, to its end
 ONE_PER_ID = dict(auto_reset=False, ignore_terminations=False, pipeline_stages=1, first_env=0, privileged=False)
@@ -277,6 +281,12 @@ class Args:
     """DeepSpeed file with the ZeRO settings. It holds no batch sizes and no learning rates."""
     offload: Literal["none", "stage"] = "none"
     """What leaves the GPU's memory: nothing, or with stage whatever only the other half of an iteration needs."""
+    placement: flags.NonEmpty[flags.Text] = ("env,rollout,actor=all",)
+    """Which ranks simulate (env), act (rollout) and train (actor), such as env=0-3 rollout=4-7 actor=all. All forms are
+    in docs/placements.md."""
+    rollout_ahead: Literal[0, 1] = 0
+    """Updates that the weights of a rollout may be old. With 1, ranks that only act (--placement) make the next rollout
+    while others train. No recipe uses it."""
     local_rank: flags.LocalRank = -1
     """Number of this rank on its machine. The launcher sets it."""
 
@@ -438,7 +448,9 @@ def policy_rate(
     return learning_rate * decay_at(schedule, iteration / num_iterations)
 
 
-def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, dict, dict, dict, list[int]]:
+def check_start(
+    args: Args, place: Together | Apart, group_size: int, **of_world: bool
+) -> tuple[Sizes, dict, dict, dict, list[int]]:
     """Refuse what cannot work, within seconds: nothing here needs a process group, a model or a simulator.
 
     Args:
@@ -451,7 +463,7 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
     check_combinations(**pick(args, check_combinations))
     launch = launched()
     ranks = dict(rank=launch.rank, world_size=launch.world_size)
-    sizes = derive_sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
+    sizes = place.sizes(**pick(args, derive_sizes, group_size=group_size, **ranks))
     check_backends(args.logger_backends)
     check_push(args.push_to_hub)
     ds_config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
@@ -460,14 +472,16 @@ def check_start(args: Args, group_size: int, **of_world: bool) -> tuple[Sizes, d
     eval_world = world | ONE_PER_ID | dict(num_env_workers=sizes.num_eval_env_workers)
     if not world["auto_reset"]:
         check_whole_episodes(**pick(args, check_whole_episodes))
-    check_envs(args.env_id, sizes.local_num_envs, **world)
-    check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
+    if place.simulates:
+        check_envs(args.env_id, sizes.local_num_envs, **world)
+        check_envs(args.env_id, sizes.local_num_eval_envs, **eval_world)
     instructions = every_instruction(args.env_id, args.obj_set, args.instruction)
     args.max_prompt_length = prompt_room(args.model_path, instructions, args.max_prompt_length)
-    check_rollout_memory(args.model_path, launch.ranks_here * sizes.num_chunks * sizes.local_num_envs)
+    check_rollout_memory(args.model_path, place.here("rollout", launch) * sizes.num_chunks * sizes.local_num_envs)
+    simulating = place.here("env", launch)
     check_scene_memory(
-        launch.ranks_here * (sizes.local_num_envs + sizes.local_num_eval_envs),
-        launch.ranks_here * max(sizes.num_env_workers, sizes.num_eval_env_workers),
+        simulating * (sizes.local_num_envs + sizes.local_num_eval_envs),
+        simulating * max(sizes.num_env_workers, sizes.num_eval_env_workers),
         args.image_size,
         "--num_envs, --num_eval_envs, --num_env_workers and --image_size",
     )
@@ -492,67 +506,81 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------ set-up: wrong input ends here
     privileged = args.critic == "state"  # the critic reads the simulator's state
     with user_errors():
-        sizes, ds_config, world, eval_world, eval_ids = check_start(args, group_size=1, privileged=privileged)
+        place = placed(args.placement, args.offload, args.rollout_ahead, remote)
+        sizes, ds_config, world, eval_world, eval_ids = check_start(args, place, group_size=1, privileged=privileged)
         T, N, first_env = sizes.num_chunks, sizes.local_num_envs, sizes.first_env
         fetch_weights("--model_path", args.model_path, args.lora_path)
-        device = setup_distributed(args.seed)
+        device = setup_distributed(args.seed, place.meet, shares_memory=place.trains)
+        make_training, make_eval = (partial(make_envs, args.env_id, **settings) for settings in (world, eval_world))
+        pixels = pixels_of(args.model_path, args.image_resize)
+        if place.only_simulates:
+            return place.simulate(partial(make_training, N), make_eval, pixels)
         default_dir = f"runs/ppo_{args.env_id.replace(':', '.')}_{time.strftime('%Y%m%d_%H%M%S')}"
-        run_dir, checkpoint = open_run(args.run_dir, args.resume, default_dir, asdict(args))
+        run_dir, checkpoint = place.open_run(args.run_dir, args.resume, default_dir, asdict(args))
         deciding = "--num_iterations" if args.total_timesteps is None else "--total_timesteps"
         check_iterations_left(checkpoint, sizes.num_iterations, deciding)
-        in_words = sizes.in_words(world_size(), args.chunk_size, args.num_env_workers)
-        print0(what_applies(**pick(args, what_applies, sizes=in_words)))
+        in_words = place.in_words(sizes.in_words(world_size(), args.chunk_size, args.num_env_workers))
+        place.say(what_applies(**pick(args, what_applies, sizes=in_words)))
         model_flags = dict(dtype=DTYPES[args.dtype], device=device, value_head=False if privileged else None)
         world_now = world_of(**pick(args, world_of, control=control_mode(args.env_id)))
         model_flags |= dict(norm_stats=None, cuda_graphs=True, world=world_now)
         policy = load_policy(args.model_path, args.model_type, **pick(args, load_policy, **model_flags))
-        envs = make_envs(args.env_id, N, pixels=policy.pixels, **world)
-        eval_envs = make_envs(args.env_id, sizes.local_num_eval_envs, envs, policy.pixels, **eval_world)
+        envs = place.envs(partial(make_training, N), policy.pixels, pixels)
+        eval_envs, open_envs = place.eval_envs(make_eval, sizes.local_num_eval_envs, envs, policy.pixels)
 
-    rollout_copy = make_rollout_copy(policy, zero_stage(ds_config), args.offload)
-    engine = build_engine(policy, ds_config, **pick(args, build_engine))
-    stages = StageSwitcher(engine, rollout_copy, args.offload)
-    guard = NonFiniteGuard(run_dir, rank())
+    build = partial(build_engine, policy, ds_config, **pick(args, build_engine))
+    stages = place.stages(policy, build, zero_stage(ds_config), args.offload)
+    engine = stages.engine
+    guard = StaleGuard(run_dir, rank(), stages) if args.rollout_ahead else NonFiniteGuard(run_dir, rank())
     loss_flags = dict(surrogate=pick(args, clipped_surrogate), regularizers=pick(args, regularization))
     loss_flags |= dict(value_loss=pick(args, value_errors), vf_coef=0.0 if privileged else args.vf_coef)
     fan_sigma = args.fan_sigma if args.fan_coef else None
-    buffer = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
-    start_iteration, global_step = 0, 0
+    seen = RolloutBuffer.of(policy, T, N, keeps_reference=args.kl_coef > 0)
+    buffer = seen.for_envs(sizes.trained_envs) if place.assigns else seen  # what this rank trains on
+    start_iteration, global_step, own_envs = 0, 0, slice(first_env, first_env + N)
     with user_errors():
         if checkpoint:
-            start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, first_env, N)
-        obs = envs.load_state_dict(env_states) if checkpoint else envs.reset()
+            start_iteration, global_step, env_states = load_checkpoint(engine, checkpoint, own_envs, args.num_envs)
+        obs = place.shared(envs.load_state_dict(env_states) if checkpoint else envs.reset(), envs)
         policy.preprocess(obs)  # instructions that do not fit the prompt end the run here
         state_critic = make_state_critic(args, sizes, obs, device, checkpoint)
         critic = state_critic or HiddenCritic()
-        begin_run(run_dir, checkpoint)
+        place.begin_run(run_dir, checkpoint)
         logger = Logger(
             run_dir,
-            rank() == 0,
+            rank() == 0 and place.trains,
             sizes.num_iterations,
             start_iteration,
             global_step,
             args.logger_backends,
             **pick(args, Logger),
         )
-        preemption = Preemption(engine, run_dir, args.keep_checkpoints, state_critic, logger.close)
-        open_envs = partial(make_envs, args.env_id, beside=envs, **eval_world)
+        make_stopper = partial(Preemption, engine, run_dir, args.keep_checkpoints, state_critic, logger.close)
+        preemption = place.stopper(make_stopper, run_dir, stages)
+        ahead = partial(goes_ahead, **pick(args, goes_ahead, num_iterations=sizes.num_iterations))
+        assigner = place.assigner(seen, buffer, envs, preemption, stages, critic, ahead)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
-        logger.describe(describe_run(asdict(args), asdict(sizes), world_size(), asdict(Args())))
+        logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args())))
+        at_end(place.end)
 
     def run_evaluation(iteration: int) -> bool:
         """Run the held-out episodes with whole weights, and record a few of them. False: the run was asked to end."""
         with logger.timer("eval"):
             watch = recorder.watch()
             with rollout_stage(stages) as actor:
-                episodes = evaluate(actor, eval_envs, eval_ids, args.eval_temperature, watch, preemption)
+                asked = (actor, eval_envs, eval_ids, args.eval_temperature, watch, preemption)
+                episodes = place.played(evaluate, *asked)
             if episodes is not None:
-                recorder.keep(iteration, episodes)
+                place.played(recorder.keep, iteration, episodes)
                 logger.write_evaluation(iteration, global_step, mean_statistics(episodes))
-                recorder.record(iteration, episodes, watch)
+                place.played(recorder.record, iteration, episodes, watch)
                 logger.show_videos(iteration, global_step)
         return episodes is not None
+
+    def evaluate_if_due(iteration: int) -> bool:
+        """run_evaluation() after this iteration, if --eval_freq says so. False: the run was asked to end."""
+        return not due(iteration, args.eval_freq, sizes.num_iterations) or run_evaluation(iteration + 1)
 
     def save(iteration: int) -> Path:
         """Write the checkpoint after so many iterations."""
@@ -561,8 +589,8 @@ def main(args: Args) -> None:
         )
 
     with logger.timer("eval"):
-        recorder.catch_up(start_iteration)  # the videos that a stopped run still owes
-    if logger.owes_evaluation(args.eval_freq) and not run_evaluation(start_iteration):
+        place.played(recorder.catch_up, start_iteration)  # the videos that a stopped run still owes
+    if place.agreed(logger.owes_evaluation, args.eval_freq) and not run_evaluation(start_iteration):
         preemption.exit(checkpoint or save(0))
 
     for iteration in range(start_iteration, sizes.num_iterations):
@@ -572,18 +600,16 @@ def main(args: Args) -> None:
         decided: list[Tensor] = [torch.empty(0)] * len(envs.halves)  # V of each half's last decision, [n, C]
         # (seed, iteration) decides everything random, the same on every rank: resuming needs no generator's state
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        noise = rollout_noise(T, args.num_envs, slice(first_env, first_env + N), args.chunk_size, generator)
+        noise = rollout_noise(T, args.num_envs, own_envs, args.chunk_size, generator)
         with logger.timer("rollout"), rollout_stage(stages) as actor:
             value_of = partial(critic.value, actor)
             if not args.auto_reset and iteration > 0:  # set-up began the first one's episodes, or read them back
                 envs.reset()
-            # all N envs have their turn, or one half of them while the other is simulated
             for t, half, rows, obs, outcome in envs.pipeline(preemption.until_requested(range(T + 1))):
                 if outcome is not None:  # of decision t - 1
-                    before = decided[half]
-                    values = critic.chunk_values(t - 1, rows, outcome.infos, before)  # [n, C]
-                    fields = outcome_of_decision(outcome, before[:, 0], values, value_of, args.bootstrap)
-                    buffer.add_outcome(t - 1, rows, **fields)
+                    values = critic.chunk_values(t - 1, rows, outcome.infos, decided[half])  # [n, C]
+                    fields = outcome_of_decision(outcome, decided[half][:, 0], values, value_of, args.bootstrap)
+                    seen.add_outcome(t - 1, rows, **fields)
                     episodes += row_dicts(outcome.infos["episode"])
                 if t == T:
                     next_values[rows] = value_of(obs)
@@ -593,8 +619,13 @@ def main(args: Args) -> None:
                 tokens, logprobs, own_values = actor.act(inputs, args.temperature, noise[t, rows])
                 envs.step_async(actor.decode(tokens), half)
                 decided[half] = critic.decision_values(obs, own_values)
-                reference = buffer.reference_of(actor, inputs, tokens, args.temperature)
-                buffer.add_decision(t, rows, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
+                reference = seen.reference_of(actor, inputs, tokens, args.temperature)
+                seen.add_decision(t, rows, inputs, tokens=tokens, logprobs=logprobs, reference_logprobs=reference)
+            if assigner is not None:  # other ranks train on what this one saw
+                episodes, next_values = assigner.assign(iteration, episodes, next_values)
+        if not place.trains:
+            evaluate_if_due(iteration)
+            continue  # this rank waits for weights
         preemption.exit_if_requested()
         env_steps = int(all_reduce_sum(buffer.valid.sum()))  # actions executed, over all ranks
         global_step += env_steps
@@ -602,19 +633,17 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ advantage
         advantages, returns = compute_gae(buffer, next_values, args.gamma, args.gae_lambda)  # [T, N, C] each
         used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
-        if args.norm_adv:
-            advantages = normalize(advantages, used)  # over all ranks
+        advantages = normalize(advantages, used) if args.norm_adv else advantages  # over all ranks
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
         rate = policy_rate(iteration, sizes.num_iterations, **pick(args, policy_rate))
         engine.optimizer.param_groups[0]["lr"] = rate
-        shuffling = shuffle_generator(args.seed, iteration)
-        epochs = []
+        shuffling, epochs = shuffle_generator(args.seed, iteration), []
         with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):
                 averages = Averages()
-                steps = minibatches(weights, first_env, shuffling, **pick(args, minibatches))
+                steps = minibatches(weights, sizes.first_trained, shuffling, **pick(args, minibatches))
                 for mb in buffer.micro_batches(steps, advantages, returns, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
                     guard.check_ratio(new.logprobs, mb.old_logprobs)
@@ -625,11 +654,10 @@ def main(args: Args) -> None:
                 epochs.append(averages.reduce(count=args.num_minibatches))
                 if args.target_kl is not None and epochs[-1]["train/actor/approx_kl"] > args.target_kl:
                     break  # a mean over all ranks: they leave together, or ZeRO-3 hangs
-        with logger.timer("update"):
             value_metrics = critic.fit(returns, buffer.values, buffer.valid, shuffling)
 
         # ------------------------------------------------------------------ log, evaluate, save
-        stopped = due(iteration, args.eval_freq, sizes.num_iterations) and not run_evaluation(iteration + 1)
+        stopped = not evaluate_if_due(iteration)
         metrics = mean_over(epochs) | guard.pop_metrics() | stages.pop_metrics() | buffer.statistics(advantages, used)
         metrics |= value_metrics | {"train/critic/explained_variance": buffer.explained_variance(returns)}
         metrics["train/actor/lr"] = rate
@@ -645,9 +673,10 @@ def main(args: Args) -> None:
             "policy      is still the one that it started as: only the critic learns in the first "
             f"{args.critic_warmup_iterations} iterations (--critic_warmup_iterations)"
         )
-    for opened in (logger, envs, eval_envs):
+    for opened in (logger, eval_envs, envs, place):
         opened.close()
-    push_policy(args.push_to_hub, run_dir)
+    if place.trains:
+        push_policy(args.push_to_hub, run_dir)
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def main(args: Args) -> None:
     start_iteration, num_seen = 0, 0  # num_seen: decisions trained on, over all ranks
     with user_errors():
         if checkpoint:
-            start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, 0, 0)
+            start_iteration, num_seen, _ = load_checkpoint(engine, checkpoint, slice(0), 0)
         begin_run(run_dir, checkpoint)
         logger = Logger(
             run_dir,

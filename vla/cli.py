@@ -256,12 +256,14 @@ class Sizes:
     env_steps: int  # per iteration, over all ranks
     minibatch_size: int  # decisions per optimizer step, over all ranks (fewer if some are dropped)
     micro_batches: int  # per optimizer step and rank, of which the last may be smaller
+    trained_envs: int  # envs that this rank trains on, which are others than it simulates in some placements
+    first_trained: int  # global index of the first of them
 
     def in_words(self, num_ranks: int, chunk_size: int, num_env_workers: int) -> str:
         """The sizes as one line for people. num_env_workers is the number that the user asked for."""
         fewer = f" ({num_env_workers} asked for)" if self.num_env_workers < num_env_workers else ""
         return (
-            f"{counted(num_ranks, 'rank')} of {counted(self.local_num_envs, 'env')} and "
+            f"{counted(num_ranks, 'rank')} of {counted(self.trained_envs, 'env')} and "
             f"{counted(self.num_env_workers, 'worker')}{fewer}, {counted(self.num_chunks, 'decision')} an env of "
             f"{counted(chunk_size, 'action')}, {self.env_steps} env steps an iteration, "
             f"{counted(self.minibatch_size, 'decision')} an optimizer step, {counted(self.num_iterations, 'iteration')}"
@@ -323,6 +325,8 @@ def derive_sizes(
         env_steps=num_envs * num_steps,
         minibatch_size=decisions // num_minibatches,
         micro_batches=-(-decisions // num_minibatches // world_size // micro_batch_size),
+        trained_envs=local_num_envs,
+        first_trained=rank * local_num_envs,
     )
 
 

@@ -246,11 +246,17 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def setup_distributed(seed: int) -> torch.device:
+def setup_distributed(
+    seed: int, meet: Callable[[], str | None] | None = None, shares_memory: bool = True
+) -> torch.device:
     """Join the process group and seed all generators with the same seed on every rank. Returns this rank's device.
 
     Ranks take different slices (of envs, of noise) of quantities that are the same on all ranks. So a run does not
     depend on the number of ranks.
+
+    Args:
+        meet: returns the init_method of init_process_group(). Without it, all ranks meet in one group.
+        shares_memory: whether DeepSpeed makes shared memory for ranks without GPUs. One group of a launch may do so.
     """
     end_with_launcher()
     for name, value in LAUNCHER_ENV.items():
@@ -270,7 +276,7 @@ def setup_distributed(seed: int) -> torch.device:
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
         torch.set_num_threads(max(1, min(job_cores(), (os.cpu_count() or 1) // int(ranks_here))))
     try:
-        deepspeed.init_distributed(verbose=False, init_method=where_ranks_meet())
+        deepspeed.init_distributed(verbose=False, init_method=(meet or where_ranks_meet)())
     except (dist.DistNetworkError, OSError) as error:
         if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
@@ -279,7 +285,8 @@ def setup_distributed(seed: int) -> torch.device:
         if "SLURM_JOB_ID" in os.environ:  # slurm/run.sh derives the port from the number of the job
             remedy = "submit the job again, since another job has another port"
         raise UserError(f"port {port} is in use, perhaps by another run: {remedy}") from error
-    unlink_shared_memory()
+    if shares_memory:
+        unlink_shared_memory()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

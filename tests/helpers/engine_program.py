@@ -105,7 +105,9 @@ def save(folder: str, at: int, until: int, **settings) -> dict:
 def resume(checkpoint: str, until: int, **settings) -> dict:
     engine, stages = made(**settings)
     share = 4 // world_size()
-    iteration, global_step, env_states = load_checkpoint(engine, Path(checkpoint), rank() * share, share)
+    iteration, global_step, env_states = load_checkpoint(
+        engine, Path(checkpoint), slice(rank() * share, (rank() + 1) * share), share * world_size()
+    )
     return {
         "iteration": iteration,
         "global_step": global_step,

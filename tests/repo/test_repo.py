@@ -298,7 +298,7 @@ def test_every_command_exists(page):
 @functools.cache
 def all_metrics() -> set[str]:
     """Tags that the code writes, and those of a run that is kept."""
-    tags = set(re.findall(r'"((?:train|rollout|env)/[\w/]+)"', "".join(path.read_text() for path in MODULES)))
+    tags = set(re.findall(r'"((?:train|rollout|env|time)/[\w/]+)"', "".join(path.read_text() for path in MODULES)))
     kept = ROOT / "results" / "make_train" / "seed_0"
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         for line in (kept / name).read_text().splitlines():

@@ -73,7 +73,9 @@ def alive(run_dir: Path) -> list[str]:
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path):
+@pytest.mark.parametrize("placement", ["env,rollout,actor=all", "env=0 rollout=1 actor=2-3"])
+def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path, placement):
+    """Every rank does everything, or one node simulates and acts while the other trains."""
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
     environment = os.environ | {
@@ -84,6 +86,7 @@ def test_two_nodes_train_and_a_cut_cable_ends_all_ranks(nodes, tmp_path):
     }
     script = ["train_ppo.py", "--config", "tests/helpers/ppo_random_openvla.yaml", "--run_dir", str(run_dir)]
     script += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    script += ["--placement", *placement.split()]
     launchers, logs = [], [tmp_path / f"node{number}.log" for number in range(2)]
     for number, (name, log) in enumerate(zip(nodes, logs)):
         command = ["ip", "netns", "exec", name, str(Path(sys.executable).parent / "deepspeed"), "--hostfile"]

@@ -127,6 +127,55 @@ def test_a_rank_killed_hard_leaves_the_last_checkpoint_which_goes_on_on_one_rank
             assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-5), tag
 
 
+APART = ["--placement", "env=0", "rollout=1", "actor=2-3", "--pipeline_stages", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_roles_apart_stop_together_and_the_run_goes_on_in_other_placements(unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(4, "train_ppo.py", *flags(save_freq=0), "--run_dir", run_dir, *APART)
+    wait_for((run_dir / "metrics.jsonl").is_file, "first iteration")
+    (run_dir / "stop").touch()
+    assert [rank.wait(timeout=600) for rank in ranks] == [REQUEUE] * 4
+    assert damage(latest_checkpoint(run_dir)) is None and not (run_dir / "stop").exists()
+    hybrid = ["--placement", "env=0", "rollout=1", "actor=0-1", "--num_iterations", "2"]
+    assert run_ranks(2, "train_ppo.py", "--resume", run_dir, *hybrid).returncode == 0
+    together = ["--placement", "env,rollout,actor=all", "--pipeline_stages", "1", "--num_iterations", "3"]
+    assert run_ranks(2, "train_ppo.py", "--resume", run_dir, *together).returncode == 0
+    ours, theirs = (
+        [{tag: value for tag, value in line.items() if not tag.startswith("eval/")} for line in lines]
+        for lines in (logged(run_dir), unbroken)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_signal_to_the_launcher_ends_roles_apart_with_a_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    launcher = deepspeed(4, "--run_dir", str(run_dir), *APART, save_freq=0, num_iterations=50)
+    wait_for((run_dir / "metrics.jsonl").is_file, "first iteration")
+    launcher.terminate()
+    assert launcher.wait(timeout=600) != 0
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
+    assert damage(latest_checkpoint(run_dir)) is None and not (run_dir / "stop").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize("victim", range(4))
+def test_a_role_killed_hard_ends_all_others_and_leaves_the_last_checkpoint(tmp_path, victim):
+    run_dir = tmp_path / "run"
+    launcher = deepspeed(4, "--run_dir", str(run_dir), *APART, num_iterations=50)
+    wait_for((run_dir / "checkpoints" / "iteration_000001").is_dir, "first checkpoint")
+    ranks = [number for number in processes_with(f"--local_rank={victim}") if number in processes_with(str(run_dir))]
+    os.kill(ranks[0], signal.SIGKILL)
+    assert launcher.wait(timeout=600) != 0
+    wait_for(lambda: not processes_with(str(run_dir)), "end of all processes")
+    assert damage(latest_checkpoint(run_dir)) is None
+
+
 def parent_command(process: int) -> str:
     try:
         parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]

@@ -126,6 +126,28 @@ def test_zero_stage_ranks_and_micro_batch_change_nothing(four_iterations, tmp_pa
     assert_equal_losses(tmp_path / "run", four_iterations)
 
 
+@pytest.mark.parametrize(
+    "placement, ranks",
+    [
+        ("env=0 rollout=1 actor=0-1", 2),  # hybrid
+        ("env=0 rollout=1 actor=2-3", 4),  # apart
+        pytest.param("env,rollout=0 actor=1-2", 3, marks=FULL),
+        pytest.param("env=0-1 rollout,actor=2-3", 4, marks=FULL),
+    ],
+)
+def test_a_placement_changes_no_bit(two_ranks, tmp_path, placement, ranks):
+    """Two halves of one rank hold the envs of the two ranks that do everything, so batches are the same."""
+    halves = ["--pipeline_stages", "2"] if "rollout,actor" not in placement else []
+    flags = ["--run_dir", str(tmp_path / "run"), "--num_iterations", "2", "--video_episodes", "2", *halves]
+    train(*flags, "--placement", *placement.split(), ranks=ranks)
+    lines = metrics(tmp_path / "run")
+    assert without_time(lines) == without_time(metrics(two_ranks[0]))
+    travels = {"observations": "env,rollout" not in placement, "experience": "rollout,actor" not in placement}
+    for boundary, crosses in travels.items():
+        assert (lines[1][f"time/wire_{boundary}_gib"] > 0) == crosses
+    assert (tmp_path / "run" / "videos" / "before_after.mp4").is_file()
+
+
 def test_ranks_under_zero3_change_nothing(four_iterations, two_ranks):
     assert_equal_losses(two_ranks[0], four_iterations)
 

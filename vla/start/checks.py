@@ -9,6 +9,7 @@ from pathlib import Path
 
 from schemas import UserError
 from schemas.hub import small_folder, whole_folder
+from schemas.pixels import Pixels
 from vla.models.policy import PROMPT
 from vla.models.published import ADAPTER_CONFIG, check_on_hub, find_base, read_folder
 from vla.models.tiny import TINY_PRESETS, tiny_side_files
@@ -28,6 +29,12 @@ def small_files(model_path: str) -> tuple[dict, dict[str, bytes]]:
     folder = small_folder(model_path, "--model_path")
     check_on_hub(model_path)
     return read_folder(folder, sorted(TINY_PRESETS))
+
+
+def pixels_of(model_path: str, image_resize: str) -> Pixels:
+    """The images that a policy reads, from its config.json."""
+    side = small_files(model_path)[0]["image_sizes"][0]
+    return Pixels((side, side), image_resize)
 
 
 def fetch_weights(source: str, model_path: str, lora_path: str | None) -> None:

@@ -169,6 +169,8 @@ def checked_values(layer: Layer, args_class: type, imported_env: str | None) -> 
     for key, value in layer.values.items():
         name = str(key).replace("-", "_")
         check_name(str(key), name, types, layer.source)
+        if name == "placement" and isinstance(value, dict):  # {env: 0-3, ...}, and yaml reads a single number as one
+            value = [f"{role}={ranks}" for role, ranks in value.items()]
         value = check(types[name], value, layer.source, key=name)
         if name == "env_id" and ":" in value and value != imported_env:
             raise UserError(

@@ -86,6 +86,7 @@ MAY_CHANGE |= dict.fromkeys(
         "gradient_checkpointing",
         "deepspeed_config",
         "offload",
+        "placement",
     ),
     "how the same work is distributed",
 )
@@ -120,6 +121,7 @@ MAY_CHANGE |= dict.fromkeys(
         "max_resamples",
         "label_sigma",
         "image_aug",
+        "rollout_ahead",
     ),
     "how the policy learns from now on",
 )

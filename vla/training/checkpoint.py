@@ -418,26 +418,30 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(engine: Engine, folder: Path, first_env: int, local_num_envs: int) -> tuple[int, int, list[dict]]:
-    """Restore weights and optimizer. Returns iteration, global_step and this rank's env states. All ranks together.
+def load_checkpoint(engine: Engine | None, folder: Path, envs: slice, num_envs: int) -> tuple[int, int, list[dict]]:
+    """Restore weights and optimizer. Returns iteration, global_step and the states of `envs`. All ranks together.
 
     Learning rates and weight decay are those of this run's flags.
+
+    Args:
+        engine: None on a rank that does not train. num_envs: over all ranks.
 
     Raises:
         UserError: the checkpoint has another number of envs, another model or other trained weights than this run.
     """
     state = read_state(folder)
-    check_same_model(engine, state, folder)
+    if engine is not None:
+        check_same_model(engine, state, folder)
     path = folder / ("envs.safetensors" if state.format == FORMAT else "envs.pt")
     env_states = load_tree(path) if state.format == FORMAT else load_old_tree(path)
     if not isinstance(env_states, list) or not all(isinstance(one, dict) for one in env_states):
         raise UserError(f"{path} does not hold a list of envs: {REMEDY}")
-    num_envs = local_num_envs * world_size()
     if len(env_states) != num_envs:
         raise UserError(f"{folder} holds {len(env_states)} envs, this run has {num_envs}: pass the same --num_envs")
     shards = [folder / name for name in state.files if name.startswith("optimizer/")]
-    load_shards(engine, shards)
-    return state.iteration, state.global_step, env_states[first_env : first_env + local_num_envs]
+    if engine is not None:
+        load_shards(engine, shards)
+    return state.iteration, state.global_step, env_states[envs]
 
 
 def load_critic(critic: StateCritic, folder: Path) -> None:

@@ -76,6 +76,7 @@ class StateCritic:
         critic_epochs: int,
     ):
         self.states = torch.zeros(num_chunks, num_envs, chunk_size, state_size)  # before each executed action
+        self.fitted = self.states  # those that fit() reads, of other envs where other ranks acted
         self.device, self.critic_epochs = device, critic_epochs
         self.value_loss = dict(huber_delta=huber_delta, value_clip=value_clip)
         with torch.random.fork_rng(devices=[]):
@@ -145,7 +146,7 @@ class StateCritic:
 
     def _gathered(self, returns: Tensor, old_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States [K, S], returns [K] and old values [K] of the actions that any rank executed. All ranks together."""
-        own = (self.states, returns, old_values, valid)
+        own = (self.fitted, returns, old_values, valid)
         by_rank = all_gather_lists([tuple(field.numpy() for field in own)])
         states, returns, old_values, valid = (  # [T, all envs in their global order, C, ...] each
             torch.cat([torch.from_numpy(field) for field in fields], dim=1) for fields in zip(*by_rank)
@@ -165,18 +166,23 @@ class StateCritic:
         self.squares = self.squares + squares + change**2 * count_before * num_states / self.count
         self.mean = self.mean + change * num_states / self.count
 
-    # ------------------------------------------------------------------ checkpoint
-    def state_dict(self) -> dict:
+    # ------------------------------------------------------------------ other ranks, checkpoint
+    def weights(self) -> dict:
+        """What values depend on."""
         names = ("count", "mean", "squares")
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()} | {
-            name: getattr(self, name) for name in names
-        }
+        return {"net": self.net.state_dict()} | {name: getattr(self, name) for name in names}
+
+    def load_weights(self, weights: dict) -> None:
+        self.net.load_state_dict(weights["net"])
+        self.count, self.mean, self.squares = weights["count"], weights["mean"], weights["squares"]
+
+    def state_dict(self) -> dict:
+        return self.weights() | {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore network, optimizer and statistics. Learning rate and weight decay stay those of this run's flags."""
         rates = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
-        self.net.load_state_dict(state["net"])
+        self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         for group, (rate, decay) in zip(self.optimizer.param_groups, rates):
             group["lr"], group["weight_decay"] = rate, decay
-        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]

@@ -86,6 +86,10 @@ class StopRequest:
         """Whether this rank should stop: it got a signal, another rank did, or there is a file `stop`."""
         return self.signal is not None or self.stop_file.exists()
 
+    def hear(self) -> None:
+        """A rank that only acts was asked to end (vla/placement)."""
+        self.signal = self.signal or "a rank that acts"
+
     def until_requested(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items until this rank should stop."""
         for item in items:

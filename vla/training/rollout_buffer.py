@@ -7,6 +7,7 @@ so that the update does not run the towers again. The shape checks rule out sile
 one log-probability in seven columns, and so trained with 7 times the policy loss.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -102,6 +103,14 @@ class RolloutBuffer:
             keeps_reference=keeps_reference,
             device=policy.device,
         )
+
+    def for_envs(self, num_envs: int) -> "RolloutBuffer":
+        """A buffer with the same fields for other envs, without features, which are too large to send."""
+        other = copy.copy(self)
+        other.num_envs = num_envs
+        kept = {name: field for name, field in self.fields.items() if name != "features"}
+        other.fields = {name: field.new_zeros(len(field), num_envs, *field.shape[2:]) for name, field in kept.items()}
+        return other
 
     def __getattr__(self, name: str) -> Tensor:  # [T, N, ...]
         try:

@@ -197,6 +197,15 @@ def copy_trainable(source: nn.Module, target: nn.Module) -> None:
                     whole.copy_(sharded)
 
 
+def trained_parameters(engine: Engine) -> Iterator[nn.Parameter]:
+    """The trained parameters in their order, each of them whole until the next one. All ranks together."""
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield parameter
+
+
 def whole_state_dict(engine: Engine, keep: bool, without_base: bool = False) -> dict[str, torch.Tensor]:
     """Every whole parameter, by name, on the CPU. All ranks together.
 
