@@ -255,6 +255,9 @@ class Args:
     """Passes over a rollout in one update."""
     num_minibatches: flags.Count = 32
     """Optimizer steps per pass."""
+    recompute_logprobs: bool = False
+    """Take old log-probabilities from the update's own micro batches, before its first step, and not from the rollout.
+    It costs a forward pass. Use it where train/actor/ratio_first_microbatch_std is above 0.01."""
     target_kl: flags.Positive | None = None
     """Largest approximate KL divergence over all ranks. A pass above it ends its update. None sets no limit."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -729,6 +732,8 @@ def main(args: Args) -> None:
                 averages = Averages()
                 steps = minibatches(weights, sizes.first_trained, shuffling, **pick(args, minibatches))
                 steps = only_teaching(steps, teaching, **pick(args, only_teaching))
+                if args.recompute_logprobs and not epochs:
+                    buffer.recompute_logprobs(steps, engine, args.temperature)
                 for mb in buffer.micro_batches(steps, advantages, advantages, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
                     guard.check_ratio(new.logprobs, mb.old_logprobs)

@@ -261,6 +261,9 @@ class Args:
     """Passes over a rollout in one update."""
     num_minibatches: flags.Count = 32
     """Optimizer steps per pass."""
+    recompute_logprobs: bool = False
+    """Take old log-probabilities from the update's own micro batches, before its first step, and not from the rollout.
+    It costs a forward pass. Use it where train/actor/ratio_first_microbatch_std is above 0.01."""
     critic_warmup_iterations: flags.CountOrNone = 0
     """Iterations at the start in which only the critic learns."""
     target_kl: flags.Positive | None = None
@@ -644,6 +647,8 @@ def main(args: Args) -> None:
             for _ in range(args.update_epochs):
                 averages = Averages()
                 steps = minibatches(weights, sizes.first_trained, shuffling, **pick(args, minibatches))
+                if args.recompute_logprobs and not epochs:
+                    buffer.recompute_logprobs(steps, engine, args.temperature)
                 for mb in buffer.micro_batches(steps, advantages, returns, weights):
                     new = engine("evaluate", mb.inputs, mb.tokens, args.temperature, fan_sigma)
                     guard.check_ratio(new.logprobs, mb.old_logprobs)

@@ -61,7 +61,7 @@ LEFT_OUT = {
         "vla/models/layers.py",
         "vla/models/cuda_graphs.py",
         "vla/models/action_tokens.py",
-        "vla/models/policy.py VLAPolicy.prompt_ids VLAPolicy.collate moved",
+        "vla/models/policy.py VLAPolicy.prompt_ids VLAPolicy.collate VLAPolicy.resized moved",
         "schemas/pixels.py",
         "vla/training/engine.py GatheredLinear.forward TorchLinear.forward",
     ),

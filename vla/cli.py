@@ -351,6 +351,8 @@ def check_combinations(
     lora_rank: int,
     lora_path: str | None,
     merge_lora: bool,
+    recompute_logprobs: bool,
+    rollout_ahead: int,
 ) -> None:
     """Check combinations of flags. schemas.check_flags() checks each flag alone.
 
@@ -363,6 +365,11 @@ def check_combinations(
         raise UserError(
             "--kl_coef needs an adapter that starts at zero, since it compares with the policy without the adapter: "
             "give --lora_rank, and with --lora_path also --merge_lora"
+        )
+    if recompute_logprobs and rollout_ahead:
+        raise UserError(
+            "--recompute_logprobs would hide that --rollout_ahead 1 acts with older weights, which ratios have to "
+            "correct: leave one out"
         )
     if merge_lora and not lora_path:
         raise UserError("--merge_lora has no adapter to merge: give --lora_path")

@@ -132,6 +132,7 @@ def test_sizes_that_do_not_divide(change, sentence):
         (["--kl_coef", "0.1", "--lora_rank", "0"], "--kl_coef .* give --lora_rank"),
         (["--kl_coef", "0.1", "--lora_path", "x"], "--kl_coef .* --merge_lora"),
         (["--merge_lora"], "--merge_lora has no adapter"),
+        (["--recompute_logprobs", "--rollout_ahead", "1"], "--recompute_logprobs would hide that --rollout_ahead 1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, sentence):

@@ -1,9 +1,12 @@
 """Storage of a rollout, and how its decisions are assigned to minibatches."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from vla.models.policy import PolicyInputs, uniform_noise
+from vla.training.engine import NonFiniteGuard
 from vla.training.rollout_buffer import RolloutBuffer, minibatch_indices, minibatches, shuffle_generator, split_padded
 
 ALL = slice(0, 2)
@@ -55,6 +58,28 @@ def test_halves_are_stored_where_they_belong():
     assert buffer.values[0, :, 0].tolist() == [0, 1, 2] and buffer.rewards[0, :, 0].tolist() == [10, 11, 12]
     mb = buffer.micro_batch(torch.arange(3), *[buffer.values] * 3, 1.0, True)
     assert mb.reference_logprobs[:, 0, 0].tolist() == [1, 2, 2]
+
+
+def test_recomputed_log_probabilities_are_those_of_the_updates_micro_batches():
+    """With a stand-in for an engine whose results depend on the batch. This rank has run out in the last step."""
+    buffer = RolloutBuffer(2, 2, 1, (8, 8), 5)
+    for t in range(2):
+        numbers = torch.tensor([2 * t, 2 * t + 1])[:, None, None].expand(2, 1, 7)  # t * N + n
+        buffer.add_decision(t, ALL, inputs(), **decision() | {"tokens": numbers})
+        buffer.add_outcome(t, ALL, **outcome())
+    buffer.logprobs.fill_(-9.0)
+    none, batches = torch.tensor([], dtype=torch.int64), []
+    steps = [(1.0, [torch.tensor([3, 0]), torch.tensor([2])]), (1.0, [none])]
+
+    def engine(mode, inputs, tokens, temperature):
+        assert (mode, temperature, torch.is_grad_enabled()) == ("evaluate", 0.7, False)
+        batches.append(len(tokens))
+        return Mock(logprobs=-tokens - len(tokens) / 10)
+
+    buffer.recompute_logprobs(steps, engine, 0.7)
+    assert batches == [2, 1, 1]  # the last one keeps this rank in step
+    expected = [-0.2, -9.0, -2.1, -3.2]  # decision 1 is in no minibatch
+    assert torch.allclose(buffer.logprobs.flatten(0, 1)[:, 0, 0], torch.tensor(expected))
 
 
 def test_micro_batch_picks_decision_t_n():
@@ -150,3 +175,17 @@ def test_a_reference_is_asked_for_only_where_it_is_kept():
     kept = RolloutBuffer(1, 2, 1, (8, 8), 5, keeps_reference=True)
     assert kept.reference_of(Actor(), inputs(), torch.ones(2), 0.5).tolist() == [0.5, 0.5]
     assert RolloutBuffer(1, 2, 1, (8, 8), 5).reference_of(None, inputs(), torch.ones(2), 0.5) is None
+
+
+def test_the_first_ratios_are_told_by_mean_spread_and_the_farthest(tmp_path):
+    """Ratios of 1.1, 0.9 and 1.03 before the first step; those of later micro batches do not count."""
+    guard = NonFiniteGuard(tmp_path, rank=0)
+    ratios = torch.tensor([1.1, 0.9, 1.03], requires_grad=True)
+    guard.check_ratio(ratios.log(), torch.zeros(3))
+    guard.check_ratio(torch.ones(3), torch.zeros(3))
+    metrics = guard.pop_metrics()
+    assert metrics["train/actor/ratio_first_microbatch_error"] == pytest.approx(0.1, abs=1e-6)
+    assert metrics["train/actor/ratio_first_microbatch_mean"] == pytest.approx(1.01, abs=1e-6)
+    assert metrics["train/actor/ratio_first_microbatch_std"] == pytest.approx(float(ratios.detach().std()), abs=1e-6)
+    again = guard.pop_metrics()  # an iteration that trained on nothing
+    assert again["train/actor/ratio_first_microbatch_error"] == again["train/actor/ratio_first_microbatch_std"] == 0.0

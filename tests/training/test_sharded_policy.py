@@ -32,9 +32,9 @@ def test_oft_continues_an_adapter_on_two_sharded_ranks(tmp_path):
     run_dir = tmp_path / "run"
     place = ["--run_dir", str(run_dir), "--model_path", base, "--lora_path", adapter]
     model = "--model_type openvla_oft --lora_scope llm --gradient_checkpointing --chunk_size 4 --micro_batch_size 4"
-    train(*place, *model.split(), "--num_iterations", "1", ranks=2)
+    train(*place, *model.split(), "--num_iterations", "1", "--recompute_logprobs", ranks=2)
     line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["train/actor/ratio_first_microbatch_error"] < 1e-4 and line["train/actor/grad_norm"] > 0
+    assert line["train/actor/ratio_first_microbatch_error"] == 0 and line["train/actor/grad_norm"] > 0
     policy = run_dir / "checkpoints" / "iteration_000001" / "policy"
     assert not (policy / "model.safetensors").exists() and (policy / "value_head.safetensors").exists()
     start = dict(load_policy(base, "openvla_oft", lora_path=adapter).named_parameters())

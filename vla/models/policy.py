@@ -132,6 +132,19 @@ class VLAPolicy(nn.Module):
             mask[row, start:] = True
         return ids, mask
 
+    def resized(self, images: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] (torch or numpy) -> uint8 [N, h, w, 3], the size of the model. A GPU resizes them itself.
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
+        images = torch.as_tensor(images)
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
+            raise ValueError(f'obs["image"] must be uint8 [N, H, W, 3], it is {images.dtype} {tuple(images.shape)}')
+        if self.image_resize == "tensor":
+            images = moved(images, self.device)  # "pil" needs the CPU
+        return resize(images, self.image_size, self.image_resize)
+
     def preprocess(self, obs: dict | PolicyInputs) -> PolicyInputs:
         """obs of an env -> PolicyInputs on the policy's device. Idempotent.
 
@@ -140,17 +153,12 @@ class VLAPolicy(nn.Module):
         """
         if isinstance(obs, PolicyInputs):
             return obs.to(self.device)
-        images = torch.as_tensor(obs["image"])
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
-            raise ValueError(f'obs["image"] must be uint8 [N, H, W, 3], it is {images.dtype} {tuple(images.shape)}')
+        images = self.resized(obs["image"])
         if isinstance(obs["task_description"], str) or len(obs["task_description"]) != len(images):
             raise ValueError(
                 f'obs["task_description"] must be a list of {len(images)} strings, one per image, it is '
                 f"{obs['task_description']!r}"
             )
-        if self.image_resize == "tensor":
-            images = moved(images, self.device)  # "pil" needs the CPU
-        images = resize(images, self.image_size, self.image_resize)
         ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
         return PolicyInputs(images, ids, mask).to(self.device)
 

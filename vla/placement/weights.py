@@ -117,7 +117,7 @@ class SendingStages(WiredStages):
 
 
 class StaleGuard(NonFiniteGuard):
-    """A guard under --rollout_ahead 1: the ratio error of a rollout with older weights has a name of its own."""
+    """A guard under --rollout_ahead 1: the ratios of a rollout with older weights have names of their own."""
 
     def __init__(self, run_dir: Path, rank: int, stages: SendingStages):
         super().__init__(run_dir, rank)
@@ -126,8 +126,9 @@ class StaleGuard(NonFiniteGuard):
     def pop_metrics(self) -> dict[str, float]:
         metrics = super().pop_metrics() | {"rollout/staleness": self.stages.staleness}
         if self.stages.staleness:
-            error = metrics.pop("train/actor/ratio_first_microbatch_error")
-            metrics["train/actor/stale_ratio_first_microbatch_error"] = error
+            for kind in ("error", "mean", "std"):
+                ratio = metrics.pop(f"train/actor/ratio_first_microbatch_{kind}")
+                metrics[f"train/actor/stale_ratio_first_microbatch_{kind}"] = ratio
         return metrics
 
 

@@ -111,6 +111,7 @@ MAY_CHANGE |= dict.fromkeys(
         "fan_sigma",
         "update_epochs",
         "num_minibatches",
+        "recompute_logprobs",
         "critic_warmup_iterations",
         "critic_epochs",
         "target_kl",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from schemas import UserError, check, parse_json, require_file
 from schemas.engines import DeepSpeedConfig
 from vla import ROOT
-from vla.distributed import Engine, all_reduce_max
+from vla.distributed import Engine, all_reduce_max, masked_mean_var
 from vla.files.trees import save_tree
 from vla.training.optimizer_state import write_weights
 
@@ -235,12 +235,12 @@ class NonFiniteGuard:
         self.norms: list[float] = []  # of the steps since pop_metrics()
         self.skipped = 0  # since pop_metrics()
         self.in_a_row = 0
-        self.first_ratio_error: float | None = None  # since pop_metrics()
+        self.first_errors: torch.Tensor | None = None  # ratio - 1 of tokens, since pop_metrics()
 
     def check_ratio(self, new_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> None:
-        """Remember the ratio error of an iteration's first micro batch. Before any update every ratio should be 1."""
-        if self.first_ratio_error is None:
-            self.first_ratio_error = float((new_logprobs.detach() - old_logprobs).expm1().abs().max())
+        """Remember the ratios of an iteration's first micro batch. Before any update every ratio should be 1."""
+        if self.first_errors is None:
+            self.first_errors = (new_logprobs.detach() - old_logprobs).expm1().cpu()
 
     def check_gradients(self, norm: float | None, micro_batch: NamedTuple, loss: torch.Tensor) -> None:
         """Check what backward() returned. RuntimeError, on all ranks together: `limit` steps in a row were skipped."""
@@ -261,11 +261,14 @@ class NonFiniteGuard:
 
     def pop_metrics(self) -> dict[str, float]:
         """The metrics of the iteration over all ranks. Counting then starts again. All ranks together."""
-        ratio_error = all_reduce_max(torch.tensor(self.first_ratio_error or 0.0))
+        errors = torch.zeros(1) if self.first_errors is None else self.first_errors
+        mean, variance = masked_mean_var(errors, errors.isfinite())
         metrics = {
             "train/actor/grad_norm": sum(self.norms) / len(self.norms) if self.norms else 0.0,
-            "train/actor/ratio_first_microbatch_error": float(ratio_error),
+            "train/actor/ratio_first_microbatch_error": float(all_reduce_max(errors.abs().max())),
+            "train/actor/ratio_first_microbatch_mean": 1.0 + mean,
+            "train/actor/ratio_first_microbatch_std": variance**0.5,
             "train/skipped_steps": float(self.skipped),
         }
-        self.norms, self.skipped, self.first_ratio_error = [], 0, None
+        self.norms, self.skipped, self.first_errors = [], 0, None
         return metrics

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from vla.distributed import all_reduce_max, all_reduce_sum, masked_mean_var, masked_min_max, world_size
+from vla.distributed import Engine, all_reduce_max, all_reduce_sum, masked_mean_var, masked_min_max, world_size
 from vla.models.action_tokens import ACTION_DIM
 from vla.models.policy import PolicyInputs, VLAPolicy
 
@@ -184,6 +184,20 @@ class RolloutBuffer:
         for total_weight, parts in steps:
             for number, index in enumerate(parts, 1):
                 yield self.micro_batch(index, advantages, returns, weights, total_weight, number == len(parts))
+
+    @torch.no_grad()
+    def recompute_logprobs(self, steps: Iterable[Step], engine: Engine, temperature: float) -> None:
+        """Replace log-probabilities by those of the engine, in the micro batches of a pass. All ranks together.
+
+        The rollout computes them in other batches, token by token or in one pass, and so with kernels that round
+        differently. With bf16 weights that moves ratios away from 1 before any step. These have the update's shapes.
+        """
+        unused = torch.zeros_like(self.logprobs[..., 0])  # [T, N, C]
+        for mb, index in zip(
+            self.micro_batches(steps, unused, unused, unused), (index for _, parts in steps for index in parts)
+        ):
+            logprobs = engine("evaluate", mb.inputs, mb.tokens, temperature).logprobs  # [B, C, D]
+            self.logprobs.flatten(0, 1)[index] = logprobs[: len(index)].to(self.logprobs)
 
     def statistics(self, advantages: Tensor, used: Tensor) -> dict[str, float]:
         """Metrics of a rollout, over all ranks. used: bool [T, N, C], the advantages [T, N, C] that the loss reads."""
