@@ -72,6 +72,7 @@ LEFT_OUT = {
         "envs/episodes.py",
         "envs/rules.py",
         "envs/images.py",
+        "envs/shadows.py",
         "envs/spec.py",
         "envs/world.py",
         "envs/group.py EnvGroup._next_episode_id",
@@ -92,7 +93,7 @@ LEFT_OUT = {
         "vla/training/stages.py StageSwitcher.measured StageSwitcher.pop_metrics device_memory host_memory "
         "forget_host_peak",
     ),
-    "flags": ("vla/cli.py",),
+    "flags, and the version of the world that they mean": ("vla/cli.py", "schemas/flags.py"),
 }
 # a small iteration of the preset, in which episodes end; the second one only ends the first
 FLAGS = """--config yaml/quickstart_ppo_openvlaoft.yaml --num_iterations 2 --save_freq 0 --num_envs 4 --num_steps 16

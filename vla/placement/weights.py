@@ -116,6 +116,13 @@ class SendingStages(WiredStages):
                 self.broadcast(parameter)
 
 
+STALE = {  # names of metrics, and those under which they stand if the weights that acted were older
+    "train/actor/ratio_first_microbatch_error": "train/actor/stale_ratio_first_microbatch_error",
+    "train/actor/ratio_first_microbatch_mean": "train/actor/stale_ratio_first_microbatch_mean",
+    "train/actor/ratio_first_microbatch_std": "train/actor/stale_ratio_first_microbatch_std",
+}
+
+
 class StaleGuard(NonFiniteGuard):
     """A guard under --rollout_ahead 1: the ratios of a rollout with older weights have names of their own."""
 
@@ -126,9 +133,7 @@ class StaleGuard(NonFiniteGuard):
     def pop_metrics(self) -> dict[str, float]:
         metrics = super().pop_metrics() | {"rollout/staleness": self.stages.staleness}
         if self.stages.staleness:
-            for kind in ("error", "mean", "std"):
-                ratio = metrics.pop(f"train/actor/ratio_first_microbatch_{kind}")
-                metrics[f"train/actor/stale_ratio_first_microbatch_{kind}"] = ratio
+            metrics |= {stale: metrics.pop(name) for name, stale in STALE.items()}
         return metrics
 
 
