@@ -1,7 +1,6 @@
 """Videos of held-out episodes: recorded by replay, composed into montages, and never a reason for a run to end."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -450,7 +449,7 @@ def test_sigterm_leaves_no_part_of_a_video_and_the_next_start_records_it(tmp_pat
     def ask(step: int) -> None:
         steps.append(step)
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     def open_envs(**sizes):
         return FakeEnvs(**sizes, at_step=ask)

@@ -7,7 +7,6 @@ steps its evaluations make after it.
 """
 
 import importlib
-import os
 import signal
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def main() -> None:
         if seen["evaluations"] == number + 1:
             seen["after"] += seen["steps"] > STEP
             if seen["steps"] == STEP and rank() == victim:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
         return act(self, obs, envs)
 
     def counted_evaluate(*arguments):

@@ -200,7 +200,7 @@ PROGRAM = """
         if how == "error":
             raise ValueError("a fault in the run")
         if how == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             list(stop.until_requested(range(3)))
             stop.end("saved", logger.close)
         logger.close()
