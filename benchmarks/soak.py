@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.storm import left_in_shared_memory  # noqa: E402
 from envs.processes import SERVER_TITLE  # noqa: E402
 from envs.workers import WORKER_TITLE  # noqa: E402
 from vla.training.checkpoint import complete_checkpoints, damage  # noqa: E402
@@ -179,7 +180,7 @@ def kills(folder: Path, rounds: int, seed: int) -> None:
         raise SystemExit(f"the last run failed, see {log}")
     lines = [line["iteration"] for line in metrics(run_dir)]
     leftovers = [str(path) for path in run_dir.rglob("*") if path.suffix == ".partial" or path.name == "stop"]
-    leftovers += sorted(name for name in set(os.listdir("/dev/shm")) - shared_memory)
+    leftovers += sorted(left_in_shared_memory(shared_memory))
     print(f"iterations 1 to {lines[-1]}, each once: {lines == list(range(1, lines[-1] + 1))}; left behind: {leftovers}")
     if leftovers or lines != list(range(1, lines[-1] + 1)) or not all_gone(mark):
         raise SystemExit(1)

@@ -97,6 +97,19 @@ def left_over(mark: str) -> list[str]:
     return found
 
 
+def left_in_shared_memory(before: set[str]) -> set[str]:
+    """Names in /dev/shm that are not in `before`, without those of other programs: what another process uses."""
+    new = set(os.listdir("/dev/shm")) - before
+    for process in Path("/proc").glob("[0-9]*"):
+        if new and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has just ended
+                used = (process / "maps").read_text().splitlines()
+                new = {name for name in new if not any(line.endswith(f" /dev/shm/{name}") for line in used)}
+                used = [os.readlink(link) for link in (process / "fd").iterdir()]
+                new = {name for name in new if f"/dev/shm/{name}" not in used}
+    return {name for name in new if os.path.exists(f"/dev/shm/{name}")}
+
+
 class Storm:
     """Training envs, evaluation beside them, and settlers."""
 
@@ -235,7 +248,7 @@ def storm(rounds: int, seed: int, hang: float, say: Callable[[str], None] = prin
         problems.append(f"processes are left: {left}")
     if more := set(os.listdir("/proc/self/fd")) - one.files:
         problems.append(f"open files are left: {more}")
-    if more := set(os.listdir("/dev/shm")) - shared_memory:
+    if more := left_in_shared_memory(shared_memory):
         problems.append(f"/dev/shm holds {more}")
     return problems
 

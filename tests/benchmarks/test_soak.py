@@ -1,7 +1,14 @@
 """The long tests of runs that are killed again and again, as `make test-all` runs them."""
 
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
 from launching import python
+
+from benchmarks.storm import left_in_shared_memory
 
 
 @pytest.mark.slow
@@ -17,3 +24,14 @@ def test_a_storm_among_workers_and_settlers_leaves_nothing_behind(rounds, hang):
 def test_killed_runs_resume(tmp_path, words):
     run = python("benchmarks/soak.py", *words, "--folder", tmp_path, timeout=7200)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+def test_what_other_programs_keep_in_shared_memory_is_not_left_over():
+    before = set(os.listdir("/dev/shm"))
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as ours, tempfile.NamedTemporaryFile(dir="/dev/shm") as theirs:
+        with subprocess.Popen(["sleep", "600"], stdin=theirs) as other:
+            try:
+                found = left_in_shared_memory(before)
+            finally:
+                other.kill()
+        assert Path(ours.name).name in found and Path(theirs.name).name not in found

@@ -18,7 +18,7 @@ import torch
 import yaml
 from chromium import Page, find_chromium
 from conftest import ROOT
-from launching import python, run_ranks, start_ranks, train, wait_for
+from launching import python, run_ranks, train
 from made_up import observation
 
 import evaluate
@@ -771,27 +771,37 @@ def test_ranks_and_envs_change_no_episode(evaluated, run_folder, tmp_path):
     assert episodes_of(tmp_path / "out") == episodes_of(evaluated)
 
 
-def interrupted(command: list[str], output: Path, number: int, after: int) -> tuple[int, str]:
-    """Send a signal to an evaluation that has written so many episodes. Returns its exit code and what it said."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    (process,) = start_ranks(1, *command, **streams)
-    log = output / "episodes.jsonl"
-    wait_for(
-        lambda: process.poll() is not None or (log.exists() and log.read_bytes().count(b"\n") >= after), "episodes"
-    )
-    assert process.poll() is None
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=600)
-    return process.returncode, said
+SIGNAL_AFTER = """
+import signal, sys
+import evaluate
+from vla.distributed import run_main
+from vla.evaluation.episode_log import EpisodeLog
+
+number, after = int(sys.argv[1]), int(sys.argv[2])
+
+def add(self, *words, add=EpisodeLog.add):
+    add(self, *words)
+    if sum(map(len, self.done.values())) >= after:
+        signal.raise_signal(number)
+
+EpisodeLog.add = add
+run_main(evaluate.main, lambda: evaluate.parse(sys.argv[3:]))
+"""
+
+
+def interrupted(number: int, after: int, *flags: str) -> tuple[int, str]:
+    """Run an evaluation that sends itself a signal once it has written so many episodes. Returns code and output."""
+    run = run_ranks(1, "-c", SIGNAL_AFTER, number, after, *flags)
+    return run.returncode, run.stdout + run.stderr
 
 
 @pytest.mark.slow
 def test_killed_stopped_and_resumed(evaluated, run_folder, tmp_path):
     """SIGKILL in the middle, SIGTERM after that, then --resume with one episode more: the same episodes, none twice."""
     output = tmp_path / "out"
-    command = ["evaluate.py", *common(run_folder, output), "--num_envs", "4"]
-    assert interrupted(command, output, signal.SIGKILL, 4)[0] == -signal.SIGKILL
-    code, said = interrupted([*command, "--resume"], output, signal.SIGTERM, 12)
+    flags = [*common(run_folder, output), "--num_envs", "4"]
+    assert interrupted(signal.SIGKILL, 4, *flags)[0] == -signal.SIGKILL
+    code, said = interrupted(signal.SIGTERM, 12, *flags, "--resume")
     assert code == REQUEUE and "Traceback" not in said
     kept = (output / "episodes.jsonl").read_bytes().count(b"\n")
     assert f"SIGTERM: {kept} of 24 episodes are in {output}/episodes.jsonl" in said

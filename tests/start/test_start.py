@@ -224,14 +224,15 @@ def test_file_systems_have_a_name():
 
 
 ENDED_WHILE_IT_COMPILES = """
-import subprocess, sys
+import subprocess, sys, time
 from vla.start.extensions import Lock
 from vla.start.launch import launched
 lock = Lock(sys.argv[1] + "/lock")
 lock.try_acquire()
 compiler = subprocess.Popen([sys.argv[2], "600"], cwd=sys.argv[1])
 print(compiler.pid, flush=True)
-compiler.wait()
+while compiler.poll() is None:  # compiler.wait() would sleep through a signal that comes just before it
+    time.sleep(0.1)
 """
 
 
