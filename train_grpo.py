@@ -665,9 +665,7 @@ def main(args: Args) -> None:
 
     def save(iteration: int) -> Path:
         """Every iteration starts with a reset, so no env has a state to continue from."""
-        return save_checkpoint(
-            engine, run_dir, iteration, global_step, [{}] * sizes.trained_envs, args.keep_checkpoints
-        )
+        return save_checkpoint(engine, run_dir, iteration, global_step, no_states, args.keep_checkpoints)
 
     with logger.timer("eval"):
         place.played(recorder.catch_up, start_iteration)  # the videos that a stopped run still owes

@@ -549,15 +549,8 @@ def main(args: Args) -> None:
         state_critic = make_state_critic(args, sizes, obs, device, checkpoint)
         critic = state_critic or HiddenCritic()
         place.begin_run(run_dir, checkpoint)
-        logger = Logger(
-            run_dir,
-            rank() == 0 and place.trains,
-            sizes.num_iterations,
-            start_iteration,
-            global_step,
-            args.logger_backends,
-            **pick(args, Logger),
-        )
+        begins = (sizes.num_iterations, start_iteration, global_step)
+        logger = Logger(run_dir, rank() == 0 and place.trains, *begins, args.logger_backends, **pick(args, Logger))
         make_stopper = partial(Preemption, engine, run_dir, args.keep_checkpoints, state_critic, logger.close)
         preemption = place.stopper(make_stopper, run_dir, stages)
         ahead = partial(goes_ahead, **pick(args, goes_ahead, num_iterations=sizes.num_iterations))
@@ -636,13 +629,15 @@ def main(args: Args) -> None:
         # ------------------------------------------------------------------ advantage
         advantages, returns = compute_gae(buffer, next_values, args.gamma, args.gae_lambda)  # [T, N, C] each
         used = used_advantages(buffer.valid, args.logprob_level)  # [T, N, C]
-        advantages = normalize(advantages, used) if args.norm_adv else advantages  # over all ranks
+        if args.norm_adv:
+            advantages = normalize(advantages, used)  # over all ranks
 
         # ------------------------------------------------------------------ update: weights sharded, ranks in lock-step
         weights = buffer.valid.float()  # [T, N, C]
         rate = policy_rate(iteration, sizes.num_iterations, **pick(args, policy_rate))
         engine.optimizer.param_groups[0]["lr"] = rate
-        shuffling, epochs = shuffle_generator(args.seed, iteration), []
+        shuffling = shuffle_generator(args.seed, iteration)
+        epochs: list[dict[str, float]] = []  # means of each pass
         with logger.timer("update"), update_stage(stages):
             for _ in range(args.update_epochs):
                 averages = Averages()

@@ -153,13 +153,10 @@ class VLAPolicy(nn.Module):
         """
         if isinstance(obs, PolicyInputs):
             return obs.to(self.device)
-        images = self.resized(obs["image"])
-        if isinstance(obs["task_description"], str) or len(obs["task_description"]) != len(images):
-            raise ValueError(
-                f'obs["task_description"] must be a list of {len(images)} strings, one per image, it is '
-                f"{obs['task_description']!r}"
-            )
-        ids, mask = self.collate([self.prompt_ids(text) for text in obs["task_description"]])
+        images, texts = self.resized(obs["image"]), obs["task_description"]
+        if isinstance(texts, str) or len(texts) != len(images):
+            raise ValueError(f'obs["task_description"] must hold {len(images)} strings, one per image: {texts!r}')
+        ids, mask = self.collate([self.prompt_ids(text) for text in texts])
         return PolicyInputs(images, ids, mask).to(self.device)
 
     @property

@@ -319,22 +319,20 @@ class Apart:
         return Assigner(self.placement, self.rank, self.num_envs, self.wire, *arguments)
 
     def agreed(self, function: Callable, *arguments: Any) -> Any:
-        if not self.trains:
-            return self.wire.receive(self.placement.actor[0], EXPERIENCE)
-        result = function(*arguments)
-        if self.rank == self.placement.actor[0]:
-            for other in self.placement.only_act:
-                self.wire.send(result, other, EXPERIENCE)
-        return result
+        return self._told(self.placement.actor, self.placement.only_act, function, *arguments)
 
     def played(self, function: Callable, *arguments: Any) -> Any:
-        if not self.placement.sends_weights:
+        if not self.placement.sends_weights:  # ranks that train play
             return function(*arguments)
-        if not self.acts:
-            return self.wire.receive(self.placement.rollout[0], EXPERIENCE)
+        return self._told(self.placement.rollout, self.placement.actor, function, *arguments)
+
+    def _told(self, callers: range, hearers: Sequence[int], function: Callable, *arguments: Any) -> Any:
+        """What the function returns on the ranks that call it. Their first one tells the hearers."""
+        if self.rank not in callers:
+            return self.wire.receive(callers[0], EXPERIENCE)
         result = function(*arguments)
-        if self.rank == self.placement.rollout[0]:
-            for other in self.placement.actor:
+        if self.rank == callers[0]:
+            for other in hearers:
                 self.wire.send(result, other, EXPERIENCE)
         return result
 
