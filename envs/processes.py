@@ -38,7 +38,7 @@ START_SECONDS = 300.0  # a process may take at least this long to import the sim
 STACK_SECONDS = 2.0  # a hanging process has this long to write its stacks
 STACK_BYTES = 1 << 16
 BURY_SECONDS = 10.0  # a killed process has this long to end. One that is stuck in a driver is left behind
-SERVER_SECONDS = 30.0  # the server answers within milliseconds, unless it is stopped
+SERVER_SECONDS = 30.0  # the server answers within milliseconds once it has started, unless it is stopped
 TICK = 0.01  # seconds between two questions whether a process has ended
 
 # terminals and clusters send these to every process of a job
@@ -111,6 +111,7 @@ class Server:
         self.forks = 0  # that are not buried
         self._lock = threading.Lock()
         self._asked = 0  # requests so far
+        self._answered = False  # whether it has imported the simulator, and answers at once
         ours, theirs = socket.socketpair()
         with theirs, signals_held():
             try:
@@ -129,14 +130,14 @@ class Server:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, *request: Any, fds: Sequence[int] = (), seconds: float | None = None) -> Any:
-        """The server's answer to a request, see `serve`. seconds: how long it may take, SERVER_SECONDS by default.
+    def ask(self, *request: Any, fds: Sequence[int] = ()) -> Any:
+        """The server's answer to a request, see `serve`. The first one may take START_SECONDS, others SERVER_SECONDS.
 
         Raises:
             ProcessLost: the server is lost, or cannot do what was asked.
         """
-        limit = SERVER_SECONDS if seconds is None else seconds
         with self._lock:
+            limit = SERVER_SECONDS if self._answered else START_SECONDS
             self._asked += 1
             number = 0  # of the answer
             try:
@@ -147,6 +148,7 @@ class Server:
                     if not self._connection.poll(limit):
                         raise TimeoutError(f"gave no answer for {limit:g} s")
                     number, failure, answer = self._connection.recv()
+                    self._answered = True
             except (EOFError, OSError) as error:
                 self.end()
                 what = error if isinstance(error, TimeoutError) else "has ended"
@@ -202,7 +204,7 @@ class Process:
         with theirs:
             try:
                 fds = (theirs.fileno(), self._stacks_fd)
-                self.pid = self._server.ask("fork", main, title, fds=fds, seconds=START_SECONDS)
+                self.pid = self._server.ask("fork", main, title, fds=fds)
             except BaseException:
                 self._release()
                 raise

@@ -550,6 +550,9 @@ def test_a_server_that_is_killed_or_stopped_takes_its_workers_along_and_is_repla
         with pytest.warns(RuntimeWarning, match="gave no answer for 5 s"):
             assert envs.step(np.zeros((2, 1, 7)))[4]["dropped"][0]
         assert [state["episode_id"] for state in envs.describe()] == [7, 8]
+        os.kill(processes.server_now().pid, signal.SIGSTOP)
+        with pytest.raises(processes.ProcessLost, match="gave no answer for 5 s"):  # START_SECONDS are for imports
+            processes.Process("envs.workers:work", "solovla test")
 
 
 def test_devices_that_are_open_are_found(monkeypatch):
