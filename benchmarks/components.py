@@ -245,7 +245,7 @@ def measure_act(args, policy: VLAPolicy, buffer: RolloutBuffer, repeats: int, de
         "part": "act",
         "points": [[int(batch), value] for batch, value in medians.items()],
         "flops": flops.act_flops(counted),
-        "passes": flops.passes(counted),
+        "passes": flops.passes(counted.chunk_size),
         "weight_bytes": flops.num_bytes(counted),
     }
 

@@ -199,13 +199,18 @@ def act_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int, assumed: A
     found = model_entry(inputs, "act", flags, ranks)
     if found:
         (few, less), (many, more) = (inputs.measured("act", found)["points"] * 2)[:2]
-        slope = max(0.0, (more - less) / (many - few)) if many > few else more / many
+        if many > few:
+            slope = max(0.0, (more - less) / (many - few))
+        else:  # one point: what does not depend on the number of envs is that weights are read for each further token
+            further = flops.passes(flags["chunk_size"]) - 1
+            read = further * flops.num_bytes(flops.meta_policy_of(flags)) / assumed.memory if further else 0.0
+            slope = max(0.0, more - read) / many
         return max(0.0, more - slope * many) + slope * envs
     policy = flops.meta_policy_of(flags)
     inputs.note("act", f"assumed: counted arithmetic, weights read per token, at {at_peak(assumed)}")
     arithmetic = envs * flops.act_flops(policy) / assumed.peak
     reading = flops.num_bytes(policy) / assumed.memory
-    return (max(arithmetic, reading) + (flops.passes(policy) - 1) * reading) / assumed.utilisation
+    return (max(arithmetic, reading) + (flops.passes(flags["chunk_size"]) - 1) * reading) / assumed.utilisation
 
 
 def rest_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int) -> float:

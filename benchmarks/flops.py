@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vla.models.action_tokens import ACTION_DIM
 from vla.models.policy import VLAPolicy, uniform_noise
 from vla.training.memory_plan import LiveBytes, meta_inputs, policy_of, recipe_of, set_checkpointing
 
@@ -54,9 +55,9 @@ def update_flops(policy: VLAPolicy, gradient_checkpointing: bool) -> float:
     return float(counter.get_total_flops())
 
 
-def passes(policy: VLAPolicy) -> int:
+def passes(chunk_size: int) -> int:
     """How often acting reads all weights of the language model: once for the prompt, once per further token."""
-    return 7 if policy.chunk_size == 1 else 1
+    return ACTION_DIM if chunk_size == 1 else 1
 
 
 def num_bytes(module: nn.Module, trained: bool = False) -> float:

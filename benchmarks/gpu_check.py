@@ -11,9 +11,10 @@ GPUs: `python doctor.py --download` fetches it with the published assets, and th
 part is a separate process with a time limit. A table follows each part. A part that fails is listed as "not done" with
 its reason, and the others continue. The exit code is 2 without a GPU, and 1 if a part failed.
 
-    card           measured matrix peak and memory bandwidth of one GPU
+    card           measured matrix peak and memory bandwidth of one GPU, beside its data sheet
     logprobs       how far log-probabilities of the rollout are from those of the update: benchmarks/gpu_logprobs.py
-    ppo_*_zero2    one GPU's share of an iteration of a recipe, 7B random weights: benchmarks/gpu_iteration.py
+    ppo_*_zero2    one GPU's share of an iteration of a recipe, 7B random weights: benchmarks/gpu_iteration.py.
+                   Seconds, env steps/s, TFLOP/s with their share of the data sheet's peak, memory beside the plan
     world_draw     1, 4, 8 and 16 processes that draw on the GPU
     ppo_*_zero3    the same iterations under ZeRO-3
 
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import bench, gpu_world
 from benchmarks.bench import Row
+from benchmarks.cards import peak_of
 from benchmarks.model_speed import PRESETS
 from envs.variants import train_episode_id
 from vla.logger import describe_run
@@ -108,6 +110,29 @@ def iteration_rows(one: dict) -> list[Row]:
         peak, planned = one[f"{stage}_peak_gib"], one[f"{stage}_planned_gib"]
         rows.append(Row(f"{stage}, memory", setting, peak, "GiB", "doctor.py's plan", peak / planned))
     return [*rows, Row("first ratios, farthest from 1", setting, one["ratio_first_microbatch_error"], "")]
+
+
+def with_shares(rows: list[Row], name: str, measured: list[dict]) -> list[Row]:
+    """The same rows. Those of arithmetic have their share of the card's peak.
+
+    The peak is that of the card's data sheet, or else the matrix peak that was measured in this run.
+
+    Args:
+        name: of the card, as CUDA gives it.
+        measured: entries of this run so far.
+    """
+    peak, source, units = peak_of(name), "data sheet", {"TFLOP/s": 1.0, "GFLOP/s": 1e-3}
+    if peak is None:
+        found = bench.pick_entry(measured, "limits", ranks=1)
+        if found is None:
+            return rows
+        peak, source = found["matrix_flops_per_s"] / 1e12, "matrix peak"
+    return [
+        row._replace(limit=f"{source}, {peak:.3g} TFLOP/s", share=row.value * units[row.unit] / peak)
+        if row.unit in units and row.part != source
+        else row
+        for row in rows
+    ]
 
 
 def graphs(flags: argparse.Namespace, seconds: float) -> Found:
@@ -329,7 +354,9 @@ def main(flags: argparse.Namespace) -> int:
         found, more = [], []
         try:
             found, more = check(flags, seconds)
-            measured, rows = measured + [{"job": part, **one} for one in found], rows + more
+            measured = measured + [{"job": part, **one} for one in found]
+            more = with_shares(more, name, measured)
+            rows = rows + more
         except Exception as failure:  # whatever goes wrong in one part, the others go on
             not_done[part] = f"{type(failure).__name__}: {failure}".replace("|", "/").replace("\n", " ")[:300]
         lines = [*bench.header(description, host), "", *bench.table(rows, not_done)]

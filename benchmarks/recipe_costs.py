@@ -1,13 +1,13 @@
 """Prints what an iteration of each published recipe should cost on 8 GPUs, before anybody has run one.
 
-    python benchmarks/recipe_costs.py          # both tables in Markdown, in some minutes
+    python benchmarks/recipe_costs.py          # all tables in Markdown, 3 minutes of one core
     python benchmarks/recipe_costs.py --only ppo_openvla --cards "H100 80 GB"
 
-The first table has the seconds of each part on the first card. The second has env steps per second by card: with the
-recipe as it is (or with the flags that `doctor.py --config` names if it does not fit), and with the fastest of the
-settings that fit. A third party's run of RLinf on 8 H200 stands beside it. Parts are those of benchmarks/cost_model.py,
-measured on one H100. Other cards are scaled from it by the peaks in their data sheets. The lines below the tables say
-what was measured and what is assumed.
+The first table has the seconds of each part on the card that was measured. The second has env steps per second by card:
+with the recipe as it is (or with the flags that `doctor.py --config` names if it does not fit), and with the fastest of
+the settings that fit. A third party's run of RLinf on 8 H200 stands beside it. The others compare placements:
+benchmarks/placement_costs.py. Parts are those of benchmarks/cost_model.py, measured on one H100. Other cards are scaled
+from it by the peaks in their data sheets. The lines below the tables say what was measured and what is assumed.
 """
 
 import argparse
@@ -17,39 +17,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cost_model, flops
+from benchmarks import cost_model, flops, placement_costs
+from benchmarks.cards import CARDS, Card
 from benchmarks.cost_model import Assumed, Inputs
 from benchmarks.memory_table import PRESETS
 from vla.cli import parse_args
 from vla.training.memory_plan import fitting, largest, make_plan, recipe_of
 
-GPUS, CORES = 8, 16  # cores of each GPU's share of the host
+GPUS = placement_costs.GPUS
+CORES = 16  # of each GPU's share of the host
 H100, HOST = "2026-11-23_nvidia-h100-80gb-hbm3", "2026-11-23_intel-xeon-2-cores"
 FILES = [cost_model.RESULTS / f"{name}.json" for name in (f"{H100}-by-hand", f"{H100}-16-cores", HOST)]
 PARTS = ("acting", "simulation", "images", "learning", "ranks")
-
-
-class Card(NamedTuple):
-    """Data sheet: GiB, dense bfloat16 TFLOP/s, TB/s of memory, GB/s to other cards in one direction."""
-
-    memory: float
-    peak: float
-    bandwidth: float
-    link: float
-
-
-CARDS = {
-    "H100 80 GB": Card(80, 989, 3.35, 450),
-    "H200 141 GB": Card(141, 989, 4.8, 450),
-    "A100 80 GB": Card(80, 312, 2.04, 300),
-    "A100 40 GB": Card(40, 312, 1.56, 300),
-    "L40S 48 GB": Card(48, 362, 0.864, 25),
-    "RTX 4090 24 GB": Card(24, 165, 1.008, 25),
-}
 MEASURED = "H100 80 GB"
 
 
@@ -63,7 +45,7 @@ def assumed_of(card: Card, files: list[dict]) -> Assumed:
 def bare_act(policy, assumed: Assumed, envs: int) -> float:
     """Seconds of acting at the peaks: arithmetic for the prompt, and all weights read again for each further token."""
     reading = flops.num_bytes(policy) / assumed.memory
-    return max(envs * flops.act_flops(policy) / assumed.peak, reading) + (flops.passes(policy) - 1) * reading
+    return max(envs * flops.act_flops(policy) / assumed.peak, reading) + (flops.passes(policy.chunk_size) - 1) * reading
 
 
 def inputs_of(card: Card, files: list[dict], flags: dict, envs: int) -> Inputs:
@@ -87,9 +69,11 @@ def flags_of(preset: Path, *words: str) -> dict:
 
 def settings() -> Iterator[list[str]]:
     """Flags that change how the same work is done, not what is learned."""
-    for again, zero in itertools.product(("--no_gradient_checkpointing", "--gradient_checkpointing"), (2, 3)):
+    checkpointing = ("--no_gradient_checkpointing", "--gradient_checkpointing")
+    for again, zero, stages in itertools.product(checkpointing, (2, 3), (1, 2)):
         for offload in ("none", "stage") if zero == 3 else ("none",):
-            yield [again, "--deepspeed_config", f"ds_configs/zero{zero}.json", "--offload", offload]
+            words = ["--deepspeed_config", f"ds_configs/zero{zero}.json", "--offload", offload]
+            yield [again, *words, "--pipeline_stages", str(stages)]
 
 
 def predicted(files: list[dict], flags: dict, card: Card) -> tuple[dict, Inputs]:
@@ -106,16 +90,18 @@ def as_it_is(preset: Path, card: Card) -> list[str] | None:
 
 
 def fastest(preset: Path, card: Card, files: list[dict]) -> tuple[float, list[str]] | None:
-    """Seconds and flags of the fastest setting that fits, with the largest micro batch of 16 and below, or 80."""
-    found = []
+    """Seconds and flags of the fastest setting that fits, each with the largest micro batch that fits."""
+    found, own = [], flags_of(preset)["micro_batch_size"]
+    if (needed := as_it_is(preset, card)) is not None:
+        found.append((predicted(files, flags_of(preset, *needed), card)[0]["iteration"], needed))
     for words in settings():
         recipe = recipe_of(flags_of(preset, *words))
-        for size in (80, 16, 8, 4):
+        for size in sorted({80, own, 16, 8, 4}, reverse=True):
             if largest(make_plan(replace(recipe, micro_batch_size=size), GPUS)) <= card.memory:
                 words = [*words, "--micro_batch_size", str(size)]
                 found.append((predicted(files, flags_of(preset, *words), card)[0]["iteration"], words))
                 break
-    return min(found, default=None)
+    return min(found, key=lambda one: one[0], default=None)
 
 
 def differing(preset: Path, words: list[str]) -> str:
@@ -126,6 +112,7 @@ def differing(preset: Path, words: list[str]) -> str:
         "deepspeed_config",
         "offload",
         "micro_batch_size",
+        "pipeline_stages",
         "num_env_workers",
         "lora_rank",
     )
@@ -156,8 +143,8 @@ def by_part(presets: list[Path], files: list[dict]) -> tuple[list[str], dict[str
 
 
 def by_card(presets: list[Path], cards: list[str], files: list[dict]) -> Iterator[str]:
-    yield "| recipe | 8 cards | as it is | flags that it needs | fastest | flags | published |"
-    yield "|---|---|--:|---|--:|---|--:|"
+    yield "| recipe | 8 cards | model's times | as it is | flags that it needs | fastest | flags | published |"
+    yield "|---|---|---|--:|---|--:|---|--:|"
     for preset, name in itertools.product(presets, cards):
         card, flags = CARDS[name], flags_of(preset)
         steps = flags["num_envs"] * flags["num_steps"]
@@ -171,7 +158,18 @@ def by_card(presets: list[Path], cards: list[str], files: list[dict]) -> Iterato
         faster = ("-", "") if best is None else (f"{steps / best[0]:.0f}", f"`{differing(preset, best[1])}`")
         known = cost_model.PUBLISHED[flags["model_type"]] if "ppo" in preset.name and "H200" in name else ""
         recipe = preset.stem.removeprefix("maniskill_")
-        yield f"| {recipe} | {name} | {own} | {needs} | {faster[0]} | {faster[1].replace('``', '')} | {known} |"
+        how = "measured" if name == MEASURED else "scaled"
+        yield f"| {recipe} | {name} | {how} | {own} | {needs} | {faster[0]} | {faster[1].replace('``', '')} | {known} |"
+
+
+def by_placement(presets: list[Path], files: list[dict]) -> list[str]:
+    recipes, card = {}, CARDS[MEASURED]
+    for preset in presets:
+        flags = flags_of(preset)
+        inputs = inputs_of(card, files, flags, flags["num_envs"] // GPUS)
+        costs = placement_costs.Costs(inputs, flags, CORES, assumed_of(card, files))
+        recipes[preset.stem.removeprefix("maniskill_")] = costs
+    return placement_costs.tables(recipes, MEASURED)
 
 
 def main() -> None:
@@ -186,9 +184,12 @@ def main() -> None:
     print("\n".join(lines), "\n", flush=True)
     for line in by_card(presets, options.cards, files):
         print(line, flush=True)
+    print("", *by_placement(presets, files), sep="\n", flush=True)
     print(f"\npublished: {cost_model.PUBLISHED_SOURCE}")
     print("\n".join(f"- {what}: {how}" for what, how in used.items()))
     print(f"- other cards: assumed: times of the model scaled from {MEASURED} by the data sheets' peaks")
+    print("- a part of a rank's envs: assumed: arithmetic in proportion, and weights read as for all of them")
+    print(f"- between ranks of other roles: assumed: {placement_costs.WIRE / 1e9:g} GB/s of a sender; weights as above")
 
 
 if __name__ == "__main__":

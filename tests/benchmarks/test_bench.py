@@ -9,7 +9,7 @@ from conftest import ROOT
 from launching import python
 
 import train_ppo
-from benchmarks import bench, cost_model, flops, memory_table
+from benchmarks import bench, cost_model, flops, memory_table, placement_costs
 from vla.cli import parse_args
 from vla.distributed import UserError
 from vla.models.loading import load_policy
@@ -217,6 +217,61 @@ def test_a_plan_names_its_inputs_and_the_published_rate(tmp_path, capsys):
     assert "is not a results file" in capsys.readouterr().err
     with pytest.raises(UserError, match="not divisible by 3 ranks"):
         predicted(ranks=3)
+
+
+# ------------------------------------------------------------------ placements
+def costs_of(*words: str, **more) -> placement_costs.Costs:
+    sizes = ["--num_envs", "64", "--num_minibatches", "1", "--num_env_workers", "16", *words]
+    resize = {"part": "resize", "image_size": [96, 96], "seconds": 0.001, "ranks": 1}
+    inputs = cost_model.Inputs([results(resize)])
+    return placement_costs.Costs(inputs, script_flags(*sizes), 16, ASSUMED, **more)
+
+
+def form_of(name: str) -> placement_costs.Form:
+    (found,) = [form for form in placement_costs.FORMS if form.name == name]
+    return found
+
+
+@pytest.mark.parametrize("stages, name", [(1, "together (default)"), (2, "together, two pipeline stages")])
+def test_the_default_placement_costs_what_the_cost_model_says(stages, name):
+    costs = costs_of()
+    flags = costs.flags | {"pipeline_stages": stages}
+    expected = cost_model.predict(costs.inputs, flags, 8, 16, ASSUMED)
+    found = placement_costs.iteration(costs, form_of(name))
+    assert found.update == pytest.approx(expected["update"])
+    # the cost model also counts what was measured between the stages, which placements change
+    assert found.rollout == pytest.approx(expected["rollout"] - 0.07 - (found.whole - found.rollout - found.update))
+    assert (found.observations, found.experience, found.weights) == (0, 0, 0)
+
+
+def test_placements_by_hand():
+    """16 envs of a rank in halves of 8: acting takes 0.05 + 0.02 s, and one env 0.014 s on a core."""
+    costs = costs_of()
+    policy = flops.meta_policy_of(costs.flags)
+    image = 3 * policy.image_size[0] * policy.image_size[1]
+    last, one = 0.01 + 16 * 0.005, 0.014
+    half = (0.01 + 8 * 0.005) + 8 * 0.0025
+    hybrid = placement_costs.iteration(costs, form_of("hybrid"))
+    sent = one + 8 / 4 * 0.002 + 8 * (0.001 + image / placement_costs.WIRE)  # simulated, carried, made small, sent
+    assert hybrid.rollout == pytest.approx(2 * max(2 * half, half + sent, 16 * one / 32) + last)
+    assert hybrid.observations == 64 * 2 * image and hybrid.weights == 0
+    apart, ahead = (placement_costs.iteration(costs, form_of(f"apart{more}")) for more in ("", ", one rollout ahead"))
+    assert (apart.rollout, apart.update) == (ahead.rollout, ahead.update)
+    assert apart.whole - ahead.whole == pytest.approx(min(apart.rollout, apart.update))
+    assert apart.weights == flops.num_bytes(policy, trained=True) and 2 * hybrid.experience > apart.experience > 0
+
+
+def test_a_slow_simulator_changes_which_placement_wins():
+    """Simulators of their own gain nothing where acting takes all the time, and a rollout ahead hides a slow one."""
+    names = [form.name for form in placement_costs.FORMS]
+    slow = placement_costs.Simulator("slow", times=100.0)
+    fast, slower = (placement_costs.relative(costs_of(simulator=one)) for one in (placement_costs.SIMULATORS[0], slow))
+    ahead = names.index("the same, one rollout ahead")
+    assert slower[ahead] > fast[ahead]
+    on_gpus = placement_costs.relative(costs_of(simulator=placement_costs.SIMULATORS[-1]))
+    assert on_gpus[names.index("simulators on 8 more machines without GPUs")] is None
+    text = placement_costs.tables({"ppo_openvla": costs_of()}, "card")
+    assert sum(line.startswith("| together (default) | ") for line in text) == 3 and "RLinf publishes 1.88" in text[-1]
 
 
 # ------------------------------------------------------------------ the table

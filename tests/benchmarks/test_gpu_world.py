@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -56,6 +57,32 @@ def test_an_iteration_on_a_card_is_the_recipes(recipe):
     assert decisions(card, 1) == decisions(own, gpu_iteration.GPUS)
 
 
+@pytest.mark.parametrize(
+    "name, peak, source",
+    [
+        ("NVIDIA H200", 989, "data sheet"),
+        ("NVIDIA H100 PCIe", 756, "data sheet"),
+        ("NVIDIA A100-SXM4-40GB", 312, "data sheet"),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 200, "matrix peak"),
+        ("NVIDIA Invented", 200, "matrix peak"),
+    ],
+)
+def test_arithmetic_has_its_share_of_the_cards_peak(name, peak, source):
+    limits = {"part": "limits", "ranks": 1, "device": "cuda", "dtype": "bfloat16"}
+    limits |= {"matrix_flops_per_s": 2e14, "memory_bytes_per_s": 3e12}
+    one = {"recipe": "r", "zero_stage": 2, "num_envs": 16, "num_steps": 40, "num_env_workers": 16, "env_steps": 640}
+    one |= {"ratio_first_microbatch_error": 0.1}
+    for stage in ("rollout", "update"):
+        one |= {f"{stage}_s": 2.0, f"{stage}_flops": 1e14, f"{stage}_peak_gib": 30.0, f"{stage}_planned_gib": 40.0}
+    rows = [*bench.limit_rows([limits]), *gpu_check.iteration_rows(one)]
+    found = {row.part: row for row in gpu_check.with_shares(rows, name, [limits])}
+    assert found["update, arithmetic"].share == pytest.approx(50 / peak)
+    assert found["update, arithmetic"].limit == f"{source}, {peak} TFLOP/s"
+    assert found["matrix peak"].share == (pytest.approx(200 / peak) if source == "data sheet" else None)
+    assert found["update, memory"].share == 0.75 and found["update"].share is None
+    assert gpu_check.with_shares(rows, "NVIDIA Invented", []) == rows
+
+
 @pytest.mark.full
 @pytest.mark.slow
 def test_the_first_list_runs_dry(tmp_path):
@@ -70,6 +97,10 @@ def test_the_first_list_runs_dry(tmp_path):
         "images drawn",
     ):
         assert f"| {part} |" in run.stdout
+    (arithmetic,) = {
+        line.split(" | ")[4] for line in run.stdout.splitlines() if line.startswith("| update, arithmetic")
+    }
+    assert re.fullmatch(r"matrix peak, [\d.]+ TFLOP/s", arithmetic)
 
 
 def test_a_part_of_world_is_a_program_with_its_settings(monkeypatch):

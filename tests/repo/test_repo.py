@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -433,6 +434,13 @@ def test_nothing_is_unpickled():
             assert given.get("allow_pickle", "False") == "False", f"{name}: {called} with allow_pickle"
             assert given.get("weights_only", "True") == "True", f"{name}: {called} with weights_only"
             assert called != "torch.load" or "weights_only" in given, f"{name}: torch.load without weights_only"
+
+
+def test_the_tracked_files_are_small_enough_to_travel():
+    """To a machine with a GPU, which may take no more than 64 MiB and has no network."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = {name: (ROOT / name).lstat().st_size for name in listed.split("\0") if (ROOT / name).is_file()}
+    assert sum(sizes.values()) < 64 * 2**20, sorted(sizes, key=sizes.get)[-10:]
 
 
 def test_pins_are_exact():

@@ -11,10 +11,11 @@
 The update calls the module itself, with the name of a mode: ZeRO-3 gathers weights in __call__ only.
 
 `obs` is what an env returns, {"image": uint8 [N, H, W, 3] (torch or numpy), "task_description": N strings}, or what
-preprocess() made of it. It may be on another device than the model. A GPU resizes the camera's images itself. What a
-CPU would resize, workers of envs can make small before (VLAPolicy.pixels). Tokens are vocabulary ids, integers. Actions
-are floats. Log-probabilities are over the 256 action ids only and in fp32. Rollout and update compute them with the
-same lines of code.
+preprocess() made of it. It may be on another device than the model. A GPU resizes the camera's images itself. For a
+CPU, the workers of the envs can do it before (VLAPolicy.pixels).
+
+Tokens are vocabulary ids, integers. Actions are floats. Log-probabilities are over the 256 action ids only and in fp32.
+Rollout and update compute them with the same lines of code.
 """
 
 from typing import Literal, NamedTuple

@@ -12,9 +12,10 @@ An interrupted iteration is undone: weights, moments and env states are restored
 with code 75 (EX_TEMPFAIL of sysexits.h: "start me again"). `--resume` then repeats the iteration from its start, so at
 most one iteration is lost, and the log of a stopped run equals that of a run that was not stopped. A model with more
 than 500 million trained parameters has no copy to go back to (optimizer_state.Snapshot). Its rollouts end at once, too,
-but an update is finished, and the run ends at the start of the next iteration. An interrupted
-evaluation undoes nothing: the weights that it measures are saved, and `--resume` begins with that evaluation.
-evaluate.py watches its output folder in the same way.
+but an update is finished, and the run ends at the start of the next iteration.
+
+An interrupted evaluation undoes nothing: the weights that it measures are saved, and `--resume` begins with that
+evaluation. evaluate.py watches its output folder in the same way.
 
     preemption = Preemption(engine, run_dir, keep_checkpoints)
     for iteration in ...:
