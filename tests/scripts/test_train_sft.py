@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import threading
@@ -285,6 +286,37 @@ def test_without_room_images_are_read_every_time(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     none = kept_by(camera, tmp_path / "file" / "set.images")
     assert torch.equal(none(ORDER), expected[ORDER]) and "cannot be written" in capsys.readouterr().out
+
+
+def test_a_new_set_drops_what_was_not_used_for_longest(tmp_path, monkeypatch, capsys):
+    """On a disk with room for four sets, of which two may be kept. What a run has open stays."""
+    monkeypatch.setattr(small_images, "taken", lambda path: path.stat().st_size if path.exists() else 0)
+    files = [tmp_path / f"{name}.images" for name in "abcd"]
+    whole = 9 * kept_by(Camera(), tmp_path / "measure").record
+
+    def disk(descriptor: int) -> Mock:
+        return Mock(f_bavail=4 * whole - sum(map(small_images.taken, files)), f_frsize=1)
+
+    monkeypatch.setattr(small_images.os, "fstatvfs", disk)
+    opened = []
+    for number, file in enumerate(files[:2]):
+        opened.append(kept_by(Camera(), file))
+        opened[-1](list(range(9)))
+        os.utime(file, (number, number))
+    assert f"{files[0]} keeps the images of this set, 0.0 GB" in capsys.readouterr().out
+    os.close(opened[1].descriptor)
+    opened.append(kept_by(Camera(), files[2]))  # a is older, and in use
+    opened[2](list(range(9)))
+    assert [file.exists() for file in files] == [True, False, True, False]
+    assert f"{files[1]}, 0.0 GB, was deleted" in capsys.readouterr().out
+    again = kept_by(Camera(), files[2])
+    assert again.room == 9 and files[0].exists() and capsys.readouterr().out == ""  # nothing is new
+    for images in (opened[0], opened[2], again):
+        os.close(images.descriptor)
+    os.utime(files[2], (5, 5))
+    kept_by(Camera(), files[0])  # a use
+    assert kept_by(Camera(), files[3]).room == 9
+    assert [file.exists() for file in files] == [True, False, False, True]
 
 
 def test_what_is_read_ahead_comes_in_order_and_errors_at_their_place():

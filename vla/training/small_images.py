@@ -5,10 +5,14 @@ model's own size from this file. The file is named after the set and what decide
 cache. All ranks of a machine share it, and so do later runs. Crops and colours are made afterwards, from the small
 image (augmentation.py), so every pass has its own.
 
+The files of all sets together take at most half of what would be free without them. A new set drops those that were
+not used for longest, unless a run has them open. You can delete them all at any time.
+
 A record is a checksum and an image. A record that is missing, or was written half, has a wrong sum and is made again.
 So any number of processes write one file without a lock, and a process may die at any time.
 """
 
+import fcntl
 import os
 import zlib
 from collections import deque
@@ -25,7 +29,8 @@ from schemas.pixels import Pixels, resize
 from vla.distributed import print0
 
 SUM_BYTES = 8
-SHARE_OF_DISK = 0.5  # of what is free, which the file may take
+SHARE_OF_DISK = 0.5  # of what would be free without these files
+SUFFIX = ".images"  # of their names, by which the other sets' files are found
 DEPTH = 2  # micro batches that are read ahead
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -50,14 +55,31 @@ class SmallImages:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-            disk, taken = os.fstatvfs(self.descriptor), 512 * os.fstat(self.descriptor).st_blocks
-            free = int(SHARE_OF_DISK * disk.f_bavail * disk.f_frsize)
-            self.room = min(count, (free + taken) // self.record)
+            is_new = os.fstat(self.descriptor).st_size == 0
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)  # in use, until the process ends
+            os.utime(file)
+            self.room = self._make_room(count)
         except OSError as error:
             self._say(f"cannot be written ({error.strerror}), so images are read and resized every time")
         else:
+            if is_new:
+                size = count * self.record / 1e9
+                print0(f"{file} keeps the images of this set, {size:.1f} GB. You can delete it at any time")
             if self.room < count:
                 self._say(f"has room for {self.room} of {count} images, the others are resized every time")
+
+    def _make_room(self, count: int) -> int:
+        """How many of the set's images may be kept. Drops files of other sets, the longest unused first."""
+        others = [path for path in self.file.parent.glob(f"*{SUFFIX}") if path != self.file]
+        unused = iter(sorted(others, key=last_use))
+        while True:
+            disk, own, theirs = os.fstatvfs(self.descriptor), taken(self.file), sum(map(taken, others))
+            whole = SHARE_OF_DISK * (disk.f_bavail * disk.f_frsize + own + theirs)
+            room = min(count, int(max(own, whole - theirs)) // self.record)
+            oldest = next(unused, None)
+            if room == count or oldest is None:
+                return room
+            drop_unless_open(oldest)
 
     def _say(self, what: str) -> None:
         print0(f"{self.file} {what}: set XDG_CACHE_HOME to a folder with {self.record} bytes per image")
@@ -90,6 +112,39 @@ class SmallImages:
         except OSError as error:
             self.writes = False
             self._say(f"cannot grow ({error.strerror}), so the other images are resized every time")
+
+
+def last_use(path: Path) -> float:
+    """In seconds of the clock, 0 for a file that is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def taken(path: Path) -> int:
+    """Bytes on the disk. A file with holes takes less than its size."""
+    try:
+        return 512 * path.stat().st_blocks
+    except FileNotFoundError:
+        return 0
+
+
+def drop_unless_open(path: Path) -> None:
+    """Delete a set's file, unless a process has it open or it is another user's."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        size = taken(path) / 1e9
+        path.unlink()
+        print(f"{path}, {size:.1f} GB, was deleted: images of a set that was not used for long", flush=True)
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
 
 
 def checksum(content: bytes) -> bytes:
