@@ -195,7 +195,7 @@ def test_observations_as_numpy_and_ids_of_ones_own(tiny, fixtures):
     for broken, words in (
         ({**obs, "image": obs["image"].float()}, "uint8"),
         ({**obs, "image": obs["image"][0]}, "uint8"),
-        ({**obs, "task_description": "put carrot on plate"}, "list of 3 strings"),
+        ({**obs, "task_description": "put carrot on plate"}, "3 strings, one per image"),
     ):
         with pytest.raises(ValueError, match=words):
             tiny.act(broken, 0.0)
