@@ -49,8 +49,6 @@ class Service:
         self.small = {0}  # envs whose images the policy reads
         self.latest: dict | None = None  # what the last reset of envs 0 showed
         self.began = threading.Event()
-        # envs in this process share one simulator, and workers have one each
-        self.alone = contextlib.nullcontext() if envs.workers else threading.Lock()
         for half in range(len(envs.halves)):
             threading.Thread(target=self._steps, args=(half,), daemon=True).start()
 
@@ -81,9 +79,8 @@ class Service:
                 self.line.send(self._answer(self._step_half, half, actions), half)
 
     def _step_half(self, half: int, actions: torch.Tensor) -> dict:
-        with self.alone:
-            self.opened[0].step_async(actions, half)
-            return self._shrunk(0, self.opened[0].step_wait(half))
+        self.opened[0].step_async(actions, half)
+        return self._shrunk(0, self.opened[0].step_wait(half))
 
     # ------------------------------------------------------------------ calls
     def _facts(self, number: int) -> dict:

@@ -8,8 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from made_up import busy_actions
 from sameness import as_saved, same
 
 import envs as world
-from envs import processes, variants, workers
+from envs import local, processes, variants, workers
 from envs.vector import VectorEnv
 from schemas.pixels import Pixels, resize
 from vla.evaluation.episodes import is_lost, lost_in_words, run_batch
@@ -363,6 +367,38 @@ def test_a_hang_in_this_process_ends_it_with_its_stack():
     run = python("-c", HANGS_HERE)
     assert run.returncode == 1  # else it would have slept to its end
     assert "Timeout" in run.stderr and "in step" in run.stderr and "in start" in run.stderr
+
+
+class Slow:
+    """A group that says which threads are in a simulator."""
+
+    inside: ClassVar[list[int]] = []
+
+    def __init__(self, *_):
+        self.step()
+
+    def step(self) -> int:
+        self.inside.append(threading.get_ident())
+        time.sleep(0.05)
+        assert len(self.inside) == 1
+        return self.inside.pop()
+
+    close = step
+
+
+def test_threads_use_the_simulator_of_a_process_one_at_a_time(monkeypatch):
+    """In a hybrid placement one thread serves the rollout while another evaluates."""
+    monkeypatch.setattr(local, "EnvGroup", Slow)
+    monkeypatch.setattr(local, "_open_world", lambda *_: SimpleNamespace(device="cpu"))
+
+    def use() -> int:
+        group = local.LocalGroup(SimpleNamespace(image_shape=(8, 8, 3)), 0, 1, timeout=60.0)
+        group.start("step")
+        group.close()
+        return group.finish()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert len({used.result() for used in [pool.submit(use) for _ in range(3)]}) == 3
 
 
 def test_hangs_raises_and_three_losses_in_a_row(fault):
