@@ -25,7 +25,7 @@ PATH = {
     "envs/vector.py": "Outcome Turn VectorEnv.pipeline VectorEnv._check_usable VectorEnv.step_async "
     "VectorEnv.step_wait VectorEnv._guarded VectorEnv._start_step VectorEnv._finish_step VectorEnv._observation "
     "VectorEnv._ended VectorEnv._checked",
-    "envs/local.py": "LocalGroup.start LocalGroup.finish watched",
+    "envs/local.py": "LocalGroup.start LocalGroup.finish alone",
     "envs/group.py": "EnvGroup.step EnvGroup.seen EnvGroup._states EnvGroup._execute EnvGroup._finish "
     "EnvGroup._show EnvGroup._begin empty_result",
     "vla/models/policy.py": "PolicyInputs PolicyOutput VLAPolicy.preprocess VLAPolicy.prepare VLAPolicy.device "
