@@ -42,7 +42,7 @@ CONFIG = "yaml/quickstart_ppo_openvlaoft.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = 0.7  # of a quickstart iteration: env stepping + act + update, measured separately
 EPISODE_STEPS = 80  # of the published task
-PIXEL_BYTES = 30  # of a picture: colour and segmentation written and read (2 x 12), table read, result written (2 x 3)
+PIXEL_BYTES = 30  # of an image: colour and segmentation written and read (2 x 12), table read, result written (2 x 3)
 
 SHORT = {"num_steps": 64, "num_iterations": 4}  # decisions as in the preset, fewer of them
 UNTRAINED = {"unnorm_key": "bridge_orig"}
@@ -66,7 +66,7 @@ ITERATION_APART = "iteration on cores of their own"  # a part of its own: plan.p
 
 
 class Job(NamedTuple):
-    """One process group. what: parts that it measures; empty: it runs the script. apart: the policy on one core, env
+    """One process group. what: parts that it measures. Empty: it runs the script. apart: the policy on one core, env
     workers on the other."""
 
     ranks: int
@@ -111,7 +111,7 @@ ROLLOUT_SCALING = (
 
 # ---------------------------------------------------------------------- running
 def run_group(commands: list[list[str]], environments: list[dict], seconds: float) -> str:
-    """Run processes at the same time; what the first one printed.
+    """Run processes at the same time. Returns what the first one printed.
 
     Raises:
         RuntimeError: one failed, with the last line it wrote; or the time is up. Nothing is left running.
@@ -180,7 +180,7 @@ def workers_on_a_core_of_their_own(wanted: bool) -> Iterator[list[str]]:
         yield []
         return
     if len(cores) < 2:
-        raise RuntimeError("there is one core only: workers and policy can not have one each")
+        raise RuntimeError("there is one core only: workers and policy cannot have one each")
 
     def move() -> None:
         while not over.wait(0.2):
@@ -230,7 +230,7 @@ def measure_model(flags: dict, seconds: float) -> dict:
 
 
 def measure(names: list[str], minutes: float, say) -> tuple[list[dict], dict[str, str]]:
-    """All entries of the jobs, each with its job's name; and what was not done, with the reason."""
+    """All entries of the jobs, each with its job's name. Also what was not done, with the reason."""
     began, measured, not_done = time.monotonic(), [], {}
     for number, name in enumerate(names, 1):
         job, left = JOBS[name], 60 * minutes - (time.monotonic() - began)
@@ -252,7 +252,7 @@ def measure(names: list[str], minutes: float, say) -> tuple[list[dict], dict[str
 
 # ---------------------------------------------------------------------- the table
 class Row(NamedTuple):
-    """One line; share of the limit, or None."""
+    """One line. share: of the limit, or None."""
 
     part: str
     setting: str
@@ -281,7 +281,7 @@ def limit_rows(measured: list[dict]) -> list[Row]:
 
 
 def env_rows(measured: list[dict]) -> list[Row]:
-    """Stages of one env on one core; a step here has one picture."""
+    """Stages of one env on one core. A step here has one image."""
     rows, limits = [], pick_entry(measured, "limits", ranks=1)
     for one in (e for e in measured if e["part"] == "env" and e["job"] in ("parts", "published_env")):
         width, height = one["image_size"]
@@ -340,8 +340,10 @@ def model_rows(measured: list[dict]) -> list[Row]:
 
 
 def unavoidable(measured: list[dict], iteration: dict) -> dict[str, float] | None:
-    """Seconds of env stepping, acting and the bare update in an iteration of envs in the ranks' own processes, from
-    parts measured on as many ranks; None where they were not."""
+    """Seconds of env stepping, acting and the bare update in an iteration of envs in the ranks' own processes.
+
+    They are computed from parts that were measured on as many ranks. None: they were not measured.
+    """
     flags, ranks = iteration["flags"], iteration["ranks"]
     same = {"ranks": ranks, "model_path": flags["model_path"], "chunk_size": flags["chunk_size"]}
     rollout, update = (pick_entry(measured, part, **same) for part in ("rollout", "update"))

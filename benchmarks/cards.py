@@ -1,8 +1,8 @@
 """What NVIDIA's data sheets say of a GPU: the limits that measurements and plans are compared with.
 
-A data sheet's figure for Tensor Cores is often with sparsity, and a dense product has half of it. Sources: the data
-sheets of A100, H100, H200 and L40S, and the white paper of the Ada architecture for the RTX 4090 (bfloat16 with sums in
-float32). Cards without NVLink talk through PCIe 4.0, which reaches about 25 of its 32 GB/s.
+A data sheet's figure for Tensor Cores is often with sparsity, and a dense product has half of it. Sources are the
+data sheets of A100, H100, H200 and L40S. For the RTX 4090 it is the white paper of the Ada architecture (bfloat16 with
+sums in float32). Cards without NVLink talk through PCIe 4.0, which reaches about 25 of its 32 GB/s.
 """
 
 from typing import NamedTuple

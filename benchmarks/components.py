@@ -79,7 +79,7 @@ class Stopwatch:
         return self.seconds.get(name, 0.0) / max(count, 1)
 
     def around(self, function: Callable, name: str, not_within: str = "") -> Callable:
-        """function, timed; not where it is called within what is timed as `not_within`."""
+        """function, timed, except where it is called within what is timed as `not_within`."""
 
         def timed(*arguments):
             if not_within in self.open:
@@ -91,7 +91,7 @@ class Stopwatch:
 
 
 def median_seconds(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each call on the slowest rank; they take turns, after one warm-up of each."""
+    """Median seconds of each call on the slowest rank. They take turns, after one warm-up of each."""
     barrier()
     return {name: slowest(value) for name, value in seconds(calls, repeats, device.type).items()}
 
@@ -102,7 +102,7 @@ def slowest(value: float) -> float:
 
 @contextlib.contextmanager
 def instrumented(watch: Stopwatch) -> Iterator[None]:
-    """Times what an env of the family spends a step on; of the envs in this process."""
+    """Times what an env of the family spends a step on, of the envs in this process."""
     from envs.put_on_plate import PutOnPlateInScene as Env
 
     with contextlib.ExitStack() as stack:
@@ -147,7 +147,7 @@ def measure_transport(args, num_envs: int, workers: int, repeats: int) -> dict:
 
 
 def env_entry(args, watch: Stopwatch) -> dict:
-    """What `instrumented` saw, per control step, per picture and per reset."""
+    """What `instrumented` saw, per control step, per image and per reset."""
     steps, resets = watch.calls["advance"], watch.calls.get("reset", 0)
     physics = watch.per("physics", steps)
     return {
@@ -183,7 +183,7 @@ def measure_expert_env(args, num_envs: int, num_steps: int) -> list[dict]:
 
 
 def measure_rollout(args, policy: VLAPolicy, buffer: RolloutBuffer, first_env: int, device) -> list[dict]:
-    """The script's decisions, one env batch of this rank, in one process; fills the buffer. The first is left out."""
+    """The script's decisions, one env batch of this rank, in one process. Fills the buffer. The first is left out."""
     (T, N), generator = buffer.rewards.shape[:2], torch.Generator().manual_seed(args.seed)
     watch, everything, executed = Stopwatch(device), slice(0, N), 0
     here = ONE_BATCH | dict(first_env=first_env)
@@ -290,8 +290,10 @@ def measure_update(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device
 
 
 def measure_engine(args, policy: VLAPolicy, mb: MicroBatch, repeats: int, device: torch.device) -> dict:
-    """One micro batch and one step through DeepSpeed, as the script makes them, and what an iteration does besides:
-    whole weights for the rollout, a copy for preemption."""
+    """One micro batch and one step through DeepSpeed, as the script makes them, and what an iteration adds.
+
+    That is whole weights for the rollout, and a copy for preemption.
+    """
     config = read_deepspeed_config(args.deepspeed_config, args.dtype, args.offload)
     rollout_copy = make_rollout_copy(policy, zero_stage(config), args.offload)
     engine = build_engine(policy, config, **pick(args, build_engine, **STILL))

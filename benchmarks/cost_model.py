@@ -40,7 +40,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 0.25
 MODEL_7B = "openvla-7b"  # what benchmarks/gpu_check.py calls random weights of the published size
 # env steps/s on 8 H200: a third party's run of RLinf (the AWS example of RLinf on EKS), 128 envs x 160 steps per
-# iteration of about 145 s and 230 s; derived from its plots (shared/reference/field.md, 3.1)
+# iteration of about 145 s and 230 s, read from its plots (shared/reference/field.md, 3.1)
 PUBLISHED = {"openvla": 141, "openvla_oft": 89}
 PUBLISHED_TASK = ("train_ppo", "PutOnPlateInScene25Main-v3", 500)  # script, env, physics steps per second
 PUBLISHED_SOURCE = (
@@ -85,7 +85,7 @@ class Inputs:
 
 
 def read_results(paths: list[Path]) -> list[dict]:
-    """Contents of results files, each with its name; without paths the newest of `make bench` in benchmarks/results."""
+    """Contents of results files, each with its name. Without paths, the newest of `make bench`."""
     if not paths:  # by name, which begins with the date: a checkout gives all files one time
         written = sorted(RESULTS.glob("*.json"))
         paths = [path for path in written if json.loads(path.read_text()).get("kind") == "bench"][-1:]
@@ -112,7 +112,7 @@ class EnvCosts:
     resets_per_step: float
 
     def decision(self, chunk_size: int) -> float:
-        """A chunk of actions in one env: one picture, and its share of new episodes, each with its first picture."""
+        """A chunk of actions in one env: one image, and its share of new episodes, each with its first image."""
         return chunk_size * (self.step + self.resets_per_step * (self.reset + self.picture)) + self.picture
 
 
@@ -145,7 +145,7 @@ def env_costs(inputs: Inputs, flags: dict, busy: int, render: str) -> EnvCosts:
     if render != "cpu":
         on_card = inputs.find("env", image_size=size, render=render)
         if on_card is None:
-            raise UserError(f"--render {render}: no results file has pictures of {size[0]} x {size[1]} rendered so")
+            raise UserError(f"--render {render}: no results file has images of {size[0]} x {size[1]} rendered so")
         picture = inputs.measured("pictures", on_card)["picture_s"]
     resets = 1.0 / flags["max_episode_steps"]
     if found["max_episode_steps"] == flags["max_episode_steps"] and found["resets_per_step"]:
@@ -155,7 +155,7 @@ def env_costs(inputs: Inputs, flags: dict, busy: int, render: str) -> EnvCosts:
 
 
 def transport_seconds(inputs: Inputs, flags: dict, envs: int) -> float:
-    """Actions there and pictures back, for so many envs of one rank."""
+    """Actions there and images back, for so many envs of one rank."""
     found = inputs.find("transport", num_env_workers=min(1, flags["num_env_workers"]))
     if found is None:
         inputs.note("transport", "assumed: free")
@@ -214,16 +214,16 @@ def act_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int, assumed: A
 
 
 def rest_seconds(inputs: Inputs, flags: dict, envs: float, ranks: int) -> float:
-    """Per decision: pictures to the model's size, tokens to actions, the buffer; values of cut episodes."""
+    """Per decision: images to the model's size, tokens to actions, the buffer, values of cut episodes."""
     found = model_entry(inputs, "rollout", flags, ranks)
     if found:
         inputs.measured("rest", found)
         return (found["rest_s"] + found["value_s"]) * envs / found["num_envs"]
     found = inputs.find("resize", image_size=list(flags["image_size"]))
     if found is None or flags["image_resize"] == "tensor":
-        inputs.note("rest", "assumed: free, because the model's device resizes pictures")
+        inputs.note("rest", "assumed: free, because the model's device resizes images")
         return 0.0
-    inputs.note("rest", f"{inputs.measured('resizing pictures', found)['file']}: resizing alone; assumed: else free")
+    inputs.note("rest", f"{inputs.measured('resizing images', found)['file']}: resizing alone, assumed: else free")
     return found["seconds"] * envs
 
 
@@ -253,7 +253,7 @@ def micro_batch_seconds(inputs: Inputs, flags: dict, decisions: float, ranks: in
 
 
 def communication(inputs: Inputs, flags: dict, stage: int, ranks: int, assumed: Assumed) -> dict[str, float]:
-    """Seconds per micro batch, per optimizer step and per iteration; 0 where it is within what was measured."""
+    """Seconds per micro batch, per optimizer step and per iteration. 0 where it is within what was measured."""
     engine = model_entry(inputs, "engine", flags, ranks)
     if ranks == 1 or (engine and engine["ranks"] == ranks and engine["zero_stage"] == stage):
         return {"micro batch": 0.0, "step": 0.0, "iteration": 0.0}
@@ -261,7 +261,7 @@ def communication(inputs: Inputs, flags: dict, stage: int, ranks: int, assumed: 
     inputs.note("communication", f"assumed: bytes at {assumed.bandwidth / 1e9:g} GB/s per GPU, behind nothing")
     pieces = (ranks - 1) / ranks / assumed.bandwidth  # a gather or a scatter moves this share of all bytes per GPU
     whole, trained = pieces * flops.num_bytes(policy), pieces * flops.num_bytes(policy, trained=True)
-    if stage == 3:  # weights for the forward and for the backward pass; gradients scattered
+    if stage == 3:  # weights for the forward and for the backward pass, and gradients scattered
         again = whole if flags["offload"] == "stage" else trained
         return {"micro batch": 2 * whole + trained, "step": 0.0, "iteration": again}
     if stage == 2:  # gradients scattered, updated weights gathered
@@ -324,7 +324,7 @@ def overlapped_seconds(
 
 # ---------------------------------------------------------------------- what is printed
 def check(files: list[dict], assumed: Assumed) -> tuple[list[str], bool]:
-    """Predicted against measured seconds of every iteration in the files; whether all are within the tolerance."""
+    """Predicted against measured seconds of every iteration in the files, and whether all are within the tolerance."""
     lines = ["| iteration | measured | predicted | off by |", "|---|---:|---:|---:|"]
     fits = True
     for file in files:

@@ -1,6 +1,6 @@
 """What one decision costs by arithmetic: counted on the meta device, where shapes are computed and no numbers.
 
-torch's counter sees every matrix product of the real forward and backward, attention and recomputation included, so
+torch's counter sees every matrix product of the real forward and backward, also of attention and recomputation. So
 nothing here has to know how a model is built. An addition and a multiplication are two.
 """
 

@@ -7,9 +7,9 @@
     python benchmarks/gpu_check.py --dry                # the first list with tiny models on CPUs, to see that it runs
 
 Weights are random, and assets are made by code. Only the simulation on the GPU needs a download, of PhysX's library for
-GPUs: `python doctor.py --download` fetches it with the published assets, and the part is "not done" without it. Every
-part is a separate process with a time limit. A table follows each part. A part that fails is listed as "not done" with
-its reason, and the others continue. The exit code is 2 without a GPU, and 1 if a part failed.
+GPUs. `python doctor.py --download` fetches it with the published assets. The part is "not done" without it. Every part
+is a separate process with a time limit. A table follows each part. A part that fails is listed as "not done" with its
+reason, and the others continue. The exit code is 2 without a GPU, and 1 if a part failed.
 
     card           measured matrix peak and memory bandwidth of one GPU, beside its data sheet
     logprobs       how far log-probabilities of the rollout are from those of the update: benchmarks/gpu_logprobs.py
@@ -136,7 +136,7 @@ def with_shares(rows: list[Row], name: str, measured: list[dict]) -> list[Row]:
 
 
 def graphs(flags: argparse.Namespace, seconds: float) -> Found:
-    """tests/models/test_cuda_graphs.py; a test that was skipped has shown nothing."""
+    """tests/models/test_cuda_graphs.py. A test that was skipped has shown nothing."""
     said = run(["-m", "pytest", "-q", "-m", "gpu", "tests/models/test_cuda_graphs.py"], seconds).splitlines()[-1]
     if "skipped" in said or "passed" not in said:
         raise RuntimeError(f"the tests did not run: {said}")
@@ -177,7 +177,7 @@ def model(model_type: str) -> Callable[[argparse.Namespace, float], Found]:
             run(["benchmarks/model_speed.py", *words, "--gradient_checkpointing"], seconds / 2).splitlines()[-1]
         )
         entries, rows = model_entries(one, flags.preset, model_type), model_rows(one, f"{flags.preset}, {model_type}")
-        if model_type == "openvla":  # where memory allows it; the other model's forward is the same
+        if model_type == "openvla":  # where memory allows it. The other model's forward is the same
             kept = json.loads(
                 run(["benchmarks/model_speed.py", *words, "--repeats", "1"], seconds / 2).splitlines()[-1]
             )
@@ -280,7 +280,7 @@ GROUPS = {"first": tuple(FIRST), "more": tuple(MORE), "world": tuple(WORLD)}
 
 # ---------------------------------------------------------------------- parts, in their own process
 def part_render(flags: argparse.Namespace) -> dict:
-    """One env, expert actions; some of its pictures go to a file."""
+    """One env, expert actions. Some of its images go to a file."""
     import sapien
 
     from benchmarks.components import Stopwatch, instrumented

@@ -4,8 +4,9 @@
     python benchmarks/gpu_iteration.py --recipe ppo_openvla --zero_stage 3 --tiny   # on CPUs, in a minute
 
 Weights are drawn on the GPU, and assets are made by code, so nothing is downloaded. The recipe's flags hold but for
-sizes: the envs of one of its 8 GPUs, and fewer steps for OpenVLA, whose time is proportional to them. The script runs
-two iterations without evaluation and checkpoints. The second one counts. Memory is compared with doctor.py's plan.
+sizes. It has the envs of one of the recipe's 8 GPUs, and fewer steps for OpenVLA, whose time grows with them. The
+script runs two iterations without evaluation and checkpoints. The second one counts. Memory is compared with
+doctor.py's plan.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 The rollout acts in small batches with a KV cache and CUDA graphs. The update reads larger micro batches in one pass, so
 other kernels round differently. PPO divides the two probabilities. A standard deviation s of their logarithms' distance
-looks like a KL divergence of s^2 / 2, and a distance above 0.18 is clipped at a clip ratio of 0.2.
+looks like a KL divergence of s^2 / 2. A distance above 0.18 is clipped at a clip ratio of 0.2.
 
 A CPU gives the same bits in both. There the update's side can be a stand-in. `--stand_in sums` adds up every product of
 matrices in two halves, as a GPU's kernels may: this is the least that another kernel does. `--stand_in float32`

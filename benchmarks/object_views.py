@@ -1,4 +1,4 @@
-"""What an asset pack's images show: whether its objects can be told apart, how busy its tables are, how all looks.
+"""What an asset pack's images show: whether its objects differ, how busy its tables are, how all looks.
 
     python benchmarks/object_views.py --classify                    # trains a small classifier, about 3 minutes
     python benchmarks/object_views.py --tables
@@ -7,9 +7,9 @@
     python benchmarks/object_views.py --episode docs/episode.png
     python benchmarks/object_views.py --scenes docs/scenes.png
 
-A view is an image of 64 x 64: one of 25 objects and 17 receptacles at places and with a yaw of Main-v3's start states,
-on one of 21 tables, with the arm's joints and fingers moved at random from the start pose. The classifier is told where
-to look: it gets the 24 x 24 pixels around the object's middle. Views with fewer than 6 pixels of the object are drawn
+A view is an image of 64 x 64. It shows one of 25 objects and of 17 receptacles, at places and with a yaw of Main-v3's
+start states, on one of 21 tables. The arm's joints and fingers are moved at random from the start pose. The classifier
+gets the 24 x 24 pixels around the object's middle. Views with fewer than 6 pixels of the object are drawn
 again. The views it is judged by are others than those it is trained on.
 """
 

@@ -25,7 +25,7 @@ from vla.training.rollout_buffer import RolloutBuffer
 
 # bytes per second of one sender over gloo: messages of 2.4 MB between two processes of one machine (dev/LOG.md)
 WIRE = 0.6e9
-# env steps/s on 8 GPUs, hybrid over apart, of RLinf (arXiv 2510.06710; shared/reference/field.md, 3.2)
+# env steps/s on 8 GPUs, hybrid over apart, of RLinf (arXiv 2510.06710, section V-B)
 PUBLISHED_HYBRID = 1.88
 GPUS = 8
 

@@ -3,9 +3,9 @@
     python benchmarks/recipe_costs.py          # all tables in Markdown, 3 minutes of one core
     python benchmarks/recipe_costs.py --only ppo_openvla --cards "H100 80 GB"
 
-The first table has the seconds of each part on the card that was measured. The second has env steps per second by card:
-with the recipe as it is (or with the flags that `doctor.py --config` names if it does not fit), and with the fastest of
-the settings that fit. A third party's run of RLinf on 8 H200 stands beside it. The others compare placements:
+The first table has the seconds of each part on the card that was measured. The second has env steps per second by card.
+"As it is" has the flags that `doctor.py --config` names where the recipe does not fit. "Fastest" is the best of the
+settings that fit. A third party's run of RLinf on 8 H200 stands beside it. The others compare placements:
 benchmarks/placement_costs.py. Parts are those of benchmarks/cost_model.py, measured on one H100. Other cards are scaled
 from it by the peaks in their data sheets. The lines below the tables say what was measured and what is assumed.
 """
@@ -189,7 +189,7 @@ def main() -> None:
     print("\n".join(f"- {what}: {how}" for what, how in used.items()))
     print(f"- other cards: assumed: times of the model scaled from {MEASURED} by the data sheets' peaks")
     print("- a part of a rank's envs: assumed: arithmetic in proportion, and weights read as for all of them")
-    print(f"- between ranks of other roles: assumed: {placement_costs.WIRE / 1e9:g} GB/s of a sender; weights as above")
+    print(f"- between ranks of other roles: assumed: {placement_costs.WIRE / 1e9:g} GB/s of a sender, weights as above")
 
 
 if __name__ == "__main__":

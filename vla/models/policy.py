@@ -94,7 +94,7 @@ class VLAPolicy(nn.Module):
         self.image_size = image_size
         self.pad_token_id = pad_token_id
         self.max_prompt_length = max_prompt_length
-        self.files = None  # saving.PolicyFiles: what saving needs besides weights
+        self.files = None  # saving.PolicyFiles: what saving needs beyond weights
         self._prompt_cache: dict[str, list[int]] = {}
 
     # ------------------------------------------------------------------ text and pixels

@@ -1,16 +1,16 @@
 """A run that is asked to end saves itself, and resumes later as if nothing had happened.
 
-Four things ask: SIGTERM (from a cluster or launcher), SIGUSR1 (which slurm/*.sbatch request ahead of the time limit),
-Ctrl-C, and a file called `stop` in the run folder (`touch runs/my_run/stop`). A second Ctrl-C ends the run at once. The
-rank that got a signal writes the file, so that the others know before the ranks meet. This is needed because
-DeepSpeed's launcher (0.19.8) signals one rank and waits 30 s for it to end before it signals the next.
+A cluster or a launcher asks by SIGTERM, and slurm/*.sbatch ahead of the time limit by SIGUSR1. A person asks by Ctrl-C,
+or by a file called `stop` in the run folder (`touch runs/my_run/stop`). A second Ctrl-C ends the run at once. The rank
+that got a signal writes the file, so that the others know before the ranks meet. This is needed because DeepSpeed's
+launcher (0.19.8) signals one rank and waits 30 s for it to end before it signals the next.
 
 Rollouts and evaluations look at the request before every decision, because ranks are independent there. Elsewhere all
 ranks agree after every optimizer step, so that they leave together.
 
 An interrupted iteration is undone: weights, moments and env states are restored to its start and saved. The run exits
 with code 75 (EX_TEMPFAIL of sysexits.h: "start me again"). `--resume` then repeats the iteration from its start, so at
-most one iteration is lost, and the log of a stopped run equals that of a run that was not stopped. A model with more
+most one iteration is lost. The log of a stopped run equals that of a run that was not stopped. A model with more
 than 500 million trained parameters has no copy to go back to (optimizer_state.Snapshot). Its rollouts end at once, too,
 but an update is finished, and the run ends at the start of the next iteration.
 

@@ -1,7 +1,7 @@
 """Images of demonstrations at the model's size: each is read and resized once, and then kept in a file.
 
-Every pass over a set needs every image. To read one of 640 x 480 and to resize it takes 20 times as long as to read the
-model's own size from this file. The file is named after the set and what decides the bits, and lies in the user's
+Every pass over a set needs every image. Reading one of 640 x 480 and resizing it takes 20 times as long as reading the
+model's size from this file. The file is named after the set and what decides the bits, and lies in the user's
 cache. All ranks of a machine share it, and so do later runs. Crops and colours are made afterwards, from the small
 image (augmentation.py), so every pass has its own.
 
