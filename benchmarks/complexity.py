@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
 
 def python_files(paths: tuple[Path, ...]) -> list[Path]:
-    """The files that `paths` names; without paths, all code but the tests."""
+    """The files that `paths` names. Without paths, all code but the tests."""
     chosen = paths or (*sorted(ROOT.glob("*.py")), *(ROOT / name for name in READ))
     return [file for path in chosen for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
 

@@ -130,7 +130,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def measure_transport(args, num_envs: int, workers: int, repeats: int) -> dict:
-    """One step of envs whose episode has ended: all that is left is to carry actions there and pictures back."""
+    """One step of envs whose episode has ended: all that is left is to carry actions there and images back."""
     resting = ONE_BATCH | dict(auto_reset=False, max_episode_steps=1, num_env_workers=workers)
     actions = np.zeros((num_envs, args.chunk_size, 7), np.float32)
     with make_envs(args.env_id, num_envs, **pick(args, make_envs, **resting)) as envs:

@@ -66,8 +66,7 @@ class Inputs:
         self.used: dict[str, str] = {}
 
     def find(self, part: str, prefer: dict | None = None, **wanted) -> dict | None:
-        """The first entry that is as wanted; of several, the one that agrees in what is preferred, first things
-        first."""
+        """The entry that is as wanted. Of several, it is the first that agrees best in what is preferred."""
         fitting = [
             entry
             for entry in self.entries

@@ -72,7 +72,7 @@ def expert_actions(env: PutOnPlateInScene) -> list[torch.Tensor]:
 
 
 def measure_step(title: str, count: int, **kwargs) -> None:
-    """One env: controller, physics, contacts, picture; the same by `BaseEnv.step` and reference-style, in turns."""
+    """Controller, physics, contacts and image of one env. The same by `BaseEnv.step` and reference-style, in turns."""
     fast, plain = (
         build(MAIN, obj_set="all", **kwargs),
         build(MAIN, obj_set="all", obs_mode="rgb+segmentation", **kwargs),
@@ -86,8 +86,8 @@ def measure_step(title: str, count: int, **kwargs) -> None:
         plain.reset(options={"episode_id": episode_id})
         reference.start_episodes([0], [start], [settled_state(fast, start)])
         for action in actions:
-            clock("step, no picture", fast.advance, action)
-            clock("  picture", fast.render_image)
+            clock("step, no image", fast.advance, action)
+            clock("  image", fast.render_image)
             clock("BaseEnv.step", plain.step, action)
             clock("reference-style", reference.step, action)
         fast.start_episode(start)
@@ -102,11 +102,11 @@ def measure_step(title: str, count: int, **kwargs) -> None:
             clock("  get_obs", reference.get_obs, {})
     print(f"\n{title}: {len(clock.times['BaseEnv.step'])} steps of {count} episodes")
     for name in (
-        "step, no picture",
+        "step, no image",
         "  controller",
         "  physics",
         "  contacts, reward",
-        "  picture",
+        "  image",
         "reset, settled",
         "BaseEnv.step",
         "reference-style",
@@ -115,13 +115,13 @@ def measure_step(title: str, count: int, **kwargs) -> None:
         "  get_obs",
     ):
         print("  {:18} {:8.2f} ms wall {:8.2f} ms CPU".format(name, *clock.median(name)))
-    seen = np.sum([clock.median("step, no picture"), clock.median("  picture")], axis=0)
-    unseen = np.asarray(clock.median("step, no picture"))
+    seen = np.sum([clock.median("step, no image"), clock.median("  image")], axis=0)
+    unseen = np.asarray(clock.median("step, no image"))
     for what, ours, theirs in (
         ("against BaseEnv.step", seen, np.asarray(clock.median("BaseEnv.step"))),
         ("against reference-style", seen, np.asarray(clock.median("reference-style"))),
         (
-            "against it, no picture",
+            "against it, no image",
             unseen,
             np.sum([clock.median("  control, physics"), clock.median("  evaluate")], axis=0),
         ),
@@ -133,7 +133,7 @@ def measure_step(title: str, count: int, **kwargs) -> None:
 
 
 def measure_throughput(num_envs: int, seconds: float, chunk_size: int = 1) -> None:
-    """Control steps per second through `make_envs` at the quick start's settings, resets and pictures included."""
+    """Control steps per second through `make_envs` at the quick start's settings, resets and images included."""
     settings = dict(image_size=(96, 96), sim_freq=100, auto_reset=True)
     with make_envs(MAIN, num_envs, **settings) as envs:
         envs.reset()
@@ -152,14 +152,14 @@ def measure_throughput(num_envs: int, seconds: float, chunk_size: int = 1) -> No
         PutOnPlateInScene.render_image = render
     print(
         f"{num_envs:3} envs, chunks of {chunk_size}: {steps / wall:6.0f} control steps/s wall, {steps / cpu:6.0f} per "
-        f"CPU second, {len(renders) / steps:.2f} pictures per step"
+        f"CPU second, {len(renders) / steps:.2f} images per step"
     )
 
 
 def measure_floor(count: int) -> None:
     """CPU time of an env step at the quickstart's settings, in turns with the published solver at the same rate.
 
-    Both run the same `count` episodes, driven by the expert. A picture is drawn at the start and after each chunk.
+    Both run the same `count` episodes, driven by the expert. An image is drawn at the start and after each chunk.
     """
     flags = read_yaml(Path(__file__).resolve().parent.parent / "yaml/quickstart_ppo_openvlaoft.yaml")
     env_id, chunk_size = flags["env_id"], known_flags(flags["model_path"]).flags["chunk_size"]
@@ -186,7 +186,7 @@ def measure_floor(count: int) -> None:
 def floor_episode(
     env: PutOnPlateInScene, clock: Clock, start: variants.StartState, chunk_size: int, max_steps: int
 ) -> float:
-    """Run one episode like training. Returns CPU ms per step, resets and pictures included."""
+    """Run one episode like training. Returns CPU ms per step, resets and images included."""
     first = {name: len(times) for name, times in clock.times.items()}
 
     def draw() -> None:

@@ -4,8 +4,8 @@
     python benchmarks/image_cost.py --demos demos/large
 
 `resized` is what acting costs the host with --image_resize pil or on a CPU. `copied` is the host's part where a GPU
-resizes. The other rows are train_sft.py's: images read and resized anew, then with the file of small images in the
-first pass over the set and in later ones, and what crops and colours add.
+resizes. The other rows are train_sft.py's. It reads and resizes images anew, then with the file of small images in the
+first pass over the set and in later ones. Crops and colours come on top.
 """
 
 import argparse

@@ -9,8 +9,9 @@ It prints one line of JSON per measurement. Weights are random, since time does 
 in one process, and medians are reported, so that their ratio holds on a shared machine too. On a GPU, act() is also
 measured without graphs, with its memory. The matrix peak is that of one large product in the same run.
 
-The plain loop does what a script around a Hugging Face model does for each sample: encode the image, `generate` with a
-dynamic cache, and encode everything again for log-probabilities and value. Its first half is also reported.
+The plain loop does what a script around a Hugging Face model does for each sample. It encodes the image, calls
+`generate` with a dynamic cache, and encodes everything again for log-probabilities and value. Its first half is also
+reported.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def openvla_7b_shapes() -> dict[str, tuple]:
 
 
 def check_meta(preset: str, model_type: str) -> dict:
-    """Build a preset on the meta device; openvla-7b is compared key by key. Raises SystemExit where it differs."""
+    """Build a preset on the meta device. openvla-7b is compared key by key. Raises SystemExit where it differs."""
     model = build_model(model_type, PRESETS[preset], 8 if model_type == "openvla_oft" else 1, False, on_meta=True)
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if preset == "openvla-7b":
@@ -325,7 +326,7 @@ def measure_update(policy: VLAPolicy, batch: int, repeats: int, device: str) -> 
 
 
 def peak_memory(what: str, device: str) -> dict:
-    """Largest device memory since the last call; nothing on a CPU."""
+    """Largest device memory since the last call. Nothing on a CPU."""
     if device != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated() / 2**30
