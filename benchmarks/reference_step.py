@@ -3,14 +3,16 @@
 It stands for what the published env (arXiv 2505.19789) computes per step, not for its lines, which are not ours to
 carry. The same are:
 
-- Every object of the set is in the scene (25 and one receptacle in Main-v3). Those not chosen are parked without support.
-- ManiSkill's stock controllers, its Python loop over substeps, and `get_obs()` with colour and segmentation at 640 x 480
-  in the default shader.
+- Every object of the set is in the scene (25 and one receptacle in Main-v3). Those not chosen are parked without
+  support.
+- ManiSkill's stock controllers, its Python loop over substeps, and `get_obs()` with colour and segmentation at
+  640 x 480 in the default shader.
 - `evaluate()` asks ManiSkill for every object whether each finger grasps it, and for the receptacle's contact.
 - The table's photograph is laid over the image by torch operations on the whole image.
 
-Bodies are placed where our env settled them, and the task's further bookkeeping is left out. So it is rather faster than
-the original, whose parts on one torch thread took 7 (control, physics), 14 (evaluate), 89 (render) and 15 ms (overlay).
+Bodies are placed where our env settled them, and the task's further bookkeeping is left out. So it is rather faster
+than the original. Its parts on one torch thread took 7 (control, physics), 14 (evaluate), 89 (render) and 15 ms
+(overlay).
 """
 
 from __future__ import annotations
