@@ -162,14 +162,11 @@ def by_card(presets: list[Path], cards: list[str], files: list[dict]) -> Iterato
         yield f"| {recipe} | {name} | {how} | {own} | {needs} | {faster[0]} | {faster[1].replace('``', '')} | {known} |"
 
 
-def by_placement(presets: list[Path], files: list[dict]) -> list[str]:
-    recipes, card = {}, CARDS[MEASURED]
-    for preset in presets:
-        flags = flags_of(preset)
-        inputs = inputs_of(card, files, flags, flags["num_envs"] // GPUS)
-        costs = placement_costs.Costs(inputs, flags, CORES, assumed_of(card, files))
-        recipes[preset.stem.removeprefix("maniskill_")] = costs
-    return placement_costs.tables(recipes, MEASURED)
+def placed(preset: Path, files: list[dict]) -> placement_costs.Costs:
+    """The recipe's costs on the measured card, from which those of a placement follow."""
+    flags, card = flags_of(preset), CARDS[MEASURED]
+    inputs = inputs_of(card, files, flags, flags["num_envs"] // GPUS)
+    return placement_costs.Costs(inputs, flags, CORES, assumed_of(card, files))
 
 
 def main() -> None:
@@ -184,7 +181,8 @@ def main() -> None:
     print("\n".join(lines), "\n", flush=True)
     for line in by_card(presets, options.cards, files):
         print(line, flush=True)
-    print("", *by_placement(presets, files), sep="\n", flush=True)
+    recipes = {preset.stem.removeprefix("maniskill_"): placed(preset, files) for preset in presets}
+    print("", *placement_costs.tables(recipes, MEASURED), sep="\n", flush=True)
     print(f"\npublished: {cost_model.PUBLISHED_SOURCE}")
     print("\n".join(f"- {what}: {how}" for what, how in used.items()))
     print(f"- other cards: assumed: times of the model scaled from {MEASURED} by the data sheets' peaks")

@@ -9,7 +9,8 @@ from conftest import ROOT
 from launching import python
 
 import train_ppo
-from benchmarks import bench, cost_model, flops, memory_table, placement_costs
+from benchmarks import bench, cost_model, flops, memory_table, placement_costs, recipe_costs
+from benchmarks.cards import CARDS
 from vla.cli import parse_args
 from vla.distributed import UserError
 from vla.models.loading import load_policy
@@ -384,6 +385,30 @@ def test_the_memory_table_of_the_docs_is_what_the_program_prints():
     for ranks in (8, 16, 32):
         cells = " | ".join(memory_table.cells(preset, ranks, [24.0, 40.0, 48.0, 80.0]))
         assert f"| ppo_openvla | {ranks} | {cells} |" in lines
+
+
+def test_the_docs_have_a_row_of_the_costs_for_every_recipe_and_card():
+    lines = (ROOT / "docs" / "full_size.md").read_text().splitlines()
+    for preset in memory_table.PRESETS:
+        for card in CARDS:
+            row = f"| {preset.stem.removeprefix('maniskill_')} | {card} | "
+            assert sum(line.startswith(row) for line in lines) == ("fan" not in preset.stem), row
+
+
+@pytest.mark.full
+def test_the_costs_of_the_docs_are_what_the_program_prints():
+    """One recipe on two cards: all take minutes."""
+    costs, placements = ((ROOT / "docs" / name).read_text().splitlines() for name in ("full_size.md", "placements.md"))
+    (preset,) = [path for path in memory_table.PRESETS if path.stem == "maniskill_ppo_openvlaoft"]
+    files = cost_model.read_results(recipe_costs.FILES)
+    for line in recipe_costs.by_part([preset], files)[0]:
+        assert line in costs
+    for line in recipe_costs.by_card([preset], ["H100 80 GB", "H200 141 GB"], files):
+        assert line in costs
+    speeds = placement_costs.shown(placement_costs.relative(recipe_costs.placed(preset, files)))
+    for form, cell in zip(placement_costs.FORMS, speeds):
+        rows = [line for line in placements if line.startswith(f"| {form.name} | ")]
+        assert rows[0].endswith(f"| {cell} |"), form.name  # the last column
 
 
 def test_a_plan_of_a_published_recipe_needs_no_network(monkeypatch):
