@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pydantic import Field
 
 from benchmarks import flops
+from benchmarks.cards import CARDS
 from schemas import UserError, check_flags
 from schemas.flags import Count, Positive
 from vla.cli import derive_sizes, parse_args, pick
@@ -38,6 +39,7 @@ from vla.training.engine import read_deepspeed_config, zero_stage
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 0.25
+H200 = CARDS["H200 141 GB"]  # of the published runs
 MODEL_7B = "openvla-7b"  # what benchmarks/gpu_check.py calls random weights of the published size
 # env steps/s on 8 H200: a third party's run of RLinf (the AWS example of RLinf on EKS), 128 envs x 160 steps per
 # iteration of about 145 s and 230 s, read from its plots (shared/reference/field.md, 3.1)
@@ -343,8 +345,8 @@ def check(files: list[dict], assumed: Assumed) -> tuple[list[str], bool]:
 def assumed_of(files: list[dict], options: argparse.Namespace) -> Assumed:
     """--peak and --memory, or what gpu_check.py measured of its card, or an H200's."""
     card = Inputs(files).find("limits", device="cuda") or {}
-    peak = options.peak * 1e12 if options.peak else card.get("matrix_flops_per_s", 989e12)
-    memory = options.memory * 1e12 if options.memory else card.get("memory_bytes_per_s", 4.8e12)
+    peak = options.peak * 1e12 if options.peak else card.get("matrix_flops_per_s", H200.peak * 1e12)
+    memory = options.memory * 1e12 if options.memory else card.get("memory_bytes_per_s", H200.bandwidth * 1e12)
     return Assumed(peak, memory, options.bandwidth * 1e9, options.utilisation)
 
 
