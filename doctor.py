@@ -579,7 +579,7 @@ def memory_plan(
         recipe = recipe_of(flags)
         placement = parse_placement(flags["placement"], num_gpus)
         if not placement.together:
-            fits, lines = placed_table(recipe, placement, gpu_memory)
+            fits, lines = placed_table(recipe, placement, gpu_memory, of_node)
             print("\n".join(lines))
             return 0 if fits else 1
         print("\n".join(table(make_plan(recipe, num_gpus), gpu_memory, of_node)))

@@ -7,7 +7,7 @@ from train_ppo import Args
 from vla.cli import parse_args, pick
 from vla.placement import place
 from vla.placement.assignment import goes_ahead
-from vla.placement.rules import EVERYWHERE, parse_placement
+from vla.placement.rules import EVERYWHERE, parse_placement, ranks_by_roles
 from vla.start.launch import Launch
 
 
@@ -135,8 +135,8 @@ def test_a_rollout_ahead_needs_a_rank_that_only_acts(monkeypatch):
 
 def test_each_role_needs_its_own_memory_on_a_gpu():
     """An actor has an optimizer and no renderer, a rank that only simulates has neither weights nor an optimizer."""
-    from vla.placement.memory import placed_table, ranks_by_roles, role_plan
-    from vla.training.memory_plan import Use, make_plan, recipe_of
+    from vla.placement.memory import BUFFER, PROCESSES, placed_table, role_plan
+    from vla.training.memory_plan import ASSUMED_RENDERER, GIB, Use, make_plan, recipe_of
 
     recipe = recipe_of(vars(Args(model_path="openvla-tiny", num_envs=8, num_eval_envs=4)))
     three = parsed("env=0 rollout=1 actor=2-3", 4)
@@ -149,5 +149,19 @@ def test_each_role_needs_its_own_memory_on_a_gpu():
     assert Use.COPY not in actor.update and actor.update[Use.MOMENTS] == make_plan(recipe, 2).update[Use.MOMENTS]
     hybrid = parsed("env=0 rollout=1 actor=all", 2)
     assert Use.COPY in role_plan(recipe, hybrid, ("env", "actor")).rollout
-    fits, lines = placed_table(recipe, three, 80.0)
-    assert fits and len(lines) == 5 and not placed_table(recipe, three, 0.1)[0]
+    fits, lines = placed_table(recipe, three, 80.0, 64.0)
+    assert fits and lines[-1].startswith("host memory fits: ") and not placed_table(recipe, three, 0.1, 64.0)[0]
+    # 4 ranks of 3 GiB each, of which one holds the whole rollout and two a half of it
+    assert [plan.host[PROCESSES] for plan in (env, rollout, actor)] == [3 * GIB] * 3
+    assert env.host[BUFFER] == 0 and rollout.host[BUFFER] == 2 * actor.host[BUFFER] > 0
+    fits, lines = placed_table(recipe, three, 80.0, 12.0)
+    assert not fits and lines[-1].startswith("host memory does not fit (1") and "ranks 0-3" in lines[-1]
+    assert placed_table(recipe, three, 80.0, 12.0, gpus_per_node=2)[0]  # two nodes
+
+    # with workers: those of training where envs are simulated, and in a hybrid placement those of evaluation elsewhere
+    recipe = recipe_of(vars(Args(model_path="openvla-tiny", num_envs=8, num_eval_envs=4, num_env_workers=6)))
+    workers = {
+        roles: role_plan(recipe, hybrid, roles).rollout[Use.RENDERERS] // ASSUMED_RENDERER
+        for roles in (("env", "actor"), ("rollout", "actor"))
+    }
+    assert [*workers.values()] == [6, 2]

@@ -13,6 +13,7 @@ from launching import free_port, metrics, python, train, without_time
 from safetensors.torch import load_file
 
 import doctor
+from benchmarks.wire_bytes import rows_of_run
 from vla.distributed import UserError
 from vla.evaluation.episode_log import episode_file, read_episodes
 from vla.evaluation.montage import read_clips
@@ -145,6 +146,9 @@ def test_a_placement_changes_no_bit(two_ranks, tmp_path, placement, ranks):
     travels = {"observations": "env,rollout" not in placement, "experience": "rollout,actor" not in placement}
     for boundary, crosses in travels.items():
         assert (lines[1][f"time/wire_{boundary}_gib"] > 0) == crosses
+    for boundary, counted, model, worst, _ in rows_of_run(tmp_path / "run"):
+        # the headers of such small messages
+        assert counted == model == 0 or (model <= counted and worst < 0.03), (boundary, counted, model)
     assert (tmp_path / "run" / "videos" / "before_after.mp4").is_file()
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from schemas import UserError
 
 ROLES = ("env", "rollout", "actor")
+Roles = tuple[str, ...]
 EVERYWHERE = ("env,rollout,actor=all",)
 WORD = re.compile(r"([a-z,]+)=(?:(all)|(\d{1,6})(?:-(\d{1,6}))?)", re.ASCII)
 
@@ -47,9 +48,6 @@ class Placement:
         return self.env == self.rollout == self.actor
 
     def __str__(self) -> str:
-        def shown(ranks: range) -> str:
-            return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
-
         return " ".join(f"{role}={shown(getattr(self, role))}" for role in ROLES)
 
     @property
@@ -99,6 +97,27 @@ class Placement:
         for part in self.overlaps(num_envs):
             keepers.setdefault(part.rollout, part.actor)
         return keepers
+
+
+def shown(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order, as --placement names them.
+
+    >>> shown(range(4, 8)), shown([0, 2, 3])
+    ('4-7', '0, 2-3')
+    """
+    words = []
+    for _, group in itertools.groupby(enumerate(ranks), lambda entry: entry[1] - entry[0]):
+        run = [rank for _, rank in group]
+        words.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(words)
+
+
+def ranks_by_roles(placement: Placement) -> dict[Roles, list[int]]:
+    """{roles: the ranks that have just these}."""
+    found: dict[Roles, list[int]] = {}
+    for rank in range(placement.ranks):
+        found.setdefault(tuple(role for role in ROLES if rank in getattr(placement, role)), []).append(rank)
+    return found
 
 
 def parse_placement(words: Sequence[str], ranks: int) -> Placement:

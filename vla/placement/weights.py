@@ -7,7 +7,9 @@ With --rollout_ahead 1 they are sent before an update instead of after it. Ranks
 update old, and act while the others train.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ class Broadcast:
     """One tensor at a time from the first member to all others.
 
     Args:
-        members: ranks of the launcher, the sender first. rank: this one. wire: counts bytes and seconds.
+        members: ranks of the launcher, the sender first. rank: this one.
+        wire: counts seconds, and where tensors arrive bytes.
     """
 
     def __init__(self, store: dist.Store, members: list[int], rank: int, timeout: timedelta, wire: Wire):
@@ -43,6 +46,7 @@ class Broadcast:
         store.set(f"device of {rank}", to_group_device(torch.zeros(1)).device.type)
         self.on_gpus = all(store.get(f"device of {member}") == b"cuda" for member in members)
         number, size = members.index(rank), len(members)
+        self.sends = number == 0
         if self.on_gpus:
             options = dist.ProcessGroupNCCL.Options()
             self.group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), number, size, options)
@@ -57,24 +61,37 @@ class Broadcast:
         self.group.broadcast([moved if self.on_gpus else as_bytes(moved)]).wait()
         if moved.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(moved)
-        self.wire.bytes["weights"] += moved.nbytes
-        self.wire.seconds["weights"] += time.perf_counter() - began
+        self.wire.count("weights", 0 if self.sends else moved.nbytes, time.perf_counter() - began)
 
 
 class WiredStages(StageSwitcher):
-    """The stages of a rank that trains in a placement, with what crossed between ranks among their metrics."""
+    """The stages of a rank that trains in a placement, with what crossed between ranks among their metrics.
+
+    These count from the beginning of a rollout to that of its update. What crosses in an evaluation does not count.
+    """
 
     def __init__(self, engine: Engine, rollout_copy: nn.Module | None, offload: str, wire: Wire):
         super().__init__(engine, rollout_copy, offload)
         self.wire = wire
-        self.counts: list[dict[str, float]] = []  # of ranks that do not train, as they came with their experience
+        # of this rank, and of ranks that do not train, as they came with their experience
+        self.counts: list[dict[str, float]] = []
+
+    def to_rollout(self) -> nn.Module:
+        self.wire.pop_counts()  # of an evaluation, or of the start
+        return super().to_rollout()
+
+    @contextlib.contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        if stage == "update":
+            self.counts.append(self.wire.pop_counts())
+        with super().measured(stage):
+            yield
 
     def pop_metrics(self) -> dict[str, float]:
         """Also time/wire_<boundary> in seconds, of the rank that took longest, and time/wire_<boundary>_gib of all."""
-        counts = [*self.counts, self.wire.pop_counts()]
-        self.counts = []
+        counts, self.counts = self.counts, []
         metrics = super().pop_metrics()
-        seconds = [max(count.get(f"seconds_{name}", 0.0) for count in counts) for name in TAGS]
+        seconds = [max((count.get(f"seconds_{name}", 0.0) for count in counts), default=0.0) for name in TAGS]
         sizes = [sum(count.get(f"bytes_{name}", 0.0) for count in counts) / GIB for name in TAGS]
         slowest, total = all_reduce_max(torch.tensor(seconds)), all_reduce_sum(torch.tensor(sizes))
         for (of_seconds, of_sizes), longest, size in zip(TAGS.values(), slowest.tolist(), total.tolist()):
@@ -100,6 +117,7 @@ class SendingStages(WiredStages):
 
     def to_rollout(self) -> nn.Module:
         """Send the weights unless they were sent before the update. The policy that this returns does not act."""
+        self.wire.pop_counts()
         self.was_sent, self.sent = self.sent, False
         if not self.was_sent:
             self.send()
@@ -156,6 +174,7 @@ class ReceivingStages(WiredStages):
 
     def to_rollout(self) -> nn.Module:
         """The policy with the weights that come next. Raises SystemExit if the run ends instead."""
+        self.wire.pop_counts()
         message: dict[str, Any] = self.wire.receive(self.sender, WORDS)
         if "end" in message:
             raise SystemExit(message["end"])

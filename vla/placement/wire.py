@@ -14,6 +14,7 @@ wait for each other. One thread at a time uses a channel.
 """
 
 import json
+import threading
 import time
 from collections import defaultdict, deque
 from datetime import timedelta
@@ -55,6 +56,7 @@ class Wire:
         self.waiting: dict[tuple[int, int], deque[list]] = defaultdict(deque)
         self.bytes: dict[str, int] = defaultdict(int)  # received since pop_counts()
         self.seconds: dict[str, float] = defaultdict(float)  # that the tensors of messages took, without the wait
+        self.counting = threading.Lock()  # channels have threads of their own
 
     def send(self, value: Any, to: int, channel: int) -> None:
         """Send a value as it is now: dicts, lists, tuples, numbers, texts, None, tensors and numpy arrays."""
@@ -96,8 +98,8 @@ class Wire:
                 self.group.recv([as_bytes(tensor)], source, channel).wait()
             tensors[str(name)] = tensor
         boundary = NAMES.get(channel, NAMES[CALLS])
-        self.bytes[boundary] += length + sum(tensor.nbytes for tensor in tensors.values() if tensor.nbytes > SMALL)
-        self.seconds[boundary] += time.perf_counter() - began
+        size = length + sum(tensor.nbytes for tensor in tensors.values() if tensor.nbytes > SMALL)
+        self.count(boundary, size, time.perf_counter() - began)
         return decoded(tree, Received(tensors))
 
     def flush(self, channel: int | None = None, seconds: float | None = None) -> None:
@@ -109,11 +111,18 @@ class Wire:
 
     def pop_counts(self) -> dict[str, float]:
         """{"bytes_<boundary>" and "seconds_<boundary>"} of what this rank received. Counting then starts again."""
-        counts = {f"bytes_{name}": float(count) for name, count in self.bytes.items()}
-        counts |= {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
-        self.bytes.clear()
-        self.seconds.clear()
+        with self.counting:
+            counts = {f"bytes_{name}": float(count) for name, count in self.bytes.items()}
+            counts |= {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
+            self.bytes.clear()
+            self.seconds.clear()
         return counts
+
+    def count(self, boundary: str, size: int, seconds: float) -> None:
+        """Count bytes that arrived, and the seconds that they took."""
+        with self.counting:
+            self.bytes[boundary] += size
+            self.seconds[boundary] += seconds
 
     def _receive(self, size: int, source: int, channel: int) -> torch.Tensor:
         part = torch.empty(size, dtype=torch.uint8)

@@ -34,7 +34,11 @@ def plot_progress(record: RunRecord) -> Path:
     axes[1].set_ylim(steady_range(returns))
     if success:
         axes[0].legend(fontsize=8)
-    figure.suptitle(f"{drawn(record.name)}: {record.progress_in_words}", fontsize=10)
+    title = f"{drawn(record.name)}: {record.progress_in_words}"
+    if record.placement is not None:
+        ahead = record.flags.get("rollout_ahead")
+        title += f"\n{record.placement}" + (f", {ahead} rollout ahead" if ahead else "")
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, record.folder / "progress.png")
     return record.folder / "progress.png"
 

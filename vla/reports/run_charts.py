@@ -15,6 +15,11 @@ MEMORY = {
     "host, rollout": ("memory/host_rollout_peak_gib", GREEN),
     "host, update": ("memory/host_update_peak_gib", VIOLET),
 }
+WIRE = {  # what crosses between the ranks of a placement
+    "observations": ("time/wire_observations", BLUE),
+    "experience": ("time/wire_experience", ORANGE),
+    "weights": ("time/wire_weights", GREEN),
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,18 @@ METRICS = (
         percent=True,
         least=0.5,
     ),
+    Metric(
+        "rollout/staleness",
+        "Staleness",
+        "Good: 0 or 1, the updates that the acting weights are old. It is 0 after a checkpoint or an evaluation.",
+        least=1.0,
+    ),
+    Metric(
+        "train/actor/stale_ratio_first_microbatch_std",
+        "Spread of the first ratios, with older weights",
+        "Good: small beside the clip range. It is how far one update moved the policy.",
+        least=0.1,
+    ),
     Metric("train/actor/grad_norm", "Gradient norm", "Good: no trend and few peaks.", limit="max_grad_norm"),
 )
 OF_CLONING = ("train/loss", "train/token_accuracy", "train/action_l1", "train/actor/grad_norm")
@@ -121,7 +138,7 @@ def metric_chart(metric: Metric, curve: Curve, record: RunRecord) -> Chart:
 
 
 def cost_charts(record: RunRecord) -> list[Chart]:
-    """Seconds by stage, and memory."""
+    """Seconds by stage, what crossed between ranks, and memory."""
     lines = [line for line in record.lines if "time/iteration" in line]
     charts = []
     if lines:
@@ -129,10 +146,35 @@ def cost_charts(record: RunRecord) -> list[Chart]:
         caption = "Good: rollout and update take most of it. --eval_freq and --num_eval_episodes decide the evaluation."
         look = dict(x_title="iteration", unit="s")
         charts.append(stacked_bars("seconds", "Seconds of an iteration", caption, x, parts, **look))
+    charts += wire_charts(lines)
     if peaks := memory_curves(lines):
         caption = "Good: flat after the first iterations, and below what the machine has. Peaks, of the rank with most."
         look = dict(x_title="iteration", y_range=(0, 1.15 * max(max(curve.y) for curve in peaks)))
         charts.append(curves("memory", "Memory in GiB", caption, peaks, **look))
+    return charts
+
+
+def wire_charts(lines: list[dict]) -> list[Chart]:
+    """Seconds and GiB that crossed between the ranks of a placement. [] without one."""
+    charts = []
+    kinds = (
+        (
+            "wire-seconds",
+            "Seconds between ranks",
+            "",
+            "Good: small beside the seconds of an iteration. Waiting is left out.",
+        ),
+        ("wire-gib", "GiB between ranks", "_gib", "Good: flat. `benchmarks/wire_bytes.py` computes what is expected."),
+    )
+    for ident, title, end, caption in kinds:
+        found = []
+        for name, (tag, color) in WIRE.items():
+            known = [line for line in lines if line.get(f"{tag}{end}")]
+            x, y = ([line[what] for line in known] for what in ("iteration", f"{tag}{end}"))
+            found += [Curve(name, x, y, color=color)] if known else []
+        if found:
+            look = dict(x_title="iteration", y_range=(0, 1.15 * max(max(curve.y) for curve in found)))
+            charts.append(curves(ident, title, caption, found, **look))
     return charts
 
 
