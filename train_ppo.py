@@ -285,8 +285,8 @@ class Args:
     offload: Literal["none", "stage"] = "none"
     """What leaves the GPU's memory: nothing, or with stage whatever only the other half of an iteration needs."""
     placement: flags.NonEmpty[flags.Text] = ("env,rollout,actor=all",)
-    """Which ranks simulate (env), act (rollout) and train (actor), such as env=0-3 rollout=4-7 actor=all. All forms are
-    in docs/placements.md."""
+    """Which ranks simulate (env), act (rollout) and train (actor), such as env=0-3 rollout=4-7 actor=all, hybrid, or
+    apart. All forms are in docs/placements.md."""
     rollout_ahead: Literal[0, 1] = 0
     """Updates that the weights of a rollout may be old. With 1, ranks that only act (--placement) make the next rollout
     while others train. No recipe uses it."""

@@ -1,5 +1,7 @@
 """Envs of another rank are the same envs."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -103,3 +105,28 @@ def test_ranks_without_turns_follow_the_run():
     served.close()
     nothing = NoEnvs()
     assert nothing.reset() is None and not list(nothing.pipeline(range(3))) and nothing.state_dict() == []
+
+
+def test_a_worker_that_is_lost_behind_the_wire_is_replaced_and_the_rollout_goes_on():
+    """Its envs' decision is dropped, as it would be at home, and the next ones count."""
+    wires = two_wires()
+    served = make_envs(MAIN, 2, num_env_workers=2, **WORLD | {"privileged": False})
+    service = Service(served, PairLine(wires[0], 1), PIXELS)
+    thread = threading.Thread(target=service.calls, daemon=True)
+    thread.start()
+    envs = RemoteEnvs(PairLine(wires[1], 0))
+    envs.reset()
+    outcomes = []
+    with pytest.warns(RuntimeWarning, match="worker"):
+        for t, half, _, _, outcome in envs.pipeline(range(4)):
+            outcomes += [] if outcome is None else [outcome]
+            if t == 1:
+                os.kill(served.workers[1].process.pid, signal.SIGKILL)
+            if t < 3:
+                envs.step_async(actions(t, 2), half)
+    assert [outcome.infos["dropped"].tolist() for outcome in outcomes] == [[False] * 2, [False, True], [False] * 2]
+    assert outcomes[2].infos["valid"].any(dim=1).all() and served.num_restarts == 1
+    assert len(envs.state_dict()) == 2
+    envs.close()
+    thread.join(10)
+    service.close()

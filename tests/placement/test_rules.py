@@ -1,7 +1,10 @@
 """--placement: its forms, every refusal, and which rank trains on which envs."""
 
 import pytest
+from conftest import ROOT
 
+import train_grpo
+import train_ppo
 from schemas import UserError
 from train_ppo import Args
 from vla.cli import parse_args, pick
@@ -24,6 +27,8 @@ def parsed(words: str, ranks: int):
         ("env=0-3 rollout,actor=4-7", 8, range(4), range(4, 8), range(4, 8)),
         ("env,rollout=0-3 actor=4-7", 8, range(4), range(4), range(4, 8)),
         ("actor=all rollout=1 env=0", 3, range(1), range(1, 2), range(3)),
+        ("hybrid", 16, range(8), range(8, 16), range(16)),
+        ("apart", 16, range(4), range(4, 8), range(8, 16)),
     ],
 )
 def test_every_form_is_read(words, ranks, env, rollout, actor):
@@ -49,6 +54,9 @@ def test_every_form_is_read(words, ranks, env, rollout, actor):
         ("env=0-1 rollout=2-3 actor=0-2", 4, "some ranks of rollout train and others do not"),
         ("env,actor=0 rollout=1", 2, "ranks of env train, but those of rollout do not"),
         ("env=0 rollout=1 actor=1-2", 3, "give actor the ranks of rollout, or others"),
+        ("hybrid", 3, "hybrid divides the ranks into 2 equal parts, but 3 were launched"),
+        ("apart", 6, "launch a multiple of 4"),
+        ("apart actor=all", 4, "'apart' is not ROLES=RANKS: .* hybrid and apart alone"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(words, ranks, sentence):
@@ -65,6 +73,23 @@ def test_a_file_may_hold_a_list_or_a_mapping(tmp_path):
             "rollout=1",
             "actor=0-1",
         )
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("yaml/maniskill_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("form", ["hybrid", "apart"])
+def test_every_recipe_takes_every_form(recipe, form):
+    """The sizes of all 16 ranks of two nodes: every env is simulated once, acted in once, and trained on once."""
+    overlay = f"{ROOT}/yaml/placement_{form}.yaml"
+    script = train_grpo if "grpo" in recipe.name else train_ppo
+    args = parse_args(script.Args, ["--config", str(recipe), "--config", overlay], "", offline=True)
+    assert args.pipeline_stages == 2
+    words = " ".join(args.placement)
+    flags = pick(args, place.derive_sizes, group_size=getattr(args, "group_size", 1), rank=0, world_size=16)
+    ranks = [apart(words, 16, rank) for rank in range(16)]
+    sizes = [one.sizes(**flags) for one in ranks]
+    for does in ("simulates", "acts"):
+        assert sum(size.local_num_envs for one, size in zip(ranks, sizes) if getattr(one, does)) == args.num_envs
+    assert sum(size.trained_envs for one, size in zip(ranks, sizes) if one.trains) == args.num_envs
 
 
 @pytest.mark.parametrize("rollouts", [1, 2, 3, 8, 16])

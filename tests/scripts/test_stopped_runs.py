@@ -1,6 +1,7 @@
 """Runs that are killed, stopped or preempted, under the launcher and on a stand-in for a Slurm cluster."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -70,9 +71,9 @@ def cluster(tmp_path_factory):
         yield folder
 
 
-def sbatch(file: str, nodes: int, tasks: int, run_dir: Path, **changes: int) -> subprocess.Popen:
+def sbatch(file: str, nodes: int, tasks: int, run_dir: Path, *more: str, **changes: int) -> subprocess.Popen:
     size = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}"]
-    command = ["sbatch", *size, f"slurm/{file}", "train_ppo.py", *flags(**changes), "--run_dir", str(run_dir)]
+    command = ["sbatch", *size, f"slurm/{file}", "train_ppo.py", *flags(**changes), "--run_dir", str(run_dir), *more]
     return subprocess.Popen(command, cwd=ROOT)
 
 
@@ -86,17 +87,19 @@ def unbroken(cluster) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.full  # a minute; what each part of it does is tested beside it and in test_preemption.py
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster, nodes):
-    """Two ranks, on one node or two. Both sbatch files start them by slurm/run.sh."""
-    run_dir = cluster / f"run_{nodes}"
-    job = sbatch("train.sbatch" if nodes == 1 else "train_multinode.sbatch", nodes, 2 // nodes, run_dir, save_freq=0)
+@pytest.mark.parametrize("nodes, placement", [(1, None), (2, None), (2, "hybrid")])
+def test_a_slurm_job_is_preempted_requeued_and_goes_on_as_if_nothing_had_happened(unbroken, cluster, nodes, placement):
+    """Two ranks, on one node or two. Both sbatch files start them by slurm/run.sh. Hybrid, one node simulates."""
+    run_dir = cluster / f"run_{nodes}_{placement}"
+    file = "train.sbatch" if nodes == 1 else "train_multinode.sbatch"
+    more = ["--config", f"yaml/placement_{placement}.yaml"] if placement else []
+    job = sbatch(file, nodes, 2 // nodes, run_dir, *more, save_freq=0)
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file(), "first iteration")
     for rank in (cluster / "pids").read_text().split():  # ahead of the time limit
         os.kill(int(rank), signal.SIGUSR1)
     assert job.wait(timeout=600) == 0
     assert logged(run_dir) == unbroken
-    assert "is complete. Continue with --resume" in (cluster / f"run_{nodes}.logs" / "rank_0.log").read_text()
+    assert "is complete. Continue with --resume" in (cluster / f"{run_dir.name}.logs" / "rank_0.log").read_text()
     assert len(list(run_dir.glob("run_from_iteration_*.json"))) == 2
     assert not (run_dir / "stop").exists() and not list(run_dir.glob("checkpoints/*.partial"))
     assert not processes_with(str(run_dir))
@@ -148,6 +151,30 @@ def test_roles_apart_stop_together_and_the_run_goes_on_in_other_placements(unbro
         for lines in (logged(run_dir), unbroken)
     )
     assert ours == theirs
+
+
+OWN_UPDATE = ["--placement", "env,rollout=0", "actor=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_run_with_one_rollout_ahead_resumes_as_if_nothing_had_happened(tmp_path):
+    """Five iterations in one go, of which 2 and 4 began with old weights. The other run is killed in the fifth."""
+    ahead = [*flags(save_freq=2, num_iterations=5), *OWN_UPDATE, "--rollout_ahead", "1"]
+    assert run_ranks(2, "train_ppo.py", *ahead, "--run_dir", tmp_path / "whole").returncode == 0
+    whole = logged(tmp_path / "whole")
+    assert [line["rollout/staleness"] for line in whole] == [0, 1, 0, 1, 0]
+    killed = tmp_path / "killed"
+    ranks = start_ranks(2, "train_ppo.py", *ahead, "--num_iterations", "50", "--run_dir", killed)
+    wait_for((killed / "checkpoints" / "iteration_000002").is_dir, "first checkpoint")
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    for newer in killed.glob("checkpoints/iteration_00000[4-9]"):  # the machine was fast
+        shutil.rmtree(newer)
+    assert run_ranks(2, "train_ppo.py", "--resume", killed, "--num_iterations", "5").returncode == 0
+    assert [line["iteration"] for line in logged(killed)] == [1, 2, 3, 4, 5]
+    assert logged(killed) == whole
 
 
 @pytest.mark.slow

@@ -152,6 +152,16 @@ def test_a_placement_changes_no_bit(two_ranks, tmp_path, placement, ranks):
     assert (tmp_path / "run" / "videos" / "before_after.mp4").is_file()
 
 
+@FULL
+@pytest.mark.parametrize("placement, ranks", [("env=0 rollout=1 actor=0-1", 2), ("env=0 rollout=1 actor=2-3", 4)])
+def test_an_update_of_other_ranks_runs_frozen_towers_itself(tmp_path, placement, ranks):
+    """With --lora_scope llm, features of the towers stay on the ranks that act. The losses are the same to rounding."""
+    lora = ["--num_iterations", "2", "--lora_rank", "4", "--lora_scope", "llm"]
+    train("--run_dir", str(tmp_path / "together"), *lora, ranks=2)
+    train("--run_dir", str(tmp_path / "run"), *lora, "--placement", *placement.split(), ranks=ranks)
+    assert_equal_losses(tmp_path / "run", tmp_path / "together")
+
+
 def test_ranks_under_zero3_change_nothing(four_iterations, two_ranks):
     assert_equal_losses(two_ranks[0], four_iterations)
 

@@ -5,6 +5,7 @@
     env=0-3 rollout,actor=4-7           simulators of their own
     env,rollout=0-3 actor=4-7           an update of its own
     env=0-1 rollout=2-3 actor=4-7       apart
+    hybrid, apart                       the same two forms, of as many ranks as were launched
 
 A number is that of a launched process, which is also the number of its GPU, machine by machine. Env rank k simulates
 for rollout rank k: the two have the same envs.
@@ -21,6 +22,11 @@ from schemas import UserError
 ROLES = ("env", "rollout", "actor")
 Roles = tuple[str, ...]
 EVERYWHERE = ("env,rollout,actor=all",)
+# named forms: into how many equal parts they divide the ranks, and the parts of each role
+NAMED = {
+    "hybrid": (2, {"env": (0, 1), "rollout": (1, 2), "actor": (0, 2)}),
+    "apart": (4, {"env": (0, 1), "rollout": (1, 2), "actor": (2, 4)}),
+}
 WORD = re.compile(r"([a-z,]+)=(?:(all)|(\d{1,6})(?:-(\d{1,6}))?)", re.ASCII)
 
 
@@ -126,6 +132,8 @@ def parse_placement(words: Sequence[str], ranks: int) -> Placement:
     Raises:
         UserError: a word cannot be read, a role or a rank is left out, or the roles do not fit together.
     """
+    if len(words) == 1 and words[0] in NAMED:
+        return named_placement(words[0], ranks)
     places: dict[str, range] = {}
     for word in words:
         roles, given = read_word(word, ranks)
@@ -142,11 +150,30 @@ def parse_placement(words: Sequence[str], ranks: int) -> Placement:
     return placement
 
 
+def named_placement(name: str, ranks: int) -> Placement:
+    """The placement with this name on so many ranks. Raises UserError if these cannot be divided.
+
+    >>> str(named_placement("apart", 16))
+    'env=0-3 rollout=4-7 actor=8-15'
+    """
+    parts, roles = NAMED[name]
+    if ranks % parts:
+        raise UserError(
+            f"--placement {name} divides the ranks into {parts} equal parts, but {ranks} were launched: launch a "
+            f"multiple of {parts} (--num_gpus), or write out the ranks of each role"
+        )
+    size = ranks // parts
+    return Placement(**{role: range(low * size, high * size) for role, (low, high) in roles.items()}, ranks=ranks)
+
+
 def read_word(word: str, ranks: int) -> tuple[list[str], range]:
     """The roles and ranks of one word, such as env=0-3 or rollout,actor=all. Raises UserError."""
     found = WORD.fullmatch(word)
     if found is None:
-        raise UserError(f"--placement {word!r} is not ROLES=RANKS: write for example env=0-3 rollout=4-7 actor=all")
+        raise UserError(
+            f"--placement {word!r} is not ROLES=RANKS: write for example env=0-3 rollout=4-7 actor=all, or one of the "
+            f"names {' and '.join(NAMED)} alone"
+        )
     roles, everywhere, first, last = found.groups()
     if everywhere:
         return roles.split(","), range(ranks)
