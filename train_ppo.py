@@ -557,7 +557,7 @@ def main(args: Args) -> None:
         assigner = place.assigner(seen, buffer, envs, preemption, stages, critic, ahead)
         facts = episode_facts(args.env_id, args.obj_set, eval_ids, args.instruction)
         recorder = Recorder(run_dir, eval_envs, open_envs, facts, preemption, **pick(args, Recorder))
-        logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args())))
+        logger.describe(describe_run(asdict(args), asdict(sizes), place.ranks, asdict(Args()), place.roles))
         at_end(place.end)
 
     def run_evaluation(iteration: int) -> bool:

@@ -50,6 +50,7 @@ class Description(Schema):
     args: SavedFlags
     sizes: dict[str, Any]
     num_ranks: Annotated[int, Field(ge=1)]
+    roles: list[Annotated[list[str], Pair]] | None = None  # of a placement: ranks, and what they do
     version: str | None = None  # of the code. Runs from before 0.3.0 have none
     commit: str
     uncommitted_changes: bool

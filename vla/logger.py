@@ -38,8 +38,10 @@ from vla.text import counted, without_keys, without_places
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "mani_skill", "sapien", "numpy")
 
 
-def describe_run(flags: dict, sizes: dict, num_ranks: int, defaults: dict | None = None) -> dict:
-    """Resolved flags, derived sizes, versions, commit, machine.
+def describe_run(
+    flags: dict, sizes: dict, num_ranks: int, defaults: dict | None = None, roles: list[list[str]] | None = None
+) -> dict:
+    """Resolved flags, derived sizes, versions, commit, machine. roles: of a placement, which ranks do what.
 
     The defaults are those of the script. Of these, the result keeps those that the run does not use, so that its page
     can say what differs from them and from the files of --config.
@@ -63,6 +65,7 @@ def describe_run(flags: dict, sizes: dict, num_ranks: int, defaults: dict | None
         "sizes": sizes,
         "seed": flags["seed"],
         "num_ranks": num_ranks,
+        "roles": roles,
         "version": VERSION,
         "commit": git("rev-parse", "HEAD") or "not a git checkout",
         "uncommitted_changes": bool(

@@ -123,6 +123,8 @@ def test_sizes_are_those_of_a_ranks_roles():
         return acted, trained, found.local_num_eval_envs
 
     hybrid, three = "env=0 rollout=1 actor=0-1", "env=0-1 rollout=2-3 actor=4-7"
+    assert apart(hybrid, 2, 0).roles == [["0", "simulate and train"], ["1", "act and train"]]
+    assert apart("env=1 rollout=2 actor=0-3", 4, 0).roles[0] == ["0, 3", "train"]
     assert [sizes(hybrid, 2, rank) for rank in (0, 1)] == [((0, 8), (0, 4), 2), ((0, 8), (4, 4), 2)]
     assert sizes(three, 8, 1)[0] == sizes(three, 8, 3)[0] == (4, 4)
     assert sizes(three, 8, 6) == ((0, 0), (4, 2), 2)

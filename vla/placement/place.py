@@ -35,7 +35,7 @@ from vla.cli import Sizes, derive_sizes
 from vla.distributed import REQUEUE, Engine, print0, where_ranks_meet
 from vla.evaluation.vector_env import VectorEnv
 from vla.placement.assignment import Assigner
-from vla.placement.rules import Placement, parse_placement
+from vla.placement.rules import Placement, parse_placement, ranks_by_roles, shown
 from vla.placement.weights import Broadcast, ReceivingStages, SendingStages, WiredStages
 from vla.placement.wire import CALLS, EXPERIENCE, STEPS, WORDS, Wire
 from vla.start.launch import Launch, launched
@@ -43,6 +43,7 @@ from vla.training.checkpoint import begin_run, open_run
 from vla.training.preemption import StopRequest
 from vla.training.stages import StageSwitcher, make_rollout_copy
 
+DOES = {"env": "simulate", "rollout": "act", "actor": "train"}
 END_SECONDS = 60.0  # for the other ranks to hear that the run ends
 
 
@@ -74,6 +75,7 @@ class Together:
     simulates = acts = trains = True
     only_simulates = False
     assigns = False  # whether ranks train on what others saw
+    roles = None  # of a placement: ranks, and what they do
     meet = staticmethod(where_ranks_meet)
 
     def __init__(self, ranks: int):
@@ -190,6 +192,11 @@ class Apart:
             num_env_workers=min(workers, acted),
             num_eval_env_workers=min(workers, eval_envs),
         )
+
+    @property
+    def roles(self) -> list[list[str]]:
+        found = ranks_by_roles(self.placement).items()
+        return [[shown(ranks), " and ".join(DOES[role] for role in roles)] for roles, ranks in found]
 
     def in_words(self, sizes: str) -> str:
         return f"{sizes}\nroles   {self.placement}"

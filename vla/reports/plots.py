@@ -35,9 +35,10 @@ def plot_progress(record: RunRecord) -> Path:
     if success:
         axes[0].legend(fontsize=8)
     title = f"{drawn(record.name)}: {record.progress_in_words}"
-    if record.placement is not None:
+    if roles := record.description.get("roles"):
         ahead = record.flags.get("rollout_ahead")
-        title += f"\n{record.placement}" + (f", {ahead} rollout ahead" if ahead else "")
+        title += "\n" + "; ".join(f"ranks {ranks}: {does}" for ranks, does in roles)
+        title += f"; {ahead} rollout ahead" if ahead else ""
     figure.suptitle(title, fontsize=10)
     save_figure(figure, record.folder / "progress.png")
     return record.folder / "progress.png"

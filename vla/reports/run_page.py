@@ -6,7 +6,6 @@ from pathlib import Path
 
 from vla.evaluation.statistics import difference_interval, percent, wilson_interval
 from vla.files.whole import write_whole
-from vla.placement.rules import ranks_by_roles, shown
 from vla.reports.page import Media, State, origin_of, render, time_text
 from vla.reports.run_record import FACTS, Clip, RunRecord
 from vla.text import flag_in_words, started_with, without_keys
@@ -14,7 +13,6 @@ from vla.text import flag_in_words, started_with, without_keys
 KINDS = {"train_ppo.py": "PPO", "train_grpo.py": "GRPO", "train_sft.py": "Cloning"}
 # flags that say where a run is, or that the script itself sets
 NO_CHOICES = ("config", "resume", "run_dir", "export_dir", "local_rank", "max_prompt_length")
-DOES = {"env": "simulate", "rollout": "act", "actor": "train"}  # by role of a placement
 ORDER = ("won", "lost", "both", "neither")  # of pairs: what changed comes first
 
 
@@ -72,7 +70,7 @@ def run_page(record: RunRecord, now: float, silent_after: float) -> str:
         learning=learning,
         metrics=metrics,
         costs=costs,
-        roles=roles_of(record),
+        roles=record.description.get("roles"),
         breakdowns=breakdowns(record),
         media=media,
         video=video_of(record),
@@ -217,14 +215,6 @@ def cost_tile(record: RunRecord) -> Tile:
     of_all = f" / {record.num_iterations}" if record.num_iterations else ""
     more = f"{steps:,.0f} {record.step_name}" + (f" in {duration(seconds)}" if seconds else "")
     return Tile("Iterations", f"{record.iteration}{of_all}", more)
-
-
-def roles_of(record: RunRecord) -> list[tuple[str, str]]:
-    """(ranks, what they do) of a placement. [] where every rank does everything."""
-    if record.placement is None:
-        return []
-    found = ranks_by_roles(record.placement).items()
-    return [(shown(ranks), " and ".join(DOES[role] for role in roles)) for roles, ranks in found]
 
 
 # ---------------------------------------------------------------------- what happened when

@@ -12,7 +12,6 @@ from pathlib import Path
 from schemas import UserError, check, parse_json, read_json
 from schemas.runs import Clips, Description, HeldOutEpisode, Session
 from vla.files.run_lines import read_evaluations, read_lines, text_lines
-from vla.placement.rules import Placement, parse_placement
 
 FACTS = ("object", "receptacle", "table")  # what an episode may be grouped by
 
@@ -81,15 +80,6 @@ class RunRecord:
     def step_name(self) -> str:
         """The unit of global_step."""
         return "decisions" if self.is_cloning else "env steps"
-
-    @property
-    def placement(self) -> Placement | None:
-        """Which ranks of the newest start do what, or None where every rank does everything."""
-        words, ranks = self.flags.get("placement"), self.description.get("num_ranks")
-        with contextlib.suppress(UserError, TypeError):  # words or a number that no run has written
-            placement = parse_placement(words, ranks) if words and ranks else None
-            return None if placement is None or placement.together else placement
-        return None
 
     @property
     def num_iterations(self) -> int:
