@@ -44,14 +44,15 @@ train: setup
 # Makes the tiny policies of the quickstarts and RESULTS.md again: eyes that have seen random scenes, demonstrations,
 # fine-tuning, and a model card each.
 LEARN = deepspeed $(QUIET) --master_port $$($(FREE_PORT)) --num_gpus 2 train_$(1).py --config yaml/$(2).yaml \
-	--export_dir checkpoints/$(3) $(ARGS)
+	--export_dir $(3) $(ARGS)
 warmup: setup
-	$(call LEARN,eyes,eyes_tiny,tiny-eyes)
+	$(call LEARN,eyes,eyes_tiny,checkpoints/tiny-eyes)
 	python collect_demos.py --config yaml/demos_tiny.yaml
-	$(call LEARN,sft,sft_tiny_openvlaoft,openvla-oft-tiny-warmup)
-	$(call LEARN,sft,sft_tiny_openvla,openvla-tiny-warmup)
+	$(call LEARN,sft,sft_tiny_openvlaoft,checkpoints/openvla-oft-tiny-warmup)
+	$(call LEARN,sft,sft_tiny_openvla,checkpoints/openvla-tiny-warmup)
 	python collect_demos.py --config yaml/demos_tiny_main.yaml
-	$(call LEARN,sft,sft_tiny_openvlaoft_main,openvla-oft-tiny-main-warmup)
+	$(call LEARN,sft,sft_tiny_openvlaoft_main,runs/warmup/main_eyes_frozen)
+	$(call LEARN,sft,sft_tiny_openvlaoft_main_all,checkpoints/openvla-oft-tiny-main-warmup)
 
 # Draws RESULTS.md from the runs in results/.
 results: setup

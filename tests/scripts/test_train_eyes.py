@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from launching import run_ranks
 from safetensors.torch import load_file
@@ -119,6 +120,11 @@ def test_wrong_input_is_one_sentence(tmp_path, wrong, said):
 
 
 def test_the_presets_of_cloning_start_from_the_shipped_eyes():
-    for preset in ("openvla", "openvlaoft"):
+    for preset in ("openvla", "openvlaoft", "openvlaoft_main"):
         args = parse_args(train_sft.Args, ["--config", str(ROOT / f"yaml/sft_tiny_{preset}.yaml")], "")
         assert Path(args.model_path).name == "tiny-eyes" and args.chunk_size == (4 if "oft" in preset else 1)
+
+
+def test_the_second_half_of_cloning_starts_where_make_warmup_puts_the_first():
+    second = yaml.safe_load((ROOT / "yaml/sft_tiny_openvlaoft_main_all.yaml").read_text())
+    assert f"sft_tiny_openvlaoft_main,{second['model_path']})" in (ROOT / "Makefile").read_text()
