@@ -19,10 +19,15 @@ from vla.training.memory_plan import fitting, recipe_of
 PRESETS = sorted((Path(__file__).resolve().parent.parent / "yaml").glob("maniskill_*.yaml"))
 
 
+def flags_of(preset: Path, *words: str) -> dict:
+    """The flags of a preset's script, with some that replace its own."""
+    script = importlib.import_module("train_grpo" if "grpo" in preset.name else "train_ppo")
+    return vars(parse_args(script.Args, ["--config", str(preset), *words], "", offline=True))
+
+
 def cells(preset: Path, num_gpus: int, sizes: list[float]) -> list[str]:
     """One cell per card, such as "56.7" or "`--micro_batch_size 8` 41.2"."""
-    script = importlib.import_module("train_grpo" if "grpo" in preset.name else "train_ppo")
-    recipe = recipe_of(vars(parse_args(script.Args, ["--config", str(preset)], "", offline=True)))
+    recipe = recipe_of(flags_of(preset))
     found = [fitting(recipe, num_gpus, size) for size in sizes]
     return ["-" if one is None else f"{'`' * bool(one[0])}{one[0]}{'` ' * bool(one[0])}{one[1]:.1f}" for one in found]
 

@@ -11,7 +11,6 @@ from it by the peaks in their data sheets. The lines below the tables say what w
 """
 
 import argparse
-import importlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -23,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import cost_model, flops, placement_costs
 from benchmarks.cards import CARDS, Card
 from benchmarks.cost_model import Assumed, Inputs
-from benchmarks.memory_table import PRESETS
-from vla.cli import parse_args
+from benchmarks.memory_table import PRESETS, flags_of
 from vla.training.memory_plan import fitting, largest, make_plan, recipe_of
 
 GPUS = placement_costs.GPUS
@@ -62,11 +60,6 @@ def inputs_of(card: Card, files: list[dict], flags: dict, envs: int) -> Inputs:
 
 
 # ---------------------------------------------------------------------- settings
-def flags_of(preset: Path, *words: str) -> dict:
-    script = importlib.import_module("train_grpo" if "grpo" in preset.name else "train_ppo")
-    return vars(parse_args(script.Args, ["--config", str(preset), *words], "", offline=True))
-
-
 def settings() -> Iterator[list[str]]:
     """Flags that change how the same work is done, not what is learned."""
     checkpointing = ("--no_gradient_checkpointing", "--gradient_checkpointing")

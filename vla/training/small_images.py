@@ -12,6 +12,7 @@ A record is a checksum and an image. A record that is missing, or was written ha
 So any number of processes write one file without a lock, and a process may die at any time.
 """
 
+import contextlib
 import fcntl
 import os
 import zlib
@@ -56,7 +57,8 @@ class SmallImages:
             file.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
             is_new = os.fstat(self.descriptor).st_size == 0
-            fcntl.flock(self.descriptor, fcntl.LOCK_SH)  # in use, until the process ends
+            with contextlib.suppress(OSError):  # a file system without locks, where nothing is dropped
+                fcntl.flock(self.descriptor, fcntl.LOCK_SH)  # in use, until the process ends
             os.utime(file)
             self.room = self._make_room(count)
         except OSError as error:
