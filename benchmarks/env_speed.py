@@ -5,6 +5,7 @@
     python benchmarks/env_speed.py --episodes 1000        # random episodes over all ids, with partial resets
     python benchmarks/env_speed.py --expert 32            # success of the scripted expert, per id and object set
     python benchmarks/env_speed.py --floor 48             # an env step of `make train`, and with the published solver
+    python benchmarks/env_speed.py --image 96 96 --against ../other   # an image here and in another checkout, in turns
 
 It prints medians of wall clock and CPU time (ms) in one process. CPU time is better on a shared machine. The
 actions are recorded from the scripted expert, so that contacts are part of the work. The rows "reference-style" do the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -211,6 +213,44 @@ def floor_episode(
     return 1e3 * spent / steps
 
 
+def compare_images(size: tuple[int, int], checkouts: list[Path], rounds: int = 6) -> None:
+    """CPU time of an image of each of the 25 objects in several checkouts, in turns, best of `rounds` bursts."""
+    environment = os.environ | {"LP_NUM_THREADS": "0"}  # lavapipe draws in the process's one thread
+    command = [sys.executable, "-c", IMAGE_WORKER, *map(str, size), str(max(4, 2**19 // (size[0] * size[1])))]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    workers = [subprocess.Popen(command, cwd=place, env=environment, **pipes) for place in checkouts]
+    best = np.full((len(workers), 25), np.inf)
+    for _ in range(rounds):
+        for k in range(25):
+            for i, worker in enumerate(workers):
+                print(k, file=worker.stdin, flush=True)
+                best[i, k] = min(best[i, k], float(worker.stdout.readline()))
+    for place, worker, times in zip(checkouts, workers, best):
+        worker.communicate()
+        ratio = np.median(times / best[-1])
+        print(f"{place}: {np.median(times):.3f} ms CPU, {ratio:.2f} of the last (medians over 25 objects, {size})")
+
+
+# it runs in checkouts of any age, so it uses as little as possible. Arguments: width, height, images per burst
+IMAGE_WORKER = """
+import sys, time
+sys.path.insert(0, "")
+from envs import num_start_states, variants
+from envs.gym_env import build
+width, height, count = map(int, sys.argv[1:])
+name = "PutOnPlateInScene25Main-v3"
+env = build(name, obj_set="all", image_size=(width, height), sim_freq=100)
+for line in sys.stdin:
+    episode_id = variants.train_episode_id(num_start_states(name, "all"), 0, 0, int(line))
+    env.start_episode(variants.decode(name, "all", episode_id))
+    env.render_image()
+    began = time.process_time()
+    for _ in range(count):
+        env.render_image()
+    print(1e3 * (time.process_time() - began) / count, flush=True)
+"""
+
+
 def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -284,6 +324,8 @@ def main() -> None:
     parser.add_argument(
         "--floor", type=int, default=0, help="Episodes for the table of a quickstart's step. (default: %(default)s)"
     )
+    parser.add_argument("--image", type=int, nargs=2, help="Width and height of an image to time instead.")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], help="Other checkouts, for --image.")
     parser.add_argument(
         "--seconds", type=float, default=10, help="Seconds per throughput measurement. (default: %(default)s)"
     )
@@ -293,6 +335,9 @@ def main() -> None:
     if options.episodes or options.expert:
         run = random_episodes if options.episodes else expert_table
         run(options.episodes or options.expert, asset_pack, options.asset_dir)
+        return
+    if options.image:
+        compare_images(tuple(options.image), [Path(__file__).resolve().parent.parent, *options.against])
         return
     if options.floor:
         measure_floor(options.floor)

@@ -236,8 +236,8 @@ def _mesh_files(model: Model) -> dict[Color, str]:
     """Files of what is seen of a model, one per colour. They are in the cache folder, named after their content."""
     files = {}
     for color, mesh in shapes.meshes_of(model).items():
-        text = shapes.obj_text(mesh)
-        path = scratch_folder() / f"mesh_{_digest(text)}.obj"
+        text = shapes.ply_text(mesh)
+        path = scratch_folder() / f"mesh_{_digest(text)}.ply"
         _write_once(path, text)
         files[color] = str(path)
     return files

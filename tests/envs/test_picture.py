@@ -83,6 +83,19 @@ def env():
     made.close()
 
 
+def test_vertices_are_drawn_once(env):
+    """A loader that gives each triangle vertices of its own triples the work of an image."""
+    import sapien
+
+    start = variants.decode(MAIN, "train", 183_316)
+    env.start_episode(start)
+    models = OBJECTS[start.object_index], RECEPTACLES[start.receptacle_index]
+    for model, entity in zip(models, env._bodies):
+        visual = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        drawn = [len(part.vertices) for shape in visual.render_shapes for part in shape.parts]
+        assert drawn == [len(mesh.vertices) for mesh in shapes.meshes_of(model).values()]
+
+
 def test_a_plate_has_two_colours_and_no_dots(env):
     """At 96 x 96 every pixel of a plate without shadows is close to one of its two colours."""
     env.start_episode(variants.decode(MAIN, "train", 183_316))

@@ -802,17 +802,37 @@ def test_there_is_one_scratch_folder():
 
 
 def test_an_unknown_shader_pack_is_left_alone(tmp_path, scratch):
+    """The whole pack makes a smaller one. A pack that lacks a part, or says it in other words, stays as it is."""
     from envs.assets import shaders
 
-    (tmp_path / "stock" / "minimal").mkdir(parents=True)
-    (tmp_path / "stock" / "common").mkdir()
-    lookup = tmp_path / "stock" / "minimal" / "gbuffer.frag"
-    for text in ("void main() {}\n", "vec2 brdf = textureLod(samplerBRDFLUT, uv, 0).xy;\n"):
-        lookup.write_text(text)
-        assert shaders.write_pack(tmp_path / "stock") is None
-    lookup.write_text(
-        "layout(set = 3, binding = 8) uniform sampler2D samplerBRDFLUT;\n"
+    (tmp_path / "minimal").mkdir(parents=True)
+    (tmp_path / "common").mkdir()
+    whole = {
+        "gbuffer.frag": "layout(set = 3, binding = 8) uniform sampler2D samplerBRDFLUT;\n"
+        "layout(location = 0) out vec4 outColorRaw;\n"
         "vec2 b = texture(samplerBRDFLUT, vec2(r, n)).xy;\n"
-    )
-    assert (shaders.write_pack(tmp_path / "stock") / "gbuffer.frag").read_text() == "vec2 b = vec2(0);\n"
-    assert [path.name for path in scratch.iterdir()] == [f"shaders_{shaders.version('sapien')}"]
+        "  outColorRaw = vec4(clamp(color, vec3(0), vec3(1)), albedo.a);\n",
+        "composite.vert": "void main() {}\n",
+        "composite0.frag": "uniform sampler2D samplerColorRaw;\n",
+    }
+    drawn = whole["gbuffer.frag"]
+    for name, text in (
+        ("gbuffer.frag", "void main() {}\n"),
+        ("gbuffer.frag", drawn.replace("texture(", "textureLod(")),
+        ("gbuffer.frag", drawn.replace("albedo.a);", "1);")),
+        ("gbuffer.frag", drawn.replace("samplerBRDFLUT", "table")),
+        ("composite0.frag", ""),
+    ):
+        for key, value in (whole | {name: text}).items():
+            (tmp_path / "minimal" / key).write_text(value)
+        assert shaders.write_pack(tmp_path) is None
+    for key, value in whole.items():
+        (tmp_path / "minimal" / key).write_text(value)
+    place = shaders.write_pack(tmp_path)
+    assert [path.name for path in place.iterdir()] == ["gbuffer.frag"]
+    assert (place / "gbuffer.frag").read_text().splitlines() == [
+        "layout(location = 0) out vec4 outColor;",
+        "vec2 b = vec2(0);",
+        "  outColor = vec4(clamp(color, vec3(0), vec3(1)) * albedo.a, albedo.a);",
+    ]
+    assert [path.name for path in scratch.iterdir()] == [place.parent.name]
