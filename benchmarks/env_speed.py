@@ -213,10 +213,11 @@ def floor_episode(
     return 1e3 * spent / steps
 
 
-def compare_images(size: tuple[int, int], checkouts: list[Path], rounds: int = 6) -> None:
+def compare_images(size: tuple[int, int], checkouts: list[Path], asset_dir: str | None, rounds: int = 6) -> None:
     """CPU time of an image of each of the 25 objects in several checkouts, in turns, best of `rounds` bursts."""
     environment = os.environ | {"LP_NUM_THREADS": "0"}  # lavapipe draws in the process's one thread
-    command = [sys.executable, "-c", IMAGE_WORKER, *map(str, size), str(max(4, 2**19 // (size[0] * size[1])))]
+    count = max(4, 2**19 // (size[0] * size[1]))
+    command = [sys.executable, "-c", IMAGE_WORKER, *map(str, (*size, count)), *([asset_dir] if asset_dir else [])]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     workers = [subprocess.Popen(command, cwd=place, env=environment, **pipes) for place in checkouts]
     best = np.full((len(workers), 25), np.inf)
@@ -231,15 +232,17 @@ def compare_images(size: tuple[int, int], checkouts: list[Path], rounds: int = 6
         print(f"{place}: {np.median(times):.3f} ms CPU, {ratio:.2f} of the last (medians over 25 objects, {size})")
 
 
-# it runs in checkouts of any age, so it uses as little as possible. Arguments: width, height, images per burst
+# It runs in checkouts of any age, so it uses as little as possible. Arguments: width, height, images per burst, and
+# perhaps the folder of the published meshes.
 IMAGE_WORKER = """
 import sys, time
 sys.path.insert(0, "")
 from envs import num_start_states, variants
 from envs.gym_env import build
-width, height, count = map(int, sys.argv[1:])
+width, height, count = map(int, sys.argv[1:4])
+pack = dict(asset_pack="bridge", asset_dir=sys.argv[4]) if sys.argv[4:] else {}
 name = "PutOnPlateInScene25Main-v3"
-env = build(name, obj_set="all", image_size=(width, height), sim_freq=100)
+env = build(name, obj_set="all", image_size=(width, height), sim_freq=100, **pack)
 for line in sys.stdin:
     episode_id = variants.train_episode_id(num_start_states(name, "all"), 0, 0, int(line))
     env.start_episode(variants.decode(name, "all", episode_id))
@@ -337,7 +340,9 @@ def main() -> None:
         run(options.episodes or options.expert, asset_pack, options.asset_dir)
         return
     if options.image:
-        compare_images(tuple(options.image), [Path(__file__).resolve().parent.parent, *options.against])
+        compare_images(
+            tuple(options.image), [Path(__file__).resolve().parent.parent, *options.against], options.asset_dir
+        )
         return
     if options.floor:
         measure_floor(options.floor)
