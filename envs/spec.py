@@ -60,6 +60,12 @@ class EnvSpec:
     pixels: Pixels | None = None  # how observations are made of the camera's images. None leaves these as they are
 
     @property
+    def scene(self) -> dict:
+        """What a scene of the family is made of, as keyword arguments of its env."""
+        names = ("obj_set", "asset_pack", "asset_dir", "sim_freq", "protocol", "hulls")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of the images in observations."""
         height, width = self.pixels.size if self.pixels else self.image_size[::-1]

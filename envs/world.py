@@ -149,14 +149,4 @@ def _build_env(spec: EnvSpec) -> PutOnPlateInScene | ManiSkillTask:
         )
     import envs.gym_env as gym_env
 
-    return gym_env.build(
-        spec.env_id,
-        obj_set=spec.obj_set,
-        asset_pack=spec.asset_pack,
-        asset_dir=spec.asset_dir,
-        image_size=spec.image_size,
-        sim_freq=spec.sim_freq,
-        protocol=spec.protocol,
-        hulls=spec.hulls,
-        render_backend=spec.render_backend,
-    )
+    return gym_env.build(spec.env_id, image_size=spec.image_size, render_backend=spec.render_backend, **spec.scene)

@@ -81,8 +81,9 @@ def open_batch(spec: EnvSpec, count: int, num_settlers: int, backends: tuple[str
         check_library()
         device = torch.cuda.current_device()
         backends = f"physx_cuda:{device}", f"sapien_cuda:{device}"
-    settings = {key: getattr(spec, key) for key in ("obj_set", "asset_pack", "asset_dir", "sim_freq", "protocol")}
-    settings["hulls"] = "gpu" if backends[0].startswith("physx_cuda") else spec.hulls  # of the batch, in every pack
+    settings = spec.scene
+    if backends[0].startswith("physx_cuda"):
+        settings["hulls"] = "gpu"  # of the batch, in every pack
     settlers = Settlers(spec.env_id, num_settlers, **settings)  # these processes start while the batch is built
     try:
         simulation = BatchedPutOnPlate(

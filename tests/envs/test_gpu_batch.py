@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,9 +162,8 @@ def test_pictures_equal_the_scalar_ones(texture_on, scale):
 def ordinary():
     from envs import gym_env
 
-    env = gym_env.build(MAIN, image_size=(16, 16), sim_freq=100)
-    yield env
-    env.close()
+    with closing(gym_env.build(MAIN, image_size=(16, 16), sim_freq=100)) as made:
+        yield made
 
 
 def test_commanded_pose_is_maniskills_bit_for_bit(ordinary):
@@ -428,7 +428,7 @@ def fake_scene(num_envs: int, names: list[str]):
 
 
 def test_gpu_states_are_read_and_written_by_rows():
-    from envs.gpu.simulation import GpuBodies
+    from envs.gpu.bodies import GpuBodies
 
     scene, actors = fake_scene(4, ["a", "b", "c"])
     data = scene.px.cuda_rigid_body_data.values
@@ -444,7 +444,7 @@ def test_gpu_states_are_read_and_written_by_rows():
 
 
 def test_gpu_forces_are_those_of_each_rows_bodies():
-    from envs.gpu.simulation import GpuForces
+    from envs.gpu.bodies import GpuForces
 
     num_envs = 5
     scene, actors = fake_scene(num_envs, ["left", "right", "o0", "o1", "o2", "r0", "r1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -78,9 +80,8 @@ def test_paint_on_receptacles_has_no_sides(model):
 def env():
     from envs import gym_env
 
-    made = gym_env.build(MAIN, image_size=(96, 96), sim_freq=100)
-    yield made
-    made.close()
+    with closing(gym_env.build(MAIN, image_size=(96, 96), sim_freq=100)) as made:
+        yield made
 
 
 def test_vertices_are_drawn_once(env):
