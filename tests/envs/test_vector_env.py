@@ -591,6 +591,18 @@ def test_a_server_that_is_killed_or_stopped_takes_its_workers_along_and_is_repla
             processes.Process("envs.workers:work", "solovla test")
 
 
+def test_a_process_that_not_even_sigkill_ends_is_left_behind(monkeypatch):
+    monkeypatch.setattr(processes, "BURY_SECONDS", 0.2)
+    stuck, other = (processes.Process(workers.WORKER, "solovla test") for _ in range(2))
+    os.kill(stuck.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(processes.Process, "_signal", lambda *_: None)  # as if a driver held it in the kernel
+        stuck.bury()
+    assert alive(stuck.pid)
+    os.kill(stuck.pid, signal.SIGKILL)
+    other.bury()
+
+
 def test_devices_that_are_open_are_found(monkeypatch):
     monkeypatch.setattr(processes, "GPUS", ("/dev/full",))
     assert processes.open_devices() == []
