@@ -99,15 +99,24 @@ def left_over(mark: str) -> list[str]:
 
 def left_in_shared_memory(before: set[str]) -> set[str]:
     """Names in /dev/shm that are not in `before`, without those of other programs: what another process uses."""
-    new = set(os.listdir("/dev/shm")) - before
+    new = {}  # by device and inode: a named semaphore is mapped under an earlier name
+    for name in set(os.listdir("/dev/shm")) - before:
+        with contextlib.suppress(FileNotFoundError):
+            new[identity(os.stat(f"/dev/shm/{name}"))] = name
     for process in Path("/proc").glob("[0-9]*"):
         if new and int(process.name) != os.getpid():
             with contextlib.suppress(OSError):  # it has just ended
-                used = (process / "maps").read_text().splitlines()
-                new = {name for name in new if not any(line.endswith(f" /dev/shm/{name}") for line in used)}
-                used = [os.readlink(link) for link in (process / "fd").iterdir()]
-                new = {name for name in new if f"/dev/shm/{name}" not in used}
-    return {name for name in new if os.path.exists(f"/dev/shm/{name}")}
+                for line in (process / "maps").read_text().splitlines():
+                    _, _, _, device, inode, *_ = line.split()
+                    new.pop((device, int(inode)), None)
+                for file in (process / "fd").iterdir():
+                    new.pop(identity(file.stat()), None)
+    return {name for name in new.values() if os.path.exists(f"/dev/shm/{name}")}
+
+
+def identity(file: os.stat_result) -> tuple[str, int]:
+    """Device and inode, as /proc/PID/maps shows them."""
+    return f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}", file.st_ino
 
 
 class Storm:

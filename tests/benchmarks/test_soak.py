@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,12 +27,26 @@ def test_killed_runs_resume(tmp_path, words):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
+NAMED_SEMAPHORE = """
+import multiprocessing, time
+lock = multiprocessing.get_context("spawn").Lock()
+print("made", flush=True)
+time.sleep(600)
+"""
+
+
 def test_what_other_programs_keep_in_shared_memory_is_not_left_over():
     before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", NAMED_SEMAPHORE]
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as ours, tempfile.NamedTemporaryFile(dir="/dev/shm") as theirs:
-        with subprocess.Popen(["sleep", "600"], stdin=theirs) as other:
+        with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE) as other:
             try:
+                assert other.stdout.readline() == b"made\n"
                 found = left_in_shared_memory(before)
+                made = set(os.listdir("/dev/shm")) - before
             finally:
-                other.kill()
+                other.terminate()
         assert Path(ours.name).name in found and Path(theirs.name).name not in found
+        assert any(name.startswith("sem.mp-") for name in made) and not any(
+            name.startswith("sem.mp-") for name in found
+        )

@@ -210,7 +210,8 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="is not a regular file"):
         EpisodeLog(tmp_path / "episodes.jsonl")
     log = EpisodeLog(tmp_path / "more.jsonl")
-    os.dup2(os.open("/dev/full", os.O_WRONLY), log._file.fileno())
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), log._file.fileno())
     with pytest.raises(UserError, match=r"more.jsonl could not be written \(No space left on device\): .* --resume"):
         log.add("Carrot-v1:test", 0.0, [fake_episode(1, 1.0)])
     about = dict.fromkeys(("command", "num_ranks", "device", "commit", "started"), "x")

@@ -72,7 +72,8 @@ class _Server:
         """Fork and run `python WORDS` with fds {number in the child: number here}. Returns its id and a socket that
         tells how it ended."""
         ours, theirs = socket.socketpair()
-        request = {"words": words, "cwd": cwd, "env": env, "session": session, "fds": [*fds]}
+        blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))  # a child inherits these
+        request = {"words": words, "cwd": cwd, "env": env, "session": session, "fds": [*fds], "blocked": blocked}
         content = json.dumps(request).encode()
         with theirs, self._lock:
             socket.send_fds(self._control, [REQUEST.pack(len(content))], [theirs.fileno(), *fds.values()])
@@ -212,6 +213,7 @@ def become(request: dict) -> None:
     for number, fd in zip(request["fds"], waiting):
         os.dup2(fd, number, inheritable=True)
         os.close(fd)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     if request["session"]:
         os.setsid()
     os.chdir(request["cwd"])

@@ -41,6 +41,16 @@ def test_a_fork_is_killed_as_any_process_and_fails_with_its_trace():
     assert run.returncode == 1 and run.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_a_fork_inherits_the_signals_that_are_blocked_here_and_not_those_of_its_server():
+    code = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))"
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        blocked = python("-c", code).stdout
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    assert blocked == f"[{int(signal.SIGUSR2)}]\n" and python("-c", code).stdout == "[]\n"
+
+
 def test_what_is_read_at_the_start_gets_a_fresh_interpreter():
     code = "import sys; print('deepspeed' in sys.modules)"
     assert python("-c", code).stdout == "True\n"
