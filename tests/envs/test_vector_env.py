@@ -872,7 +872,7 @@ def test_what_is_there_before_the_first_env_is_not_searched_for_garbage():
         kept = gc.get_freeze_count()
         assert kept > 100_000
         with make(1):
-            assert gc.get_freeze_count() == kept
+            assert kept / 2 < gc.get_freeze_count() <= kept  # some of them may have ended since
 
 
 def test_out_of_range_actions():
